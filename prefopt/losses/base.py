@@ -1,0 +1,273 @@
+"""What a loss is: a small module that maps scored completions to a scalar, says what it needs, and adds to others.
+
+Lives here: `Need`, `LossOutput`, `Loss`, `PairLoss` and the weighted sum. Imports torch and its two neighbours
+(`scores`, `distributed`); it never sees a model, a trainer or a data set.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.losses.distributed import global_sum, world_size
+from prefopt.losses.scores import PreferenceBatch, Scores
+
+
+class Need(enum.Flag):
+    """What a loss asks of the scorer beyond summed log-probabilities and lengths."""
+
+    NONE = 0
+    REFERENCE = enum.auto()
+    """Log-probabilities under the frozen reference."""
+    TOKENS = enum.auto()
+    """Per-token log-probabilities (of the reference too, together with REFERENCE)."""
+    MISMATCHED = enum.auto()
+    """Completions scored under another example's prompt."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What calling a loss returns.
+
+    Attributes:
+        loss: scalar to minimise, with gradient.
+        per_example: (N,) values before weighting by `weight` columns; for a pair loss one per pair, for a binary loss
+            chosen then rejected. None for a sum whose terms score different numbers of examples.
+        metrics: detached per-example values by name, (M,) each, M may differ between names and may be 0. Average them
+            over as many batches and processes as wanted: `mean_metrics` does so for one.
+    """
+
+    loss: Tensor
+    per_example: Tensor | None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def mean_metrics(self) -> dict[str, float]:
+        """Averages over this batch of every metric that has at least one value."""
+        return {name: float(values.mean()) for name, values in self.metrics.items() if values.numel()}
+
+
+def constructor_arguments(cls: type[Loss]) -> dict[str, inspect.Parameter]:
+    """The hyperparameters of a loss class, in order."""
+    # A loss without a constructor of its own inherits torch's (*args, **kwargs), which takes nothing here.
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    signature = inspect.signature(cls.__init__).parameters
+    return {name: p for name, p in signature.items() if name != "self" and p.kind not in variable}
+
+
+class Loss(nn.Module):
+    """Base of every objective. Subclasses set the class attributes and write `per_example`.
+
+    Constructor arguments are hyperparameters and are kept as attributes of the same name; that is what makes a loss
+    print as the expression that parses back to it. State that a paper calls for belongs in buffers or parameters.
+
+    Class attributes:
+        name: the registry name, set by `register`.
+        formula: the objective in one line of plain symbols.
+        paper: arXiv id of the source, or "".
+        trl_name: the `loss_type` of `trl.DPOConfig` with the same objective, or "".
+        needs: what the scorer must supply.
+        roles: the roles that `per_example` returns values for, in that order.
+        paired: whether chosen and rejected must answer the same prompts row by row.
+        columns: numeric data set columns that must be present in every scored role.
+    """
+
+    name: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    trl_name: ClassVar[str] = ""
+    needs: Need = Need.NONE
+    roles: tuple[str, ...] = ("chosen", "rejected")
+    paired: bool = False
+    columns: tuple[str, ...] = ()
+
+    @abstractmethod
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        """(N,) loss values: one a pair for paired losses, else those of each role in `roles` in turn."""
+
+    def reward(self, scores: Scores) -> Tensor | None:
+        """(N,) implicit reward that this objective gives a completion, or None if it defines none."""
+        return None
+
+    def forward(self, batch: PreferenceBatch) -> LossOutput:
+        """Score a batch.
+
+        Raises:
+            ValueError: if a role, a reference or a column that this loss needs is missing from the batch.
+        """
+        self._check(batch)
+        batch = batch.at_least_float32()
+        values = self.per_example(batch)
+        weighted = values if (weight := self._weights(batch)) is None else values * weight.to(values.dtype)
+        return LossOutput(weighted.sum() / self._count(values, batch), values, self._metrics(batch))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Constructor arguments and their values, in order."""
+        return {name: getattr(self, name) for name in constructor_arguments(type(self))}
+
+    def terms(self) -> Iterator[tuple[float, str, Loss]]:
+        """(weight, unique label, loss) of every term; a plain loss is its own single term."""
+        yield 1.0, self.name or type(self).__name__, self
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
+        return f"{self.name or type(self).__name__}({arguments})"
+
+    def extra_repr(self) -> str:
+        return str(self)
+
+    def __add__(self, other: Loss) -> WeightedSum:
+        if not isinstance(other, Loss):
+            return NotImplemented
+        return WeightedSum([*_flat(1.0, self), *_flat(1.0, other)])
+
+    def __sub__(self, other: Loss) -> WeightedSum:
+        if not isinstance(other, Loss):
+            return NotImplemented
+        return WeightedSum([*_flat(1.0, self), *_flat(-1.0, other)])
+
+    def __mul__(self, weight: float) -> WeightedSum:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            return NotImplemented
+        return WeightedSum(_flat(float(weight), self))
+
+    __rmul__ = __mul__
+
+    def _check(self, batch: PreferenceBatch) -> None:
+        for role in self.roles:
+            scores = batch.role(role)
+            if scores is None:
+                raise ValueError(
+                    f"{self.name} needs {' and '.join(self.roles)} completions; this batch has no {role} ones"
+                )
+            if Need.REFERENCE in self.needs and scores.ref_logps is None:
+                raise ValueError(
+                    f"{self.name} compares with a reference, but the {role} scores hold no ref_logps: "
+                    "score the completions under the frozen reference too"
+                )
+            for column in self.columns:
+                if column not in scores.columns:
+                    raise ValueError(f"{self.name} needs a numeric data set column {column!r}; the batch has none")
+        if self.paired and not batch.paired:
+            raise ValueError(
+                f"{self.name} compares the chosen and the rejected completion of one prompt, but this batch holds "
+                "unpaired feedback; use a loss for unpaired data, such as kto"
+            )
+        if Need.MISMATCHED in self.needs and batch.mismatched is None:
+            raise ValueError(
+                f"{self.name} needs completions scored under other examples' prompts, but batch.mismatched is None"
+            )
+
+    def _weights(self, batch: PreferenceBatch) -> Tensor | None:
+        roles = self.roles[:1] if self.paired else self.roles
+        scores = [s for role in roles if (s := batch.role(role)) is not None]
+        if all(s.weight is None for s in scores):
+            return None
+        return torch.cat([s.logps.new_ones(len(s)) if s.weight is None else s.weight.to(s.logps) for s in scores])
+
+    def _count(self, values: Tensor, batch: PreferenceBatch) -> Tensor | float:
+        # Unpaired roles have different sizes on different processes, whose gradients are averaged with equal weight:
+        # dividing by the mean count makes that average the mean over the global batch.
+        if batch.paired or world_size() == 1:
+            return max(values.numel(), 1)
+        return (global_sum(values.new_tensor(float(values.numel()))) / world_size()).clamp(min=1e-12)
+
+    def _metrics(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        rewards: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for role in ("chosen", "rejected"):
+                scores = batch.role(role)
+                if scores is not None and role in self.roles and (reward := self.reward(scores)) is not None:
+                    rewards[role] = metrics[f"rewards/{role}"] = reward.detach()
+            if len(rewards) == 2 and batch.paired:
+                metrics["rewards/margins"] = rewards["chosen"] - rewards["rejected"]
+                metrics["rewards/accuracies"] = (rewards["chosen"] > rewards["rejected"]).to(rewards["chosen"].dtype)
+        return metrics
+
+
+class PairLoss(Loss):
+    """A loss over pairs: chosen and rejected completions of the same prompts, equal N."""
+
+    paired = True
+
+
+class WeightedSum(Loss):
+    """sum_i weight_i * loss_i, each term with its own hyperparameters and its own metrics.
+
+    `needs`, `roles` and `columns` are the unions of the terms'. The first term that defines rewards supplies the
+    `rewards/...` metrics; every term adds its own values under `<term>/`.
+    """
+
+    def __init__(self, terms: list[tuple[float, Loss]]):
+        super().__init__()
+        if not terms:
+            raise ValueError("a sum of losses needs at least one term")
+        self.weights = [weight for weight, _ in terms]
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"the weights of a sum of losses must be finite, got {self.weights}")
+        self.losses = nn.ModuleList(loss for _, loss in terms)
+        members = [loss for _, loss in terms]
+        for loss in members:
+            self.needs = self.needs | loss.needs
+        self.roles = tuple(r for r in ("chosen", "rejected") if any(r in loss.roles for loss in members))
+        self.paired = any(loss.paired for loss in members)
+        self.columns = tuple(dict.fromkeys(column for loss in members for column in loss.columns))
+
+    def terms(self) -> Iterator[tuple[float, str, Loss]]:
+        seen: dict[str, int] = {}
+        for weight, loss in zip(self.weights, self.losses, strict=True):
+            assert isinstance(loss, Loss)
+            label = loss.name or type(loss).__name__
+            seen[label] = seen.get(label, 0) + 1
+            yield weight, label if seen[label] == 1 else f"{label}_{seen[label]}", loss
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        values = self.forward(batch).per_example
+        if values is None:
+            raise ValueError(f"the terms of {self} score different numbers of examples, so they have no common values")
+        return values
+
+    def forward(self, batch: PreferenceBatch) -> LossOutput:
+        total: Tensor | float = 0.0
+        per_example: Tensor | None = None
+        metrics: dict[str, Tensor] = {}
+        same_size = True
+        for weight, label, loss in self.terms():
+            output = loss(batch)
+            total = total + weight * output.loss
+            values = output.per_example
+            same_size = same_size and values is not None and (per_example is None or values.shape == per_example.shape)
+            if same_size and values is not None:
+                per_example = weight * values if per_example is None else per_example + weight * values
+            if values is not None:
+                metrics[f"{label}/loss"] = values.detach()
+            for name, value in output.metrics.items():
+                metrics.setdefault(name, value)
+                metrics[f"{label}/{name}"] = value
+        assert isinstance(total, Tensor)
+        return LossOutput(total, per_example if same_size else None, metrics)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {label: loss.hyperparameters() for _, label, loss in self.terms()}
+
+    def __str__(self) -> str:
+        text = ""
+        for weight, _, loss in self.terms():
+            sign = "-" if weight < 0 else "+"
+            scale = "" if abs(weight) == 1 else f"{abs(weight)!r}*"
+            text += f" {sign} {scale}{loss}"
+        return text[3:] if text.startswith(" + ") else "-" + text[3:]
+
+
+def _flat(weight: float, loss: Loss) -> list[tuple[float, Loss]]:
+    if isinstance(loss, WeightedSum):
+        return [(weight * inner, term) for inner, _, term in loss.terms()]
+    return [(weight, loss)]

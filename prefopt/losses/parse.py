@@ -1,0 +1,224 @@
+"""From text to a loss: `parse("dpo(beta=0.1) + 0.2*sft")`.
+
+The text is Python's expression syntax, read with `ast` and walked by a whitelist: registered names, calls of them,
+numbers, strings, + - * / and parentheses. Nothing is ever evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import math
+import types
+import typing
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from prefopt.losses.base import Loss, WeightedSum, constructor_arguments
+from prefopt.losses.registry import available, describe_arguments
+
+MAX_LENGTH = 2000
+"""Longest accepted expression, in characters; real ones are a tenth of it."""
+
+
+class LossSyntaxError(ValueError):
+    """A loss expression that cannot be read.
+
+    Attributes:
+        text: the expression.
+        column: where the trouble starts, counted from 1.
+    """
+
+    def __init__(self, message: str, text: str, column: int, width: int = 1):
+        self.text = text
+        self.column = column
+        shown = text if len(text) <= 200 else text[:200] + "..."
+        marker = " " * (column - 1) + "^" * max(1, width) if column <= 200 else ""
+        super().__init__(f"in the loss expression, column {column}: {message}\n  {shown}\n  {marker}".rstrip())
+
+
+def parse(text: str) -> Loss:
+    """Read a loss expression.
+
+    Args:
+        text: for example `dpo`, `ipo(beta=0.2)`, `dpo(beta=0.1, label_smoothing=0.1) + 0.2*sft`.
+
+    Returns:
+        The loss; a sum or a scaled loss is a `WeightedSum`. `parse(str(loss))` gives an equal loss.
+
+    Raises:
+        LossSyntaxError: with the column, the nearest valid name and the valid arguments.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a loss expression is a string, got {type(text).__name__}")
+    # YAML block scalars put line breaks into an expression; columns stay right because lengths do.
+    text = text.replace("\r", " ").replace("\n", " ").replace("\t", " ")
+    if not text.strip():
+        raise LossSyntaxError(f"the expression is empty; registered losses: {', '.join(available())}", text, 1)
+    if len(text) > MAX_LENGTH:
+        raise LossSyntaxError(f"the expression has {len(text)} characters, at most {MAX_LENGTH} are read", text, 1)
+    indent = len(text) - len(text.lstrip())
+    try:
+        tree = ast.parse(text[indent:], mode="eval")
+    except SyntaxError as error:
+        column = min((error.offset or 1) + indent, len(text) + 1)
+        raise LossSyntaxError(f"not a loss expression ({error.msg})", text, column) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise LossSyntaxError(f"not a loss expression ({error})", text, 1) from None
+    reader = _Reader(text, indent)
+    try:
+        return reader.loss(tree.body)
+    except RecursionError:
+        raise LossSyntaxError("the expression is nested too deeply", text, 1) from None
+
+
+class _Reader:
+    """Walks the syntax tree of one expression and knows where each node stands in the text."""
+
+    def __init__(self, text: str, indent: int):
+        self.text = text
+        self.indent = indent
+
+    def fail(self, node: ast.AST, message: str, width: int | None = None) -> NoReturn:
+        # ast counts bytes of UTF-8, people count characters.
+        encoded = self.text[self.indent :].encode()
+        start = len(encoded[: getattr(node, "col_offset", 0)].decode(errors="replace"))
+        end = len(encoded[: getattr(node, "end_col_offset", None) or 0].decode(errors="replace"))
+        raise LossSyntaxError(message, self.text, start + self.indent + 1, width or max(1, end - start))
+
+    def loss(self, node: ast.expr) -> Loss:
+        """A node that must be a loss."""
+        match node:
+            case ast.Name():
+                return self.build(node, node, [], [])
+            case ast.Call(func=ast.Name() as name):
+                return self.build(node, name, node.args, node.keywords)
+            case ast.BinOp(op=ast.Add() | ast.Sub()):
+                left, right = self.loss(node.left), self.loss(node.right)
+                return left + right if isinstance(node.op, ast.Add) else left - right
+            case ast.BinOp(op=ast.Mult()):
+                return self.scaled(node)
+            case ast.BinOp(op=ast.Div()):
+                divisor = self.number(node.right)
+                if divisor == 0:
+                    self.fail(node.right, "a loss cannot be divided by zero")
+                return self.loss(node.left) * (1 / divisor)
+            case ast.UnaryOp(op=ast.USub()):
+                return self.loss(node.operand) * -1.0
+            case ast.UnaryOp(op=ast.UAdd()):
+                return self.loss(node.operand)
+            case ast.Constant():
+                self.fail(node, f"{node.value!r} alone is not a loss; scale one with it, as in 0.2*sft")
+            case ast.Call():
+                self.fail(node.func, "only a registered loss can be called")
+            case _:
+                self.fail(
+                    node,
+                    "a loss expression holds loss names, their arguments, numbers and + - * / only",
+                )
+
+    def scaled(self, node: ast.BinOp) -> WeightedSum:
+        for weight, loss in ((node.left, node.right), (node.right, node.left)):
+            if self.is_number(weight):
+                return self.loss(loss) * self.number(weight)
+        self.fail(node, "one side of * must be a number, as in 0.2*sft")
+
+    def is_number(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+            return self.is_number(node.operand)
+        return isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and node.value is not True
+
+    def number(self, node: ast.expr) -> float:
+        if not self.is_number(node):
+            self.fail(node, "expected a number")
+        value = self.value(node)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            self.fail(node, "the number is too large")
+        return value
+
+    def value(self, node: ast.expr) -> Any:
+        """An argument: a constant, a signed number, or a loss."""
+        match node:
+            case ast.Constant(value=bool() | int() | float() | str() | None):
+                return node.value
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd()) if self.is_number(node):
+                inner = self.value(node.operand)
+                return -inner if isinstance(node.op, ast.USub) else inner
+            case ast.Constant():
+                self.fail(node, f"{node.value!r} is no valid argument; use a number, a string, True, False or None")
+            case _:
+                return self.loss(node)
+
+    def build(self, node: ast.expr, name: ast.Name, args: list[ast.expr], keywords: list[ast.keyword]) -> Loss:
+        losses = available()
+        cls = losses.get(name.id)
+        if cls is None:
+            near = difflib.get_close_matches(name.id.lower(), losses, n=1, cutoff=0.5)
+            hint = f", did you mean {near[0]!r}?" if near else "."
+            self.fail(name, f"no loss is named {name.id!r}{hint} Registered losses: {', '.join(losses)}")
+        parameters = constructor_arguments(cls)
+        values: dict[str, tuple[Any, ast.expr]] = {}
+        for position, argument in enumerate(args):
+            if isinstance(argument, ast.Starred) or position >= len(parameters):
+                self.fail(argument, f"{name.id} takes at most {len(parameters)} arguments: {describe_arguments(cls)}")
+            values[list(parameters)[position]] = (self.value(argument), argument)
+        for keyword in keywords:
+            if keyword.arg is None or keyword.arg not in parameters:
+                self.unknown_argument(name.id, keyword, cls)
+            if keyword.arg in values:
+                self.fail(keyword, f"{name.id} got {keyword.arg!r} twice", len(keyword.arg))
+            values[keyword.arg] = (self.value(keyword.value), keyword.value)
+        for key, parameter in parameters.items():
+            if parameter.default is inspect.Parameter.empty and key not in values:
+                self.fail(node, f"{name.id} needs an argument {key!r}; its arguments: {describe_arguments(cls)}")
+        hints = get_type_hints(cls.__init__)
+        for key, (value, where) in values.items():
+            if not _fits(value, hints.get(key, Any)):
+                self.fail(where, f"{name.id}'s {key} must be {_type_name(hints[key])}, got {value!r}")
+        try:
+            return cls(**{key: value for key, (value, _) in values.items()})
+        except ValueError as error:
+            culprit = next((where for key, (_, where) in values.items() if str(error).startswith(key)), node)
+            self.fail(culprit, f"{name.id}: {error}")
+
+    def unknown_argument(self, name: str, keyword: ast.keyword, cls: type[Loss]) -> NoReturn:
+        parameters = constructor_arguments(cls)
+        if keyword.arg is None:
+            self.fail(keyword, f"{name}'s arguments must be written out: {describe_arguments(cls)}")
+        near = difflib.get_close_matches(keyword.arg, parameters, n=1, cutoff=0.5)
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        listing = f"Its arguments: {describe_arguments(cls)}" if parameters else "It takes none"
+        self.fail(keyword, f"{name} has no argument {keyword.arg!r}{hint} {listing}", len(keyword.arg))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a parsed constant is of the annotated type. ints pass for floats, bools for neither."""
+    if hint is Any:
+        return True
+    origin = get_origin(hint)
+    if origin is Literal:
+        return any(value is choice or (value == choice and type(value) is type(choice)) for choice in get_args(hint))
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is None:
+        return value is None
+    return isinstance(value, hint if isinstance(hint, type) else object)
+
+
+def _type_name(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in get_args(hint))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(option) for option in typing.get_args(hint))
+    return {float: "a number", int: "a whole number", bool: "True or False", str: "a string"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )

@@ -1,0 +1,121 @@
+"""What a loss sees: scored completions, grouped by role.
+
+Lives here: the tensors that travel from the scorer to a loss. Imports torch alone, and never a model, a tokenizer or a
+trainer, so that any training loop can fill these in. Shapes use N for examples and T for tokens; log-probabilities are
+in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """N completions in one role.
+
+    Attributes:
+        logps: (N,) sum over completion tokens of log pi(y_t | x, y_<t), end-of-sequence token included.
+        lengths: (N,) number of completion tokens that `logps` sums over.
+        ref_logps: (N,) the same sums under the frozen reference; filled in where a loss declares `Need.REFERENCE`.
+        token_logps: (N, T) per-token log-probabilities, zero outside `token_mask`; with `Need.TOKENS`.
+        token_mask: (N, T) bool, True at completion tokens.
+        ref_token_logps: (N, T) per-token log-probabilities of the reference; with `Need.TOKENS | Need.REFERENCE`.
+        columns: further per-example columns of the data set, (N,) each. `weight` scales every loss per example.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    ref_logps: Tensor | None = None
+    token_logps: Tensor | None = None
+    token_mask: Tensor | None = None
+    ref_token_logps: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.logps.dim() != 1:
+            raise ValueError(f"Scores.logps must have shape (N,), got {tuple(self.logps.shape)}")
+        n = self.logps.shape[0]
+        for name, value in [*((f.name, getattr(self, f.name)) for f in fields(self)), *self.columns.items()]:
+            if isinstance(value, Tensor) and (value.dim() == 0 or value.shape[0] != n):
+                raise ValueError(f"Scores.{name} must have {n} rows like logps, got shape {tuple(value.shape)}")
+
+    def __len__(self) -> int:
+        return self.logps.shape[0]
+
+    @property
+    def ratios(self) -> Tensor:
+        """(N,) log pi(y|x) - log ref(y|x)."""
+        if self.ref_logps is None:
+            raise ValueError(
+                "this loss compares with a reference, but the scores hold no ref_logps: score the completions under "
+                "the frozen reference too (the trainer does so for losses that declare Need.REFERENCE)"
+            )
+        return self.logps - self.ref_logps
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """(N,) log-probability per completion token."""
+        return self.logps / self.lengths.clamp(min=1)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """(N,) example weights, or None where the data set has no `weight` column."""
+        return self.columns.get("weight")
+
+    def at_least_float32(self) -> Scores:
+        """The same scores with half-precision tensors raised to float32; float64 is kept for gradient checks."""
+        raised: dict[str, Any] = {
+            f.name: value.float()
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+        }
+        return replace(self, **raised) if raised else self
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """The scored completions of one batch.
+
+    A pair is `chosen` and `rejected` with equal N, row i of both answering the same prompt. Binary feedback is the
+    same two roles with unequal N. In unlearning `rejected` is the forget set and `chosen` the retain set.
+
+    Attributes:
+        chosen: preferred, desirable or retained completions.
+        rejected: dispreferred, undesirable or to-be-forgotten completions.
+        mismatched: completions scored under another example's prompt, for losses that estimate how far the policy has
+            moved from the reference (`Need.MISMATCHED`).
+        paired: whether row i of `chosen` and row i of `rejected` belong together.
+    """
+
+    chosen: Scores | None = None
+    rejected: Scores | None = None
+    mismatched: Scores | None = None
+    paired: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.paired or self.chosen is None or self.rejected is None:
+            return
+        if len(self.chosen) != len(self.rejected):
+            raise ValueError(
+                f"a paired batch needs as many chosen as rejected completions, got {len(self.chosen)} and "
+                f"{len(self.rejected)}; pass paired=False for binary feedback"
+            )
+
+    def role(self, name: str) -> Scores | None:
+        """The scores of the role `name`: "chosen", "rejected" or "mismatched"."""
+        scores: Scores | None = getattr(self, name)
+        return scores
+
+    def at_least_float32(self) -> PreferenceBatch:
+        raised: dict[str, Any] = {
+            name: scores.at_least_float32()
+            for name in ("chosen", "rejected", "mismatched")
+            if (scores := self.role(name)) is not None
+        }
+        return replace(self, **raised)

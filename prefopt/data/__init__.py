@@ -1,0 +1,32 @@
+"""Preference data: from a file, folder or Hub name to validated rows of token ids.
+
+The order of use is load_preferences -> normalise -> (mix) -> validate -> clean -> tokenize_dataset. It may import
+torch, datasets, transformers and rich; it never imports trl or `prefopt.trainer`.
+"""
+
+from prefopt.data.columns import rename_columns
+from prefopt.data.errors import DataError
+from prefopt.data.load import load_preferences, parse_columns
+from prefopt.data.mix import mix, parse_sources, with_origin
+from prefopt.data.report import Problem, Report
+from prefopt.data.schema import kind, normalise
+from prefopt.data.tokenize import tokenize_dataset, tokenize_row
+from prefopt.data.validate import clean, validate
+
+__all__ = [
+    "DataError",
+    "Problem",
+    "Report",
+    "clean",
+    "kind",
+    "load_preferences",
+    "mix",
+    "normalise",
+    "parse_columns",
+    "parse_sources",
+    "rename_columns",
+    "tokenize_dataset",
+    "tokenize_row",
+    "validate",
+    "with_origin",
+]

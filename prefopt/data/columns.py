@@ -1,0 +1,133 @@
+"""Column names: which ones make a preference set, how to rename, and what to say when they are missing.
+
+Names that other datasets use are known here only to suggest the exact `--columns` to pass; they are never taken
+silently, since `answer` may as well be the gold answer as the preferred one. It may import datasets and errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+from datasets import Dataset, IterableDataset
+
+from prefopt.data.errors import DataError, did_you_mean
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+UNPAIRED_COLUMNS = ("prompt", "completion", "label")
+_OURS = frozenset((*PAIR_COLUMNS, *UNPAIRED_COLUMNS, "messages"))
+
+# Most telling first: where a set has several of them, the first one found is suggested.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "prompt": ("question", "instruction", "query", "input", "prompts", "problem", "user", "history", "post"),
+    "chosen": (
+        "response_chosen", "chosen_response", "answer_chosen", "chosen_answer", "response_j", "winner", "win",
+        "preferred", "better", "accepted", "positive", "best", "response_w", "y_w", "good", "pos",
+    ),
+    "rejected": (
+        "response_rejected", "rejected_response", "answer_rejected", "rejected_answer", "response_k", "loser", "lose",
+        "dispreferred", "worse", "negative", "worst", "response_l", "y_l", "bad", "neg",
+    ),
+    "completion": ("answer", "response", "output", "completions", "generation", "reply", "answers", "text"),
+    "label": ("labels", "kto_tag", "desirable", "is_chosen", "thumbs_up", "liked", "feedback", "preference"),
+    "messages": ("conversations", "conversation", "dialogue", "dialog", "chat"),
+}  # fmt: skip
+
+DatasetT = TypeVar("DatasetT", Dataset, IterableDataset)
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """The dataset's columns; a stream that does not know them yet is asked for its first row."""
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    return list(next(iter(dataset), {}))
+
+
+def first_rows(dataset: Dataset | IterableDataset, count: int) -> list[dict[str, Any]]:
+    return list(islice(iter(dataset), count))
+
+
+def rename_columns(dataset: DatasetT, columns: Mapping[str, str]) -> DatasetT:
+    """Renames `columns` (ours -> the dataset's own).
+
+    A column that already has our name and is displaced by the mapping is kept as `<name>_original`.
+    """
+    have = column_names(dataset)
+    for ours, theirs in columns.items():
+        if ours not in _OURS and not ours.isidentifier():
+            raise DataError(f"--columns {ours}={theirs}: {ours!r} is not a column name. Use one of {_listed(_OURS)}.")
+        if theirs not in have:
+            swapped = f" Did you mean {theirs}={ours}? Our name comes first." if ours in have else ""
+            raise DataError(
+                f"--columns {ours}={theirs}: the dataset has no column {theirs!r}."
+                f"{did_you_mean(theirs, have) or swapped} Its columns: {_listed(have)}."
+            )
+    given = list(columns.values())
+    for theirs in given:
+        if given.count(theirs) > 1:
+            twice = ", ".join(ours for ours, name in columns.items() if name == theirs)
+            raise DataError(f"--columns: {theirs!r} is mapped to more than one of our columns ({twice}). Keep one.")
+    mapping = {theirs: ours for ours, theirs in columns.items() if ours != theirs}
+    mapping |= {ours: f"{ours}_original" for ours in columns if ours in have and ours not in given}
+    return dataset.rename_columns(mapping) if mapping else dataset
+
+
+def kind_of_columns(names: Sequence[str]) -> str | None:
+    """`"pair"`, `"unpaired"` (also for `messages` + `label`), or None where a needed column is missing."""
+    if "chosen" in names and "rejected" in names:
+        return "pair"
+    if "label" in names and ("messages" in names or ("prompt" in names and "completion" in names)):
+        return "unpaired"
+    return None
+
+
+def missing_columns_message(names: Sequence[str]) -> str:
+    """What is missing, what was found, and the `--columns` that would make it work."""
+    candidates = (("chosen", "rejected"), ("prompt", "completion", "label"), ("messages", "label"))
+    found = {wanted: _find(wanted, names) for columns in candidates for wanted in columns}
+    found["prompt"] = _find("prompt", names)
+
+    def reach(columns: tuple[str, ...]) -> float:
+        return sum(found[wanted] is not None for wanted in columns) / len(columns)
+
+    nearest = max(candidates, key=reach)
+    lines = [
+        f"These columns make no preference set: {_listed(names)}. Needed: prompt, chosen, rejected (prompt may be "
+        "left out where chosen and rejected hold whole conversations); or prompt, completion, label; "
+        "or messages, label."
+    ]
+    if reach(nearest) == 0:
+        lines.append(
+            "None of them looks like a needed one. Map them with --columns prompt=... chosen=... rejected=..."
+        )
+        return " ".join(lines)
+    mapped = ("prompt", *nearest) if nearest[0] == "chosen" else nearest
+    arguments = [f"{wanted}={found[wanted]}" for wanted in mapped if found[wanted] not in (None, wanted)]
+    lacking = [wanted for wanted in nearest if found[wanted] is None]
+    if arguments:
+        lines.append(f"If that is what they mean, pass: --columns {' '.join(arguments)}.")
+    if lacking:
+        lines.append(
+            f"No column looks like {' or '.join(lacking)}; add it (as {lacking[0]}=NAME if it has another name), "
+            "or choose a set that holds preferences."
+        )
+    return " ".join(lines)
+
+
+def _find(wanted: str, names: Sequence[str]) -> str | None:
+    """The column that stands for `wanted`: itself, a known alias, or a near spelling."""
+    if wanted in names:
+        return wanted
+    by_lower = {name.lower(): name for name in names}
+    for alias in (wanted, *ALIASES[wanted]):
+        if alias in by_lower:
+            return by_lower[alias]
+    # A spelling slip (`promt`, `Rejected_`); `reject` must not stand for `prompt`, so the other names are excluded.
+    spellings = [name for name in names if name not in _OURS]
+    hint = did_you_mean(wanted, spellings, limit=1)
+    return next((name for name in spellings if repr(name) in hint), None)
+
+
+def _listed(names: Sequence[str] | frozenset[str]) -> str:
+    return ", ".join(sorted(names) if isinstance(names, frozenset) else names) or "(none)"

@@ -1,0 +1,113 @@
+"""The catalogue of problems: how grave each is, what it means, what to do. Reports list them in this order.
+
+An error makes a row unfit for training, a warning leaves the row in, and an info is only worth knowing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefopt.data.report import Severity
+
+
+@dataclass(frozen=True)
+class Kind:
+    severity: Severity
+    explanation: str
+    advice: str
+
+
+def _catalogue() -> dict[str, Kind]:
+    kinds: dict[str, Kind] = {
+        "unparseable transcript": Kind(
+            "error",
+            "'chosen' or 'rejected' does not alternate '\\n\\nHuman: ' and '\\n\\nAssistant: ' up to an answer of the "
+            "assistant, or the two differ in what the human says.",
+            "Repair the text, or give prompt, chosen and rejected as columns.",
+        )
+    }
+    for column in ("prompt", "chosen", "rejected", "completion"):
+        kinds[f"null {column}"] = Kind("error", f"Column '{column}' is null.", "Fill it in or delete the row.")
+        kinds[f"empty {column}"] = Kind(
+            "error",
+            f"Column '{column}' has no text: it is empty, only white space, or its last message is.",
+            "Fill it in or delete the row.",
+        )
+        kinds[f"wrong type: {column}"] = Kind(
+            "error",
+            f"Column '{column}' is neither text nor a list of messages with a 'role' and a 'content'.",
+            "Write it as text, or as [{\"role\": ..., \"content\": ...}] (not 'from'/'value').",
+        )
+        kinds[f"wrong role: unknown in {column}"] = Kind(
+            "error",
+            f"A message in column '{column}' has a role that chat templates do not know.",
+            "Use system, developer, user, assistant or tool (human -> user, gpt -> assistant).",
+        )
+        if column != "prompt":
+            kinds[f"wrong role: {column} is not the assistant's"] = Kind(
+                "error",
+                f"Column '{column}' must begin and end with the assistant's or a tool's message.",
+                "Move what comes before the answer to 'prompt', and delete what follows it.",
+            )
+            kinds[f"user turn inside {column}"] = Kind(
+                "warning",
+                f"Column '{column}' holds turns that the model does not write; they are trained on like the others.",
+                "End the completion at its first answer if that is not meant.",
+            )
+    kinds |= _whole_row_kinds()
+    order = {"error": 0, "warning": 1, "info": 2}
+    return dict(sorted(kinds.items(), key=lambda item: order[item[1].severity]))
+
+
+def _whole_row_kinds() -> dict[str, Kind]:
+    return {
+        "wrong role: prompt ends with assistant": Kind(
+            "error",
+            "The last message of 'prompt' is the assistant's, so there is nothing to answer.",
+            "Move that message to the completions.",
+        ),
+        "wrong type: text beside messages": Kind(
+            "error",
+            "Some of the row's texts are plain and some are lists of messages.",
+            "Write all of them one way.",
+        ),
+        "wrong type: label": Kind("error", "Column 'label' is not true or false.", "Write true or false."),
+        "chosen equals rejected": Kind(
+            "error", "Both sides are the same, so there is no preference to learn.", "Delete the row."
+        ),
+        "bad weight": Kind(
+            "error",
+            "Column 'weight' is missing, not a number, not finite or negative.",
+            "Write a number of 0 or more (1 is neutral).",
+        ),
+        "refused by the chat template": Kind(
+            "error",
+            "The tokenizer's chat template raised an error on this conversation.",
+            "Templates may want alternating roles or no system message; rewrite the row or choose another template.",
+        ),
+        "no room for a completion": Kind(
+            "error",
+            "The prompt alone fills max_length, so no completion token is left.",
+            "Raise max_length or shorten the prompt.",
+        ),
+        "duplicate row": Kind(
+            "warning", "The same texts stand in an earlier row, so they count twice.", "Delete it if not meant."
+        ),
+        "contradicts an earlier row": Kind(
+            "warning", "An earlier row prefers the opposite; the two cancel out.", "Decide for one of them."
+        ),
+        "truncated completion": Kind(
+            "warning",
+            "Prompt and completion exceed max_length, so the end of a completion is cut off.",
+            "Raise max_length if answers should be learnt to their end.",
+        ),
+        "prompt is no token prefix": Kind(
+            "info",
+            "The prompt's tokens are not the first tokens of prompt + completion (the chat template ends the prompt "
+            "otherwise, or tokens merge across the boundary).",
+            "Nothing to do: the whole prompt is kept as context and the completion is scored correctly.",
+        ),
+    }
+
+
+KINDS = _catalogue()

@@ -1,0 +1,98 @@
+"""What validation found: problems with their rows, as counts, as a table, and as the message that stops a run.
+
+It knows nothing of how problems are found (`validate.py`) and imports rich alone, beside this folder's errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rich.table import Table
+from rich.text import Text
+
+Severity = Literal["error", "warning", "info"]
+
+_STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+_SHOWN = 5
+
+
+@dataclass
+class Problem:
+    """One kind of problem. `rows` are the dataset's row numbers from 0; `advice` says what to do."""
+
+    kind: str
+    severity: Severity
+    rows: list[int]
+    explanation: str
+    advice: str = ""
+
+
+@dataclass
+class Report:
+    """All problems of a dataset, errors first. `origins` names a row's file and its row there, for mixed sets."""
+
+    problems: list[Problem]
+    total: int
+    origins: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """No row has an error; there may be warnings."""
+        return not any(problem.severity == "error" for problem in self.problems)
+
+    @property
+    def bad_rows(self) -> list[int]:
+        """Rows with at least one error, in order."""
+        return sorted({row for problem in self.problems if problem.severity == "error" for row in problem.rows})
+
+    def counts(self) -> dict[str, int]:
+        return {problem.kind: len(problem.rows) for problem in self.problems}
+
+    def reasons(self, rows: Iterable[int]) -> dict[int, list[str]]:
+        """The errors of each of `rows`, by kind."""
+        found: dict[int, list[str]] = {row: [] for row in rows}
+        for problem in self.problems:
+            if problem.severity == "error":
+                for row in problem.rows:
+                    if row in found:
+                        found[row].append(problem.kind)
+        return found
+
+    def first_rows(self, problem: Problem, shown: int = _SHOWN) -> str:
+        names = [self.origins.get(row, str(row)) for row in problem.rows[:shown]]
+        return ", ".join(names) + (" ..." if len(problem.rows) > shown else "")
+
+    def table(self) -> Table:
+        """Problem, severity, count, first row numbers, what to do."""
+        bad = len(self.bad_rows)
+        title = f"{self.total} rows, {bad} with errors" if self.problems else f"{self.total} rows, no problem found"
+        table = Table(title=title, caption="Rows are numbered from 0.", show_lines=True)
+        table.add_column("problem")
+        table.add_column("severity")
+        table.add_column("rows", justify="right")
+        table.add_column("first rows (from 0)")
+        table.add_column("what it means, what to do")
+        for problem in self.problems:
+            # As plain text: row names and texts may hold the brackets that rich reads as markup.
+            table.add_row(
+                Text(problem.kind),
+                Text(problem.severity, style=_STYLES[problem.severity]),
+                str(len(problem.rows)),
+                Text(self.first_rows(problem)),
+                Text(f"{problem.explanation} {problem.advice}".strip()),
+            )
+        return table
+
+    def message(self) -> str:
+        """The report as text for an error: one line a problem."""
+        lines = [f"{len(self.bad_rows)} of {self.total} rows cannot be trained on (rows are numbered from 0):"]
+        for problem in self.problems:
+            mark = "" if problem.severity == "error" else f" [{problem.severity}]"
+            plural = "" if len(problem.rows) == 1 else "s"
+            lines.append(
+                f"  {problem.kind}{mark}: {len(problem.rows)} row{plural}, first {self.first_rows(problem)}. "
+                f"{problem.explanation} {problem.advice}".rstrip()
+            )
+        return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""Loading: every file format, saved folders, renamed columns, and messages about files that cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from prefopt.data import DataError, load_preferences, parse_columns
+
+ROWS = [
+    {"prompt": "How does a bridge work?", "chosen": "It carries loads.", "rejected": "No idea."},
+    {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Rome."},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def _write(folder: Path, name: str) -> Path:
+    path = folder / name
+    plain = folder / name.removesuffix(".gz")
+    if ".jsonl" in name:
+        plain.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif ".json" in name:
+        plain.write_text(json.dumps(ROWS, indent=1))
+    elif ".csv" in name:
+        Dataset.from_list(ROWS).to_csv(str(plain))
+    else:
+        Dataset.from_list(ROWS).to_parquet(str(plain))
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_file_format_gives_the_same_rows(tmp_path: Path, ending: str, compression: str, streaming: bool) -> None:
+    dataset = load_preferences(str(_write(tmp_path, f"pairs{ending}{compression}")), streaming=streaming)
+    assert isinstance(dataset, IterableDataset if streaming else Dataset)
+    assert list(dataset) == ROWS
+
+
+def test_a_saved_dict_takes_the_split_and_lists_its_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1])).save_to_disk(str(folder))
+    assert len(load_preferences(str(folder), split="test")) == 1
+    assert list(load_preferences(str(folder), streaming=True)) == ROWS
+    with pytest.raises(DataError, match=r"no split 'tset'; this folder holds 'train', 'test'.* Did you mean 'test'"):
+        load_preferences(str(folder), split="tset")
+
+
+def test_a_saved_dataset_is_its_only_split(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    Dataset.from_list(ROWS).save_to_disk(str(folder))
+    assert list(load_preferences(str(folder))) == ROWS
+    with pytest.raises(DataError, match="holds a single dataset, not a split 'test'"):
+        load_preferences(str(folder), split="test")
+
+
+def test_a_file_holds_the_train_split_and_its_slices(tmp_path: Path) -> None:
+    path = _write(tmp_path, "pairs.jsonl")
+    assert list(load_preferences(str(path), split="train[:1]")) == ROWS[:1]
+    with pytest.raises(DataError, match=r"only the split 'train', and 'test' was asked for"):
+        load_preferences(str(path), split="test")
+
+
+def test_a_missing_file_suggests_near_names(tmp_path: Path) -> None:
+    _write(tmp_path, "pairs.jsonl")
+    with pytest.raises(DataError, match=r"No file at .*pears\.jsonl.* Did you mean 'pairs\.jsonl'\?"):
+        load_preferences(str(tmp_path / "pears.jsonl"))
+    with pytest.raises(DataError, match=r"Data files there: pairs\.jsonl"):
+        load_preferences(str(tmp_path / "zzz.csv"))
+    with pytest.raises(DataError, match="the nearest that does is"):
+        load_preferences(str(tmp_path / "a" / "b" / "zzz.csv"))
+
+
+def test_an_unreachable_hub_name_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"'owner/pairs' is no local file or folder, and .* Hub .*Couldn't"):
+        load_preferences("owner/pairs")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_a_broken_json_line_is_named(tmp_path: Path, streaming: bool, compression: str) -> None:
+    text = f'{json.dumps(ROWS[0])}\n\n{{"prompt": "a", "chosen":\n{json.dumps(ROWS[1])}\n'.encode()
+    path = tmp_path / f"broken.jsonl{compression}"
+    path.write_bytes(gzip.compress(text) if compression else text)
+    with pytest.raises(DataError, match=r"broken\.jsonl.*, line 3: not valid JSON .* repair or delete this line"):
+        load_preferences(str(path), streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.jsonl", b'{"a": 1}\n[1, 2]\n', r"line 2: a JSON list where an object"),
+        ("array.json", b'[{"a": 1},\n {"a": }]', r"array\.json, line 2: not valid JSON"),
+        ("latin.jsonl", b'{"a": "x"}\n{"a": "\xe9"}\n', r"line 2: not valid JSON \(not UTF-8"),
+        ("empty.jsonl", b"", "the file is empty"),
+        ("blank.jsonl", b"\n\n", "the file is empty"),
+        ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "ends early or is damaged"),
+        ("not.parquet", b"PAR1 nothing", r"not\.parquet: could not be read as parquet"),
+        ("notes.docx", b"x", "ending says no format"),
+    ],
+)
+def test_unreadable_files_are_explained(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_preferences(str(tmp_path / name))
+
+
+def test_columns_are_renamed_and_displaced_ones_kept(tmp_path: Path) -> None:
+    path = _write(tmp_path, "pairs.jsonl")
+    dataset = load_preferences(str(path), columns={"chosen": "rejected", "rejected": "chosen"})
+    assert dataset[0] == {**ROWS[0], "chosen": ROWS[0]["rejected"], "rejected": ROWS[0]["chosen"]}
+    displaced = load_preferences(str(path), columns={"prompt": "chosen"})
+    assert set(displaced.column_names) == {"prompt", "prompt_original", "rejected"}
+
+
+def test_a_mapping_to_an_absent_column_lists_the_columns(tmp_path: Path) -> None:
+    path = str(_write(tmp_path, "pairs.jsonl"))
+    with pytest.raises(DataError, match=r"no column 'promt'\. Did you mean 'prompt'\? Its columns: prompt, chosen"):
+        load_preferences(path, columns={"prompt": "promt"})
+    with pytest.raises(DataError, match=r"Did you mean question=prompt\?|Our name comes first"):
+        load_preferences(path, columns={"prompt": "question"})
+    with pytest.raises(DataError, match="'chosen' is mapped to more than one"):
+        load_preferences(path, columns={"prompt": "chosen", "rejected": "chosen"})
+
+
+def test_parse_columns_reads_pairs_and_refuses_the_rest() -> None:
+    assert parse_columns(["prompt=question", "chosen=a"]) == {"prompt": "question", "chosen": "a"}
+    assert parse_columns(None) == {}
+    with pytest.raises(DataError, match="'prompt' is not of the form OURS=THEIRS"):
+        parse_columns(["prompt"])
+    with pytest.raises(DataError, match="'prompt' is given twice"):
+        parse_columns("prompt=a prompt=b")

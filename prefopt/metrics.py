@@ -1,0 +1,103 @@
+"""What a run logs: running means over examples and processes, and the words for a loss that is not finite.
+
+Imports torch, accelerate and `prefopt.losses`. Nothing is read back from the device until the means are asked for, so
+logging costs one exchange between processes per log line instead of one per metric and step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from prefopt.losses import LossOutput, PreferenceBatch
+
+
+class RunningMeans:
+    """Sums and counts by name, kept on the device they come from."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Any]] = {}
+
+    def add(self, name: str, values: Tensor, count: Tensor | None = None) -> None:
+        """Add (M,) per-example `values`; `count` replaces M where the mean is over something else, such as tokens."""
+        entry = self._sums.setdefault(name, [0.0, 0.0])
+        entry[0] = entry[0] + values.detach().double().sum()
+        entry[1] = entry[1] + (values.numel() if count is None else count.detach().double())
+
+    def add_all(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, values in metrics.items():
+            self.add(name, values)
+
+    def drain(self) -> dict[str, float]:
+        """Means over everything added on every process since the last call, which every process must make.
+
+        Processes may know different names: a batch of binary feedback can lack a role.
+        """
+        local = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for process in gather_object([local]):
+            for name, (total, count) in process.items():
+                sums[name][0] += total
+                sums[name][1] += count
+        means = {name: total / count for name, (total, count) in sums.items() if count > 0}
+        return means | _unpaired_margins(means)
+
+
+def _unpaired_margins(means: Mapping[str, float]) -> dict[str, float]:
+    """Margins of feedback without pairs: the difference of the two roles' mean rewards."""
+    margins = {}
+    for name, chosen in means.items():
+        if name.endswith("rewards/chosen"):
+            prefix = name.removesuffix("chosen")
+            rejected = means.get(f"{prefix}rejected")
+            if rejected is not None and f"{prefix}margins" not in means:
+                margins[f"{prefix}margins"] = chosen - rejected
+    return margins
+
+
+def batch_metrics(batch: PreferenceBatch, output: LossOutput) -> dict[str, Tensor]:
+    """Per-example values to log: the objective's own, and log-probabilities, ratios and lengths of each role."""
+    metrics = dict(output.metrics)
+    with torch.no_grad():
+        for role in ("chosen", "rejected"):
+            scores = batch.role(role)
+            if scores is not None:
+                metrics[f"logps/{role}"] = scores.logps
+                metrics[f"lengths/{role}"] = scores.lengths
+                if scores.ref_logps is not None:
+                    metrics[f"ratios/{role}"] = scores.ratios
+    return metrics
+
+
+def describe_non_finite(batch: PreferenceBatch, loss: float, texts: Mapping[str, list[str]], step: int) -> str:
+    """The error for a loss that is NaN or infinite: which examples, and what to try.
+
+    Args:
+        batch: the scored batch.
+        loss: the loss.
+        texts: decoded rows of each role, in the order of the batch.
+        step: the optimizer step.
+    """
+    found = []
+    for role, decoded in texts.items():
+        scores = batch.role(role)
+        if scores is None:
+            continue
+        values = {"log-probability": scores.logps}
+        if scores.ref_logps is not None:
+            values["reference log-probability"] = scores.ref_logps
+        for i, text in enumerate(decoded):
+            if not all(torch.isfinite(value[i]) for value in values.values()):
+                said = ", ".join(f"{name} {float(value[i].detach()):g}" for name, value in values.items())
+                found.append(f"{role} {i}: {said}; text {text[:160]!r}")
+    listed = "\n  ".join(found) or "no log-probability is: the objective itself overflowed"
+    return (
+        f"the loss is {loss} at step {step}. Not finite in this batch:\n  {listed}\n"
+        "Look at those rows, lower the learning rate, or train in bfloat16 or float32 rather than float16"
+    )

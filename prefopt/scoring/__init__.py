@@ -1,0 +1,10 @@
+"""How log-probabilities are made: token scores from a model's logits, and rows grouped into a `PreferenceBatch`.
+
+Works on any causal language model, wrapped or not; imports `prefopt.losses` and torch, never TRL.
+"""
+
+from prefopt.scoring.logprobs import TokenScores, token_scores
+from prefopt.scoring.padded import score_rows
+from prefopt.scoring.rows import ROLES, RowGroups, assemble_batch
+
+__all__ = ["ROLES", "RowGroups", "TokenScores", "assemble_batch", "score_rows", "token_scores"]

@@ -1,0 +1,119 @@
+"""From tokenised examples to one padded batch of rows that says which row plays which role.
+
+Every completion is a row of its own, prompt first: first all chosen rows, then all rejected ones, for pairs; in data
+order for single labelled completions. Imports torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+CHOSEN, REJECTED, MISMATCHED = 0, 1, 2
+COLUMN_PREFIX = "column_"
+"""What per-example columns are called inside a batch, so that none can be taken for a model input."""
+
+
+@dataclass
+class PreferenceCollator:
+    """Pads tokenised examples into rows.
+
+    Examples are dicts with `prompt_ids` and either `chosen_ids` and `rejected_ids`, or `completion_ids` and `label`;
+    `ref_chosen_logps` and `ref_rejected_logps` and numeric columns may stand beside them.
+
+    Attributes:
+        pad_token_id: token that fills rows up. May be set after construction, before the first batch.
+        max_length: rows longer than this are cut.
+        truncation_mode: "keep_start" cuts completions at their end, "keep_end" cuts prompts at their start.
+        pad_to_multiple_of: row length is rounded up to a multiple of this.
+        mismatched: also build every completion's row under the previous example's prompt.
+        columns: numeric columns to pass on, as `column_<name>`; `weight` is passed on wherever it is present.
+    """
+
+    pad_token_id: int | None = None
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+    mismatched: bool = False
+    columns: tuple[str, ...] = ()
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        rows: list[tuple[int, int, list[int], list[int]]] = []  # role, example, prompt, completion
+        paired = "chosen_ids" in examples[0]
+        if paired:
+            for role, key in ((CHOSEN, "chosen_ids"), (REJECTED, "rejected_ids")):
+                rows += [(role, i, example["prompt_ids"], example[key]) for i, example in enumerate(examples)]
+        else:
+            for i, example in enumerate(examples):
+                role = CHOSEN if example["label"] else REJECTED
+                rows.append((role, i, example["prompt_ids"], example["completion_ids"]))
+        # A lone example has no other prompt to be put under; its batch then adds nothing to the estimate.
+        if self.mismatched and len(examples) > 1:
+            prompts = [examples[i - 1]["prompt_ids"] for i in range(len(examples))]
+            rows += [(MISMATCHED, i, prompts[i], completion) for _, i, _, completion in rows]
+        batch = self._pad(rows)
+        batch["roles"] = torch.tensor([role for role, *_ in rows])
+        batch["examples"] = torch.tensor([i for _, i, *_ in rows])
+        batch["paired"] = torch.tensor(paired)
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([float(example[name]) for example in examples])
+        batch.update(collate_columns(examples, self.columns))
+        return batch
+
+    def _pad(self, rows: list[tuple[int, int, list[int], list[int]]]) -> dict[str, Tensor]:
+        if self.pad_token_id is None:
+            raise ValueError("PreferenceCollator.pad_token_id is not set; give it the tokenizer's pad_token_id")
+        cut = slice(None)
+        if self.max_length is not None:
+            if self.truncation_mode not in ("keep_start", "keep_end"):
+                raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', got {self.truncation_mode!r}")
+            cut = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+        ids = [torch.tensor((prompt + completion)[cut]) for *_, prompt, completion in rows]
+        masks = [torch.tensor(([0] * len(prompt) + [1] * len(completion))[cut]) for *_, prompt, completion in rows]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        completion_mask = pad_sequence(masks, batch_first=True)
+        if self.pad_to_multiple_of:
+            more = (0, -input_ids.shape[1] % self.pad_to_multiple_of)
+            input_ids = torch.nn.functional.pad(input_ids, more, value=self.pad_token_id)
+            attention_mask = torch.nn.functional.pad(attention_mask, more)
+            completion_mask = torch.nn.functional.pad(completion_mask, more)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+
+
+@dataclass
+class WithColumns:
+    """Adds the numeric columns to what another collator makes (a vision-language one, or the user's own)."""
+
+    inner: Any
+    columns: tuple[str, ...] = ()
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
+        # First, because some collators rewrite the examples they are given.
+        added = collate_columns(examples, self.columns)
+        batch = self.inner(examples)
+        batch.update(added)
+        return batch
+
+
+def collate_columns(examples: Sequence[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, Tensor]:
+    """The numeric columns of a batch, (E,) float32 each.
+
+    Raises:
+        ValueError: if a value is missing or no number.
+    """
+    names = dict.fromkeys([*columns, *(["weight"] if "weight" in examples[0] else [])])
+    batch = {}
+    for name in names:
+        values = [example.get(name) for example in examples]
+        if not all(isinstance(value, (int, float)) for value in values):
+            bad = next(value for value in values if not isinstance(value, (int, float)))
+            raise ValueError(f"column {name!r} must hold a number in every row, found {bad!r}")
+        batch[COLUMN_PREFIX + name] = torch.tensor(values, dtype=torch.float32)
+    return batch

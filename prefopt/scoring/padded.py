@@ -1,0 +1,58 @@
+"""The plain layout: one padded row per completion, its prompt included.
+
+It serves every architecture, adapter and modality, because it is what a model expects. The model is always called
+through the wrapper it is given (DDP, DeepSpeed, PEFT); nothing reaches around it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from prefopt.scoring.logprobs import TokenScores, token_scores
+
+
+def takes_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the model can be told to compute logits for the last positions only."""
+    inner = model
+    while isinstance(getattr(inner, "module", None), nn.Module):  # DDP, DeepSpeed
+        inner = inner.module  # type: ignore[assignment]
+    if hasattr(inner, "get_base_model"):  # PEFT
+        inner = inner.get_base_model()  # type: ignore[operator]
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def score_rows(
+    model: nn.Module, inputs: Mapping[str, Any], completion_mask: Tensor, *, all_logits: bool = False
+) -> tuple[TokenScores, Any]:
+    """Score the completion tokens of padded rows.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        inputs: its keyword arguments, `input_ids` (R, T) among them.
+        completion_mask: (R, T), true at completion tokens.
+        all_logits: keep the logits of every position in the model's output (an evaluation metric may want them).
+
+    Returns:
+        Token scores of shape (R, T - 1), position t standing for token t + 1, and the model's output.
+    """
+    labels, mask = inputs["input_ids"][:, 1:], completion_mask[:, 1:].bool()
+    kwargs = {**inputs, "use_cache": False}
+    # The head of a small model with a large vocabulary is a fifth of the work: skip the positions before the first
+    # completion token of the batch.
+    first = int(mask.any(dim=0).float().argmax()) if bool(mask.any()) else mask.shape[1] - 1
+    window = mask.shape[1] - first
+    if not all_logits and takes_logits_to_keep(model):
+        kwargs["logits_to_keep"] = window + 1
+    outputs = model(**kwargs)
+    # From the right: prompt-learning adapters put virtual tokens before the row.
+    logits = outputs.logits[:, -(window + 1) : -1]
+    scores = token_scores(logits, labels[:, first:], mask[:, first:])
+    pad = (first, 0)
+    return (
+        TokenScores(nn.functional.pad(scores.logps, pad), nn.functional.pad(scores.entropy, pad), mask),
+        outputs,
+    )

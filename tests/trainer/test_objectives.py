@@ -1,0 +1,253 @@
+"""What the trainer adds to TRL: any loss, unpaired data, weights, per-term metrics, the step-0 check, the mixin."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer
+
+from prefopt import LossMixin, PreferenceConfig, PreferenceTrainer
+from prefopt.losses import DPO, SFT, Need, PairLoss
+from tests.tiny import THINKING, make_model, make_tokenizer
+from tests.trainer.runs import make_labelled, make_pairs, make_trainer, settings, train
+
+
+@pytest.mark.parametrize("loss", ["simpo", "dpo + 0.5*sft", "sft(nll='sum')", "kto", "kto + 0.1*sft"])
+def test_every_kind_of_loss_trains_on_pairs(tmp_path, loss):
+    log = train(tmp_path, loss=loss, max_steps=20, learning_rate=3e-3, train_dataset=make_pairs(8))
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_a_loss_object_serves_as_well_as_its_text(tmp_path):
+    objective = DPO(beta=0.2) + 0.5 * SFT()
+    spoken = train(tmp_path, loss=str(objective), max_steps=3)
+    built = train(tmp_path, trainer_options={"loss": objective}, max_steps=3)
+    assert [e["loss"] for e in spoken] == [e["loss"] for e in built]
+
+
+def test_unpaired_feedback_trains_with_kto(tmp_path):
+    log = train(tmp_path, loss="kto(beta=0.5)", train_dataset=make_labelled(12), max_steps=30, learning_rate=3e-3)
+    assert log[0]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert log[-1]["loss"] < 0.45
+    assert log[-1]["rewards/margins"] > 0
+    assert {"kto/mismatched_ratios", "rewards/chosen", "rewards/rejected", "logps/chosen"} <= set(log[-1])
+
+
+def test_kto_on_unpaired_feedback_equals_trls_own_trainer(tmp_path):
+    """TRL's KTOTrainer is the oracle: one batch of all rows, since it draws them in another order."""
+    trl = pytest.importorskip("trl")
+    if not hasattr(trl, "KTOTrainer"):
+        pytest.skip("this TRL keeps its KTO trainer elsewhere")
+    data = make_labelled(16)
+    options = {"max_steps": 1, "per_device_train_batch_size": 16}
+    theirs = train(tmp_path, trainer=trl.KTOTrainer, config=trl.KTOConfig, train_dataset=data, **options)
+    ours = train(tmp_path, loss="kto(beta=0.1)", train_dataset=data, **options)
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-4)
+    assert ours[0]["grad_norm"] == pytest.approx(theirs[0]["grad_norm"], rel=1e-3)
+
+
+def test_a_pair_loss_refuses_unpaired_data(tmp_path):
+    with pytest.raises(ValueError, match=r"the train set holds single labelled completions .* as kto"):
+        make_trainer(tmp_path, loss="dpo", train_dataset=make_labelled())
+
+
+def test_kto_needs_two_examples_a_batch(tmp_path):
+    with pytest.raises(ValueError, match="per_device_train_batch_size must be at least 2"):
+        make_trainer(tmp_path, loss="kto", per_device_train_batch_size=1)
+
+
+def test_kto_cannot_precompute_its_reference(tmp_path):
+    with pytest.raises(ValueError, match="precompute_ref_log_probs=False"):
+        make_trainer(tmp_path, loss="kto", precompute_ref_log_probs=True)
+
+
+def test_metrics_of_every_term_are_logged(tmp_path):
+    entry = train(tmp_path, loss="dpo(beta=0.1) + 0.2*sft + ipo", max_steps=2)[-1]
+    for name in [
+        "dpo/loss", "sft/loss", "ipo/loss", "dpo/rewards/margins", "ipo/rewards/margins", "rewards/chosen",
+        "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+        "lengths/chosen", "ratios/chosen", "ratios/rejected", "entropy", "num_tokens",
+    ]:  # fmt: skip
+        assert name in entry
+    total = entry["dpo/loss"] + 0.2 * entry["sft/loss"] + entry["ipo/loss"]
+    assert entry["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_logged_means_are_over_examples_not_batches(tmp_path):
+    """Five examples in batches of four: the lone example of the second batch counts once, not as much as four."""
+    trainer = make_trainer(tmp_path, loss="sft(nll='sum')", per_device_eval_batch_size=4)
+    five = make_pairs(5, seed=1)
+    whole = trainer.evaluate(five)
+    one_by_one = [trainer.evaluate(five.select([i]))["eval_logps/chosen"] for i in range(5)]
+    assert whole["eval_logps/chosen"] == pytest.approx(sum(one_by_one) / 5, rel=1e-5)
+
+
+def test_weight_column_scales_examples(tmp_path):
+    plain = train(tmp_path, loss="dpo", max_steps=2, train_dataset=make_pairs(8))
+    halved = train(tmp_path, loss="dpo", max_steps=2, train_dataset=make_pairs(8, weight=[0.5] * 8))
+    assert halved[0]["loss"] == pytest.approx(plain[0]["loss"] / 2, rel=1e-5)
+    assert halved[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"] / 2, rel=1e-4)
+
+
+def test_weight_that_is_no_number_names_the_column(tmp_path):
+    trainer = make_trainer(tmp_path, loss="dpo", train_dataset=make_pairs(4, weight=[1.0, None, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="column 'weight' must hold a number in every row, found None"):
+        trainer.train()
+
+
+class Margin(PairLoss):
+    """DPO with a margin column, as a project of its own would write it."""
+
+    needs = Need.REFERENCE | Need.TOKENS
+    columns = ("gap",)
+    name = "margin"
+
+    def per_example(self, batch):
+        summed = (batch.chosen.token_logps * batch.chosen.token_mask).sum(-1)
+        torch.testing.assert_close(summed, batch.chosen.logps)
+        torch.testing.assert_close(batch.chosen.ref_token_logps.sum(-1), batch.chosen.ref_logps)
+        z = 0.1 * (batch.chosen.ratios - batch.rejected.ratios) - batch.chosen.columns["gap"]
+        return -torch.nn.functional.logsigmoid(z)
+
+
+def test_a_users_loss_gets_its_column_and_its_tokens(tmp_path):
+    log = train(
+        tmp_path, trainer_options={"loss": Margin()}, train_dataset=make_pairs(8, gap=[2] * 8), max_steps=2
+    )  # fmt: skip
+    assert log[0]["loss"] == pytest.approx(float(torch.nn.functional.softplus(torch.tensor(2.0))), rel=1e-5)
+    with pytest.raises(ValueError, match="needs a numeric column 'gap'"):
+        make_trainer(tmp_path, trainer_options={"loss": Margin()})
+
+
+def test_reference_free_losses_run_no_reference(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, loss="simpo", max_steps=2)
+
+    def refuse(*_):
+        raise AssertionError("the reference was scored")
+
+    monkeypatch.setattr(trainer, "_reference_scores", refuse)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+class TestStepZero:
+    def test_passes_where_policy_is_reference(self, tmp_path):
+        assert train(tmp_path, loss="dpo", max_steps=1)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+    def spoiled(self, folder, **options):
+        """An adapter that starts away from zero: the base model is not where the policy begins."""
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return make_trainer(
+            folder, loss="dpo", max_steps=1, trainer_options={"peft_config": config}, **options
+        )  # fmt: skip
+
+    def test_stops_a_run_that_starts_away_from_its_reference(self, tmp_path):
+        trainer = self.spoiled(tmp_path)
+        with pytest.raises(ValueError, match=r"policy and reference differ before .*init_lora_weights"):
+            trainer.train()
+
+    def test_can_warn_instead(self, tmp_path, caplog):
+        with caplog.at_level(logging.WARNING, logger="prefopt.trainer"):
+            self.spoiled(tmp_path, step0_check="warn").train()
+        assert "policy and reference differ" in caplog.text
+
+    @pytest.mark.parametrize("options", [{"step0_check": "off"}, {"step0_tolerance": 100.0}])
+    def test_can_be_put_aside(self, tmp_path, options, caplog):
+        self.spoiled(tmp_path, **options).train()
+        assert "policy and reference differ" not in caplog.text
+
+    def test_leaves_a_given_reference_alone(self, tmp_path):
+        log = train(tmp_path, loss="dpo", max_steps=1, trainer_options={"ref_model": make_model(seed=1)})
+        assert log[0]["loss"] != pytest.approx(0.693147, abs=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(tmp_path):
+    trainer = make_trainer(tmp_path, loss="sft", train_dataset=make_pairs(4))
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan at step 0(.|\n)*chosen 0: log-probability nan; text"
+    ):
+        trainer.train()
+
+
+class TheirTrainer(DPOTrainer):
+    """A third party's subclass, with an argument and a habit of its own."""
+
+    def __init__(self, *args, shout: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shout = shout
+
+    def log(self, logs, start_time=None):
+        logs["shouted"] = float(self.shout)
+        super().log(logs, start_time)
+
+
+class Mixed(LossMixin, TheirTrainer):
+    pass
+
+
+def test_the_mixin_gives_a_third_partys_trainer_a_loss(tmp_path):
+    log = train(
+        tmp_path,
+        trainer=Mixed,
+        config=DPOConfig,
+        max_steps=2,
+        trainer_options={"loss": "ipo(beta=0.2)", "shout": True},
+    )
+    ours = train(tmp_path, loss="ipo(beta=0.2)", max_steps=2)
+    assert [e["loss"] for e in log] == [e["loss"] for e in ours]
+    assert log[-1]["shouted"] == 1.0
+
+
+def test_the_mixin_takes_positional_arguments(tmp_path):
+    args = DPOConfig(**settings(tmp_path, max_steps=1))
+    trainer = Mixed(make_model(), make_model(), args, None, make_pairs(8), None, make_tokenizer(), loss="hinge")
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "dpo", "beta": 0.3}, "beta=0.3 would have no effect beside a loss expression"),
+        ({"loss": "dpo", "loss_type": "ipo"}, r"loss_type=\['ipo'\] would have no effect"),
+        ({"loss": "dop"}, "did you mean 'dpo'"),
+        ({"loss": "__import__('os')"}, "no loss is named '__import__'"),
+        ({"step0_check": "maybe"}, "step0_check must be"),
+    ],
+)
+def test_config_refuses(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        PreferenceConfig(**settings(tmp_path, **options))
+
+
+def test_an_objective_given_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the objective is given twice"):
+        make_trainer(tmp_path, loss="dpo", trainer_options={"loss": "ipo"})
+
+
+def test_rows_without_room_for_a_completion_are_dropped_aloud(tmp_path, caplog):
+    pairs = make_pairs(6)
+    long = {"role": "user", "content": "quick " * 60}
+    pairs = Dataset.from_list([{**row, "prompt": [long]} if i in (1, 4) else row for i, row in enumerate(pairs)])
+    with caplog.at_level(logging.WARNING, logger="prefopt.trainer"):
+        trainer = make_trainer(tmp_path, loss="dpo", train_dataset=pairs, max_length=64)
+    assert len(trainer.train_dataset) == 4
+    assert "dropped 2 of 6 rows of the train set" in caplog.text
+    assert "rows 1, 4" in caplog.text
+
+
+def test_the_generation_prompt_stays_in_the_context(tmp_path):
+    """TRL leaves the template's empty thought out of the context; the policy meets it at inference."""
+    tokenizer = make_tokenizer(THINKING)
+    trainer = PreferenceTrainer(
+        make_model(), make_model(), PreferenceConfig(**settings(tmp_path)), None, make_pairs(2), None, tokenizer
+    )
+    row = trainer.train_dataset[0]
+    assert tokenizer.decode(row["prompt_ids"]).endswith("<think>\n\n</think>\n\n")
+    assert tokenizer.decode(row["chosen_ids"]) == row["chosen"][0]["content"] + "<|im_end|>\n"

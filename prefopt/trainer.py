@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from prefopt.data import kind, normalise, tokenize_dataset
@@ -58,6 +59,13 @@ class PreferenceConfig(DPOConfig):
             float32 and 0.05 in half precision.
     """
 
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Use bfloat16 mixed precision. If not set: on where there is an accelerator, off on a CPU, where it "
+            "is far slower than float32."
+        },
+    )
     loss: str | None = field(
         default=None,
         metadata={"help": "Loss expression, for example 'dpo(beta=0.1) + 0.2*sft'. `prefopt losses` lists the names."},
@@ -76,7 +84,7 @@ class PreferenceConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not torch.accelerator.is_available():
-            # TRL's default of bf16 is a hundred times slower than float32 on most CPUs.
+            # TRL's default of bf16 is a hundred times slower than float32 on CPUs without bf16 units.
             self.bf16 = False
         super().__post_init__()
         if self.step0_check not in ("error", "warn", "off"):
@@ -161,6 +169,9 @@ class LossMixin:
         self._start_checked = False
         self._own_collator: PreferenceCollator | None = None
         if self.objective is not None:
+            if hasattr(args, "seed"):
+                # An adapter's random weights are drawn while TRL sets up; TRL seeds that itself since 1.15 only.
+                set_seed(args.seed)
             self._before_trl(self.objective, bound, args)
         super().__init__(**bound)
         if self.objective is not None:

@@ -8,10 +8,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     GPT2Config,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2Config,
     Qwen3MoeConfig,
 )
@@ -102,3 +112,81 @@ def make_model(architecture: str = "llama", seed: int = 0, dtype: torch.dtype = 
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
     return model
+
+
+# Multimodal conversations: every message's content is a list of parts. IMAGE stands for the model's placeholder.
+IMAGE_CHATML = """{%- for message in messages %}<|im_start|>{{ message['role'] }}
+{% for part in message['content'] %}{{ 'IMAGE' if part['type'] == 'image' else part['text'] }}{% endfor %}\
+<|im_end|>
+{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def make_vlm(architecture: str = "llava", seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A tiny vision-language model and its processor; neither needs torchvision.
+
+    "llava" reads four image tokens a picture; "gemma3" four as well, and its batches carry `token_type_ids`.
+    """
+    placeholder = {"llava": "<image>", "gemma3": "<start_of_image>"}[architecture]
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image>"}
+    template = IMAGE_CHATML.replace("IMAGE", placeholder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained_bpe()),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=names,
+    )
+    tokenizer.chat_template = template
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in names.values()}
+    text = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(seed)
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    if architecture == "llava":
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(
+                text_config=LlamaConfig(**text),
+                vision_config=CLIPVisionConfig(**vision, image_size=28, patch_size=14, projection_dim=32),
+                image_token_index=ids["<image>"],
+            )
+        )
+        processor = LlavaProcessor(
+            CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+            tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=template,
+        )
+    else:
+        model = Gemma3ForConditionalGeneration(
+            Gemma3Config(
+                text_config={**text, "head_dim": 8},
+                vision_config={**vision, "image_size": 28, "patch_size": 14, "vision_use_head": False},
+                mm_tokens_per_image=4,
+                boi_token_index=ids["<start_of_image>"],
+                eoi_token_index=ids["<end_of_image>"],
+                image_token_index=ids["<image>"],
+            )
+        )
+        processor = Gemma3Processor(
+            Gemma3ImageProcessor(size={"height": 28, "width": 28}),
+            tokenizer,
+            chat_template=template,
+            image_seq_length=4,
+        )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Gemma 3 starts with a projection of zeros, through which it would not see.
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.1)
+    return model, processor

@@ -65,5 +65,5 @@ class KTO(Loss):
     def forward(self, batch: PreferenceBatch) -> LossOutput:
         output = super().forward(batch)
         assert batch.mismatched is not None
-        output.metrics["kto/mismatched_ratios"] = batch.mismatched.ratios.detach().float()
+        output.metrics["mismatched_ratios"] = batch.mismatched.ratios.detach().float()
         return output

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import set_seed
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from tests.tiny import make_model, make_tokenizer
@@ -89,8 +90,11 @@ def make_trainer(
     folder: Path, *, trainer: Any = PreferenceTrainer, config: Any = PreferenceConfig, model: Any = None,
     train_dataset: Any = None, trainer_options: dict[str, Any] | None = None, **options: Any,
 ) -> Any:  # fmt: skip
+    model = save_model(folder) if model is None else model
+    # TRL seeds itself before it makes an adapter since 1.15 only.
+    set_seed(options.get("seed", 42))
     return trainer(
-        model=save_model(folder) if model is None else model,
+        model=model,
         args=config(**settings(folder, **options)),
         train_dataset=make_pairs() if train_dataset is None else train_dataset,
         processing_class=make_tokenizer(),

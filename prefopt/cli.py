@@ -1,0 +1,110 @@
+"""The `prefopt` command: look objectives up, check data, run the bundled job."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from prefopt.losses import Need, available
+from prefopt.losses.registry import describe_arguments
+
+app = typer.Typer(help="Preference optimization for language models.", no_args_is_help=True, add_completion=False)
+console = Console()
+
+Columns = Annotated[
+    list[str] | None, typer.Option("--columns", help="How the data names a column, as prompt=question; repeatable.")
+]
+
+
+@app.command()
+def losses(name: Annotated[str | None, typer.Argument(help="One objective, in full.")] = None) -> None:
+    """List the objectives, or explain one."""
+    known = available()
+    if name is None:
+        table = Table("name", "formula", "roles", "needs", "arguments", "paper", "TRL's name", show_lines=True)
+        for key, cls in known.items():
+            needs = _needs(cls.needs)
+            roles = ("pairs" if cls.paired else "") or " and ".join(cls.roles)
+            table.add_row(
+                *map(escape, (key, cls.formula, roles, needs, describe_arguments(cls), cls.paper, cls.trl_name))
+            )
+        console.print(table)
+        console.print('Combine them: --loss "dpo(beta=0.1) + 0.2*sft". `prefopt losses NAME` explains one.')
+        return
+    if name not in known:
+        from prefopt.losses import LossSyntaxError, parse
+
+        try:
+            console.print(Text(str(parse(name))))
+        except LossSyntaxError as error:
+            _fail(str(error))
+        return
+    cls = known[name]
+    console.print(Text(f"{name}({describe_arguments(cls)})", style="bold"))
+    console.print(Text(textwrap.dedent("    " + (inspect.getdoc(cls) or ""))))
+    console.print(Text(f"Formula: {cls.formula}\nNeeds of the scorer: {_needs(cls.needs)}"))
+    if cls.paper:
+        console.print(Text(f"Paper: https://arxiv.org/abs/{cls.paper}"))
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(help="A file, a save_to_disk folder or a Hub name; a.jsonl:0.7,b.jsonl:0.3")],
+    columns: Columns = None,
+    split: Annotated[str, typer.Option(help="The split to check.")] = "train",
+    model: Annotated[str | None, typer.Option(help="Check lengths with this model's tokenizer.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest prompt and completion, in tokens.")] = None,
+) -> None:
+    """Validate a preference data set and print what is wrong with it."""
+    from prefopt.data import DataError, kind, load_preferences, mix, normalise, parse_columns, parse_sources, validate
+
+    if max_length is not None and model is None:
+        _fail("--max-length counts tokens: name the tokenizer with --model")
+    try:
+        mapping = parse_columns(columns)
+        loaded = {
+            name: normalise(load_preferences(name, split=split, columns=mapping)) for name, _ in parse_sources(data)
+        }
+        dataset = mix(loaded) if len(loaded) > 1 else next(iter(loaded.values()))
+        tokenizer = None
+        if model is not None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        report = validate(dataset, tokenizer=tokenizer, max_length=max_length)
+    except DataError as error:
+        _fail(str(error))
+    if report.problems:
+        console.print(report.table())
+    what = "pairs" if kind(dataset) == "pair" else "labelled completions"
+    console.print(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def demo(context: typer.Context) -> None:
+    """Train the bundled model on the bundled pairs; takes every option of recipes/dpo.py."""
+    from prefopt.recipe import main as run_recipe
+
+    run_recipe("dpo(beta=0.1)", context.args)
+
+
+def _needs(needs: Need) -> str:
+    return ", ".join(str(need.name).lower() for need in Need if need in needs) or "sums and lengths only"
+
+
+def _fail(message: str) -> None:
+    console.print(Text(message, style="red"))
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,162 @@
+"""What `--dry_run` shows: the resolved settings, one decoded batch with its roles, expected steps and memory.
+
+Loads a tokenizer and a model's configuration, never its weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, get_peft_config
+
+from prefopt.data import tokenize_dataset
+from prefopt.losses import Need, parse
+from prefopt.scoring import ROLES
+from prefopt.scoring.collate import PreferenceCollator
+from prefopt.trainer import PreferenceConfig, expression_from_trl_options
+
+
+_MAIN = {"output_dir", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "seed", "max_length"}
+_DERIVED = {"loss", "accelerator_config", "activation_checkpointing", "dataloader_pin_memory", "disable_tqdm", "fsdp"}
+
+
+def show_plan(console: Console, training: PreferenceConfig, model: ModelConfig, train: Any) -> None:
+    """Print what a run with these settings would do."""
+    expression = training.loss or expression_from_trl_options(training)
+    console.print(_settings(training, model, expression))
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = _first_batch(training, tokenizer, train, expression)
+    console.print(*_decoded(batch, tokenizer), sep="\n")
+    console.print(_steps(training, train))
+    console.print(_memory(training, model, expression, batch))
+    console.print("Dry run: nothing was trained.")
+
+
+def _settings(training: PreferenceConfig, model: ModelConfig, expression: str | None) -> Table:
+    """Every setting that differs from its default, and the few that people look for."""
+    table = Table(title="Settings that differ from TRL's defaults, and the main ones")
+    table.add_column("option")
+    table.add_column("value")
+    table.add_row("loss", str(parse(expression)) if expression else f"TRL's own {training.loss_type}")
+    for part in (model, training):
+        for option in dataclasses.fields(part):
+            value = getattr(part, option.name)
+            factory = option.default_factory
+            default = factory() if factory is not dataclasses.MISSING else option.default
+            # Settings that transformers derives by itself say nothing about the run.
+            hidden = option.name in _DERIVED or option.name.endswith("token") or value in (None, [], "")
+            if option.name in _MAIN or (value != default and not hidden):
+                table.add_row(option.name, Text(str(getattr(value, "value", value))))
+    return table
+
+
+def _first_batch(
+    training: PreferenceConfig, tokenizer: Any, train: Any, expression: str | None
+) -> dict[str, torch.Tensor]:
+    rows = list(train.take(training.per_device_train_batch_size))
+    columns = train.take(training.per_device_train_batch_size)
+    tokenised = tokenize_dataset(columns, tokenizer)
+    loss = parse(expression) if expression else None
+    collator = PreferenceCollator(
+        pad_token_id=tokenizer.pad_token_id,
+        max_length=training.max_length,
+        truncation_mode=training.truncation_mode,
+        mismatched=loss is not None and Need.MISMATCHED in loss.needs and len(rows) > 1,
+    )
+    return collator(list(tokenised))
+
+
+def _decoded(batch: dict[str, torch.Tensor], tokenizer: Any, shown: int = 4) -> list[Any]:
+    """The rows of the first examples token by token: prompt dim, completion marked, padding counted."""
+    order = sorted(range(len(batch["roles"])), key=lambda row: int(batch["examples"][row]))[:shown]
+    lines: list[Any] = [Text("\nFirst rows of the first batch, token by token", style="bold")]
+    for row in order:
+        ids = batch["input_ids"][row].tolist()
+        scored, real = batch["completion_mask"][row].tolist(), batch["attention_mask"][row].tolist()
+        role = ROLES[int(batch["roles"][row])]
+        head = f"example {int(batch['examples'][row])}, {role}: {sum(real) - sum(scored)} prompt tokens, "
+        head += f"{sum(scored)} scored, {len(real) - sum(real)} padding\n"
+        line = Text(head, style="bold")
+        for i, (token, is_scored, is_real) in enumerate(zip(ids, scored, real, strict=True)):
+            if is_real:
+                text = tokenizer.decode([token]).replace("\n", "\\n")
+                style = "reverse green" if is_scored else "dim"
+                line.append(f"[{text}]" if is_scored else text, style=style if i % 2 or not is_scored else "green")
+        lines.append(line)
+    lines.append(Text("[bracketed] tokens are scored; the rest is context.\n", style="dim"))
+    return lines
+
+
+def _steps(training: PreferenceConfig, train: Any) -> str:
+    world = PartialState().num_processes
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
+    if training.max_steps > 0:
+        steps = training.max_steps
+    elif not hasattr(train, "__len__"):
+        return "A streamed data set has no length: set --max_steps."
+    else:
+        per_pass = math.ceil(len(train) / (training.per_device_train_batch_size * world))
+        steps = math.ceil(math.ceil(per_pass / training.gradient_accumulation_steps) * training.num_train_epochs)
+    size = f"{len(train)} examples, " if hasattr(train, "__len__") else ""
+    return f"{size}{batch} a step on {world} process(es): {steps} steps."
+
+
+def _memory(
+    training: PreferenceConfig, model: ModelConfig, expression: str | None, batch: dict[str, torch.Tensor]
+) -> Table:
+    """A rough estimate per process: what is stored is counted, activations are a rule of thumb."""
+    config = AutoConfig.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+    )
+    text = config.get_text_config()
+    with torch.device("meta"):
+        network: Any = AutoModelForCausalLM.from_config(config)
+    total = sum(p.numel() for p in network.parameters())
+    trainable = total
+    if (peft_config := get_peft_config(model)) is not None:
+        from peft import get_peft_model
+
+        with torch.device("meta"):
+            adapted = get_peft_model(network, peft_config)
+        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    width = {"bfloat16": 2, "float16": 2}.get(model.dtype or "float32", 4)
+    rows, length = batch["input_ids"].shape
+    scored = int(batch["completion_mask"].sum())
+    adapter = trainable < total
+    needs = parse(expression).needs if expression else Need.REFERENCE
+    extra_reference = Need.REFERENCE in needs and not adapter and not training.precompute_ref_log_probs
+    half = training.bf16 or training.fp16
+    # About 16 hidden-sized and 3 MLP-sized tensors a layer and token are kept for the backward pass.
+    kept = (
+        1
+        if training.gradient_checkpointing
+        else 16 + 3 * getattr(text, "intermediate_size", 4 * text.hidden_size) / text.hidden_size
+    )
+    parts = {
+        f"weights, {total / 1e6:.0f}M": total * width,
+        "reference model": total * width if extra_reference else 0,
+        f"gradients, {trainable / 1e6:.1f}M": trainable * 4,
+        "optimizer (AdamW)": trainable * 8,
+        "activations": rows * length * text.num_hidden_layers * text.hidden_size * kept * (2 if half else 4),
+        "logits and their gradient": rows * (length + 1) * text.vocab_size * (2 if half else 4) * 2,
+    }
+    table = Table(title=f"Memory per process for rows like these ({rows} x {length}, {scored} scored), rough")
+    table.add_column("part")
+    table.add_column("GB", justify="right")
+    for name, size in parts.items():
+        if size:
+            table.add_row(name, f"{size / 1e9:.2f}")
+    table.add_row("sum", f"{sum(parts.values()) / 1e9:.2f}", style="bold")
+    return table

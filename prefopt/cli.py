@@ -24,17 +24,19 @@ Columns = Annotated[
 
 
 @app.command()
-def losses(name: Annotated[str | None, typer.Argument(help="One objective, in full.")] = None) -> None:
+def losses(
+    name: Annotated[str | None, typer.Argument(help="One objective, in full.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown, as the README has it.")] = False,
+) -> None:
     """List the objectives, or explain one."""
     known = available()
+    if markdown:
+        print(losses_table())
+        return
     if name is None:
-        table = Table("name", "formula", "roles", "needs", "arguments", "paper", "TRL's name", show_lines=True)
-        for key, cls in known.items():
-            needs = _needs(cls.needs)
-            roles = ("pairs" if cls.paired else "") or " and ".join(cls.roles)
-            table.add_row(
-                *map(escape, (key, cls.formula, roles, needs, describe_arguments(cls), cls.paper, cls.trl_name))
-            )
+        table = Table(*_HEADINGS, show_lines=True)
+        for row in _rows():
+            table.add_row(*map(escape, row))
         console.print(table)
         console.print('Combine them: --loss "dpo(beta=0.1) + 0.2*sft". `prefopt losses NAME` explains one.')
         return
@@ -52,6 +54,31 @@ def losses(name: Annotated[str | None, typer.Argument(help="One objective, in fu
     console.print(Text(f"Formula: {cls.formula}\nNeeds of the scorer: {_needs(cls.needs)}"))
     if cls.paper:
         console.print(Text(f"Paper: https://arxiv.org/abs/{cls.paper}"))
+
+
+_HEADINGS = ("name", "formula", "data", "needs", "arguments", "paper", "TRL's name")
+
+
+def _rows() -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for name, cls in available().items():
+        data = "pairs" if cls.paired else " and ".join(cls.roles)
+        rows.append((name, cls.formula, data, _needs(cls.needs), describe_arguments(cls), cls.paper, cls.trl_name))
+    return rows
+
+
+BAR = r"\|"
+"""A vertical bar inside a Markdown table cell."""
+
+
+def losses_table() -> str:
+    """The registered objectives as a Markdown table."""
+    lines = [f"| {' | '.join(_HEADINGS)} |", "|" + " --- |" * len(_HEADINGS)]
+    for name, formula, data, needs, arguments, paper, trl_name in _rows():
+        link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else ""
+        cells = (f"`{name}`", f"`{formula}`", data, needs, f"`{arguments}`", link, trl_name and f"`{trl_name}`")
+        lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
+    return "\n".join(lines)
 
 
 @app.command()

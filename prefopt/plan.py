@@ -23,7 +23,6 @@ from prefopt.scoring import ROLES
 from prefopt.scoring.collate import PreferenceCollator
 from prefopt.trainer import PreferenceConfig, expression_from_trl_options
 
-
 _MAIN = {"output_dir", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "seed", "max_length"}
 _DERIVED = {"loss", "accelerator_config", "activation_checkpointing", "dataloader_pin_memory", "disable_tqdm", "fsdp"}
 

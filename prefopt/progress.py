@@ -5,6 +5,7 @@ A transformers callback; imports rich and transformers alone.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from rich.console import Console
@@ -36,8 +37,10 @@ class RunProgress(TrainerCallback):  # type: ignore[misc]
         self._console = console
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.monotonic()
         if not state.is_world_process_zero:
             return
         self._console.print(f"Training for {state.max_steps} steps")
@@ -64,13 +67,16 @@ class RunProgress(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
-            self._console.print(f"held-out {_line({k.removeprefix('eval_'): v for k, v in logs.items()})}")
+            line = _line({k.removeprefix("eval_"): v for k, v in logs.items()})
+            self._console.print(f"held-out {line}", soft_wrap=True)
         elif "loss" in logs:
             line = _line(logs)
             if self._bar is not None and self._task is not None:
                 self._bar.update(self._task, numbers=line)
             # The bar shows the latest numbers; their history stays on the screen above it.
-            self._console.print(f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps} {line}")
+            step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+            seconds = int(time.monotonic() - self._started)
+            self._console.print(f"step {step} {seconds // 60:>3}:{seconds % 60:02} {line}", soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:

@@ -261,7 +261,7 @@ def make_trainer(recipe: Recipe, train: Any, heldout: Any) -> PreferenceTrainer:
     if model.dtype is not None:
         kwargs.setdefault("dtype", model.dtype)
     training.model_init_kwargs = kwargs
-    recipe.console.print(f"Loading {model.model_name_or_path}")
+    recipe.console.print(f"Loading {model.model_name_or_path}", soft_wrap=True)
     trainer = PreferenceTrainer(
         model.model_name_or_path,
         args=training,

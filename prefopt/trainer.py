@@ -62,8 +62,8 @@ class PreferenceConfig(DPOConfig):
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "Use bfloat16 mixed precision. If not set: on where there is an accelerator, off on a CPU, where it "
-            "is far slower than float32."
+            "help": "Use bfloat16 mixed precision. If not set: on where there is an accelerator, off on a CPU, where "
+            "it is far slower than float32."
         },
     )
     loss: str | None = field(
@@ -176,7 +176,9 @@ class LossMixin:
         super().__init__(**bound)
         if self.objective is not None:
             self.objective.to(self.accelerator.device)
-            self._reference_is_initial_policy = bound.get("ref_model") is None
+            # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
+            self._reference_is_initial_policy = bound.get("ref_model") is None and not _learns_prompts(self.model)
+            self._align_padding(bound.get("ref_model") is None)
             if self._own_collator is None and not isinstance(self.data_collator, WithColumns):
                 self.data_collator = WithColumns(self.data_collator, self.objective.columns)
 
@@ -195,6 +197,10 @@ class LossMixin:
                 )
         if Need.TOKENS in objective.needs and getattr(args, "precompute_ref_log_probs", False):
             raise ValueError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
+        if getattr(args, "accelerator_config", None) is not None:
+            # Dispatching joins and slices batches by their first dimension, here rows instead of examples. TRL turns
+            # it off for a streamed training set only.
+            args.accelerator_config.dispatch_batches = False
         dataset = bound.get("train_dataset")
         sample: dict[str, Any] = next(iter(dataset), {}) if isinstance(dataset, (Dataset, IterableDataset)) else {}
         _check_columns(objective, sample)
@@ -206,6 +212,13 @@ class LossMixin:
                 mismatched=Need.MISMATCHED in objective.needs,
                 columns=objective.columns,
             )
+
+    def _align_padding(self, own_reference: bool) -> None:
+        """One padding token for policy and reference: some multimodal models embed images by way of it."""
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        for model in (self.model, self.ref_model if own_reference else None):
+            if model is not None and hasattr(model, "config"):
+                model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
     # ---- data -----------------------------------------------------------------------------------------------------
 
@@ -317,7 +330,7 @@ class LossMixin:
             else:
                 reference = self.model if self.ref_model is None else self.ref_model
                 ref_token_logps = self._reference_scores(reference, inputs).logps
-        self._record_tokens(policy, inputs)
+        self._record_tokens(policy, inputs, groups)
         batch = assemble_batch(groups, policy, self.objective.needs, ref_token_logps, ref_logps)
         return batch, outputs
 
@@ -402,8 +415,10 @@ class LossMixin:
     def _means(self) -> RunningMeans:
         return self._train_means if self.model.training else self._eval_means
 
-    def _record_tokens(self, policy: TokenScores, inputs: Mapping[str, Any]) -> None:
+    def _record_tokens(self, policy: TokenScores, inputs: Mapping[str, Any], groups: RowGroups) -> None:
         self._means.add("entropy", policy.entropy, policy.mask.sum())
+        chosen = groups.roles == 0
+        self._means.add("mean_token_accuracy", policy.is_top1[chosen], policy.mask[chosen].sum())
         if self.model.training:
             self._tokens_seen = self._tokens_seen + inputs["attention_mask"].sum()
 
@@ -477,6 +492,11 @@ def _resolve_objective(loss: Loss | str | None, args: Any) -> Loss | None:
         logger.info("no prefopt expression for %s: TRL computes this objective itself", options)
         return None
     return parse(expression)
+
+
+def _learns_prompts(model: Any) -> bool:
+    configs = getattr(model, "peft_config", {}).values() if is_peft_model(model) else ()
+    return any(config.is_prompt_learning for config in configs)
 
 
 def _check_columns(objective: Loss, sample: Mapping[str, Any]) -> None:

@@ -21,35 +21,39 @@ class TokenScores:
     Attributes:
         logps: (R, T) log-probability of each token, zero outside `mask`; with gradient, at least float32.
         entropy: (R, T) entropy of the distribution each token was drawn from, in nats, zero outside `mask`; detached.
+        is_top1: (R, T) bool, whether the token was the most probable one, False outside `mask`.
         mask: (R, T) bool, True at the scored (completion) tokens.
     """
 
     logps: Tensor
     entropy: Tensor
+    is_top1: Tensor
     mask: Tensor
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """(R, T, V) logits, (R, T) labels and mask -> (R, T) log-probabilities and entropies."""
+    """(R, T, V) logits, (R, T) labels and mask -> (R, T) log-probabilities, entropies and whether the label is top."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logps = logits.new_zeros(labels.shape, dtype=dtype)
         entropy = torch.zeros_like(logps)
+        is_top1 = torch.zeros_like(mask)
         for row in range(logits.shape[0]):
             here = mask[row]
             scores = torch.log_softmax(logits[row, here].to(dtype), dim=-1)
             logps[row, here] = scores.gather(-1, labels[row, here].unsqueeze(-1)).squeeze(-1)
+            is_top1[row, here] = scores.argmax(-1) == labels[row, here]
             # entr(p) = -p log p is 0 at p = 0, where p * log p would be NaN.
             entropy[row, here] = torch.special.entr(scores.exp_()).sum(-1)
         ctx.save_for_backward(logits, labels, mask)
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return logps, entropy, is_top1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         logits, labels, mask = ctx.saved_tensors
         grad = torch.zeros_like(logits)
         for row in range(logits.shape[0]):
@@ -79,5 +83,5 @@ def token_scores(logits: Tensor, labels: Tensor, mask: Tensor) -> TokenScores:
             "rows and positions"
         )
     mask = mask.bool()
-    logps, entropy = _TokenLogProbs.apply(logits, labels, mask)  # type: ignore[no-untyped-call]
-    return TokenScores(logps, entropy, mask)
+    logps, entropy, is_top1 = _TokenLogProbs.apply(logits, labels, mask)  # type: ignore[no-untyped-call]
+    return TokenScores(logps, entropy, is_top1, mask)

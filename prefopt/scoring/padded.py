@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from prefopt.scoring.logprobs import TokenScores, token_scores
 
@@ -51,8 +52,5 @@ def score_rows(
     # From the right: prompt-learning adapters put virtual tokens before the row.
     logits = outputs.logits[:, -(window + 1) : -1]
     scores = token_scores(logits, labels[:, first:], mask[:, first:])
-    pad = (first, 0)
-    return (
-        TokenScores(nn.functional.pad(scores.logps, pad), nn.functional.pad(scores.entropy, pad), mask),
-        outputs,
-    )
+    logps, entropy, is_top1 = (pad(part, (first, 0)) for part in (scores.logps, scores.entropy, scores.is_top1))
+    return TokenScores(logps, entropy, is_top1, mask), outputs

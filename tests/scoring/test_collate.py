@@ -1,4 +1,4 @@
-"""Rows, roles, truncation, mismatched prompts and columns of a collated batch; and their way into a PreferenceBatch."""
+"""Rows, roles, truncation, mismatched prompts and columns of a collated batch, and their way to the losses."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_rows_are_grouped_by_role():
     )
     logps = torch.tensor([[-1.0, 0.0], [-2.0, -3.0], [-4.0, 0.0], [-9.0, 0.0]])
     mask = logps != 0
-    policy = TokenScores(logps, torch.zeros_like(logps), mask)
+    policy = TokenScores(logps, torch.zeros_like(logps), mask, mask)
     batch = assemble_batch(groups, policy, Need.REFERENCE | Need.TOKENS, ref_token_logps=logps / 2)
     assert batch.chosen.logps.tolist() == [-5.0]
     assert batch.chosen.lengths.tolist() == [2]

@@ -21,6 +21,7 @@ def test_equals_log_softmax_at_scored_positions_and_zero_elsewhere():
     scores = token_scores(logits, labels, mask)
     full = torch.log_softmax(logits, -1)
     torch.testing.assert_close(scores.logps, full.gather(-1, labels.unsqueeze(-1)).squeeze(-1) * mask)
+    assert torch.equal(scores.is_top1, (logits.argmax(-1) == labels) & mask.bool())
     torch.testing.assert_close(scores.entropy, torch.distributions.Categorical(logits=logits).entropy() * mask)
 
 

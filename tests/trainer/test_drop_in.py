@@ -436,7 +436,7 @@ PROMPT_LEARNING = {
 @pytest.mark.parametrize("kind", PROMPT_LEARNING)
 def test_prompt_learning(tmp_path: Path, saved: str, kind: str) -> None:
     # Virtual tokens change the policy before the first update, so the reference differs from the start.
-    trainer = build(tmp_path, saved, arguments={"peft_config": PROMPT_LEARNING[kind]}, step0_check="off")
+    trainer = build(tmp_path, saved, arguments={"peft_config": PROMPT_LEARNING[kind]})
     changed = train(trainer)
     assert changed == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert all("prompt_encoder" in name for name in changed)

@@ -97,7 +97,7 @@ def test_logged_metrics_equal_trls(tmp_path):
     theirs = train(tmp_path, trainer=DPOTrainer, config=DPOConfig, max_steps=3)
     ours = train(tmp_path, max_steps=3)
     names = [f"rewards/{n}" for n in ("chosen", "rejected", "margins", "accuracies")]
-    names += ["logps/chosen", "logps/rejected", "entropy", "num_tokens"]
+    names += ["logps/chosen", "logps/rejected", "entropy", "num_tokens", "mean_token_accuracy"]
     for mine, reference in zip(ours, theirs, strict=True):
         assert {n: mine[n] for n in names} == pytest.approx({n: reference[n] for n in names}, rel=1e-4, abs=1e-6)
 

@@ -1,0 +1,175 @@
+"""The recipe script and the `prefopt` command, run on a tiny model as a person would run them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from prefopt.cli import app
+from prefopt.data import DataError
+from prefopt.recipe import main
+from tests.trainer.runs import make_pairs, save_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def pairs_file(folder: Path, rows: int = 30, name: str = "pairs.jsonl", **changes) -> str:
+    """A JSONL file of pairs; `changes` replaces row numbers' values: bad_3={"chosen": None}."""
+    lines = [dict(row) for row in make_pairs(rows)]
+    for key, change in changes.items():
+        lines[int(key.split("_")[1])].update(change)
+    path = folder / name
+    path.write_text("\n".join(json.dumps(row) for row in lines))
+    return str(path)
+
+
+def arguments(folder: Path, data: str, *more: str) -> list[str]:
+    return [
+        "--model_name_or_path", save_model(folder), "--dataset_name", data, "--output_dir", str(folder / "out"),
+        "--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_strategy", "no",
+        "--gradient_checkpointing", "false", *more,
+    ]  # fmt: skip
+
+
+def test_trains_evaluates_and_saves(tmp_path, capsys):
+    results = main("dpo(beta=0.1)", arguments(tmp_path, pairs_file(tmp_path), "--learning_rate", "1e-3"))
+    assert results["loss"] == "dpo(beta=0.1, label_smoothing=0.0)"
+    assert results["before"]["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert results["after"]["eval_loss"] != results["before"]["eval_loss"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    shown = capsys.readouterr().out
+    assert "6 of its 30 rows are held out" in shown
+    assert "step 2/2" in shown
+
+
+def test_the_script_runs_under_accelerate(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(ROOT / "recipes" / "dpo.py")]
+    done = subprocess.run(
+        [*command, *arguments(tmp_path, pairs_file(tmp_path), "--use_peft", "--loss", "ipo(beta=0.2)")],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert "Traceback" not in done.stderr
+
+
+def test_yaml_config_with_command_line_overrides(tmp_path):
+    config = tmp_path / "run.yaml"
+    settings = dict(
+        zip(*[iter(w.removeprefix("--") for w in arguments(tmp_path, pairs_file(tmp_path)))] * 2, strict=True)
+    )
+    config.write_text(yaml.safe_dump({**settings, "max_steps": 1, "loss": "hinge(beta=0.3)", "learning_rate": 1e-4}))
+    results = main("dpo", ["--config", str(config), "--loss", "hinge(beta=0.2)"])
+    assert results["loss"] == "hinge(beta=0.2)"
+
+
+def test_trl_loss_options_work_on_the_command_line(tmp_path):
+    results = main("dpo", arguments(tmp_path, pairs_file(tmp_path), "--loss_type", "ipo", "--beta", "0.2"))
+    assert results["loss"] == "ipo(beta=0.2, average=True)"
+
+
+def test_dry_run_shows_the_plan_and_trains_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    data = pairs_file(tmp_path)
+    assert main("dpo", arguments(tmp_path, data, "--dry_run", "--loss", "dpo(beta=0.1) + 0.2*sft")) is None
+    shown = capsys.readouterr().out
+    for part in ["dpo(beta=0.1, label_smoothing=0.0) + 0.2*sft", "example 0, chosen", "example 0, rejected", "scored",
+                 "24 examples", "2 steps", "optimizer (AdamW)", "Dry run: nothing was trained."]:  # fmt: skip
+        assert part in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_stop_the_run_with_their_numbers(tmp_path):
+    data = pairs_file(tmp_path, bad_3={"chosen": []}, bad_7={"chosen": []})
+    with pytest.raises(DataError, match=r"(?s)empty chosen.*3, 7.*--on-bad-rows drop|--on_bad_rows drop"):
+        main("dpo", arguments(tmp_path, data))
+
+
+def test_dropped_rows_are_written_beside_the_run(tmp_path):
+    data = pairs_file(tmp_path, bad_3={"chosen": []})
+    main("dpo", arguments(tmp_path, data, "--on_bad_rows", "drop"))
+    (line,) = (tmp_path / "out" / "dropped_training_rows.jsonl").read_text().splitlines()
+    assert "empty chosen" in line
+
+
+def test_columns_are_mapped(tmp_path):
+    path = tmp_path / "qa.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for i in range(20):
+            row = {"question": f"Why {i}?", "response_j": f" Since {i} is good.", "response_k": f" No {i}."}
+            file.write(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="--columns prompt=question chosen=response_j rejected=response_k"):
+        main("dpo", arguments(tmp_path, str(path)))
+    mapping = ["--columns", "prompt=question", "chosen=response_j", "rejected=response_k"]
+    assert main("dpo", arguments(tmp_path, str(path), *mapping))["after"]["eval_loss"] > 0
+
+
+def test_sources_are_mixed(tmp_path, capsys):
+    one, two = pairs_file(tmp_path, name="one.jsonl"), pairs_file(tmp_path, name="two.jsonl", rows=10)
+    main("dpo", arguments(tmp_path, f"{one}:0.5,{two}:0.5", "--dry_run"))
+    assert "one.jsonl" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--loss", "dop"], "did you mean 'dpo'"),
+        (["--loss", "__import__('os')"], "no loss is named '__import__'"),
+        (["--loss", "dpo", "--beta", "0.3"], "beta=0.3 would have no effect"),
+        (["--eval_rows", "-1"], "--eval_rows must be 0 or more"),
+        (["--config", "missing.yaml"], "there is no such file"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, more, message):
+    with pytest.raises((ValueError, SystemExit), match=message.replace("(", r"\(")):
+        main("dpo", arguments(tmp_path, pairs_file(tmp_path), *more))
+
+
+class TestCommand:
+    def run(self, *words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
+        return result.exit_code, result.output
+
+    def test_losses_lists_every_objective(self):
+        code, shown = self.run("losses")
+        assert code == 0
+        for name in ("dpo", "hinge", "ipo", "kto", "sft", "simpo", "2305.18290"):
+            assert name in shown
+
+    def test_losses_explains_one(self):
+        code, shown = self.run("losses", "ipo")
+        assert code == 0
+        for part in ("ipo(beta=0.1, average=True)", "eq. 17", "Needs of the scorer: reference", "abs/2310.12036"):
+            assert part in shown
+
+    def test_losses_suggests_a_name(self):
+        code, shown = self.run("losses", "dop")
+        assert code == 1
+        assert "did you mean 'dpo'" in shown
+
+    def test_losses_writes_an_expression_out(self):
+        assert self.run("losses", "dpo + 0.2*sft")[1].strip().endswith("0.2*sft(nll='mean')")
+
+    def test_check_counts_problems(self, tmp_path):
+        code, shown = self.run("check", pairs_file(tmp_path, bad_3={"chosen": []}))
+        assert code == 1
+        assert "empty chosen" in shown
+        assert "30 pairs, 1 that cannot be trained on" in shown
+
+    def test_check_passes_good_data(self, tmp_path):
+        code, shown = self.run("check", pairs_file(tmp_path), "--model", save_model(tmp_path), "--max-length", "200")
+        assert code == 0
+        assert "30 pairs, 0 that cannot be trained on" in shown
+
+    def test_check_names_a_missing_file(self, tmp_path):
+        code, shown = self.run("check", str(tmp_path / "nothing.jsonl"))
+        assert code == 1
+        assert "nothing.jsonl" in shown

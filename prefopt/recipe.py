@@ -172,7 +172,7 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
             path = resolve_demo_model(say=recipe.console.print)
         recipe.model.model_name_or_path = str(path)
     if recipe.bundled_data:
-        return load_demo("train"), load_demo("heldout")
+        return load_demo("train"), load_demo("heldout") if script.eval_rows else None
     assert script.dataset_name is not None
     train = _load_sources(recipe, script.dataset_name, script.dataset_train_split)
     if script.dataset_streaming:
@@ -288,7 +288,8 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     resuming = training.resume_from_checkpoint is not None
     has_heldout = trainer.eval_dataset is not None
     before = trainer.evaluate() if has_heldout and recipe.script.evaluate_first and not resuming else None
-    answers_before = _answers(recipe, trainer) if recipe.bundled_data and not resuming else None
+    shows_answers = recipe.bundled_data and has_heldout and not resuming
+    answers_before = _answers(recipe, trainer) if shows_answers else None
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     results: dict[str, Any] = {"loss": str(trainer.objective), "before": before}

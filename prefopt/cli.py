@@ -19,7 +19,8 @@ app = typer.Typer(help="Preference optimization for language models.", no_args_i
 console = Console()
 
 Columns = Annotated[
-    list[str] | None, typer.Option("--columns", help="How the data names a column, as prompt=question; repeatable.")
+    list[str] | None,
+    typer.Option("--columns", help="How the data names its columns: prompt=question chosen=good rejected=bad"),
 ]
 
 
@@ -81,8 +82,9 @@ def losses_table() -> str:
     return "\n".join(lines)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def check(
+    context: typer.Context,
     data: Annotated[str, typer.Argument(help="A file, a save_to_disk folder or a Hub name; a.jsonl:0.7,b.jsonl:0.3")],
     columns: Columns = None,
     split: Annotated[str, typer.Option(help="The split to check.")] = "train",
@@ -95,7 +97,9 @@ def check(
     if max_length is not None and model is None:
         _fail("--max-length counts tokens: name the tokenizer with --model")
     try:
-        mapping = parse_columns(columns)
+        # What follows the first pair of --columns arrives as extra words.
+        words = [word for given in columns or [] for word in given.split()]
+        mapping = parse_columns([*words, *context.args])
         loaded = {
             name: normalise(load_preferences(name, split=split, columns=mapping)) for name, _ in parse_sources(data)
         }

@@ -25,9 +25,11 @@ class RunningMeans:
 
     def add(self, name: str, values: Tensor, count: Tensor | None = None) -> None:
         """Add (M,) per-example `values`; `count` replaces M where the mean is over something else, such as tokens."""
+        # Apple GPUs have no float64.
+        dtype = torch.float32 if values.device.type == "mps" else torch.float64
         entry = self._sums.setdefault(name, [0.0, 0.0])
-        entry[0] = entry[0] + values.detach().double().sum()
-        entry[1] = entry[1] + (values.numel() if count is None else count.detach().double())
+        entry[0] = entry[0] + values.detach().to(dtype).sum()
+        entry[1] = entry[1] + (values.numel() if count is None else count.detach().to(dtype))
 
     def add_all(self, metrics: Mapping[str, Tensor]) -> None:
         for name, values in metrics.items():

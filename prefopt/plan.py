@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
@@ -120,8 +121,9 @@ def _memory(
         model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
     )
     text = config.get_text_config()
+    kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], AutoModelForCausalLM)
     with torch.device("meta"):
-        network: Any = AutoModelForCausalLM.from_config(config)
+        network: Any = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
     total = sum(p.numel() for p in network.parameters())
     trainable = total
     if (peft_config := get_peft_config(model)) is not None:

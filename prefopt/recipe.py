@@ -40,6 +40,7 @@ from prefopt.demo.report import PairMetrics, greedy_answers, side_by_side, summa
 from prefopt.plan import show_plan
 from prefopt.progress import RunProgress
 from prefopt.trainer import PreferenceConfig, PreferenceTrainer
+from prefopt.trainer.config import TRL_LOSS_OPTIONS
 
 DEMO_CONFIG = Path(__file__).parent / "demo" / "config.yaml"
 """Settings of the bundled job; they are the defaults wherever no model is named."""
@@ -113,7 +114,7 @@ def _defaults(loss: str, argv: list[str]) -> dict[str, Any]:
         defaults["use_cpu"] = True
     if "model_name_or_path" not in given:
         defaults |= yaml.safe_load(DEMO_CONFIG.read_text(encoding="utf-8"))
-    if given & {"loss_type", "beta", "label_smoothing", "loss_weights"} and "loss" not in given:
+    if given & set(TRL_LOSS_OPTIONS) and "loss" not in given:
         defaults.pop("loss")
     return defaults
 
@@ -143,6 +144,8 @@ def _refuse_what_is_ignored(script: RecipeArguments) -> None:
         raise SystemExit("--columns renames columns of a data set of yours: name it with --dataset_name")
     if script.dataset_streaming and script.on_bad_rows == "drop":
         raise SystemExit("--dataset_streaming cannot validate rows ahead, so --on_bad_rows drop has no effect with it")
+    if script.dataset_streaming and script.dataset_name is None:
+        raise SystemExit("--dataset_streaming streams a data set of yours: name it with --dataset_name")
 
 
 def _quiet_libraries() -> None:
@@ -174,61 +177,72 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
     if recipe.bundled_data:
         return load_demo("train"), load_demo("heldout") if script.eval_rows else None
     assert script.dataset_name is not None
-    train = _load_sources(recipe, script.dataset_name, script.dataset_train_split)
-    if script.dataset_streaming:
-        return train, None
+    train = _load_sources(recipe, script.dataset_train_split)
     heldout = _load_test_split(recipe)
-    train = _validated(recipe, train, "training")
-    if heldout is not None:
-        return train, _validated(recipe, heldout, "held-out")
-    if script.eval_rows == 0:
-        return train, None
-    count = min(script.eval_rows, len(train) // 5)
-    if count == 0:
-        return train, None
-    parts = train.train_test_split(test_size=count, seed=recipe.training.data_seed or recipe.training.seed)
-    recipe.console.print(
-        f"The data has no split {script.dataset_test_split!r}: {count} of its {len(train)} rows are held out."
-    )
-    return parts["train"], parts["test"]
+    if script.dataset_streaming:
+        return _mixed(recipe, train), None if heldout is None else _mixed(recipe, heldout, weighted=False)
+    # Row numbers in the reports are those of the files, so rows are checked before anything is split or mixed; and
+    # weights repeat rows, so they apply to the training part only, after the held-out rows are set apart.
+    train = {name: _validated(recipe, rows, f"training{i or ''}") for i, (name, rows) in enumerate(train.items())}
+    if heldout is None:
+        train, heldout = _hold_out(recipe, train)
+    else:
+        heldout = {n: _validated(recipe, rows, f"held-out{i or ''}") for i, (n, rows) in enumerate(heldout.items())}
+    return _mixed(recipe, train), _mixed(recipe, heldout, weighted=False) if heldout else None
 
 
-def _load_sources(recipe: Recipe, names: str, split: str) -> Any:
+def _load_sources(recipe: Recipe, split: str) -> dict[str, Any]:
+    """Every source of `--dataset_name` by name, in the standard columns."""
     script = recipe.script
     columns = parse_columns(script.columns)
-    sources = parse_sources(names)
-    loaded = {
+    return {
         name: normalise(
             load_preferences(
-                name,
-                config=script.dataset_config,
-                split=split,
-                columns=columns,
-                streaming=script.dataset_streaming,
+                name, config=script.dataset_config, split=split, columns=columns, streaming=script.dataset_streaming
             )
         )
-        for name, _ in sources
+        for name, _ in parse_sources(str(script.dataset_name))
     }
-    if len(loaded) == 1:
-        return next(iter(loaded.values()))
-    weights = [weight for _, weight in sources]
-    if any(weight is not None for weight in weights):
-        return mix(loaded, [1.0 if weight is None else weight for weight in weights], recipe.training.seed)
-    return mix(loaded, None, recipe.training.seed)
 
 
-def _load_test_split(recipe: Recipe) -> Any:
+def _load_test_split(recipe: Recipe) -> dict[str, Any] | None:
     """The data's own test split; None where it has none (a single local file never does)."""
     script = recipe.script
-    assert script.dataset_name is not None
-    if any(Path(name).is_file() for name, _ in parse_sources(script.dataset_name)):
+    if any(Path(name).is_file() for name, _ in parse_sources(str(script.dataset_name))):
         return None
     try:
-        return _load_sources(recipe, script.dataset_name, script.dataset_test_split)
+        return _load_sources(recipe, script.dataset_test_split)
     except ValueError as error:
         if "split" not in str(error):
             raise
         return None
+
+
+def _mixed(recipe: Recipe, sources: dict[str, Any], weighted: bool = True) -> Any:
+    if len(sources) == 1:
+        return next(iter(sources.values()))
+    given = [weight for _, weight in parse_sources(str(recipe.script.dataset_name))]
+    weights = [1.0 if weight is None else weight for weight in given] if weighted and any(given) else None
+    return mix(sources, weights, recipe.training.seed)
+
+
+def _hold_out(recipe: Recipe, sources: dict[str, Dataset]) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Set rows of every source apart, in proportion to its size; at most a fifth of each."""
+    script, training = recipe.script, recipe.training
+    total = sum(len(source) for source in sources.values())
+    kept, apart = {}, {}
+    for name, source in sources.items():
+        count = min(round(script.eval_rows * len(source) / total), len(source) // 5)
+        kept[name] = source
+        if count:
+            parts = source.train_test_split(test_size=count, seed=training.data_seed or training.seed)
+            kept[name], apart[name] = parts["train"], parts["test"]
+    if apart:
+        recipe.console.print(
+            f"The data has no split {script.dataset_test_split!r}: {sum(map(len, apart.values()))} of its {total} "
+            "rows are held out."
+        )
+    return kept, apart
 
 
 def _validated(recipe: Recipe, dataset: Dataset, name: str) -> Dataset:
@@ -238,7 +252,9 @@ def _validated(recipe: Recipe, dataset: Dataset, name: str) -> Dataset:
         revision=model.model_revision,
         trust_remote_code=recipe.training.trust_remote_code,
     )
-    report = validate(dataset, tokenizer=tokenizer, max_length=recipe.training.max_length)
+    # With keep_end it is the prompt's start that is cut, never the completion.
+    limit = recipe.training.max_length if recipe.training.truncation_mode == "keep_start" else None
+    report = validate(dataset, tokenizer=tokenizer, max_length=limit)
     if report.problems:
         recipe.console.print(f"{name} rows:", report.table())
     dropped = Path(recipe.training.output_dir) / f"dropped_{name}_rows.jsonl"
@@ -262,6 +278,11 @@ def make_trainer(recipe: Recipe, train: Any, heldout: Any) -> PreferenceTrainer:
         kwargs.setdefault("dtype", model.dtype)
     training.model_init_kwargs = kwargs
     recipe.console.print(f"Loading {model.model_name_or_path}", soft_wrap=True)
+    if heldout is None and training.eval_strategy.value != "no":
+        raise SystemExit(
+            f"--eval_strategy {training.eval_strategy.value} needs held-out rows, but there are none: name a test "
+            "split with --dataset_test_split, set --eval_rows, or use --eval_strategy no"
+        )
     trainer = PreferenceTrainer(
         model.model_name_or_path,
         args=training,
@@ -285,27 +306,28 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         What `results.json` in the output folder holds.
     """
     console, training = recipe.console, recipe.training
-    resuming = training.resume_from_checkpoint is not None
     has_heldout = trainer.eval_dataset is not None
-    before = trainer.evaluate() if has_heldout and recipe.script.evaluate_first and not resuming else None
-    shows_answers = recipe.bundled_data and has_heldout and not resuming
-    answers_before = _answers(recipe, trainer) if shows_answers else None
+    # A resumed policy is not where the run began, and sharded engines are set up by train() only.
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    can_look_first = has_heldout and training.resume_from_checkpoint is None and not sharded
+    before = trainer.evaluate() if can_look_first and recipe.script.evaluate_first else None
+    answers_before = _answers(recipe, trainer) if can_look_first and recipe.bundled_data else None
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
-    results: dict[str, Any] = {"loss": str(trainer.objective), "before": before}
-    results["after"] = after = trainer.evaluate() if has_heldout else None
-    if answers_before is not None:
-        answers_after = _answers(recipe, trainer)
-        results["answers_before"], results["answers_after"] = (
-            vars(summarize(answers)) for answers in (answers_before, answers_after)
-        )
-        old, new = (PairMetrics.from_logs(logs) if logs else None for logs in (before, after))
+    after = trainer.evaluate() if has_heldout else None
+    answers_after = None if answers_before is None else _answers(recipe, trainer)
+    results: dict[str, Any] = {"loss": str(trainer.objective or training.loss_type), "before": before, "after": after}
+    for name, answers in (("answers_before", answers_before), ("answers_after", answers_after)):
+        if answers is not None:
+            results[name] = vars(summarize(answers))
+    if trainer.is_world_process_zero():
+        _save_results(Path(training.output_dir), results)
+    if answers_before is not None and answers_after is not None:
+        old, new = (None if logs is None else PairMetrics.from_logs(logs) for logs in (before, after))
         console.print(side_by_side(heldout_prompts(), answers_before, answers_after, old, new))
     elif after is not None:
         console.print(_comparison(before, after))
-    if trainer.is_world_process_zero():
-        _save_results(Path(training.output_dir), results)
-        console.print(f"Saved to {training.output_dir}")
+    console.print(f"Saved to {training.output_dir}")
     return results
 
 

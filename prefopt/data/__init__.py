@@ -6,6 +6,7 @@ torch, datasets, transformers and rich; it never imports trl or `prefopt.trainer
 
 from prefopt.data.columns import rename_columns
 from prefopt.data.errors import DataError
+from prefopt.data.fit import drop_overlong
 from prefopt.data.load import load_preferences, parse_columns
 from prefopt.data.mix import mix, parse_sources, with_origin
 from prefopt.data.report import Problem, Report
@@ -18,6 +19,7 @@ __all__ = [
     "Problem",
     "Report",
     "clean",
+    "drop_overlong",
     "kind",
     "load_preferences",
     "mix",

@@ -5,6 +5,7 @@ Imports torch alone. Outside a torch.distributed run every function here returns
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,13 +23,14 @@ def global_sum(value: Tensor) -> Tensor:
     return value
 
 
-def global_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of (N,) `values` over the examples of all processes, without gradient; 0 where there are none.
+def global_mean(values: Tensor, weights: Tensor | None = None, otherwise: Tensor | float = 0.0) -> Tensor:
+    """Mean of (N,) `values` over the examples of all processes, without gradient.
 
     Args:
         values: (N,), N may differ between processes and may be 0.
         weights: (N,) non-negative example weights; equal weights if None.
+        otherwise: what to return where no process has an example.
     """
     weights = values.new_ones(values.shape) if weights is None else weights.to(values.dtype)
     total, count = global_sum((values * weights).sum()), global_sum(weights.sum())
-    return total / count.clamp(min=1e-12)
+    return torch.where(count > 0, total / count.clamp(min=1e-12), otherwise)

@@ -1,18 +1,20 @@
 """From tokenised examples to one padded batch of rows that says which row plays which role.
 
 Every completion is a row of its own, prompt first: first all chosen rows, then all rejected ones, for pairs; in data
-order for single labelled completions. Imports torch alone.
+order for single labelled completions. Imports torch and `rows` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from prefopt.scoring.rows import RowGroups
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2
 COLUMN_PREFIX = "column_"
@@ -117,3 +119,19 @@ def collate_columns(examples: Sequence[dict[str, Any]], columns: tuple[str, ...]
             raise ValueError(f"column {name!r} must hold a number in every row, found {bad!r}")
         batch[COLUMN_PREFIX + name] = torch.tensor(values, dtype=torch.float32)
     return batch
+
+
+def groups_of(batch: Mapping[str, Any]) -> RowGroups:
+    """Who is who in a collated batch; collators other than ours put the chosen rows first and the rejected after."""
+    columns = {k.removeprefix(COLUMN_PREFIX): v for k, v in batch.items() if k.startswith(COLUMN_PREFIX)}
+    if "roles" in batch:
+        return RowGroups(batch["roles"], batch["examples"], columns, bool(batch["paired"]))
+    ids = batch["input_ids"]
+    half = torch.arange(ids.shape[0] // 2, device=ids.device)
+    roles = torch.cat([torch.full_like(half, CHOSEN), torch.full_like(half, REJECTED)])
+    return RowGroups(roles, torch.cat([half, half]), columns, paired=True)
+
+
+def by_row(groups: RowGroups, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(R,) values of each row from the per-example values of its role."""
+    return torch.where(groups.roles == CHOSEN, chosen[groups.examples], rejected[groups.examples])

@@ -44,7 +44,7 @@ def score_rows(
     kwargs = {**inputs, "use_cache": False}
     # The head of a small model with a large vocabulary is a fifth of the work: skip the positions before the first
     # completion token of the batch.
-    first = int(mask.any(dim=0).float().argmax()) if bool(mask.any()) else mask.shape[1] - 1
+    first = int(mask.any(dim=0).float().argmax()) if bool(mask.any()) else max(mask.shape[1] - 1, 0)
     window = mask.shape[1] - first
     if not all_logits and takes_logits_to_keep(model):
         kwargs["logits_to_keep"] = window + 1

@@ -164,3 +164,10 @@ def test_a_projects_own_loss_joins_the_registry():
             register("always_two")(type("Other", (Loss,), {}))
     finally:
         del _LOSSES["always_two"]
+
+
+def test_kto_takes_the_last_baseline_for_a_batch_that_has_none():
+    loss = KTO(beta=1.0)
+    loss(unpaired([0.0], [0.0], [2.0, 2.0]))
+    alone = loss(unpaired([2.0], [], []))
+    assert alone.per_example.tolist() == [0.5]

@@ -169,7 +169,49 @@ class TestCommand:
         assert code == 0
         assert "30 pairs, 0 that cannot be trained on" in shown
 
+    def test_check_takes_the_mapping_that_it_suggests(self, tmp_path):
+        path = tmp_path / "qa.csv"
+        path.write_text("question,good,bad\nWhy?,Since.,No.\nHow?,So.,Never.\n")
+        assert "--columns prompt=question" in self.run("check", str(path))[1]
+        mapping = ["--columns", "prompt=question", "chosen=good", "rejected=bad"]
+        assert "2 pairs, 0 that cannot" in self.run("check", str(path), *mapping)[1]
+
     def test_check_names_a_missing_file(self, tmp_path):
         code, shown = self.run("check", str(tmp_path / "nothing.jsonl"))
         assert code == 1
         assert "nothing.jsonl" in shown
+
+
+def test_held_out_rows_are_set_apart_before_a_mixture_repeats_rows(tmp_path):
+    from prefopt.recipe import load_data, parse_arguments
+
+    one, two = pairs_file(tmp_path, name="one.jsonl"), tmp_path / "two.jsonl"
+    two.write_text("\n".join(json.dumps(dict(row)) for row in make_pairs(20, seed=9)))
+    recipe = parse_arguments("dpo", arguments(tmp_path, f"{one}:0.9,{two}:0.1"))
+    training, heldout = load_data(recipe)
+    key = [json.dumps(row["prompt"]) + json.dumps(row["chosen"]) for row in training]
+    held = [json.dumps(row["prompt"]) + json.dumps(row["chosen"]) for row in heldout]
+    assert len(key) > 40
+    assert not set(key) & set(held)
+    assert len(set(held)) == len(held) == 10
+
+
+def test_keep_end_cuts_prompts_and_drops_no_row(tmp_path):
+    data = pairs_file(tmp_path, bad_3={"prompt": [{"role": "user", "content": "quick " * 80}]})
+    results = main("dpo", arguments(tmp_path, data, "--max_length", "64", "--truncation_mode", "keep_end"))
+    assert results["after"]["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("more", [["--use_weighting"], ["--ld_alpha", "0.5"]])
+def test_objectives_that_only_trl_has_still_run(tmp_path, more):
+    assert main("dpo", arguments(tmp_path, pairs_file(tmp_path), *more))["after"]["eval_loss"] > 0
+
+
+def test_evaluating_without_held_out_rows_says_what_to_set(tmp_path):
+    with pytest.raises(SystemExit, match="--eval_strategy steps needs held-out rows"):
+        main("dpo", arguments(tmp_path, pairs_file(tmp_path), "--eval_rows", "0", "--eval_strategy", "steps"))
+
+
+def test_a_loss_without_rewards_reports_what_it_has(tmp_path, capsys):
+    main("sft", arguments(tmp_path, pairs_file(tmp_path)))
+    assert "Held-out rows" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from prefopt import LossMixin, PreferenceConfig, PreferenceTrainer
 from prefopt.losses import DPO, SFT, Need, PairLoss
 from tests.tiny import THINKING, make_model, make_tokenizer
-from tests.trainer.runs import make_labelled, make_pairs, make_trainer, settings, train
+from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model, settings, train
 
 
 @pytest.mark.parametrize("loss", ["simpo", "dpo + 0.5*sft", "sft(nll='sum')", "kto", "kto + 0.1*sft"])
@@ -151,7 +151,7 @@ class TestStepZero:
             trainer.train()
 
     def test_can_warn_instead(self, tmp_path, caplog):
-        with caplog.at_level(logging.WARNING, logger="prefopt.trainer"):
+        with caplog.at_level(logging.WARNING, logger="prefopt"):
             self.spoiled(tmp_path, step0_check="warn").train()
         assert "policy and reference differ" in caplog.text
 
@@ -235,7 +235,7 @@ def test_rows_without_room_for_a_completion_are_dropped_aloud(tmp_path, caplog):
     pairs = make_pairs(6)
     long = {"role": "user", "content": "quick " * 60}
     pairs = Dataset.from_list([{**row, "prompt": [long]} if i in (1, 4) else row for i, row in enumerate(pairs)])
-    with caplog.at_level(logging.WARNING, logger="prefopt.trainer"):
+    with caplog.at_level(logging.WARNING, logger="prefopt"):
         trainer = make_trainer(tmp_path, loss="dpo", train_dataset=pairs, max_length=64)
     assert len(trainer.train_dataset) == 4
     assert "dropped 2 of 6 rows of the train set" in caplog.text
@@ -263,3 +263,102 @@ def test_the_seed_decides_a_new_adapters_weights(tmp_path):
                                     processing_class=make_tokenizer())  # fmt: skip
         weights.append(next(p for n, p in trainer.model.named_parameters() if "lora_A" in n).detach().clone())
     assert torch.equal(*weights)
+
+
+class RunningMean(PairLoss):
+    """A loss with state: DPO around a running mean of the margins, counted in training only."""
+
+    needs = Need.REFERENCE
+    name = "running_mean"
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def per_example(self, batch):
+        if self.training:
+            self.seen.add_(len(batch.chosen))
+        return -torch.nn.functional.logsigmoid(batch.chosen.ratios - batch.rejected.ratios)
+
+
+def test_an_objectives_state_is_saved_restored_and_left_alone_by_evaluation(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "train_dataset": make_pairs(16)}
+    trainer = make_trainer(tmp_path, trainer_options={"loss": RunningMean()}, **options)
+    trainer.train()
+    assert trainer.objective.seen == 16
+    trainer.evaluate(make_pairs(8, seed=2))
+    assert trainer.objective.seen == 16
+    resumed = make_trainer(tmp_path, trainer_options={"loss": RunningMean()}, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert resumed.objective.seen == 16
+    stateless = make_trainer(tmp_path, loss="dpo", **options)
+    stateless.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert stateless.state.global_step == 4
+
+
+def test_a_loss_with_parameters_is_refused(tmp_path):
+    objective = RunningMean()
+    objective.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="has parameters of its own"):
+        make_trainer(tmp_path, trainer_options={"loss": objective})
+
+
+def test_precomputed_references_belong_to_their_truncation(tmp_path):
+    """The cache of reference log-probabilities must not serve a run that cuts rows elsewhere."""
+    data = make_pairs(8)
+    path = tmp_path / "pairs.parquet"
+    data.to_parquet(path)
+    for limit in (22, 200):
+        loaded = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        trainer = make_trainer(
+            tmp_path, loss="dpo", precompute_ref_log_probs=True, max_length=limit, max_steps=1, train_dataset=loaded
+        )
+        trainer.train()  # the step-0 check compares them with the policy's
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_reference_columns_are_read_only_when_asked_for(tmp_path):
+    stale = make_pairs(8, ref_chosen_logps=[-1.0] * 8, ref_rejected_logps=[-2.0] * 8)
+    assert train(tmp_path, loss="dpo", max_steps=1, train_dataset=stale)[0]["loss"] == pytest.approx(
+        0.693147, abs=1e-4
+    )
+
+
+def test_no_reference_model_is_kept_for_a_reference_free_loss(tmp_path):
+    assert make_trainer(tmp_path, loss="simpo").ref_model is None
+    assert make_trainer(tmp_path, loss="dpo").ref_model is not None
+
+
+class OddlyNamed(DPOTrainer):
+    """A subclass that calls its configuration something else and takes no collator."""
+
+    def __init__(self, model, config, data, processing_class):
+        super().__init__(model, args=config, train_dataset=data, processing_class=processing_class)
+
+
+def test_the_mixin_finds_a_configuration_by_another_name(tmp_path):
+    class Odd(LossMixin, OddlyNamed):
+        pass
+
+    config = DPOConfig(**settings(tmp_path, max_steps=1, beta=0.5, max_length=30, loss_type="ipo"))
+    trainer = Odd(save_model(tmp_path), config, make_pairs(8), make_tokenizer())
+    assert str(trainer.objective) == "ipo(beta=0.5, average=True)"
+    assert trainer.data_collator.max_length == 30
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(1.0)  # 1 / (4 beta^2)
+
+
+def test_kto_counts_only_what_was_given(tmp_path):
+    paired, moved = (train(tmp_path, loss=loss, max_steps=1)[0] for loss in ("dpo", "kto"))
+    assert moved["entropy"] == pytest.approx(paired["entropy"], rel=1e-6)
+    assert moved["num_tokens"] == paired["num_tokens"]
+
+
+def test_evaluating_kto_one_example_at_a_time_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="per_device_eval_batch_size must be at least 2"):
+        make_trainer(tmp_path, loss="kto", per_device_eval_batch_size=1)
+
+
+def test_a_class_is_no_loss(tmp_path):
+    with pytest.raises(TypeError, match="loss must be a Loss or a loss expression"):
+        make_trainer(tmp_path, trainer_options={"loss": DPO})

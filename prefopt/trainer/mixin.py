@@ -1,18 +1,16 @@
-"""The only file that knows TRL: `trl.DPOTrainer` with any objective of `prefopt.losses` in place of its own.
+"""The overridden methods: those of `trl.DPOTrainer` that have kept still between releases.
 
-`LossMixin` overrides what has kept still between TRL releases: `compute_loss`, `log`, the collator, dataset
-preparation and `compute_ref_log_probs`. Scoring lives in `prefopt.scoring`, objectives in `prefopt.losses`; nothing
-here computes either.
+They are `compute_loss`, `log`, dataset preparation, the collator and `compute_ref_log_probs`. Scoring lives in
+`prefopt.scoring`, objectives in `prefopt.losses`; nothing here computes either.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,116 +21,17 @@ from torch import Tensor
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
-from prefopt.data import kind, normalise, tokenize_dataset
-from prefopt.losses import Loss, LossOutput, Need, PreferenceBatch, parse
+from prefopt.data import drop_overlong, kind, normalise, tokenize_dataset
+from prefopt.losses import Loss, LossOutput, Need, PreferenceBatch
 from prefopt.metrics import RunningMeans, batch_metrics, describe_non_finite
 from prefopt.scoring import RowGroups, TokenScores, assemble_batch, score_rows
-from prefopt.scoring.collate import COLUMN_PREFIX, PreferenceCollator, WithColumns
+from prefopt.scoring.collate import COLUMN_PREFIX, PreferenceCollator, WithColumns, by_row, groups_of
+from prefopt.trainer.config import resolve_objective
+from prefopt.trainer.state import ObjectiveState, restore
 
 logger = logging.getLogger(__name__)
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "roles", "examples", "paired", "ref_chosen_logps", "ref_rejected_logps"}
-_TRL_LOSS_OPTIONS = (
-    "loss_type",
-    "loss_weights",
-    "beta",
-    "label_smoothing",
-    "ld_alpha",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "use_weighting",
-    "discopop_tau",
-)
-
-
-@dataclass
-class PreferenceConfig(DPOConfig):
-    """`trl.DPOConfig` with an objective. On a machine without an accelerator `bf16` is off unless asked for.
-
-    Args:
-        loss: a loss expression such as `dpo(beta=0.1) + 0.2*sft` (see `prefopt losses`). Hyperparameters stand inside
-            it. Without one, TRL's own options (`loss_type`, `beta`, ...) choose the objective as they do in TRL.
-        step0_check: the first training batch is scored before any update, when the policy must equal the reference.
-            "error" stops a run in which it does not, "warn" says so and goes on, "off" does not look. Applies where
-            the reference is the initial policy, not to a `ref_model` that is passed in.
-        step0_tolerance: largest accepted difference of mean per-token log-probabilities, in nats. If None, 1e-3 in
-            float32 and 0.05 in half precision.
-    """
-
-    bf16: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Use bfloat16 mixed precision. If not set: on where there is an accelerator, off on a CPU, where "
-            "it is far slower than float32."
-        },
-    )
-    loss: str | None = field(
-        default=None,
-        metadata={"help": "Loss expression, for example 'dpo(beta=0.1) + 0.2*sft'. `prefopt losses` lists the names."},
-    )
-    step0_check: str = field(
-        default="error",
-        metadata={
-            "help": "What to do if policy and reference differ before the first update.",
-            "choices": ["error", "warn", "off"],
-        },
-    )
-    step0_tolerance: float | None = field(
-        default=None,
-        metadata={"help": "Largest accepted per-token difference between policy and reference at step 0, in nats."},
-    )
-
-    def __post_init__(self) -> None:
-        if self.bf16 is None and not torch.accelerator.is_available():
-            # TRL's default of bf16 is a hundred times slower than float32 on CPUs without bf16 units.
-            self.bf16 = False
-        super().__post_init__()
-        if self.step0_check not in ("error", "warn", "off"):
-            raise ValueError(f"step0_check must be 'error', 'warn' or 'off', got {self.step0_check!r}")
-        if self.loss is not None:
-            parse(self.loss)
-            _refuse_trl_loss_options(self)
-
-
-def _changed_trl_options(args: DPOConfig) -> dict[str, Any]:
-    """TRL's loss options that differ from their defaults."""
-    changed = {}
-    for option in dataclasses.fields(args):
-        if option.name in _TRL_LOSS_OPTIONS:
-            factory = option.default_factory
-            default = option.default if factory is dataclasses.MISSING else factory()
-            if getattr(args, option.name) != default:
-                changed[option.name] = getattr(args, option.name)
-    return changed
-
-
-def _refuse_trl_loss_options(args: DPOConfig) -> None:
-    if changed := _changed_trl_options(args):
-        listed = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-        raise ValueError(
-            f"{listed} would have no effect beside a loss expression: write hyperparameters inside it, as in "
-            "loss='dpo(beta=0.2, label_smoothing=0.1)', or leave `loss` out to use TRL's options"
-        )
-
-
-def expression_from_trl_options(args: DPOConfig) -> str | None:
-    """The loss expression that TRL's own options ask for, or None where only TRL implements them."""
-    changed = _changed_trl_options(args)
-    if set(changed) - {"loss_type", "loss_weights", "beta", "label_smoothing"}:
-        return None
-    beta = f"beta={args.beta!r}"
-    known = {
-        # Unlike TRL since 0.29, which drops the option without a word, sigmoid honours label_smoothing.
-        "sigmoid": f"dpo({beta}, label_smoothing={args.label_smoothing!r})",
-        "ipo": f"ipo({beta})",
-        "hinge": f"hinge({beta})",
-        "sft": "sft(nll='token')",
-    }
-    types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-    if not set(types) <= set(known) or ("label_smoothing" in changed and "sigmoid" not in types):
-        return None
-    weights = args.loss_weights or [1.0] * len(types)
-    return " + ".join(f"{weight!r}*{known[name]}" for name, weight in zip(types, weights, strict=True))
 
 
 class LossMixin:
@@ -154,64 +53,86 @@ class LossMixin:
     _signature_columns: list[str] | None
 
     def __init__(self, *arguments: Any, loss: Loss | str | None = None, **keywords: Any) -> None:
-        bound = _bind(super().__init__, arguments, keywords)
-        args = bound.get("args")
-        if args is None:
-            # With no `args`, TRL makes itself a default DPOConfig.
-            args = DPOConfig.__new__(DPOConfig)
-            for option in dataclasses.fields(DPOConfig):
-                if option.name in _TRL_LOSS_OPTIONS:
-                    factory = option.default_factory
-                    setattr(args, option.name, option.default if factory is dataclasses.MISSING else factory())
-        self.objective = _resolve_objective(loss, args)
+        bound, takes_collator = _bind(super().__init__, arguments, keywords)
+        args = next((value for value in bound.values() if isinstance(value, DPOConfig)), None)
+        self.objective = resolve_objective(loss, args)
         self._train_means, self._eval_means = RunningMeans(), RunningMeans()
         self._tokens_seen: Any = 0
         self._start_checked = False
         self._own_collator: PreferenceCollator | None = None
+        data = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
+        data = bound.get("train_dataset", data)
+        sample: dict[str, Any] = next(iter(data), {}) if isinstance(data, (Dataset, IterableDataset)) else {}
         if self.objective is not None:
-            if hasattr(args, "seed"):
+            if args is not None:
                 # An adapter's random weights are drawn while TRL sets up; TRL seeds that itself since 1.15 only.
                 set_seed(args.seed)
-            self._before_trl(self.objective, bound, args)
+            self._before_trl(self.objective, args, sample)
+            if bound.get("data_collator") is None and not {"image", "images"} & set(sample):
+                self._own_collator = self._make_collator(self.objective, args)
+                if takes_collator:
+                    bound["data_collator"] = self._own_collator
         super().__init__(**bound)
-        if self.objective is not None:
-            self.objective.to(self.accelerator.device)
-            # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
-            self._reference_is_initial_policy = bound.get("ref_model") is None and not _learns_prompts(self.model)
-            self._align_padding(bound.get("ref_model") is None)
-            if self._own_collator is None and not isinstance(self.data_collator, WithColumns):
-                self.data_collator = WithColumns(self.data_collator, self.objective.columns)
+        if self.objective is None:
+            if "weight" in sample:
+                logger.warning("the weight column has no effect: TRL computes this objective itself")
+            return
+        if loss is None and str(resolve_objective(None, self.args)) != str(self.objective):
+            raise ValueError(
+                f"{type(self).__name__} makes its own configuration, so the objective could not be read from it "
+                "ahead: pass loss=... as well"
+            )
+        self._after_trl(self.objective, bound.get("ref_model") is None, sample)
 
-    def _before_trl(self, objective: Loss, bound: dict[str, Any], args: Any) -> None:
-        """Settle what TRL's constructor already uses: the collator, and options that cannot go together."""
+    def _before_trl(self, objective: Loss, args: Any, sample: Mapping[str, Any]) -> None:
+        """Refuse options that cannot go together, and settle what TRL's constructor already uses."""
+        precomputes = getattr(args, "precompute_ref_log_probs", False)
+        if list(objective.parameters()):
+            raise ValueError(f"{objective} has parameters of its own, which this trainer does not train")
         if Need.MISMATCHED in objective.needs:
-            if getattr(args, "per_device_train_batch_size", 2) < 2:
-                raise ValueError(
-                    f"{objective} moves completions to other examples' prompts within a batch: "
-                    "per_device_train_batch_size must be at least 2"
-                )
-            if getattr(args, "precompute_ref_log_probs", False):
+            for option in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+                if getattr(args, option, 2) < 2:
+                    raise ValueError(
+                        f"{objective} moves completions to other examples' prompts within a batch: {option} must be "
+                        "at least 2"
+                    )
+            if precomputes:
                 raise ValueError(
                     f"{objective} scores other completions of the batch under the reference at every step, which "
                     "cannot be computed ahead: set precompute_ref_log_probs=False"
                 )
-        if Need.TOKENS in objective.needs and getattr(args, "precompute_ref_log_probs", False):
+        if Need.TOKENS in objective.needs and precomputes:
             raise ValueError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
+        for column in objective.columns:
+            if sample and column not in sample:
+                raise ValueError(f"{objective} needs a numeric column {column!r}; the data has {sorted(sample)}")
         if getattr(args, "accelerator_config", None) is not None:
             # Dispatching joins and slices batches by their first dimension, here rows instead of examples. TRL turns
             # it off for a streamed training set only.
             args.accelerator_config.dispatch_batches = False
-        dataset = bound.get("train_dataset")
-        sample: dict[str, Any] = next(iter(dataset), {}) if isinstance(dataset, (Dataset, IterableDataset)) else {}
-        _check_columns(objective, sample)
-        if bound.get("data_collator") is None and not {"image", "images"} & set(sample):
-            self._own_collator = bound["data_collator"] = PreferenceCollator(
-                max_length=getattr(args, "max_length", None),
-                truncation_mode=getattr(args, "truncation_mode", "keep_start"),
-                pad_to_multiple_of=getattr(args, "pad_to_multiple_of", None),
-                mismatched=Need.MISMATCHED in objective.needs,
-                columns=objective.columns,
-            )
+
+    def _make_collator(self, objective: Loss, args: Any) -> PreferenceCollator:
+        args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False) if args is None else args
+        return PreferenceCollator(
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            mismatched=Need.MISMATCHED in objective.needs,
+            columns=objective.columns,
+        )
+
+    def _after_trl(self, objective: Loss, own_reference: bool, sample: Mapping[str, Any]) -> None:
+        objective.to(self.accelerator.device)
+        self.add_callback(ObjectiveState(objective))  # type: ignore[attr-defined]
+        # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
+        self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
+        if own_reference and Need.REFERENCE not in objective.needs and not self.args.sync_ref_model:
+            self.ref_model = None  # TRL loads one whatever the objective
+        self._align_padding(own_reference)
+        if self._own_collator is not None:
+            self.data_collator = self._own_collator
+        elif objective.columns or "weight" in sample:
+            self.data_collator = WithColumns(self.data_collator, objective.columns)
 
     def _align_padding(self, own_reference: bool) -> None:
         """One padding token for policy and reference: some multimodal models embed images by way of it."""
@@ -244,26 +165,7 @@ class LossMixin:
             dataset = tokenize_dataset(
                 dataset, processing_class, getattr(args, "dataset_num_proc", None), dataset_name
             )
-            return self._drop_overlong(dataset, args, dataset_name)
-
-    def _drop_overlong(self, dataset: Any, args: Any, dataset_name: str) -> Any:
-        """Without the rows whose prompt alone fills `max_length`, as TRL does, but not in silence."""
-        limit = args.max_length
-        if limit is None or args.truncation_mode != "keep_start":
-            return dataset
-        if not isinstance(dataset, Dataset):
-            return dataset.filter(lambda example: len(example["prompt_ids"]) < limit)
-        kept = [i for i, ids in enumerate(dataset["prompt_ids"]) if len(ids) < limit]
-        if len(kept) == len(dataset):
-            return dataset
-        dropped = sorted(set(range(len(dataset))) - set(kept))
-        shown = ", ".join(map(str, dropped[:10])) + (", ..." if len(dropped) > 10 else "")
-        logger.warning(
-            "dropped %d of %d rows of the %s set, whose prompts alone reach max_length=%d and leave no room for a "
-            "completion (rows %s, from 0); raise max_length to keep them",
-            *(len(dropped), len(dataset), dataset_name, limit, shown),
-        )
-        return dataset.select(kept)
+            return drop_overlong(dataset, args.max_length, args.truncation_mode, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         fresh = self._signature_columns is None
@@ -322,11 +224,11 @@ class LossMixin:
         if getattr(self, "aux_loss_enabled", False):
             model_inputs["output_router_logits"] = True
         policy, outputs = score_rows(model, model_inputs, mask, all_logits=all_logits)
-        groups = _row_groups(inputs)
+        groups = groups_of(inputs)
         ref_token_logps = ref_logps = None
         if Need.REFERENCE in self.objective.needs:
-            if "ref_chosen_logps" in inputs:
-                ref_logps = _by_row(groups, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+            if self.args.precompute_ref_log_probs:
+                ref_logps = by_row(groups, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
             else:
                 reference = self.model if self.ref_model is None else self.ref_model
                 ref_token_logps = self._reference_scores(reference, inputs).logps
@@ -353,6 +255,7 @@ class LossMixin:
                 "max_length, or set it to None"
             ) from error
         self._check_start(batch)
+        self.objective.train(self.model.training)
         output: LossOutput = self.objective(batch)
         loss = output.loss
         if not bool(torch.isfinite(loss)):
@@ -369,7 +272,8 @@ class LossMixin:
         if self._start_checked or not self.model.training:
             return
         self._start_checked = True
-        mode = getattr(self.args, "step0_check", "error")
+        # Dropout that is left on by choice makes the two differ by design.
+        mode = getattr(self.args, "step0_check", "error") if self.args.disable_dropout else "warn"
         assert self.objective is not None
         needed = Need.REFERENCE in self.objective.needs and self._reference_is_initial_policy
         if mode == "off" or not needed or self.state.global_step > 0:
@@ -384,7 +288,8 @@ class LossMixin:
         if tolerance is None:
             half = self.model.dtype in (torch.float16, torch.bfloat16) or self.accelerator.mixed_precision != "no"
             tolerance = 0.05 if half else 1e-3
-        if worst_gap <= tolerance:
+        # What is not finite is for the check of the loss, which names the examples.
+        if worst_gap <= tolerance or not math.isfinite(worst_gap):
             return
         message = (
             f"policy and reference differ before the first update: up to {worst_gap:.3g} nats per token, "
@@ -399,7 +304,7 @@ class LossMixin:
         logger.warning(message)
 
     def _row_texts(self, inputs: Mapping[str, Any]) -> dict[str, list[str]]:
-        groups = _row_groups(inputs)
+        groups = groups_of(inputs)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         texts = {}
         for number, role in enumerate(("chosen", "rejected")):
@@ -416,11 +321,11 @@ class LossMixin:
         return self._train_means if self.model.training else self._eval_means
 
     def _record_tokens(self, policy: TokenScores, inputs: Mapping[str, Any], groups: RowGroups) -> None:
-        self._means.add("entropy", policy.entropy, policy.mask.sum())
-        chosen = groups.roles == 0
+        chosen, given = groups.roles == 0, groups.roles < 2
+        self._means.add("entropy", policy.entropy[given], policy.mask[given].sum())
         self._means.add("mean_token_accuracy", policy.is_top1[chosen], policy.mask[chosen].sum())
         if self.model.training:
-            self._tokens_seen = self._tokens_seen + inputs["attention_mask"].sum()
+            self._tokens_seen = self._tokens_seen + inputs["attention_mask"][given].sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.objective is not None:
@@ -434,6 +339,11 @@ class LossMixin:
                 means["num_tokens"] = sum(gather_object([int(self._tokens_seen)]))
             logs.update({f"{prefix}{name}": value for name, value in means.items()})
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
+        if self.objective is not None:
+            restore(self.objective, resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *arguments, **keywords)  # type: ignore[misc]
 
     def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
         super().create_model_card(*arguments, **keywords)  # type: ignore[misc]
@@ -464,8 +374,8 @@ class PreferenceTrainer(LossMixin, DPOTrainer):
     _tag_names = [*DPOTrainer._tag_names, "prefopt"]  # noqa: RUF012
 
 
-def _bind(init: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, so that `args` and the collator are found however a subclass orders them."""
+def _bind(init: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Arguments by name, however a subclass orders them, and whether it takes a `data_collator`."""
     parameters = inspect.signature(init).parameters
     positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < len(arguments) and any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
@@ -476,48 +386,10 @@ def _bind(init: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> di
     named = dict(zip(positional, arguments, strict=False))
     if twice := set(named) & set(keywords):
         raise TypeError(f"got {sorted(twice)} twice, by position and by name")
-    return {**named, **keywords}
-
-
-def _resolve_objective(loss: Loss | str | None, args: Any) -> Loss | None:
-    given = loss if loss is not None else getattr(args, "loss", None)
-    if given is not None:
-        if loss is not None and getattr(args, "loss", None) is not None:
-            raise ValueError("the objective is given twice, as `loss` and as `args.loss`; leave one out")
-        _refuse_trl_loss_options(args)
-        return parse(given) if isinstance(given, str) else given
-    expression = expression_from_trl_options(args)
-    if expression is None:
-        options = ", ".join(f"{name}={value!r}" for name, value in _changed_trl_options(args).items())
-        logger.info("no prefopt expression for %s: TRL computes this objective itself", options)
-        return None
-    return parse(expression)
+    takes_collator = "data_collator" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {**named, **keywords}, takes_collator
 
 
 def _learns_prompts(model: Any) -> bool:
     configs = getattr(model, "peft_config", {}).values() if is_peft_model(model) else ()
     return any(config.is_prompt_learning for config in configs)
-
-
-def _check_columns(objective: Loss, sample: Mapping[str, Any]) -> None:
-    for column in objective.columns:
-        if sample and column not in sample:
-            raise ValueError(f"{objective} needs a numeric column {column!r}; the data has {sorted(sample)}")
-
-
-def _row_groups(inputs: Mapping[str, Any]) -> RowGroups:
-    """Who is who in a collated batch; collators other than ours put the chosen rows first and the rejected after."""
-    columns = {k.removeprefix(COLUMN_PREFIX): v for k, v in inputs.items() if k.startswith(COLUMN_PREFIX)}
-    if "roles" in inputs:
-        return RowGroups(inputs["roles"], inputs["examples"], columns, bool(inputs["paired"]))
-    ids = inputs["input_ids"]
-    half = torch.arange(ids.shape[0] // 2, device=ids.device)
-    return RowGroups(torch.cat([half * 0, half * 0 + 1]), torch.cat([half, half]), columns, paired=True)
-
-
-def _by_row(groups: RowGroups, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """(R,) values from per-example ones of each role."""
-    return torch.where(groups.roles == 0, chosen[groups.examples], rejected[groups.examples])
-
-
-__all__ = ["LossMixin", "PreferenceConfig", "PreferenceTrainer", "expression_from_trl_options"]

@@ -1,0 +1,48 @@
+"""An objective's own state (a running mean, say) saved with every checkpoint and read back when a run resumes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from prefopt.losses import Loss
+
+FILE = "objective.safetensors"
+
+
+class ObjectiveState(TrainerCallback):
+    """Writes the objective's buffers into each checkpoint folder; a stateless objective leaves no file."""
+
+    def __init__(self, objective: Loss):
+        self._objective = objective
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self._objective.state_dict().items()}
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if tensors and state.is_world_process_zero and folder.is_dir():
+            unfinished = folder / f"{FILE}.unfinished"
+            save_file(tensors, unfinished)
+            os.replace(unfinished, folder / FILE)
+
+
+def restore(objective: Loss, resume_from: str | bool | None, output_dir: str) -> None:
+    """Read an objective's state back from the checkpoint that a run resumes from.
+
+    Raises:
+        FileNotFoundError: if the objective has state and the checkpoint holds none.
+    """
+    folder = get_last_checkpoint(output_dir) if resume_from is True else resume_from
+    if not folder or not objective.state_dict():
+        return
+    path = Path(folder) / FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{objective} keeps state between steps, but {path} does not exist: the checkpoint was written with "
+            "another objective. Start anew, or resume with the objective that it was trained with"
+        )
+    objective.load_state_dict(load_file(path))

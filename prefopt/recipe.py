@@ -172,7 +172,7 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
     script = recipe.script
     if recipe.model.model_name_or_path is None:
         with PartialState().main_process_first():
-            path = resolve_demo_model(say=recipe.console.print)
+            path = resolve_demo_model(say=lambda line: recipe.console.print(line, soft_wrap=True))
         recipe.model.model_name_or_path = str(path)
     if recipe.bundled_data:
         return load_demo("train"), load_demo("heldout") if script.eval_rows else None

@@ -4,7 +4,7 @@ Chosen: the first sentence of a sampled answer, where it follows the rule. Rejec
 ended by itself, since an answer cut off without its end token teaches the model to stop at once. Samples and pairs
 share a system message that asks for short answers: the answers are the model's own under that prompt (on-policy), most
 of them end within the token limit, and preference training shows what "short" means. The same seed on the same machine
-gives the same files, in 15 minutes on two cores:
+gives the same files, in half an hour on one core:
 
     python scripts/make_demo_data.py --out prefopt/demo/data
 """
@@ -215,6 +215,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    # Sums over another number of threads round differently, and a different last digit is a different sample.
+    torch.set_num_threads(1)
     questions = read_questions(args.questions)
     samples = collect(args, questions)
     files = {}

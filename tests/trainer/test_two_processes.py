@@ -25,7 +25,7 @@ def launch(folder: Path, processes: int, *arguments: str) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     done = subprocess.run(
         [*command, "-m", "tests.trainer.two_processes", str(folder), *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / f"{processes}.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def main(folder: Path, loss: str, per_device: int) -> None:
         wrapped = type(trainer.model_wrapped).__name__
         world = dist.get_world_size() if dist.is_initialized() else 1
         (folder / f"{world}.json").write_text(json.dumps({"world": world, "wrapped": wrapped, "log": log}))
+    if dist.is_initialized():
+        dist.barrier()
+        # Taking a gloo group down can deadlock with the interpreter's lock (torch joins its threads while holding it),
+        # or abort at exit; everything is written by now.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from prefopt.losses import Need, available
 from prefopt.losses.registry import describe_arguments
 
 app = typer.Typer(help="Preference optimization for language models.", no_args_is_help=True, add_completion=False)
-console = Console()
 
 Columns = Annotated[
     list[str] | None,
@@ -35,26 +34,28 @@ def losses(
         print(losses_table())
         return
     if name is None:
-        table = Table(*_HEADINGS, show_lines=True)
-        for row in _rows():
-            table.add_row(*map(escape, row))
-        console.print(table)
-        console.print('Combine them: --loss "dpo(beta=0.1) + 0.2*sft". `prefopt losses NAME` explains one.')
+        table = Table(show_lines=True)
+        for heading in ("name", "formula", "data", "needs", "paper"):
+            table.add_column(heading, no_wrap=heading in ("name", "paper"))
+        for name_, formula, data, needs, _, paper, _ in _rows():
+            table.add_row(*map(escape, (name_, formula, data, needs, paper)))
+        _console().print(table)
+        _console().print('Combine them: --loss "dpo(beta=0.1) + 0.2*sft". `prefopt losses NAME` explains one.')
         return
     if name not in known:
         from prefopt.losses import LossSyntaxError, parse
 
         try:
-            console.print(Text(str(parse(name))))
+            _console().print(Text(str(parse(name))))
         except LossSyntaxError as error:
             _fail(str(error))
         return
     cls = known[name]
-    console.print(Text(f"{name}({describe_arguments(cls)})", style="bold"))
-    console.print(Text(textwrap.dedent("    " + (inspect.getdoc(cls) or ""))))
-    console.print(Text(f"Formula: {cls.formula}\nNeeds of the scorer: {_needs(cls.needs)}"))
+    _console().print(Text(f"{name}({describe_arguments(cls)})", style="bold"))
+    _console().print(Text(textwrap.dedent("    " + (inspect.getdoc(cls) or ""))))
+    _console().print(Text(f"Formula: {cls.formula}\nNeeds of the scorer: {_needs(cls.needs)}"))
     if cls.paper:
-        console.print(Text(f"Paper: https://arxiv.org/abs/{cls.paper}"))
+        _console().print(Text(f"Paper: https://arxiv.org/abs/{cls.paper}"))
 
 
 _HEADINGS = ("name", "formula", "data", "needs", "arguments", "paper", "TRL's name")
@@ -113,9 +114,9 @@ def check(
     except DataError as error:
         _fail(str(error))
     if report.problems:
-        console.print(report.table())
+        _console().print(report.table())
     what = "pairs" if kind(dataset) == "pair" else "labelled completions"
-    console.print(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
+    _console().print(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -128,12 +129,18 @@ def demo(context: typer.Context) -> None:
     run_recipe("dpo(beta=0.1)", context.args)
 
 
+def _console() -> Console:
+    # Made when it is used, so that it knows the width of the terminal as it is then.
+    return Console()
+
+
 def _needs(needs: Need) -> str:
     return ", ".join(str(need.name).lower() for need in Need if need in needs) or "sums and lengths only"
 
 
 def _fail(message: str) -> None:
-    console.print(Text(message, style="red"))
+    # Not wrapped: a path or a column marker broken over two lines is of no use.
+    _console().print(Text(message, style="red"), soft_wrap=True)
     raise typer.Exit(1)
 
 

@@ -65,15 +65,13 @@ def _settings(training: PreferenceConfig, model: ModelConfig, expression: str | 
 def _first_batch(
     training: PreferenceConfig, tokenizer: Any, train: Any, expression: str | None
 ) -> dict[str, torch.Tensor]:
-    rows = list(train.take(training.per_device_train_batch_size))
-    columns = train.take(training.per_device_train_batch_size)
-    tokenised = tokenize_dataset(columns, tokenizer)
+    tokenised = tokenize_dataset(train.take(training.per_device_train_batch_size), tokenizer)
     loss = parse(expression) if expression else None
     collator = PreferenceCollator(
         pad_token_id=tokenizer.pad_token_id,
         max_length=training.max_length,
         truncation_mode=training.truncation_mode,
-        mismatched=loss is not None and Need.MISMATCHED in loss.needs and len(rows) > 1,
+        mismatched=loss is not None and Need.MISMATCHED in loss.needs,
     )
     return collator(list(tokenised))
 

@@ -74,17 +74,19 @@ def make_tokenizer(chat_template: str = CHATML) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+TEXT_SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
 def make_config(architecture: str = "llama"):
-    shared = {
-        "vocab_size": 400,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-    }
+    shared = {**TEXT_SIZES, "tie_word_embeddings": True}
     if architecture == "llama":
         return LlamaConfig(**shared)
     if architecture == "qwen2":
@@ -138,15 +140,7 @@ def make_vlm(architecture: str = "llava", seed: int = 0) -> tuple[PreTrainedMode
     )
     tokenizer.chat_template = template
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in names.values()}
-    text = {
-        "vocab_size": 400,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-    }
+    text = dict(TEXT_SIZES)
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(seed)
     model: PreTrainedModel

@@ -9,31 +9,99 @@
 This package imports torch and nothing else.
 """
 
+from prefopt.losses import presets as _presets  # noqa: F401  (registers them)
 from prefopt.losses.base import Loss, LossOutput, Need, PairLoss, WeightedSum
+from prefopt.losses.batchwise import AOT, AlphaDPO, AOTUnpaired, BetaDPO
 from prefopt.losses.binary import KTO
-from prefopt.losses.direct import DPO, IPO, Hinge
+from prefopt.losses.cringe import Cringe, PairwiseCringe
+from prefopt.losses.direct import DPO, EXO, HDPO, IPO, Hinge, MarginDPO, NormalizedDPO, Robust
+from prefopt.losses.discovered import AQFL, AQL, CELL, DBAQL, PADLL, PFL, DiscoPOP
 from prefopt.losses.likelihood import SFT
+from prefopt.losses.online import INPO, KLOnline, KLPrior
 from prefopt.losses.parse import LossSyntaxError, parse
-from prefopt.losses.reference_free import SimPO
-from prefopt.losses.registry import available, register
+from prefopt.losses.penalised import DPOP, FDPO, LDDPO, RDPO, ChiPO
+from prefopt.losses.pointwise import BCO, NCA, SPPO, APODown, APOZero, BCOPair, CalDPO
+from prefopt.losses.reference_free import ASFT, CPO, ORPO, RRHF, AlphaPO, SimPO, SLiC
+from prefopt.losses.registry import Preset, available, preset, presets, register
 from prefopt.losses.scores import PreferenceBatch, Scores
+from prefopt.losses.shapes import GPO, SurrogateEnsemble
+from prefopt.losses.tokenwise import TDPO
+from prefopt.losses.unlearning import NPO, UNDIAL, WGA, GradientAscent, KLRetain, KTOForget, SatImp, SimNPO
+from prefopt.losses.wrappers import WPO, LengthNormalized, NoiseRobust, Reweighted
 
 __all__ = [
+    "AOT",
+    "AQFL",
+    "AQL",
+    "ASFT",
+    "BCO",
+    "CELL",
+    "CPO",
+    "DBAQL",
     "DPO",
+    "DPOP",
+    "EXO",
+    "FDPO",
+    "GPO",
+    "HDPO",
+    "INPO",
     "IPO",
     "KTO",
+    "LDDPO",
+    "NCA",
+    "NPO",
+    "ORPO",
+    "PADLL",
+    "PFL",
+    "RDPO",
+    "RRHF",
     "SFT",
+    "SPPO",
+    "TDPO",
+    "UNDIAL",
+    "WGA",
+    "WPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "AlphaDPO",
+    "AlphaPO",
+    "BCOPair",
+    "BetaDPO",
+    "CalDPO",
+    "ChiPO",
+    "Cringe",
+    "DiscoPOP",
+    "GradientAscent",
     "Hinge",
+    "KLOnline",
+    "KLPrior",
+    "KLRetain",
+    "KTOForget",
+    "LengthNormalized",
     "Loss",
     "LossOutput",
     "LossSyntaxError",
+    "MarginDPO",
     "Need",
+    "NoiseRobust",
+    "NormalizedDPO",
     "PairLoss",
+    "PairwiseCringe",
     "PreferenceBatch",
+    "Preset",
+    "Reweighted",
+    "Robust",
+    "SLiC",
+    "SatImp",
     "Scores",
+    "SimNPO",
     "SimPO",
+    "SurrogateEnsemble",
     "WeightedSum",
     "available",
     "parse",
+    "preset",
+    "presets",
     "register",
 ]

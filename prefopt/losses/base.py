@@ -31,6 +31,39 @@ class Need(enum.Flag):
     """Per-token log-probabilities (of the reference too, together with REFERENCE)."""
     MISMATCHED = enum.auto()
     """Completions scored under another example's prompt."""
+    PREVIOUS = enum.auto()
+    """Log-probabilities under the previous iterate of the policy."""
+    TOP_K = enum.auto()
+    """The loss's `top_k` largest log-probabilities at every completion position."""
+    COLLISION = enum.auto()
+    """The sum of squared probabilities over the vocabulary at every completion position."""
+    FORWARD_KL = enum.auto()
+    """KL(reference || policy) over the vocabulary at every completion position."""
+    REVERSE_KL = enum.auto()
+    """KL(policy || reference) over the vocabulary at every completion position."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the reference model has to be run."""
+        return bool(self & (Need.REFERENCE | Need.FORWARD_KL | Need.REVERSE_KL))
+
+
+PER_TOKEN = Need.TOKENS | Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL
+"""Needs that come with `token_logps` and `token_mask`."""
+
+ROLES = ("chosen", "rejected", "sampled")
+"""Roles that a loss can return values for, in the order in which it does."""
+
+_FIELDS = {
+    Need.REFERENCE: (("ref_logps",), "score the completions under the frozen reference too"),
+    Need.PREVIOUS: (("prev_logps",), "score the completions under the previous iterate of the policy too"),
+    Need.TOKENS: (("token_logps", "token_mask"), "keep the per-token log-probabilities and their token_mask"),
+    Need.TOP_K: (("top_logps", "top_ids", "token_ids"), "keep the largest log-probabilities of every position"),
+    Need.COLLISION: (("token_collision",), "compute log sum_v pi(v)^2 at every completion position"),
+    Need.FORWARD_KL: (("token_forward_kl",), "compute KL(reference || policy) at every completion position"),
+    Need.REVERSE_KL: (("token_reverse_kl",), "compute KL(policy || reference) at every completion position"),
+}
+"""The fields of `Scores` that each need is about, and how to fill them in."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +110,7 @@ class Loss(nn.Module):
         roles: the roles that `per_example` returns values for, in that order.
         paired: whether chosen and rejected must answer the same prompts row by row.
         columns: numeric data set columns that must be present in every scored role.
+        top_k: how many of the largest log-probabilities `Need.TOP_K` asks for.
     """
 
     name: ClassVar[str] = ""
@@ -87,6 +121,7 @@ class Loss(nn.Module):
     roles: tuple[str, ...] = ("chosen", "rejected")
     paired: bool = False
     columns: tuple[str, ...] = ()
+    top_k: int = 0
 
     @abstractmethod
     def per_example(self, batch: PreferenceBatch) -> Tensor:
@@ -95,6 +130,12 @@ class Loss(nn.Module):
     def reward(self, scores: Scores) -> Tensor | None:
         """(N,) implicit reward that this objective gives a completion, or None if it defines none."""
         return None
+
+    def needs_of(self, role: str) -> Need:
+        """What has to be known about the completions of one role."""
+        if role == "mismatched":
+            return self.needs & Need.REFERENCE if Need.MISMATCHED in self.needs else Need.NONE
+        return self.needs if role in self.roles else Need.NONE
 
     def forward(self, batch: PreferenceBatch) -> LossOutput:
         """Score a batch.
@@ -117,7 +158,7 @@ class Loss(nn.Module):
         yield 1.0, self.name or type(self).__name__, self
 
     def __str__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
+        arguments = ", ".join(f"{name}={_written(value)}" for name, value in self.hyperparameters().items())
         return f"{self.name or type(self).__name__}({arguments})"
 
     def extra_repr(self) -> str:
@@ -147,10 +188,15 @@ class Loss(nn.Module):
                 raise ValueError(
                     f"{self.name} needs {' and '.join(self.roles)} completions; this batch has no {role} ones"
                 )
-            if Need.REFERENCE in self.needs and scores.ref_logps is None:
+            needs = self.needs | (Need.TOKENS if self.needs & PER_TOKEN else Need.NONE)
+            for need, (names, remedy) in _FIELDS.items():
+                missing = [name for name in names if getattr(scores, name) is None]
+                if need in needs and missing:
+                    raise ValueError(f"{self.name} needs {missing[0]}, but the {role} scores hold none: {remedy}")
+            if Need.TOKENS in needs and Need.REFERENCE in needs and scores.ref_token_logps is None:
                 raise ValueError(
-                    f"{self.name} compares with a reference, but the {role} scores hold no ref_logps: "
-                    "score the completions under the frozen reference too"
+                    f"{self.name} needs ref_token_logps, but the {role} scores hold none: keep the reference's "
+                    "per-token log-probabilities too"
                 )
             for column in self.columns:
                 if column not in scores.columns:
@@ -217,9 +263,16 @@ class WeightedSum(Loss):
         members = [loss for _, loss in terms]
         for loss in members:
             self.needs = self.needs | loss.needs
-        self.roles = tuple(r for r in ("chosen", "rejected") if any(r in loss.roles for loss in members))
+        self.roles = tuple(role for role in ROLES if any(role in loss.roles for loss in members))
         self.paired = any(loss.paired for loss in members)
         self.columns = tuple(dict.fromkeys(column for loss in members for column in loss.columns))
+        self.top_k = max(loss.top_k for loss in members)
+
+    def needs_of(self, role: str) -> Need:
+        needs = Need.NONE
+        for _, _, loss in self.terms():
+            needs |= loss.needs_of(role)
+        return needs
 
     def terms(self) -> Iterator[tuple[float, str, Loss]]:
         seen: dict[str, int] = {}
@@ -265,6 +318,11 @@ class WeightedSum(Loss):
             scale = "" if abs(weight) == 1 else f"{abs(weight)!r}*"
             text += f" {sign} {scale}{loss}"
         return text[3:] if text.startswith(" + ") else "-" + text[3:]
+
+
+def _written(value: Any) -> str:
+    """A hyperparameter as it stands in an expression."""
+    return str(value) if isinstance(value, Loss) else repr(value)
 
 
 def _flat(weight: float, loss: Loss) -> list[tuple[float, Loss]]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 
 
-def positive(name: str, value: float) -> float:
-    """`value` if it is a finite number above zero, else a ValueError that names the argument."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+def positive(name: str, value: float, most: float = math.inf) -> float:
+    """`value` if it is a finite number in (0, most], else a ValueError that names the argument."""
+    if not (math.isfinite(value) and 0 < value <= most):
+        limit = "" if math.isinf(most) else f" of at most {most:g}"
+        raise ValueError(f"{name} must be a positive finite number{limit}, got {value!r}")
     return value
 
 
-def non_negative(name: str, value: float, most: float = math.inf) -> float:
-    """`value` if it is a finite number in [0, most], else a ValueError that names the argument."""
-    if not (math.isfinite(value) and 0 <= value <= most):
-        raise ValueError(f"{name} must be a finite number in [0, {most:g}], got {value!r}")
+def non_negative(name: str, value: float, most: float = math.inf, below: float = math.inf) -> float:
+    """`value` if it is a finite number in [0, most] and less than `below`, else a ValueError that names it."""
+    if not (math.isfinite(value) and 0 <= value <= most and value < below):
+        interval = f"[0, {below:g})" if below <= most and not math.isinf(below) else f"[0, {most:g}]"
+        raise ValueError(f"{name} must be a finite number in {interval}, got {value!r}")
     return value
 
 
@@ -23,4 +25,11 @@ def finite(name: str, value: float) -> float:
     """`value` if it is a finite number, else a ValueError that names the argument."""
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return value
+
+
+def whole(name: str, value: int, least: int = 0) -> int:
+    """`value` if it is a whole number of at least `least`, else a ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return value

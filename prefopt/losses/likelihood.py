@@ -8,12 +8,39 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from prefopt.losses.base import Loss
-from prefopt.losses.distributed import global_sum, world_size
+from prefopt.losses.distributed import global_sum
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch
+
+Reduction = Literal["mean", "sum", "token"]
+
+
+def check_reduction(name: str, value: str) -> None:
+    if value not in ("mean", "sum", "token"):
+        raise ValueError(f"{name} must be 'mean', 'sum' or 'token', got {value!r}")
+
+
+def reduce_tokens(sums: Tensor, lengths: Tensor, how: str, weights: Tensor | None) -> Tensor:
+    """(N,) per-example values from sums over each example's tokens.
+
+    Args:
+        sums: (N,) sums over completion tokens.
+        lengths: (N,) numbers of completion tokens.
+        how: "mean" per token of the example, "sum", or "token": scaled so that the mean over the examples of all
+            processes, which every loss takes, is the mean over their tokens.
+        weights: (N,) example weights or None; an example of weight 0 counts as absent.
+    """
+    if how == "mean":
+        return sums / lengths.clamp(min=1)
+    if how == "sum":
+        return sums
+    present = torch.ones_like(sums) if weights is None else (weights > 0).to(sums)
+    tokens, examples = global_sum((lengths * present).sum()), global_sum(present.sum())
+    return sums * examples / tokens.clamp(min=1)
 
 
 @register("sft")
@@ -38,18 +65,9 @@ class SFT(Loss):
 
     def __init__(self, nll: Literal["mean", "sum", "token"] = "mean"):
         super().__init__()
-        if nll not in ("mean", "sum", "token"):
-            raise ValueError(f"nll must be 'mean', 'sum' or 'token', got {nll!r}")
+        check_reduction("nll", nll)
         self.nll = nll
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         assert batch.chosen is not None
-        scores = batch.chosen
-        if self.nll == "mean":
-            return -scores.mean_logps
-        if self.nll == "sum":
-            return -scores.logps
-        # Scaled so that the mean over examples, which every loss takes, is the mean over tokens.
-        tokens = global_sum(scores.lengths.to(scores.logps).sum()).clamp(min=1)
-        examples = self._count(scores.logps, batch) * world_size()
-        return -scores.logps * examples / tokens
+        return reduce_tokens(-batch.chosen.logps, batch.chosen.lengths, self.nll, self._weights(batch))

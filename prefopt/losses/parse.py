@@ -14,8 +14,8 @@ import types
 import typing
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from prefopt.losses.base import Loss, WeightedSum, constructor_arguments
-from prefopt.losses.registry import available, describe_arguments
+from prefopt.losses.base import Loss, WeightedSum
+from prefopt.losses.registry import Preset, arguments_of, available, describe_arguments, presets
 
 MAX_LENGTH = 2000
 """Longest accepted expression, in characters; real ones are a tenth of it."""
@@ -154,13 +154,13 @@ class _Reader:
                 return self.loss(node)
 
     def build(self, node: ast.expr, name: ast.Name, args: list[ast.expr], keywords: list[ast.keyword]) -> Loss:
-        losses = available()
+        losses: dict[str, type[Loss] | Preset] = {**available(), **presets()}
         cls = losses.get(name.id)
         if cls is None:
-            near = difflib.get_close_matches(name.id.lower(), losses, n=1, cutoff=0.5)
-            hint = f", did you mean {near[0]!r}?" if near else "."
+            near = difflib.get_close_matches(name.id.lower(), losses, n=2, cutoff=0.6)
+            hint = f", did you mean {' or '.join(map(repr, near))}?" if near else "."
             self.fail(name, f"no loss is named {name.id!r}{hint} Registered losses: {', '.join(losses)}")
-        parameters = constructor_arguments(cls)
+        parameters = arguments_of(cls)
         values: dict[str, tuple[Any, ast.expr]] = {}
         for position, argument in enumerate(args):
             if isinstance(argument, ast.Starred) or position >= len(parameters):
@@ -175,18 +175,19 @@ class _Reader:
         for key, parameter in parameters.items():
             if parameter.default is inspect.Parameter.empty and key not in values:
                 self.fail(node, f"{name.id} needs an argument {key!r}; its arguments: {describe_arguments(cls)}")
-        hints = get_type_hints(cls.__init__)
+        make = cls.build if isinstance(cls, Preset) else cls
+        hints = get_type_hints(cls.build if isinstance(cls, Preset) else cls.__init__)
         for key, (value, where) in values.items():
             if not _fits(value, hints.get(key, Any)):
                 self.fail(where, f"{name.id}'s {key} must be {_type_name(hints[key])}, got {value!r}")
         try:
-            return cls(**{key: value for key, (value, _) in values.items()})
+            return make(**{key: value for key, (value, _) in values.items()})
         except ValueError as error:
             culprit = next((where for key, (_, where) in values.items() if str(error).startswith(key)), node)
             self.fail(culprit, f"{name.id}: {error}")
 
-    def unknown_argument(self, name: str, keyword: ast.keyword, cls: type[Loss]) -> NoReturn:
-        parameters = constructor_arguments(cls)
+    def unknown_argument(self, name: str, keyword: ast.keyword, cls: type[Loss] | Preset) -> NoReturn:
+        parameters = arguments_of(cls)
         if keyword.arg is None:
             self.fail(keyword, f"{name}'s arguments must be written out: {describe_arguments(cls)}")
         near = difflib.get_close_matches(keyword.arg, parameters, n=1, cutoff=0.5)

@@ -7,13 +7,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from prefopt.losses.base import Loss, constructor_arguments
 
 L = TypeVar("L", bound=type[Loss])
 
+
+@dataclass(frozen=True)
+class Preset:
+    """A named sum of losses.
+
+    Attributes:
+        name: what it is called in an expression.
+        build: makes the loss from the preset's arguments, all of which have defaults.
+        paper: arXiv id of the source.
+    """
+
+    name: str
+    build: Callable[..., Loss]
+    paper: str
+
+
 _LOSSES: dict[str, type[Loss]] = {}
+_PRESETS: dict[str, Preset] = {}
 
 
 def register(name: str) -> Callable[[L], L]:
@@ -22,8 +40,7 @@ def register(name: str) -> Callable[[L], L]:
     Raises:
         ValueError: if the name is not a lower-case identifier or already belongs to another class.
     """
-    if not name.isidentifier() or name != name.lower():
-        raise ValueError(f"a loss name must be a lower-case Python identifier, got {name!r}")
+    _check_name(name)
 
     def add(cls: L) -> L:
         taken = _LOSSES.get(name)
@@ -37,14 +54,46 @@ def register(name: str) -> Callable[[L], L]:
     return add
 
 
+def preset(name: str, paper: str = "") -> Callable[[Callable[..., Loss]], Callable[..., Loss]]:
+    """Decorator that makes a function returning a loss known to `parse` and `presets` under `name`.
+
+    Raises:
+        ValueError: if the name is not a lower-case identifier or already belongs to a loss.
+    """
+    _check_name(name)
+
+    def add(build: Callable[..., Loss]) -> Callable[..., Loss]:
+        if name in _LOSSES:
+            raise ValueError(f"the name {name!r} already belongs to a loss")
+        _PRESETS[name] = Preset(name, build, paper)
+        return build
+
+    return add
+
+
+def presets() -> dict[str, Preset]:
+    """Registered presets by name, in alphabetical order."""
+    return dict(sorted(_PRESETS.items()))
+
+
+def _check_name(name: str) -> None:
+    if not name.isidentifier() or name != name.lower():
+        raise ValueError(f"a loss name must be a lower-case Python identifier, got {name!r}")
+
+
 def available() -> dict[str, type[Loss]]:
     """Registered losses by name, in alphabetical order."""
     return dict(sorted(_LOSSES.items()))
 
 
-def describe_arguments(cls: type[Loss]) -> str:
+def arguments_of(maker: type[Loss] | Preset) -> dict[str, inspect.Parameter]:
+    """The hyperparameters of a loss class or of a preset, in order."""
+    return constructor_arguments(maker) if isinstance(maker, type) else dict(inspect.signature(maker.build).parameters)
+
+
+def describe_arguments(cls: type[Loss] | Preset) -> str:
     """The hyperparameters and their defaults in one line: `beta=0.1, label_smoothing=0.0`."""
     return ", ".join(
         name if parameter.default is inspect.Parameter.empty else f"{name}={parameter.default!r}"
-        for name, parameter in constructor_arguments(cls).items()
+        for name, parameter in arguments_of(cls).items()
     )

@@ -23,18 +23,34 @@ class Scores:
         logps: (N,) sum over completion tokens of log pi(y_t | x, y_<t), end-of-sequence token included.
         lengths: (N,) number of completion tokens that `logps` sums over.
         ref_logps: (N,) the same sums under the frozen reference; filled in where a loss declares `Need.REFERENCE`.
-        token_logps: (N, T) per-token log-probabilities, zero outside `token_mask`; with `Need.TOKENS`.
+        prev_logps: (N,) the same sums under the previous iterate of the policy; with `Need.PREVIOUS`.
+        token_logps: (N, T) per-token log-probabilities, zero outside `token_mask`; with any need below.
         token_mask: (N, T) bool, True at completion tokens.
         ref_token_logps: (N, T) per-token log-probabilities of the reference; with `Need.TOKENS | Need.REFERENCE`.
+        token_ids: (N, T) the completion tokens; with `Need.TOP_K`.
+        top_logps: (N, T, K) the K largest log-probabilities at each position, with gradient; with `Need.TOP_K`.
+        top_ids: (N, T, K) the tokens they belong to.
+        token_collision: (N, T) log sum_v pi(v)^2 over the vocabulary, no gradient; with `Need.COLLISION`.
+        token_forward_kl: (N, T) KL(reference || policy) of the next-token distributions; with `Need.FORWARD_KL`.
+        ref_token_entropy: (N, T) entropy of the reference's next-token distribution; with `Need.FORWARD_KL`.
+        token_reverse_kl: (N, T) KL(policy || reference) of the next-token distributions; with `Need.REVERSE_KL`.
         columns: further per-example columns of the data set, (N,) each. `weight` scales every loss per example.
     """
 
     logps: Tensor
     lengths: Tensor
     ref_logps: Tensor | None = None
+    prev_logps: Tensor | None = None
     token_logps: Tensor | None = None
     token_mask: Tensor | None = None
     ref_token_logps: Tensor | None = None
+    token_ids: Tensor | None = None
+    top_logps: Tensor | None = None
+    top_ids: Tensor | None = None
+    token_collision: Tensor | None = None
+    token_forward_kl: Tensor | None = None
+    ref_token_entropy: Tensor | None = None
+    token_reverse_kl: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,12 +107,14 @@ class PreferenceBatch:
         mismatched: completions scored under another example's prompt, for losses that estimate how far the policy has
             moved from the reference (`Need.MISMATCHED`).
         paired: whether row i of `chosen` and row i of `rejected` belong together.
+        sampled: completions drawn from the current policy, one an example, for objectives that learn online.
     """
 
     chosen: Scores | None = None
     rejected: Scores | None = None
     mismatched: Scores | None = None
     paired: bool = True
+    sampled: Scores | None = None
 
     def __post_init__(self) -> None:
         if not self.paired or self.chosen is None or self.rejected is None:
@@ -108,14 +126,14 @@ class PreferenceBatch:
             )
 
     def role(self, name: str) -> Scores | None:
-        """The scores of the role `name`: "chosen", "rejected" or "mismatched"."""
+        """The scores of the role `name`: "chosen", "rejected", "sampled" or "mismatched"."""
         scores: Scores | None = getattr(self, name)
         return scores
 
     def at_least_float32(self) -> PreferenceBatch:
         raised: dict[str, Any] = {
             name: scores.at_least_float32()
-            for name in ("chosen", "rejected", "mismatched")
+            for name in ("chosen", "rejected", "sampled", "mismatched")
             if (scores := self.role(name)) is not None
         }
         return replace(self, **raised)

@@ -1,13 +1,16 @@
 """One row per registered loss: expressions to try, and an independent formula for each in plain Python floats.
 
-The formulas are written out again here, with `math` alone, so that a slip in a loss cannot hide in shared code.
+The formulas are written out again here, with `math` alone, so that a slip in a loss cannot hide in shared code. Losses
+whose examples act on one another have a formula over the whole batch instead of one per row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import mean, variance
 
 import torch
 
@@ -22,6 +25,25 @@ def softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
+def odds(a: float) -> float:
+    return a - math.log(-math.expm1(a))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known about the tokens of one completion besides their sum; plain numbers."""
+
+    logps: tuple[float, ...]
+    ref_logps: tuple[float, ...]
+    collision: tuple[float, ...]
+    forward_kl: tuple[float, ...]
+    reverse_kl: tuple[float, ...]
+    ref_entropy: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]
+    """The likeliest tokens of each position, as (token, log-probability), best first."""
+    ids: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Row:
     """One pair as plain numbers; `z0` is what the mismatched completions of the batch average to."""
@@ -33,14 +55,76 @@ class Row:
     nw: int
     nl: int
     z0: float = 0.0
+    margin: float = 0.0
+    qw: float | None = None
+    ql: float | None = None
+    """Sums under the previous iterate; the reference's if None."""
+    ps: float = -7.0
+    rs: float = -7.5
+    """Policy and reference sums of a sampled completion."""
+
+    @property
+    def uw(self) -> float:
+        return self.pw - self.rw
+
+    @property
+    def ul(self) -> float:
+        return self.pl - self.rl
+
+    @property
+    def aw(self) -> float:
+        return self.pw / self.nw
+
+    @property
+    def al(self) -> float:
+        return self.pl / self.nl
 
     @property
     def d(self) -> float:
-        return (self.pw - self.rw) - (self.pl - self.rl)
+        return self.uw - self.ul
 
     @property
     def per_token(self) -> float:
-        return (self.pw - self.rw) / self.nw - (self.pl - self.rl) / self.nl
+        return self.uw / self.nw - self.ul / self.nl
+
+    @property
+    def w(self) -> Tokens:
+        return make_tokens(self.pw, self.rw, self.nw)
+
+    @property
+    def l(self) -> Tokens:  # noqa: E743
+        return make_tokens(self.pl, self.rl, self.nl)
+
+
+VOCABULARY = 12
+TOP = 7
+
+
+def make_tokens(policy_sum: float, reference_sum: float, n: int) -> Tokens:
+    """Token values that add up to the sums; a function of the arguments alone."""
+    draw = random.Random(f"{policy_sum:.9f} {reference_sum:.9f} {n}")
+
+    def split(total: float) -> tuple[float, ...]:
+        parts = [draw.uniform(0.5, 1.5) for _ in range(n)]
+        return tuple(total * part / sum(parts) for part in parts)
+
+    logps = split(policy_sum)
+    ids = tuple(draw.randrange(VOCABULARY) for _ in range(n))
+    top = []
+    for t in range(n):
+        tokens = draw.sample(range(VOCABULARY), TOP)
+        values = sorted((-draw.uniform(0.1, 6.0) for _ in tokens), reverse=True)
+        top.append(tuple((i, logps[t] if i == ids[t] else v) for i, v in zip(tokens, values, strict=True)))
+    return Tokens(
+        logps,
+        split(reference_sum),
+        tuple(-draw.uniform(0.1, 3.0) for _ in range(n)),
+        tuple(draw.uniform(0.0, 0.4) for _ in range(n)),
+        tuple(draw.uniform(0.0, 0.4) for _ in range(n)),
+        tuple(draw.uniform(0.5, 3.0) for _ in range(n)),
+        tuple(top),
+        ids,
+    )
 
 
 @dataclass(frozen=True)
@@ -48,84 +132,554 @@ class Case:
     """An expression, its value for each role of a row in order, and what section 9's reference vector gives."""
 
     expression: str
-    values: Callable[[Row], tuple[float, ...]]
-    at_reference_vector: float
-    """Sum of `values` at pw=-10, pl=-12, rw=-11, rl=-11.5, nw=5, nl=8 (z0=0.3 where one is used)."""
+    values: Callable[[Row], tuple[float, ...]] | None = None
+    at_reference_vector: float | None = None
+    """Sum of the values at pw=-10, pl=-12, rw=-11, rl=-11.5, nw=5, nl=8 (z0=0.3 where one is used), from a table of
+    the literature's formulas; None for losses that are not in it."""
     at_equality: float | None = None
     """Each value where policy and reference agree (pw=rw, pl=rl); None where it depends on the log-probabilities."""
+    batch_values: Callable[[Sequence[Row]], list[float]] | None = None
+    """All values of a batch in order, for losses whose examples act on one another."""
+    held: bool = False
+    """Whether the objective stops gradients on purpose, so that its gradient is not the slope of its value."""
 
+    def expected(self, rows: Sequence[Row]) -> list[float]:
+        if self.batch_values is not None:
+            return self.batch_values(rows)
+        assert self.values is not None
+        by_role = list(zip(*(self.values(row) for row in rows), strict=True))
+        return [value for role in by_role for value in role]
 
-CASES = [
-    Case("dpo(beta=0.1)", lambda r: (softplus(-0.1 * r.d),), 0.620957, math.log(2)),
-    Case(
-        "dpo(beta=0.1, label_smoothing=0.1)",
-        lambda r: (0.9 * softplus(-0.1 * r.d) + 0.1 * softplus(0.1 * r.d),),
-        0.635957,
-        math.log(2),
-    ),
-    Case("ipo(beta=0.1)", lambda r: ((r.per_token - 5) ** 2,), 22.443906, 25.0),
-    Case("ipo(beta=0.1, average=False)", lambda r: ((r.d - 5) ** 2,), 12.25, 25.0),
-    Case("hinge(beta=0.1)", lambda r: (max(0.0, 1 - 0.1 * r.d),), 0.85, 1.0),
-    Case("simpo(beta=2.5, gamma=1.25)", lambda r: (softplus(1.25 - 2.5 * (r.pw / r.nw - r.pl / r.nl)),), 2.578890),
-    Case("sft", lambda r: (-r.pw / r.nw,), 2.0),
-    Case("sft(nll='sum')", lambda r: (-r.pw,), 10.0),
-    Case(
-        "kto(beta=0.1)",
-        lambda r: (sigmoid(0.1 * (r.z0 - r.pw + r.rw)), sigmoid(0.1 * (r.pl - r.rl - r.z0))),
-        0.962518,
-        None,
-    ),
-    Case(
-        "kto(beta=0.2, desirable_weight=1.5, undesirable_weight=0.5)",
-        lambda r: (1.5 * sigmoid(0.2 * (r.z0 - r.pw + r.rw)), 0.5 * sigmoid(0.2 * (r.pl - r.rl - r.z0))),
-        1.5 * sigmoid(0.2 * (0.3 - 1)) + 0.5 * sigmoid(0.2 * (-0.5 - 0.3)),
-    ),
-]
 
 REFERENCE_VECTOR = Row(pw=-10, pl=-12, rw=-11, rl=-11.5, nw=5, nl=8, z0=0.3)
 
 
+def make_scores(
+    sums: Sequence[tuple[float, float, float, int]],
+    columns: dict[str, list[float]],
+    dtype: torch.dtype,
+    requires_grad: bool,
+) -> Scores:
+    """Scores of completions given as (policy sum, reference sum, previous sum, length)."""
+
+    def tensor(values: object, grad: bool = False) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, requires_grad=grad)
+
+    width = max((n for *_, n in sums), default=1)
+    tokens = [make_tokens(p, r, n) for p, r, _, n in sums]
+
+    def padded(name: str, grad: bool = False) -> torch.Tensor:
+        rows = [[*getattr(one, name), *[0.0] * (width - len(one.ids))] for one in tokens]
+        return tensor(rows, grad)
+
+    blank = ((0, 0.0),) * TOP
+    tops = [[*one.top, *[blank] * (width - len(one.ids))] for one in tokens]
+    ids = [[*one.ids, *[0] * (width - len(one.ids))] for one in tokens]
+    return Scores(
+        logps=tensor([p for p, *_ in sums], requires_grad),
+        lengths=torch.tensor([n for *_, n in sums]),
+        ref_logps=tensor([r for _, r, *_ in sums]),
+        prev_logps=tensor([q for _, _, q, _ in sums]),
+        token_logps=padded("logps", requires_grad),
+        token_mask=torch.tensor([[t < n for t in range(width)] for *_, n in sums], dtype=torch.bool),
+        ref_token_logps=padded("ref_logps"),
+        token_ids=torch.tensor(ids),
+        top_logps=tensor([[[v for _, v in place] for place in row] for row in tops], requires_grad),
+        top_ids=torch.tensor([[[i for i, _ in place] for place in row] for row in tops]),
+        token_collision=padded("collision"),
+        token_forward_kl=padded("forward_kl", requires_grad),
+        ref_token_entropy=padded("ref_entropy"),
+        token_reverse_kl=padded("reverse_kl", requires_grad),
+        columns={name: tensor(values) for name, values in columns.items()},
+    )
+
+
 def make_batch(
-    rows: list[Row],
+    rows: Sequence[Row],
     dtype: torch.dtype = torch.float64,
     weight: list[float] | None = None,
     requires_grad: bool = False,
 ) -> PreferenceBatch:
     """The batch that holds these rows; its mismatched ratios average to the rows' z0."""
+    columns = {"margin": [r.margin for r in rows]}
+    if weight is not None:
+        columns["weight"] = weight
 
-    def column(values: list[float], grad: bool = False) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, requires_grad=grad)
+    def scores(values: list[tuple[float, float, float | None, int]]) -> Scores:
+        filled = [(p, r, r if q is None else q, n) for p, r, q, n in values]
+        return make_scores(filled, columns, dtype, requires_grad)
 
-    columns = {} if weight is None else {"weight": column(weight)}
     return PreferenceBatch(
-        chosen=Scores(
-            column([r.pw for r in rows], requires_grad),
-            torch.tensor([r.nw for r in rows]),
-            column([r.rw for r in rows]),
-            columns=columns,
-        ),
-        rejected=Scores(
-            column([r.pl for r in rows], requires_grad),
-            torch.tensor([r.nl for r in rows]),
-            column([r.rl for r in rows]),
-            columns=columns,
-        ),
+        chosen=scores([(r.pw, r.rw, r.qw, r.nw) for r in rows]),
+        rejected=scores([(r.pl, r.rl, r.ql, r.nl) for r in rows]),
+        sampled=scores([(r.ps, r.rs, None, 3) for r in rows]),
         mismatched=Scores(
-            column([r.z0 for r in rows]), torch.ones(len(rows), dtype=torch.long), column([0.0] * len(rows))
+            torch.tensor([r.z0 for r in rows], dtype=dtype),
+            torch.ones(len(rows), dtype=torch.long),
+            torch.zeros(len(rows), dtype=dtype),
+            columns={} if weight is None else {"weight": torch.tensor(weight, dtype=dtype)},
         ),
     )
 
 
 def random_rows(n: int, seed: int = 0, z0: float = 0.2) -> list[Row]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low: float, high: float) -> float:
-        return float(low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64))
-
-    return [
-        Row(
-            uniform(-60, -5), uniform(-60, -5), uniform(-60, -5), uniform(-60, -5),
-            int(uniform(2, 40)), int(uniform(2, 40)), z0,
+    """Rows within reach of every objective: ratios of a few nats, all log-probabilities negative."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        rw, rl, rs = (draw.uniform(-50, -8) for _ in range(3))
+        rows.append(
+            Row(
+                pw=rw + draw.uniform(-4, 4),
+                pl=rl + draw.uniform(-4, 4),
+                rw=rw,
+                rl=rl,
+                nw=draw.randrange(2, 14),
+                nl=draw.randrange(2, 14),
+                z0=z0,
+                margin=draw.uniform(0, 2),
+                qw=rw + draw.uniform(-2, 2),
+                ql=rl + draw.uniform(-2, 2),
+                ps=rs + draw.uniform(-2, 2),
+                rs=rs,
+            )
         )
-        for _ in range(n)
-    ]  # fmt: skip
+    return rows
+
+
+# ---- formulas over a row -----------------------------------------------------------------------------------------
+
+
+def lrml(x: float, tau: float = 0.05) -> float:
+    return (1 - sigmoid(x / tau)) * softplus(-x) + sigmoid(x / tau) * math.exp(-x)
+
+
+def contrast(tokens: Tokens, k: int = 1) -> float:
+    """Sum of the token contrasts with the best other token (k = 1, where the draw has one outcome)."""
+    assert k == 1
+    total = 0.0
+    for logp, top, token in zip(tokens.logps, tokens.top, tokens.ids, strict=True):
+        best = next(value for i, value in top[: k + 1] if i != token)
+        total += softplus(logp - best)
+    return total
+
+
+def drift(tokens: Tokens) -> float:
+    return sum(tokens.forward_kl)
+
+
+def undial(tokens: Tokens, beta: float) -> float:
+    total = 0.0
+    for logp, ref, kl, entropy in zip(
+        tokens.logps, tokens.ref_logps, tokens.forward_kl, tokens.ref_entropy, strict=True
+    ):
+        # sum_{v != y} r_v (-log p_v), and the token itself at r_y e^-beta; the two divided by what remains of r.
+        others = kl + entropy + math.exp(ref) * logp
+        total += (others - math.exp(ref - beta) * logp) / (1 - math.exp(ref) + math.exp(ref - beta))
+    return total
+
+
+def aligned(tokens: Tokens) -> float:
+    n = len(tokens.ids)
+    return math.exp(sum(p - c for p, c in zip(tokens.logps, tokens.collision, strict=True)) / n)
+
+
+def chi(u: float) -> float:
+    return math.exp(u) + u
+
+
+def bent(a: float, alpha: float) -> float:
+    return (1 - math.exp(-alpha * a)) / alpha
+
+
+def kept_tokens(row: Row, alpha: float) -> float:
+    """LD-DPO's margin."""
+    common = min(row.nw, row.nl)
+
+    def total(tokens: Tokens) -> float:
+        ratios = [p - r for p, r in zip(tokens.logps, tokens.ref_logps, strict=True)]
+        return sum(ratios[:common]) + alpha * sum(ratios[common:])
+
+    return total(row.w) - total(row.l)
+
+
+# ---- formulas over a batch ---------------------------------------------------------------------------------------
+
+
+def over_tokens(sums: list[float], lengths: list[int]) -> list[float]:
+    return [value * len(sums) / sum(lengths) for value in sums]
+
+
+def sorted_pairs(rows: Sequence[Row]) -> list[float]:
+    margins = [r.pw - r.pl for r in rows]
+    targets = sorted(r.rw - r.rl for r in rows)
+    return [softplus(-0.1 * (m - targets[sorted(margins).index(m)])) for m in margins]
+
+
+def sorted_roles(rows: Sequence[Row]) -> list[float]:
+    ups, downs = [r.uw for r in rows], [r.ul for r in rows]
+    up = [softplus(-0.1 * (u - sorted(downs)[sorted(ups).index(u)])) for u in ups]
+    return up + [softplus(-0.1 * (sorted(ups)[sorted(downs).index(v)] - v)) for v in downs]
+
+
+def moving_beta(rows: Sequence[Row]) -> list[float]:
+    # In the first batch the running mean is the batch's own, and all pairs are kept: beta stays as it is.
+    return [softplus(-0.1 * r.d) for r in rows]
+
+
+def standardised_lead(rows: Sequence[Row]) -> list[float]:
+    leads = [r.per_token for r in rows]
+    spread = math.sqrt(variance(leads)) if len(rows) > 1 else 0.0
+    z = [(lead - mean(leads)) / max(spread, 1e-6) for lead in leads]
+    return [softplus(-(2.5 * (r.aw - r.al) - 1.5 - 2.5 * 0.1 * s)) for r, s in zip(rows, z, strict=True)]
+
+
+def threshold(rows: Sequence[Row]) -> list[float]:
+    rewards = [0.1 * r.uw for r in rows], [0.1 * r.ul for r in rows]
+    delta = mean([*rewards[0], *rewards[1]])
+    return [softplus(delta - r) for r in rewards[0]] + [softplus(r - delta) for r in rewards[1]]
+
+
+def scaled(rows: Sequence[Row]) -> list[float]:
+    return [0.05 * r.d for r in rows]
+
+
+def dbaql(rows: Sequence[Row]) -> list[float]:
+    y = [x / 0.05 for x in scaled(rows)]
+    c = sigmoid(variance(y) if len(y) > 1 else 0.0)
+    return [c * softplus(-x / 0.9) + (1 - c) * math.exp(-0.9 * x) for x in scaled(rows)]
+
+
+def aql(rows: Sequence[Row]) -> list[float]:
+    y = [x / 0.05 for x in scaled(rows)]
+    q = 0.5 + 0.01 * (sigmoid(mean(y)) - 0.5)
+    weights = [sigmoid(-(v - q)) for v in y]
+    return [a * softplus(-x) + (1 - a) * max(0, 1 - x) for a, x in zip(weights, scaled(rows), strict=True)]
+
+
+def aqfl(rows: Sequence[Row]) -> list[float]:
+    y = [x / 0.05 for x in scaled(rows)]
+    q0 = (math.sqrt(variance(y)) if len(y) > 1 else 0.0) * mean(sigmoid(-v) for v in y)
+    q = q0 + 0.05 * (sigmoid(mean(y)) - q0)
+    blends = [sigmoid(0.1 * abs(v - q)) for v in y]
+    return [g * softplus(-x) + (1 - g) * max(0, 1 - x) for g, x in zip(blends, scaled(rows), strict=True)]
+
+
+def forget_kto(rows: Sequence[Row]) -> list[float]:
+    z = mean(r.uw for r in rows)
+    return [1 + 20 * softplus(-(z - 0.1 * r.ul)) for r in rows]
+
+
+def tilted(rows: Sequence[Row], sign: int) -> list[float]:
+    losses = [softplus(-0.1 * r.d) for r in rows]
+    weights = [math.exp(sign * value / 0.5) for value in losses]
+    return [w / mean(weights) * value for w, value in zip(weights, losses, strict=True)]
+
+
+def mixture(rows: Sequence[Row]) -> list[float]:
+    """Squares and hinges by hand; the draw of the first call is part of what is checked, so weights come from it."""
+    from prefopt.losses import SurrogateEnsemble
+
+    weights = SurrogateEnsemble().weights()
+
+    def value(z: float) -> float:
+        shapes = (
+            softplus(-z) / 0.5, max(0, 1 - z), (1 - z) ** 2 / 2, math.exp(-z), max(0, 1 - z) ** 2 / 2,
+            (math.sqrt(1 + (1 - z) ** 2) - 1) * math.sqrt(2),
+        )  # fmt: skip
+        return sum(w * f for w, f in zip(weights, shapes, strict=True))
+
+    return [value(0.1 * r.d) for r in rows]
+
+
+def normalised(first: float, second: float) -> float:
+    return first / (first + second)
+
+
+LOG2 = math.log(2)
+CASES = [
+    # direct
+    Case("dpo(beta=0.1)", lambda r: (softplus(-0.1 * r.d),), 0.620957, LOG2),
+    Case(
+        "dpo(beta=0.1, label_smoothing=0.1)",
+        lambda r: (0.9 * softplus(-0.1 * r.d) + 0.1 * softplus(0.1 * r.d),),
+        0.635957,
+        LOG2,
+    ),
+    Case("ipo(beta=0.1)", lambda r: ((r.per_token - 5) ** 2,), 22.443906, 25.0),
+    Case("ipo(beta=0.1, average=False)", lambda r: ((r.d - 5) ** 2,), 12.25, 25.0),
+    Case("hinge(beta=0.1)", lambda r: (max(0.0, 1 - 0.1 * r.d),), 0.85, 1.0),
+    Case(
+        "robust(beta=0.1, label_smoothing=0.1)",
+        lambda r: ((0.9 * softplus(-0.1 * r.d) - 0.1 * softplus(0.1 * r.d)) / 0.8,),
+        0.602207,
+        LOG2,
+    ),
+    Case(
+        "exo(beta=0.1, label_smoothing=0.1)",
+        lambda r: (
+            sigmoid(0.1 * r.d) * (-softplus(-0.1 * r.d) - math.log(0.9))
+            + sigmoid(-0.1 * r.d) * (-softplus(0.1 * r.d) - math.log(0.1)),
+        ),
+        0.431388,
+        -LOG2 - (math.log(0.9) + math.log(0.1)) / 2,
+    ),
+    Case("dpo_norm(beta=0.1)", lambda r: (softplus(-0.1 * r.per_token),), 0.680108, LOG2),
+    Case(
+        "hdpo(beta=0.1, alpha=0.8)",
+        lambda r: (softplus(-0.08 * (r.pw - r.pl) + 0.1 * (r.rw - r.rl)),),
+        0.639659,
+    ),
+    Case(
+        "hdpo(beta=0.1, alpha=1.2)",
+        lambda r: (softplus(-0.12 * (r.pw - r.pl) + 0.1 * (r.rw - r.rl)),),
+        0.602653,
+    ),
+    Case("margin_dpo(beta=0.1)", lambda r: (softplus(r.margin - 0.1 * r.d),), 0.620957),
+    # penalised
+    Case(
+        "dpop(beta=0.1, lam=5.0)",
+        lambda r: (softplus(-0.1 * (r.d - 5 * max(0, r.rw - r.pw))),),
+        0.620957,
+        LOG2,
+    ),
+    Case("rdpo(beta=0.1, alpha=0.01)", lambda r: (softplus(-0.1 * r.d - 0.01 * (r.nw - r.nl)),), 0.634946),
+    Case("ld_dpo(beta=0.1, alpha=0.5)", lambda r: (softplus(-0.1 * kept_tokens(r, 0.5)),)),
+    Case("chi_po(beta=0.1)", lambda r: (softplus(-0.1 * (chi(r.uw) - chi(r.ul))),), 0.528778, LOG2),
+    Case(
+        "chi_po(beta=0.1, clip=0.2)",
+        lambda r: (softplus(-max(-0.2, min(0.2, 0.1 * (chi(r.uw) - chi(r.ul))))),),
+        softplus(-0.2),
+        LOG2,
+    ),
+    Case("f_dpo(beta=0.1)", lambda r: (softplus(-0.1 * r.d),), 0.620957, LOG2),
+    Case(
+        "f_dpo(beta=0.1, divergence='forward_kl')",
+        lambda r: (softplus(-0.1 * (math.exp(-r.ul) - math.exp(-r.uw))),),
+        0.631154,
+        LOG2,
+    ),
+    Case(
+        "f_dpo(beta=0.1, divergence='js')",
+        lambda r: (softplus(-0.1 * (softplus(-r.ul) - softplus(-r.uw))),),
+        0.660652,
+        LOG2,
+    ),
+    Case(
+        "f_dpo(beta=0.1, divergence='alpha', alpha=0.5)",
+        lambda r: (softplus(-0.1 * (math.exp(-r.uw / 2) - math.exp(-r.ul / 2)) / -0.5),),
+        0.627691,
+        LOG2,
+    ),
+    # pointwise
+    Case(
+        "nca(beta=0.1)",
+        lambda r: (softplus(-0.1 * r.uw) + 0.5 * softplus(0.1 * r.uw) + 0.5 * softplus(0.1 * r.ul),),
+        1.350825,
+        2 * LOG2,
+    ),
+    Case("bco_pair(beta=0.1)", lambda r: (softplus(-0.1 * r.uw) + softplus(0.1 * r.ul),), 1.312856, 2 * LOG2),
+    Case("bco(beta=0.1)", batch_values=threshold, at_equality=LOG2, held=True),
+    Case("sppo(beta=0.1)", lambda r: ((r.uw - 5) ** 2 + (r.ul + 5) ** 2,), 36.25, 50.0),
+    Case("sppo(beta=0.1, reduction='mean')", lambda r: (((r.uw - 5) ** 2 + (r.ul + 5) ** 2) / 2,), 18.125, 25.0),
+    Case("apo_zero(beta=0.1)", lambda r: (1 - sigmoid(0.1 * r.uw) + sigmoid(0.1 * r.ul),), 0.962523, 1.0),
+    Case("apo_down(beta=0.1)", lambda r: (sigmoid(0.1 * r.uw) + 1 - sigmoid(0.1 * r.d),), 0.987549, 1.0),
+    Case(
+        "cal_dpo(beta=0.1)",
+        lambda r: (softplus(-r.d) + 0.5 * ((r.uw - 5) ** 2 + (r.ul + 5) ** 2),),
+        18.326413,
+        LOG2 + 25,
+    ),
+    # batchwise
+    Case("aot(beta=0.1)", batch_values=sorted_pairs, at_reference_vector=0.620957, at_equality=LOG2),
+    Case("aot_unpaired(beta=0.1)", batch_values=sorted_roles, at_reference_vector=2 * 0.620957, at_equality=LOG2),
+    Case("beta_dpo(beta=0.1, keep=1.0)", batch_values=moving_beta, at_reference_vector=0.620957, at_equality=LOG2),
+    Case("alpha_dpo", batch_values=standardised_lead, held=True),
+    # shapes
+    Case("gpo(beta=0.1)", lambda r: (softplus(-0.1 * r.d),), 0.620957, LOG2),
+    Case("gpo(beta=0.1, shape='hinge')", lambda r: (max(0.0, 1 - 0.1 * r.d),), 0.85, 1.0),
+    Case("gpo(beta=0.1, shape='squared')", lambda r: ((1 - 0.1 * r.d) ** 2,), 0.7225, 1.0),
+    Case("gpo(beta=0.1, shape='exponential')", lambda r: (math.exp(-0.1 * r.d),), 0.860708, 1.0),
+    Case("gpo(beta=0.1, shape='truncated_quadratic')", lambda r: (max(0.0, 1 - 0.1 * r.d) ** 2,), 0.7225, 1.0),
+    Case("gpo(beta=0.1, shape='savage')", lambda r: (sigmoid(-0.1 * r.d) ** 2,), 0.213971, 0.25),
+    Case("gpo(beta=0.1, shape='tangent')", lambda r: ((2 * math.atan(0.1 * r.d) - 1) ** 2,), at_equality=1.0),
+    Case(
+        "gpo(beta=0.1, shape='poly1')",
+        lambda r: (softplus(-0.1 * r.d) + sigmoid(-0.1 * r.d),),
+        at_equality=LOG2 + 0.5,
+    ),
+    Case(
+        "gpo(beta=0.1, shape='focal')",
+        lambda r: ((1 - sigmoid(0.1 * r.d)) ** 2 * softplus(-0.1 * r.d),),
+        at_equality=LOG2 / 4,
+    ),
+    Case(
+        "gpo(beta=0.1, shape='pseudo_huber', normalize=True)",
+        lambda r: (math.sqrt(2) * (math.sqrt(1 + (1 - 0.1 * r.d) ** 2) - 1),),
+        at_equality=2 - math.sqrt(2),
+    ),
+    Case(
+        "gpo(beta=0.1, shape='squentropy')",
+        lambda r: (softplus(-0.1 * r.d) + (0.05 * r.d) ** 2,),
+        at_equality=LOG2,
+    ),
+    Case("surrogate_ensemble(beta=0.1)", batch_values=mixture),
+    # discovered
+    Case("discopop(beta=0.1)", lambda r: (lrml(0.1 * r.d),), 0.849338, (LOG2 + 1) / 2),
+    Case("discopop(beta=0.05)", lambda r: (lrml(0.05 * r.d),), lrml(0.075), (LOG2 + 1) / 2),
+    Case("dbaql", batch_values=dbaql, at_equality=(LOG2 + 1) / 2),
+    Case("aql", batch_values=aql),
+    Case("aqfl", batch_values=aqfl),
+    Case(
+        "padll(beta=0.1)",
+        lambda r: (0.9 * (0.5 if r.d < 0 else 1.0) * softplus(-0.1 * r.d),),
+        0.558861,
+        0.9 * LOG2,
+    ),
+    Case(
+        "cell(beta=0.1)",
+        lambda r: (0.5 * math.exp(-0.1 * r.d) + 0.5 * softplus(-0.1 * r.d),),
+        0.740833,
+        0.5 + LOG2 / 2,
+    ),
+    Case(
+        "pfl(beta=0.1)",
+        lambda r: (softplus(-0.1 * r.d) / 2 if r.pw > r.pl else 2 * max(0, 1 - 0.1 * r.d),),
+        0.310479,
+    ),
+    # tokenwise
+    Case("tdpo(beta=0.1)", lambda r: (softplus(-0.1 * (r.d - 0.5 * (drift(r.l) - drift(r.w)))),), held=True),
+    Case("tdpo(beta=0.1, variant=1)", lambda r: (softplus(-0.1 * (r.d - (drift(r.l) - drift(r.w)))),)),
+    # reference-free
+    Case("simpo(beta=2.5, gamma=1.25)", lambda r: (softplus(1.25 - 2.5 * (r.aw - r.al)),), 2.578890),
+    Case("cpo(beta=0.1)", lambda r: (softplus(-0.1 * (r.pw - r.pl)),), 0.598139),
+    Case(
+        "cpo(beta=0.1, label_smoothing=0.2)",
+        lambda r: (0.8 * softplus(-0.1 * (r.pw - r.pl)) + 0.2 * softplus(0.1 * (r.pw - r.pl)),),
+    ),
+    Case("slic(delta=50.0)", lambda r: (max(0.0, 50 - (r.pw - r.pl)),), 48.0),
+    Case("rrhf", lambda r: (max(0.0, r.al - r.aw),), 0.5),
+    Case(
+        "alpha_po(beta=2.5, gamma=0.25, alpha=0.25)",
+        lambda r: (softplus(0.25 - 2.5 * (bent(r.aw, 0.25) - bent(r.al, 0.25))),),
+    ),
+    Case("orpo(beta=1.0)", lambda r: (softplus(-(odds(r.aw) - odds(r.al))),), 1.042058),
+    Case("asft(beta=1.0)", lambda r: (softplus(-odds(r.aw)) + softplus(odds(r.al)),), 2.252482),
+    # likelihood
+    Case("sft", lambda r: (-r.aw,), 2.0),
+    Case("sft(nll='sum')", lambda r: (-r.pw,), 10.0),
+    Case("sft(nll='token')", batch_values=lambda rows: over_tokens([-r.pw for r in rows], [r.nw for r in rows])),
+    # binary
+    Case(
+        "kto(beta=0.1)",
+        lambda r: (sigmoid(0.1 * (r.z0 - r.uw)), sigmoid(0.1 * (r.ul - r.z0))),
+        0.962518,
+    ),
+    Case(
+        "kto(beta=0.2, desirable_weight=1.5, undesirable_weight=0.5)",
+        lambda r: (1.5 * sigmoid(0.2 * (r.z0 - r.uw)), 0.5 * sigmoid(0.2 * (r.ul - r.z0))),
+        1.5 * sigmoid(0.2 * (0.3 - 1)) + 0.5 * sigmoid(0.2 * (-0.5 - 0.3)),
+    ),
+    Case("cringe", lambda r: (-r.aw, contrast(r.l) / r.nl)),
+    Case(
+        "cringe(weight=0.5, reduction='token')",
+        batch_values=lambda rows: over_tokens(
+            [-r.pw for r in rows] + [0.5 * contrast(r.l) for r in rows], [r.nw for r in rows] + [r.nl for r in rows]
+        ),
+    ),
+    Case(
+        "pairwise_cringe(margin=5.0, temperature=20.0, k=1, gate_gradient=True)",
+        lambda r: (sigmoid((5 - (r.pw - r.pl)) / 20) * (contrast(r.l) / r.nl - r.aw),),
+    ),
+    Case(
+        "pairwise_cringe(margin=5.0, temperature=20.0, k=1)",
+        lambda r: (sigmoid((5 - (r.pw - r.pl)) / 20) * (contrast(r.l) / r.nl - r.aw),),
+        held=True,
+    ),
+    # unlearning
+    Case("npo(beta=0.1)", lambda r: (20 * softplus(0.1 * r.ul),), 13.369193, 20 * LOG2),
+    Case("simnpo(beta=4.5)", lambda r: (softplus(4.5 * r.al) / 2.25,), 0.000520),
+    Case("simnpo(beta=0.5, delta=1.0)", lambda r: (4 * softplus(0.5 * (r.al + 1)),)),
+    Case("ga", batch_values=lambda rows: over_tokens([r.pl for r in rows], [r.nl for r in rows])),
+    Case("ga(nll='mean')", lambda r: (r.al,), -1.5),
+    Case("kl_retain(reduction='mean')", lambda r: (sum(r.w.forward_kl) / r.nw,)),
+    Case(
+        "kl_retain(direction='reverse')",
+        batch_values=lambda rows: over_tokens([sum(r.w.reverse_kl) for r in rows], [r.nw for r in rows]),
+    ),
+    Case(
+        "wga(beta=0.7)",
+        batch_values=lambda rows: over_tokens(
+            [sum(math.exp(0.7 * p) * p for p in r.l.logps) for r in rows], [r.nl for r in rows]
+        ),
+        held=True,
+    ),
+    Case(
+        "sat_imp(beta1=2.0, beta2=1.0)",
+        batch_values=lambda rows: over_tokens(
+            [sum(math.exp(2 * p) * (1 - math.exp(p)) * p for p in r.l.logps) for r in rows], [r.nl for r in rows]
+        ),
+        held=True,
+    ),
+    Case(
+        "undial(beta=3.0)",
+        batch_values=lambda rows: over_tokens([undial(r.l, 3.0) for r in rows], [r.nl for r in rows]),
+    ),
+    Case("kto_forget(beta=0.1)", batch_values=forget_kto, held=True),
+    # online
+    Case(
+        "inpo(eta=0.5, tau=0.16666666666666666)",
+        lambda r: (
+            (
+                (r.pw - r.pl)
+                - (r.rw - r.rl) / 3
+                - ((r.rw if r.qw is None else r.qw) - (r.rl if r.ql is None else r.ql)) * 2 / 3
+                - 1
+            )
+            ** 2,
+        ),
+        0.25,
+    ),
+    Case("kl_online", lambda r: (r.ps - r.rs,), held=True),
+    Case("kl_online(baseline='none')", lambda r: (r.ps - r.rs,), held=True),
+    Case("kl_prior(reduction='mean')", lambda r: (sum(r.w.forward_kl) / r.nw,)),
+    Case("kl_prior", batch_values=lambda rows: [len(rows) * sum(r.w.forward_kl) / r.nw for r in rows]),
+    # wrappers
+    Case("wpo(dpo(beta=0.1))", lambda r: (aligned(r.w) * aligned(r.l) * softplus(-0.1 * r.d),), held=True),
+    Case(
+        "wpo(dpo(beta=0.1), aligned=False, clamp=True)",
+        lambda r: (math.exp(r.aw + r.al) * softplus(-0.1 * r.d),),
+        held=True,
+    ),
+    Case("length_normalized(dpo(beta=2.0))", lambda r: (softplus(-2 * r.per_token),), at_equality=LOG2),
+    Case(
+        "noise_robust(dpo(beta=0.1))",
+        lambda r: (normalised(softplus(-0.1 * r.d), softplus(0.1 * r.d)),),
+        at_equality=0.5,
+    ),
+    Case(
+        "noise_robust(hinge(beta=0.1), method='unbiased', rate=0.2)",
+        lambda r: ((0.8 * max(0, 1 - 0.1 * r.d) - 0.2 * max(0, 1 + 0.1 * r.d)) / 0.6,),
+        at_equality=1.0,
+    ),
+    Case(
+        "noise_robust(dpo(beta=0.1), method='smoothed', rate=0.1)",
+        lambda r: (0.9 * softplus(-0.1 * r.d) + 0.1 * softplus(0.1 * r.d),),
+        0.635957,
+        LOG2,
+    ),
+    Case(
+        "reweighted(dpo(beta=0.1), temperature=0.5)",
+        batch_values=lambda rows: tilted(rows, -1),
+        at_reference_vector=0.620957,
+        at_equality=LOG2,
+        held=True,
+    ),
+    Case(
+        "reweighted(dpo(beta=0.1), trust='large', temperature=0.5)",
+        batch_values=lambda rows: tilted(rows, 1),
+        at_reference_vector=0.620957,
+        at_equality=LOG2,
+        held=True,
+    ),
+]

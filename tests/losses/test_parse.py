@@ -31,7 +31,7 @@ def test_reads(text, canonical):
     ("text", "column", "message"),
     [
         ("", 1, "the expression is empty"),
-        ("dop(beta=1)", 1, "did you mean 'dpo'"),
+        ("dop(beta=1)", 1, "did you mean 'dpop' or 'dpo'?"),
         ("dpo + sfft", 7, "did you mean 'sft'"),
         ("dpo(bta=0.1)", 5, "did you mean 'beta'? Its arguments: beta=0.1, label_smoothing=0.0"),
         ("sft(beta=1)", 5, "Its arguments: nll='mean'"),

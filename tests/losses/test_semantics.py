@@ -8,7 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prefopt.losses import DPO, IPO, KTO, SFT, Hinge, Loss, PairLoss, PreferenceBatch, Scores, SimPO, parse, register
+from prefopt.losses import (
+    DPO,
+    IPO,
+    KTO,
+    SFT,
+    Hinge,
+    Loss,
+    Need,
+    PairLoss,
+    PreferenceBatch,
+    Scores,
+    SimPO,
+    parse,
+    register,
+)
 from prefopt.losses.registry import _LOSSES
 from tests.losses.cases import Row, make_batch, random_rows
 
@@ -171,3 +185,293 @@ def test_kto_takes_the_last_baseline_for_a_batch_that_has_none():
     loss(unpaired([0.0], [0.0], [2.0, 2.0]))
     alone = loss(unpaired([2.0], [], []))
     assert alone.per_example.tolist() == [0.5]
+
+
+# ---- exact relations between objectives ----------------------------------------------------------------------------
+
+
+def same(first: str, second: str, rows: list[Row], factor: float = 1.0, **tolerance: float) -> None:
+    """Whether two expressions give the same values and the same gradients, up to a factor."""
+    results = []
+    for text in (first, second):
+        batch = make_batch(rows, requires_grad=True)
+        output = parse(text)(batch)
+        output.loss.backward()
+        leaves = (batch.chosen.logps, batch.rejected.logps)
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        results.append((output.per_example, *gradients))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, factor * theirs, **({"rtol": 1e-9, "atol": 1e-12} | tolerance))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "robust(beta=0.3)",
+        "gpo(beta=0.3)",
+        "hdpo(beta=0.3, alpha=1.0)",
+        "dpop(beta=0.3, lam=0.0)",
+        "rdpo(beta=0.3, alpha=0.0)",
+        "tdpo(beta=0.3, alpha=0.0)",
+        "beta_dpo(beta=0.3, a=0.0, keep=1.0)",
+        "f_dpo(beta=0.3)",
+        "f_dpo(beta=0.3, divergence='alpha', alpha=1.0)",
+        "noise_robust(dpo(beta=0.3), method='unbiased', rate=0.0)",
+        "rpo(beta=0.3, eta=0.0)",
+        "irpo(beta=0.3, alpha=0.0)",
+    ],
+)
+def test_is_dpo_at_its_limit(expression):
+    same(expression, "dpo(beta=0.3)", random_rows(6))
+
+
+def test_ld_dpo_with_all_tokens_is_dpo():
+    batch = make_batch(random_rows(6))
+    torch.testing.assert_close(parse("ld_dpo(alpha=1.0)")(batch).per_example, parse("dpo")(batch).per_example)
+
+
+def test_alpha_divergence_tends_to_the_reverse_and_the_forward_kl():
+    rows = random_rows(5)
+    same("f_dpo(divergence='alpha', alpha=0.999999)", "dpo", rows, rtol=1e-4, atol=1e-6)
+    same("f_dpo(divergence='alpha', alpha=0.0)", "f_dpo(divergence='forward_kl')", rows)
+
+
+@pytest.mark.parametrize("expression", ["aot", "aot_unpaired"])
+def test_optimal_transport_of_one_pair_is_dpo(expression):
+    rows = random_rows(1)
+    values = parse(expression)(make_batch(rows)).loss
+    torch.testing.assert_close(values, parse("dpo")(make_batch(rows)).loss)
+
+
+def test_hdpo_is_dpo_with_a_rescaled_reference():
+    rows = random_rows(5)
+    rescaled = [replace(row, rw=row.rw / 0.8, rl=row.rl / 0.8) for row in rows]
+    torch.testing.assert_close(
+        parse("hdpo(beta=0.5, alpha=0.8)")(make_batch(rows)).per_example,
+        parse("dpo(beta=0.4)")(make_batch(rescaled)).per_example,
+    )
+
+
+def test_robust_dpo_is_unbiased_over_flips():
+    batch = make_batch(random_rows(5))
+    flipped = replace(batch, chosen=batch.rejected, rejected=batch.chosen)
+    robust = parse("robust(label_smoothing=0.2)")
+    mean = 0.8 * robust(batch).loss + 0.2 * robust(flipped).loss
+    torch.testing.assert_close(mean, parse("dpo")(batch).loss)
+    same("noise_robust(dpo, method='unbiased', rate=0.2)", "robust(label_smoothing=0.2)", random_rows(5))
+    same("noise_robust(dpo, method='smoothed', rate=0.2)", "dpo(label_smoothing=0.2)", random_rows(5))
+
+
+def test_normalised_losses_of_both_orders_sum_to_one():
+    batch = make_batch(random_rows(5))
+    flipped = replace(batch, chosen=batch.rejected, rejected=batch.chosen)
+    loss = parse("noise_robust(ipo)")
+    torch.testing.assert_close(loss(batch).per_example + loss(flipped).per_example, torch.ones(5, dtype=torch.float64))
+
+
+def test_length_normalisation_gives_the_named_forms():
+    rows = random_rows(5)
+    same("length_normalized(dpo(beta=2.0))", "dpo_norm(beta=2.0)", rows)
+    same("length_normalized(cpo(beta=2.0))", "simpo(beta=2.0, gamma=0.0)", rows)
+    same("length_normalized(ipo(average=False))", "ipo", rows)
+    with pytest.raises(ValueError, match="loss must work on summed"):
+        parse("length_normalized(tdpo)")
+
+
+def test_alpha_po_and_alpha_dpo_tend_to_simpo():
+    rows = random_rows(5)
+    same("alpha_po(beta=2.0, gamma=1.0, alpha=0.0)", "simpo(beta=2.0, gamma=1.0)", rows)
+    same("alpha_po(beta=2.0, gamma=1.0, alpha=1e-7)", "simpo(beta=2.0, gamma=1.0)", rows, rtol=1e-4, atol=1e-6)
+    same("alpha_dpo(beta=2.0, gamma=1.0, alpha=0.0)", "simpo(beta=2.0, gamma=1.0)", rows)
+
+
+def test_inpo_is_ipo_in_its_first_iteration_and_at_tau_equal_to_eta():
+    rows = random_rows(5)
+    same("inpo(eta=0.5, tau=0.5)", "ipo(beta=0.5, average=False)", rows)
+    first = [replace(row, qw=row.rw, ql=row.rl) for row in rows]
+    same("inpo(eta=0.5, tau=0.1)", "ipo(beta=0.5, average=False)", first)
+
+
+def test_npo_is_dpo_without_its_chosen_completion():
+    rows = [replace(row, pw=row.rw) for row in random_rows(5)]
+    batch = make_batch(rows)
+    torch.testing.assert_close(
+        parse("npo(beta=0.2)")(batch).per_example, 10 * parse("dpo(beta=0.2)")(batch).per_example
+    )
+
+
+def test_npo_tends_to_gradient_ascent_and_starts_as_it():
+    rows = random_rows(5)
+    batch = make_batch(rows)
+    beta = 1e-4
+    values = parse(f"npo(beta={beta})")(batch).per_example - 2 / beta * math.log(2)
+    torch.testing.assert_close(values, batch.rejected.ratios, rtol=1e-3, atol=1e-3)
+    for expression in ("npo(beta=0.7)", "ga(nll='sum')"):
+        start = make_batch([replace(row, rl=row.pl) for row in rows], requires_grad=True)
+        parse(expression)(start).loss.backward()
+        torch.testing.assert_close(start.rejected.logps.grad, torch.full((5,), 0.2, dtype=torch.float64))
+
+
+def test_gpo_squared_is_summed_ipo():
+    same("gpo(beta=0.5, shape='squared')", "ipo(beta=0.25, average=False)", random_rows(5), factor=4 * 0.25**2)
+
+
+def test_gpo_normalised_shapes_start_with_the_same_step():
+    from prefopt.losses.shapes import SHAPES
+
+    for shape in SHAPES:
+        batch = make_batch([Row(-5, -5, -5, -5, 3, 3)], requires_grad=True)
+        parse(f"gpo(beta=0.4, shape={shape!r}, normalize=True)")(batch).loss.backward()
+        assert float(batch.chosen.logps.grad) == pytest.approx(-0.4), shape
+
+
+def test_the_surrogate_ensemble_draws_convex_mixtures_and_means_them_in_evaluation():
+    loss = parse("surrogate_ensemble(seed=3)")
+    draws = [loss.weights() for _ in range(2)]
+    assert draws[0] != draws[1]
+    assert all(sum(weights) == pytest.approx(1) and min(weights) > 0 for weights in draws)
+    loss.eval()
+    assert len(set(loss.weights())) == 1
+
+
+def test_where_minima_are():
+    def slope(expression: str, uw: float, ul: float, leaf: str) -> float:
+        batch = make_batch([Row(pw=-20 + uw, pl=-20 + ul, rw=-20, rl=-20, nw=4, nl=4)], requires_grad=True)
+        parse(expression)(batch).loss.backward()
+        return float(getattr(batch, leaf).logps.grad)
+
+    assert slope("nca(beta=0.5)", math.log(2) / 0.5, 1.0, "chosen") == pytest.approx(0, abs=1e-12)
+    assert slope("exo(beta=0.5, label_smoothing=0.1)", math.log(9) / 0.5, 0.0, "chosen") == pytest.approx(0, abs=1e-12)
+    for x in (-0.1185, 0.0721):
+        assert slope("discopop(beta=1.0)", x, 0.0, "chosen") == pytest.approx(0, abs=2e-3)
+    assert slope("discopop(beta=1.0)", 0.0, 0.0, "chosen") > 0 > slope("dpo(beta=1.0)", 0.0, 0.0, "chosen")
+
+
+@pytest.mark.parametrize(
+    ("x", "value"),
+    [(-0.5, 0.97411), (-0.1, 0.78740), (0, 0.84657), (0.1, 0.87379), (0.5, 0.60652), (1, 0.36788), (2, 0.13534)],
+)
+def test_discopop_at_published_points(x, value):
+    assert float(parse("discopop(beta=1.0)")(make_batch([Row(-20 + x, -20, -20, -20, 4, 4)])).loss) == pytest.approx(
+        value, abs=6e-6
+    )
+
+
+def test_bounds_between_objectives():
+    batch = make_batch(random_rows(50))
+
+    def values(text: str) -> torch.Tensor:
+        return parse(text)(batch).per_example
+
+    assert (values("bco_pair") >= values("dpo")).all()
+    assert (values("cell(beta=0.1)") > values("dpo")).all()
+    assert (values("orpo") <= values("asft")).all()
+    up, down = batch.chosen.mean_logps, batch.rejected.mean_logps
+    torch.testing.assert_close(values("asft"), -up - torch.log1p(-torch.exp(down)))
+    torch.testing.assert_close(
+        values("orpo") - values("asft"), torch.log(torch.exp(up) + torch.exp(down) - 2 * torch.exp(up + down))
+    )
+
+
+def test_pairwise_cringe_tends_to_binary_cringe_and_to_a_hard_gate():
+    rows = random_rows(4)
+    open_gate = parse("pairwise_cringe(margin=1e9, k=1)")(make_batch(rows)).per_example
+    up, down = parse("cringe")(make_batch(rows)).per_example.split(4)
+    torch.testing.assert_close(open_gate, up + down)
+    hard = parse("pairwise_cringe(margin=0.0, temperature=1e-6, k=1)")(make_batch(rows)).per_example
+    closed = torch.tensor([row.pw - row.pl > 0 for row in rows])
+    torch.testing.assert_close(hard, torch.where(closed, torch.zeros_like(up), up + down))
+
+
+def test_cringe_draws_follow_the_softmax_over_the_other_tokens():
+    from prefopt.losses.cringe import token_contrast
+    from prefopt.losses.numerics import numbered_generator
+
+    # Token 7 is the completion's; the others have probabilities 0.6, 0.3 and 0.1 among the three candidates.
+    kept = torch.log(torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64))
+    top = torch.cat([kept[:1], torch.tensor([-0.9], dtype=torch.float64), kept[1:]])
+    n = 20_000
+    one = torch.ones(n, 1, dtype=torch.bool)
+    scores = Scores(
+        logps=torch.linspace(-2, -1, n, dtype=torch.float64),
+        lengths=torch.ones(n, dtype=torch.long),
+        token_logps=torch.full((n, 1), -0.9, dtype=torch.float64),
+        token_mask=one,
+        token_ids=torch.full((n, 1), 7),
+        top_logps=top.expand(n, 1, 4),
+        top_ids=torch.tensor([1, 7, 2, 3]).expand(n, 1, 4),
+    )
+    contrasts = token_contrast(scores, 3, numbered_generator(0, 0))
+    for logp, share in zip(kept, (0.6, 0.3, 0.1), strict=True):
+        drawn = torch.isclose(contrasts, torch.nn.functional.softplus(-0.9 - logp)).double().mean()
+        assert float(drawn) == pytest.approx(share, abs=0.015)
+
+
+def test_beta_dpo_follows_the_margins_and_drops_unusual_pairs():
+    loss = parse("beta_dpo(beta=0.1, a=0.5, keep=0.75, momentum=0.5)")
+    rows = [
+        replace(row, pw=row.rw + gap, pl=row.rl) for row, gap in zip(random_rows(4), (1, 1.1, 0.9, 60), strict=True)
+    ]
+    dropped = (loss(make_batch(rows)).per_example == 0).tolist()
+    assert sum(dropped) == 1
+    torch.testing.assert_close(loss.margin_mean.double(), torch.tensor((1 + 1.1 + 0.9 + 60) / 4, dtype=torch.float64))
+    loss.eval()
+    usual = [replace(row, pw=row.rw + 2, pl=row.rl) for row in rows]
+    beta = 0.1 * (1 + 0.5 * (2 - 15.75))
+    expected = math.log1p(math.exp(-max(beta, 1e-3) * 2))
+    assert float(loss(make_batch(usual)).loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bco_threshold_is_the_mean_of_all_rewards_so_far():
+    loss = parse("bco(beta=1.0)")
+    loss(make_batch([Row(-1, -1, -3, -1, 1, 1)]))  # rewards 2 and 0
+    loss(make_batch([Row(-1, -1, -7, -1, 1, 1)]))  # rewards 6 and 0
+    assert float(loss.reward_mean) == pytest.approx(2)
+    assert float(loss.reward_count) == 4
+
+
+def test_kl_online_has_the_gradient_of_the_exact_kl():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.5, -0.3, 0.8], dtype=torch.float64, requires_grad=True)
+    reference = torch.log_softmax(torch.tensor([0.1, 0.4, -0.2], dtype=torch.float64), 0)
+    policy = torch.log_softmax(logits, 0)
+    (exact,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
+    n = 200_000
+    drawn = torch.multinomial(policy.detach().exp(), n, replacement=True, generator=generator)
+    ones = torch.ones(n, dtype=torch.long)
+    batch = PreferenceBatch(sampled=Scores(policy[drawn], ones, reference[drawn]))
+    for baseline in ("none", "leave_one_out"):
+        (gradient,) = torch.autograd.grad(
+            parse(f"kl_online(baseline={baseline!r})")(batch).loss, logits, retain_graph=True
+        )
+        torch.testing.assert_close(gradient, exact, rtol=0, atol=3 / math.sqrt(n))
+
+
+def test_unequal_classes_are_matched_by_quantile():
+    def side(ratios: list[float]) -> Scores:
+        values = torch.tensor(ratios, dtype=torch.float64)
+        return Scores(values, torch.ones(len(ratios), dtype=torch.long), torch.zeros_like(values))
+
+    batch = PreferenceBatch(side([3.0, 1.0]), side([0.0, 10.0, 20.0, 30.0]), paired=False)
+    values = parse("aot_unpaired(beta=1.0)")(batch).per_example
+    gaps = torch.tensor([3 - 30.0, 1 - 10.0, 1 - 0.0, 1 - 10.0, 3 - 20.0, 3 - 30.0], dtype=torch.float64)
+    torch.testing.assert_close(values, torch.nn.functional.softplus(-gaps))
+
+
+def test_wrappers_say_what_they_cannot_wrap():
+    for text, message in {
+        "noise_robust(npo)": "must be a pair loss",
+        "noise_robust(beta_dpo)": "without state",
+        "length_normalized(cringe)": "must work on summed",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            parse(text)
+
+
+def test_needs_are_per_role():
+    loss = parse("npo + kl_retain + 0.1*hinge")
+    assert parse("npo + sft").needs_of("chosen") == Need.NONE
+    assert parse("npo + sft").needs_of("rejected") == Need.REFERENCE
+    assert loss.needs_of("chosen") == Need.FORWARD_KL | Need.REFERENCE
+    assert parse("wpo(npo)").needs_of("rejected") == Need.REFERENCE | Need.COLLISION
+    assert parse("wpo(npo)").needs_of("chosen") == Need.NONE

@@ -1,0 +1,203 @@
+"""DPO's margin with something added to it or its scores reshaped: penalties, length terms, other divergences.
+
+Symbols as in `direct`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prefopt.losses.base import Need
+from prefopt.losses.checks import finite, non_negative, positive
+from prefopt.losses.direct import ReferencePairLoss, paired_roles
+from prefopt.losses.numerics import capped_exp
+from prefopt.losses.registry import register
+from prefopt.losses.scores import PreferenceBatch, Scores
+
+
+@register("dpop")
+class DPOP(ReferencePairLoss):
+    """DPO-Positive (Smaug): a penalty where the chosen completion falls below its reference likelihood.
+
+    loss = -log sigmoid(beta (d - lam relu(-u_w)))
+
+    Args:
+        beta: 0.1 to 0.3 in the paper.
+        lam: weight of the penalty, inside the sigmoid; the paper uses 5, 50 and 500.
+
+    Needs: reference sums.
+    Limits: u_w >= 0 or lam = 0 is DPO.
+    Reference: Pal et al. 2024, arXiv 2402.13228, eq. 3.
+    """
+
+    formula = "-log sigmoid(beta*(d - lam*relu(-u_w)))"
+    paper = "2402.13228"
+
+    def __init__(self, beta: float = 0.1, lam: float = 50.0):
+        super().__init__()
+        self.beta = positive("beta", beta)
+        self.lam = non_negative("lam", lam)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        chosen, _ = paired_roles(batch)
+        return -F.logsigmoid(self.scaled_margin(batch) - self.beta * self.lam * torch.relu(-chosen.ratios))
+
+
+@register("rdpo")
+class RDPO(ReferencePairLoss):
+    """R-DPO: DPO for a reward that is charged alpha per token.
+
+    loss = -log sigmoid(beta d + alpha (n_w - n_l))
+
+    Args:
+        beta: as in DPO.
+        alpha: price of a token; 0.005 to 0.01 for dialogue, 0.2 to 0.5 for summaries.
+
+    Needs: reference sums, lengths.
+    The length term enters with plus: a longer chosen answer is partly explained by its length, so its gradient is
+    smaller. Limits: alpha = 0 or equal lengths is DPO.
+    Reference: Park et al. 2024, arXiv 2403.19159, eq. 9; sign as in HumainLab/Understand_MarginPO, dpo.py.
+    """
+
+    formula = "-log sigmoid(beta*d + alpha*(n_w - n_l))"
+    paper = "2403.19159"
+
+    def __init__(self, beta: float = 0.1, alpha: float = 0.01):
+        super().__init__()
+        self.beta = positive("beta", beta)
+        self.alpha = finite("alpha", alpha)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        chosen, rejected = paired_roles(batch)
+        z = self.scaled_margin(batch)
+        return -F.logsigmoid(z + self.alpha * (chosen.lengths - rejected.lengths).to(z.dtype))
+
+
+@register("ld_dpo")
+class LDDPO(ReferencePairLoss):
+    """LD-DPO: tokens beyond the shorter completion's length count alpha.
+
+    loss = -log sigmoid(beta d'), d' being d with per-token log-ratios weighted 1 up to min(n_w, n_l), alpha after
+
+    Args:
+        beta: as in DPO.
+        alpha: weight of the surplus tokens, in [0, 1]; the paper suggests about 0.5.
+
+    Needs: per-token log-probabilities of policy and reference.
+    Limits: alpha = 1 or equal lengths is DPO; alpha = 0 cuts both completions to the common length.
+    Reference: Liu et al. 2024, arXiv 2409.06411, eq. 9; as TRL's `ld_alpha`.
+    """
+
+    formula = "-log sigmoid(beta*d), tokens past min(n_w, n_l) weighted alpha"
+    paper = "2409.06411"
+    needs = Need.REFERENCE | Need.TOKENS
+
+    def __init__(self, beta: float = 0.1, alpha: float = 0.5):
+        super().__init__()
+        self.beta = positive("beta", beta)
+        self.alpha = non_negative("alpha", alpha, most=1)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        chosen, rejected = paired_roles(batch)
+        common = torch.minimum(chosen.lengths, rejected.lengths)
+        d = self._ratios(chosen, common) - self._ratios(rejected, common)
+        return -F.logsigmoid(self.beta * d)
+
+    def _ratios(self, scores: Scores, common: Tensor) -> Tensor:
+        assert scores.token_logps is not None
+        assert scores.ref_token_logps is not None
+        assert scores.token_mask is not None
+        place = scores.token_mask.cumsum(-1)  # 1 at the first completion token
+        ratios = scores.token_logps - scores.ref_token_logps
+        weights = torch.where(place <= common.unsqueeze(-1), 1.0, self.alpha) * scores.token_mask
+        return (weights.to(ratios.dtype) * ratios).sum(-1)
+
+
+@register("chi_po")
+class ChiPO(ReferencePairLoss):
+    """Chi-squared preference optimization: the link z + log z in place of DPO's log z.
+
+    loss = -log sigmoid(clip(beta [phi(u_w) - phi(u_l)], -clip, clip)),  phi(u) = e^u + u
+
+    Args:
+        beta: as in DPO; the paper's theory allows small values.
+        clip: 2 R_max, the largest reward difference thought possible; None does not clip. A clipped pair has no
+            gradient.
+
+    Needs: reference sums.
+    e^u is continued along its tangent beyond u = 20, as summed log-ratios of long completions overflow it. Limits: for
+    u << 0 the link is DPO's. The author of huggingface/trl pull request 3573 could not reproduce the paper's gains.
+    The clip is from memory of the paper; neither that pull request nor another public copy has it.
+    Reference: Huang et al. 2024, arXiv 2407.13399, eq. 5 and algorithm 1.
+    """
+
+    formula = "-log sigmoid(clip(beta*(phi(u_w) - phi(u_l)))), phi(u) = e^u + u"
+    paper = "2407.13399"
+
+    def __init__(self, beta: float = 0.1, clip: float | None = None):
+        super().__init__()
+        self.beta = positive("beta", beta)
+        self.clip = clip if clip is None else positive("clip", clip)
+
+    def reward(self, scores: Scores) -> Tensor:
+        return self.beta * (capped_exp(scores.ratios, cap=20.0) + scores.ratios)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        z = self.scaled_margin(batch)
+        return -F.logsigmoid(z if self.clip is None else z.clamp(-self.clip, self.clip))
+
+
+@register("f_dpo")
+class FDPO(ReferencePairLoss):
+    """f-DPO: DPO under another divergence from the reference.
+
+    loss = -log sigmoid(beta (g(u_w) - g(u_l))),  g(u) = f'(e^u) up to a constant:
+    reverse_kl u;  forward_kl 1 - e^-u;  js log 2 + log sigmoid(u);  alpha (e^{(alpha - 1) u} - 1) / (alpha - 1)
+
+    Args:
+        beta: as in DPO.
+        divergence: "reverse_kl" (DPO), "forward_kl", "js" (Jensen-Shannon) or "alpha".
+        alpha: coefficient of the alpha divergence; unused by the others. Towards 1 it is the reverse KL, at 0 the
+            forward KL.
+
+    Needs: reference sums.
+    Exponents are continued along their tangent beyond 30. The forward KL's gradient grows as e^-u for completions far
+    below their reference.
+    Reference: Wang et al. 2023, arXiv 2309.16240, table 1; as TRL's `f_divergence_type`.
+    """
+
+    formula = "-log sigmoid(beta*(f'(e^u_w) - f'(e^u_l)))"
+    paper = "2309.16240"
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl",
+        alpha: float = 0.5,
+    ):
+        super().__init__()
+        if divergence not in ("reverse_kl", "forward_kl", "js", "alpha"):
+            raise ValueError(f"divergence must be 'reverse_kl', 'forward_kl', 'js' or 'alpha', got {divergence!r}")
+        self.beta = positive("beta", beta)
+        self.divergence = divergence
+        self.alpha = finite("alpha", alpha)
+
+    def reward(self, scores: Scores) -> Tensor:
+        u = scores.ratios
+        if self.divergence == "reverse_kl":
+            return self.beta * u
+        if self.divergence == "forward_kl":
+            return self.beta * (1 - capped_exp(-u))
+        if self.divergence == "js":
+            return self.beta * (math.log(2) + F.logsigmoid(u))
+        power = self.alpha - 1
+        # expm1(x) / x, whose limit at alpha = 1 is u itself.
+        return self.beta * (u if abs(power) < 1e-9 else (capped_exp(power * u) - 1) / power)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        return -F.logsigmoid(self.scaled_margin(batch))

@@ -1,0 +1,300 @@
+"""Unlearning: rejected completions are the forget set, chosen ones the retain set.
+
+A forget objective plus a retain term is an expression: `npo(beta=0.1) + sft` is NPO+RT, `ga + kl_retain` is GA+KL.
+Symbols as in `direct`; a = log pi(y|x) / n per token. The reference is the model before unlearning. Forget objectives
+return values for the rejected role, retain terms for the chosen one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prefopt.losses.base import Loss, Need
+from prefopt.losses.checks import finite, non_negative, positive
+from prefopt.losses.direct import ReferencePairLoss, paired_roles
+from prefopt.losses.distributed import global_mean
+from prefopt.losses.likelihood import check_reduction, reduce_tokens
+from prefopt.losses.registry import register
+from prefopt.losses.scores import PreferenceBatch, Scores
+
+
+class ForgetLoss(Loss):
+    """A loss on the completions to be forgotten."""
+
+    roles = ("rejected",)
+
+    @staticmethod
+    def forget(batch: PreferenceBatch) -> Scores:
+        assert batch.rejected is not None
+        return batch.rejected
+
+
+@register("npo")
+class NPO(ForgetLoss):
+    """Negative preference optimization: DPO with the chosen completion left out.
+
+    loss = (2 / beta) log(1 + e^(beta u))
+
+    Args:
+        beta: 0.1 in the paper.
+
+    Needs: reference sums of the forget set.
+    Limits: bounded below by 0; its gradient is 2 sigmoid(beta u) times gradient ascent's on summed log-probabilities,
+        1 where policy = reference, and fades as the completion is forgotten. beta to 0 is gradient ascent, up to the
+        constant (2 / beta) log 2.
+    Reference: Zhang et al. 2024, arXiv 2404.05868, eq. 3; as licong-lin/negative-preference-optimization.
+    """
+
+    formula = "(2/beta) log(1 + e^(beta*u_l))"
+    paper = "2404.05868"
+    needs = Need.REFERENCE
+
+    def __init__(self, beta: float = 0.1):
+        super().__init__()
+        self.beta = positive("beta", beta)
+
+    def reward(self, scores: Scores) -> Tensor:
+        return self.beta * scores.ratios
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        return 2 / self.beta * F.softplus(self.beta * self.forget(batch).ratios)
+
+
+@register("simnpo")
+class SimNPO(ForgetLoss):
+    """SimNPO: NPO without a reference, on per-token log-probabilities.
+
+    loss = (2 / beta) log(1 + e^(beta (a + delta)))
+
+    Args:
+        beta: 4.5 in open-unlearning.
+        delta: offset of the per-token log-probability; 0 in open-unlearning, which weights the loss 0.125.
+
+    Needs: sums and lengths of the forget set; no reference.
+    Reference: Fan et al. 2024, arXiv 2410.07163, eq. 4; as locuslab/open-unlearning, trainer/unlearn/simnpo.py.
+    """
+
+    formula = "(2/beta) log(1 + e^(beta*(a_l + delta)))"
+    paper = "2410.07163"
+
+    def __init__(self, beta: float = 4.5, delta: float = 0.0):
+        super().__init__()
+        self.beta = positive("beta", beta)
+        self.delta = finite("delta", delta)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        return 2 / self.beta * F.softplus(self.beta * (self.forget(batch).mean_logps + self.delta))
+
+
+@register("ga")
+class GradientAscent(ForgetLoss):
+    """Gradient ascent: minus the likelihood loss of the forget set.
+
+    loss = log pi(y_l|x), normalised as `nll` says
+
+    Args:
+        nll: "token", a mean over all tokens of the batch (the official code), "mean" per token of each example, or
+            "sum".
+
+    Needs: sums and lengths of the forget set; no reference.
+    Limits: unbounded below: long runs destroy the model.
+    Reference: Maini et al. 2024, arXiv 2401.06121 (TOFU), section 3; as locuslab/open-unlearning.
+    """
+
+    formula = "log pi(y_l|x), over the batch's tokens (nll=token), per token (mean) or summed (sum)"
+    paper = "2401.06121"
+
+    def __init__(self, nll: Literal["mean", "sum", "token"] = "token"):
+        super().__init__()
+        check_reduction("nll", nll)
+        self.nll = nll
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        scores = self.forget(batch)
+        return reduce_tokens(scores.logps, scores.lengths, self.nll, self._weights(batch))
+
+
+@register("kl_retain")
+class KLRetain(Loss):
+    """Stay close to the reference on the retain set: the full KL of next-token distributions.
+
+    loss = mean over positions of KL(ref || pi) (direction="forward") or KL(pi || ref) ("reverse")
+
+    Args:
+        direction: "forward" in TOFU's code.
+        reduction: "token", a mean over all completion positions of the batch, "mean" per completion, or "sum".
+
+    Needs: the full next-token distributions of policy and reference on the retain set.
+    TOFU's code also counts prompt and padding positions and does not shift them; here completion positions count.
+    Limits: policy = reference gives 0.
+    Reference: Maini et al. 2024, arXiv 2401.06121 (TOFU), section 3; as locuslab/open-unlearning, trainer/utils.py.
+    """
+
+    formula = "mean_t KL(ref || pi) on chosen completions; KL(pi || ref) if direction='reverse'"
+    paper = "2401.06121"
+    roles = ("chosen",)
+
+    def __init__(
+        self,
+        direction: Literal["forward", "reverse"] = "forward",
+        reduction: Literal["mean", "sum", "token"] = "token",
+    ):
+        super().__init__()
+        if direction not in ("forward", "reverse"):
+            raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
+        check_reduction("reduction", reduction)
+        self.direction = direction
+        self.reduction = reduction
+        self.needs = Need.FORWARD_KL if direction == "forward" else Need.REVERSE_KL
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        assert batch.chosen is not None
+        scores = batch.chosen
+        divergence = scores.token_forward_kl if self.direction == "forward" else scores.token_reverse_kl
+        assert divergence is not None
+        return reduce_tokens(divergence.sum(-1), scores.lengths, self.reduction, self._weights(batch))
+
+
+class _TokenWeightedAscent(ForgetLoss):
+    """Gradient ascent whose tokens are weighted by how likely they are; the weights carry no gradient."""
+
+    needs = Need.TOKENS
+
+    def token_weights(self, token_logps: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        scores = self.forget(batch)
+        assert scores.token_logps is not None
+        assert scores.token_mask is not None
+        weights = self.token_weights(scores.token_logps).detach() * scores.token_mask
+        return reduce_tokens((weights * scores.token_logps).sum(-1), scores.lengths, "token", self._weights(batch))
+
+
+@register("wga")
+class WGA(_TokenWeightedAscent):
+    """Weighted gradient ascent: tokens that are already unlikely are left alone.
+
+    loss = mean over the batch's tokens of stop_gradient(p_t^beta) log p_t
+
+    Args:
+        beta: 1 in open-unlearning; 0 is gradient ascent.
+
+    Needs: per-token log-probabilities of the forget set; no reference.
+    Reference: Wang et al. 2025, arXiv 2502.19301, section 4; as locuslab/open-unlearning, trainer/utils.py.
+    """
+
+    formula = "mean_t sg(p_t^beta) log p_t on rejected completions"
+    paper = "2502.19301"
+
+    def __init__(self, beta: float = 1.0):
+        super().__init__()
+        self.beta = non_negative("beta", beta)
+
+    def token_weights(self, token_logps: Tensor) -> Tensor:
+        return torch.exp(self.beta * token_logps)
+
+
+@register("sat_imp")
+class SatImp(_TokenWeightedAscent):
+    """SatImp: gradient ascent weighted by saturation and importance of each token.
+
+    loss = mean over the batch's tokens of stop_gradient(p_t^beta1 (1 - p_t)^beta2) log p_t
+
+    Args:
+        beta1: 5 in open-unlearning.
+        beta2: 1 in open-unlearning, which weights the loss 0.1 beside a likelihood on the retain set.
+
+    Needs: per-token log-probabilities of the forget set; no reference.
+    Limits: beta2 = 0 is `wga`.
+    Reference: Yang et al. 2025, arXiv 2505.11953; as locuslab/open-unlearning, trainer/utils.py.
+    """
+
+    formula = "mean_t sg(p_t^beta1 (1-p_t)^beta2) log p_t on rejected completions"
+    paper = "2505.11953"
+
+    def __init__(self, beta1: float = 5.0, beta2: float = 1.0):
+        super().__init__()
+        self.beta1 = non_negative("beta1", beta1)
+        self.beta2 = non_negative("beta2", beta2)
+
+    def token_weights(self, token_logps: Tensor) -> Tensor:
+        return torch.exp(self.beta1 * token_logps) * (-torch.expm1(token_logps)).clamp(min=0) ** self.beta2
+
+
+@register("undial")
+class UNDIAL(ForgetLoss):
+    """UNDIAL: imitate the reference with the logit of the token to be forgotten lowered by beta.
+
+    loss = mean over the batch's tokens of CE(softmax(reference logits - beta onehot(y_t)), pi)
+
+    Args:
+        beta: strength; 10 in open-unlearning.
+
+    Needs: per-token log-probabilities of policy and reference and their full distributions on the forget set.
+    open-unlearning averages over prompt and padding positions too; here completion positions count. Limits: beta = 0
+        is distillation from the reference.
+    Reference: Dong et al. 2024, arXiv 2402.10052, eq. 3; as locuslab/open-unlearning, trainer/utils.py.
+    """
+
+    formula = "mean_t CE(softmax(ref logits - beta*onehot(y_t)), pi) on rejected completions"
+    paper = "2402.10052"
+    needs = Need.REFERENCE | Need.FORWARD_KL
+
+    def __init__(self, beta: float = 10.0):
+        super().__init__()
+        self.beta = non_negative("beta", beta)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        scores = self.forget(batch)
+        assert scores.token_logps is not None
+        assert scores.ref_token_logps is not None
+        assert scores.token_forward_kl is not None
+        if scores.ref_token_entropy is None:
+            raise ValueError("undial needs ref_token_entropy, but the rejected scores hold none")
+        assert scores.token_mask is not None
+        # With r the reference, softmax(logits - beta onehot(y)) is r / Z off y and r(y) e^-beta / Z at y, so its
+        # cross-entropy follows from that of r: KL(r || pi) + H(r).
+        there = torch.exp(scores.ref_token_logps)
+        taken = there * -math.expm1(-self.beta)
+        cross_entropy = scores.token_forward_kl + scores.ref_token_entropy
+        values = (cross_entropy + taken * scores.token_logps) / (1 - taken).clamp(min=1e-6)
+        sums = (values * scores.token_mask).sum(-1)
+        return reduce_tokens(sums, scores.lengths, "token", self._weights(batch))
+
+
+@register("kto_forget")
+class KTOForget(ReferencePairLoss):
+    """KTO for unlearning: the completion to be forgotten falls below an "I don't know" answer to the same prompt.
+
+    loss = 1 - (2 / beta) log sigmoid(z - beta u_l),  z = mean of u_w over the batch of all processes, no gradient
+
+    Args:
+        beta: 0.1 in the paper's code.
+        link: "logsigmoid" as above, or "sigmoid", which drops the logarithm.
+
+    Needs: reference sums; chosen completions are the "I don't know" answers. z is neither scaled by beta nor kept from
+    falling below 0, as in the official code.
+    Reference: Zhang et al. 2024, arXiv 2404.05868, appendix; as licong-lin/negative-preference-optimization,
+        TOFU/dataloader.py (`kto_sigmoid`, `kto_logsigmoid`).
+    """
+
+    formula = "1 - (2/beta) log sigmoid(z - beta*u_l), z = mean(u_w)"
+    paper = "2404.05868"
+
+    def __init__(self, beta: float = 0.1, link: Literal["logsigmoid", "sigmoid"] = "logsigmoid"):
+        super().__init__()
+        if link not in ("logsigmoid", "sigmoid"):
+            raise ValueError(f"link must be 'logsigmoid' or 'sigmoid', got {link!r}")
+        self.beta = positive("beta", beta)
+        self.link = link
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        idk, forget = paired_roles(batch)
+        x = global_mean(idk.ratios, self._weights(batch)) - self.beta * forget.ratios
+        return 1 - 2 / self.beta * (F.logsigmoid(x) if self.link == "logsigmoid" else torch.sigmoid(x))

@@ -1,0 +1,218 @@
+"""Objectives made from other objectives: example weights, length normalisation, robustness to wrong labels.
+
+Each takes a loss as its first argument, in Python (`WPO(DPO(0.1))`) and in text (`wpo(dpo(beta=0.1))`), and asks of
+the scorer what that loss asks for, and more where it must.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prefopt.losses.base import PER_TOKEN, Loss, Need
+from prefopt.losses.checks import non_negative, positive
+from prefopt.losses.distributed import global_sum, world_size
+from prefopt.losses.registry import register
+from prefopt.losses.scores import PreferenceBatch, Scores
+
+
+class Wrapper(Loss):
+    """A loss on top of another one, whose needs, roles, columns and rewards are its own."""
+
+    def __init__(self, loss: Loss):
+        super().__init__()
+        self.loss = loss
+        self.needs = loss.needs
+        self.roles = loss.roles
+        self.paired = loss.paired
+        self.columns = loss.columns
+        self.top_k = loss.top_k
+
+    def needs_of(self, role: str) -> Need:
+        needs = self.loss.needs_of(role)
+        return needs | (self.needs & ~self.loss.needs) if role in self.roles else needs
+
+    def reward(self, scores: Scores) -> Tensor | None:
+        return self.loss.reward(scores)
+
+
+@register("wpo")
+class WPO(Wrapper):
+    """Weighted preference optimization: examples count as much as the policy would have produced them.
+
+    loss = W_w W_l * loss of the pair, W without gradient; W of its own completion for unpaired losses
+    W = exp(mean over tokens of [log pi(y_t) - log sum_v pi(v)^2])       (aligned=True)
+    W = exp(mean over tokens of log pi(y_t))                             (aligned=False)
+
+    Args:
+        loss: the loss to weight; the paper weights DPO, beta 0.01.
+        aligned: divide each token's probability by the one expected of the distribution it comes from.
+        clamp: let no weight exceed 1, as the official script does; TRL does not.
+
+    Needs: what `loss` needs, and the per-token sum of squared probabilities over the vocabulary.
+    Limits: deterministic or uniform next-token distributions give W = 1 if aligned.
+    Reference: Zhou et al. 2024, arXiv 2406.11827, eq. 2 and section 3.2; as TRL's `use_weighting`; clamp as in
+        wzhouad/WPO, scripts/run_wpo.py.
+    """
+
+    formula = "W_w W_l * loss, W = exp(mean_t [log pi(y_t) - log sum_v pi(v)^2])"
+    paper = "2406.11827"
+
+    def __init__(self, loss: Loss, aligned: bool = True, clamp: bool = False):
+        super().__init__(loss)
+        self.aligned = aligned
+        self.clamp = clamp
+        if aligned:
+            self.needs = loss.needs | Need.COLLISION
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        weights = [self._likelihood(scores) for role in self.roles if (scores := batch.role(role)) is not None]
+        joined = torch.stack(weights).sum(0) if self.paired else torch.cat(weights)
+        weight = torch.exp(joined.clamp(max=0) if self.clamp else joined).detach()
+        return weight * self.loss.per_example(batch)
+
+    def _likelihood(self, scores: Scores) -> Tensor:
+        """(N,) log W."""
+        if not self.aligned:
+            return scores.mean_logps
+        assert scores.token_logps is not None
+        assert scores.token_collision is not None
+        assert scores.token_mask is not None
+        sums = ((scores.token_logps - scores.token_collision) * scores.token_mask).sum(-1)
+        return sums / scores.lengths.clamp(min=1)
+
+
+@register("length_normalized")
+class LengthNormalized(Wrapper):
+    """Any loss on per-token averages in place of sums.
+
+    loss evaluated at log pi / n, log ref / n, log prev / n
+
+    Args:
+        loss: a loss on summed log-probabilities; one that works token by token is refused.
+
+    Needs: what `loss` needs, and lengths.
+    Limits: length_normalized(dpo(beta)) is dpo_norm(beta); length_normalized(cpo(beta)) is simpo(beta, gamma=0).
+    Reference: as in Meng et al. 2024, arXiv 2405.14734, section 2.2, for any objective.
+    """
+
+    formula = "loss at per-token averages of all log-probabilities"
+    paper = "2405.14734"
+
+    def __init__(self, loss: Loss):
+        super().__init__(loss)
+        if loss.needs & (PER_TOKEN | Need.MISMATCHED):
+            raise ValueError(f"loss must work on summed log-probabilities, but {loss} asks for more")
+
+    def reward(self, scores: Scores) -> Tensor | None:
+        return self.loss.reward(self._averaged(scores))
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        averaged = {role: self._averaged(scores) for role in self.roles if (scores := batch.role(role)) is not None}
+        return self.loss.per_example(replace(batch, **averaged))  # type: ignore[arg-type]
+
+    @staticmethod
+    def _averaged(scores: Scores) -> Scores:
+        n = scores.lengths.clamp(min=1)
+        return replace(
+            scores,
+            logps=scores.logps / n,
+            ref_logps=None if scores.ref_logps is None else scores.ref_logps / n,
+            prev_logps=None if scores.prev_logps is None else scores.prev_logps / n,
+            lengths=torch.ones_like(scores.lengths),
+        )
+
+
+@register("noise_robust")
+class NoiseRobust(Wrapper):
+    """A pair loss made robust to labels that are the wrong way round, by looking at both orders of each pair.
+
+    With L the loss as labelled and L' the loss with chosen and rejected swapped:
+    normalized   L / (L + L'): its values over the two orders sum to 1, the symmetry that makes a loss noise tolerant
+    unbiased     ((1 - rate) L - rate L') / (1 - 2 rate): its mean over flips at `rate` is L
+    smoothed     (1 - rate) L + rate L'
+
+    Args:
+        loss: a pair loss without state; not negative for "normalized".
+        method: one of the above.
+        rate: assumed share of swapped labels, in [0, 0.5); unused by "normalized".
+
+    Needs: what `loss` needs.
+    Limits: on dpo, "unbiased" is `robust` and "smoothed" is conservative DPO; rate = 0 is the loss itself. Normalised
+        losses train slowly: the gradient is divided by L + L'.
+    Reference: normalized: Ma et al. 2020, arXiv 2006.13554, eq. 2; unbiased: Natarajan et al. 2013, eq. 3, and
+        Chowdhury et al. 2024, arXiv 2403.00409.
+    """
+
+    formula = "L/(L + L') (normalized), ((1-e) L - e L')/(1-2e) (unbiased), (1-e) L + e L' (smoothed); L' swapped"
+    paper = "2006.13554"
+
+    def __init__(
+        self, loss: Loss, method: Literal["normalized", "unbiased", "smoothed"] = "normalized", rate: float = 0.1
+    ):
+        super().__init__(loss)
+        if method not in ("normalized", "unbiased", "smoothed"):
+            raise ValueError(f"method must be 'normalized', 'unbiased' or 'smoothed', got {method!r}")
+        if not loss.paired or set(loss.roles) != {"chosen", "rejected"} or loss.state_dict():
+            raise ValueError(f"loss must be a pair loss without state, so that a pair can be swapped, got {loss}")
+        self.method = method
+        self.rate = non_negative("rate", rate, below=0.5)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        given = self.loss.per_example(batch)
+        swapped = self.loss.per_example(replace(batch, chosen=batch.rejected, rejected=batch.chosen))
+        if self.method == "normalized":
+            return given / (given + swapped).clamp(min=1e-12)
+        if self.method == "unbiased":
+            return ((1 - self.rate) * given - self.rate * swapped) / (1 - 2 * self.rate)
+        return (1 - self.rate) * given + self.rate * swapped
+
+
+@register("reweighted")
+class Reweighted(Wrapper):
+    """Examples weighted by their own loss, anew in every batch: trust the small ones, or attend to the large ones.
+
+    loss_i * w_i,  w = N softmax(-loss / temperature) over the global batch (trust="small"), + for "large"; no gradient
+
+    Args:
+        loss: the loss to reweight.
+        trust: "small" plays large losses down, as suits wrong labels; "large" plays them up.
+        temperature: in units of the loss; towards infinity all weights are 1.
+
+    Needs: what `loss` needs.
+    The gradient is that of the tilted risk, -+temperature log mean exp(-+loss / temperature).
+    Reference: Li et al. 2020, arXiv 2007.01162 (tilted empirical risk minimization), eq. 2 and lemma 1.
+    """
+
+    formula = "w_i loss_i, w = N softmax(-loss/T) (trust='small') or N softmax(loss/T) ('large')"
+    paper = "2007.01162"
+
+    def __init__(self, loss: Loss, trust: Literal["small", "large"] = "small", temperature: float = 1.0):
+        super().__init__(loss)
+        if trust not in ("small", "large"):
+            raise ValueError(f"trust must be 'small' or 'large', got {trust!r}")
+        self.trust = trust
+        self.temperature = positive("temperature", temperature)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        values = self.loss.per_example(batch)
+        given = self._weights(batch)
+        present = torch.ones_like(values) if given is None else (given > 0).to(values)
+        tilt = (values / self.temperature).detach() * (1 if self.trust == "large" else -1)
+        tilt = tilt.masked_fill(present == 0, -math.inf)
+        weights = torch.exp(tilt - _global_max(tilt))
+        mean = global_sum(weights.sum()) / global_sum(present.sum()).clamp(min=1)
+        return values * (weights / mean.clamp(min=1e-12))
+
+
+def _global_max(values: Tensor) -> Tensor:
+    top = values.max() if values.numel() else values.new_tensor(-math.inf)
+    if world_size() > 1:
+        top = top.clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    return torch.where(torch.isfinite(top), top, torch.zeros_like(top))

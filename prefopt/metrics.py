@@ -67,9 +67,9 @@ def batch_metrics(batch: PreferenceBatch, output: LossOutput) -> dict[str, Tenso
     """Per-example values to log: the objective's own, and log-probabilities, ratios and lengths of each role."""
     metrics = dict(output.metrics)
     with torch.no_grad():
-        for role in ("chosen", "rejected"):
+        for role in ("chosen", "rejected", "sampled"):
             scores = batch.role(role)
-            if scores is not None:
+            if scores is not None and len(scores):
                 metrics[f"logps/{role}"] = scores.logps
                 metrics[f"lengths/{role}"] = scores.lengths
                 if scores.ref_logps is not None:

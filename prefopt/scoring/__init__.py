@@ -3,8 +3,17 @@
 Works on any causal language model, wrapped or not; imports `prefopt.losses` and torch, never TRL.
 """
 
-from prefopt.scoring.logprobs import TokenScores, token_scores
+from prefopt.scoring.logprobs import Extras, TokenScores, token_scores
 from prefopt.scoring.padded import score_rows
-from prefopt.scoring.rows import ROLES, RowGroups, assemble_batch
+from prefopt.scoring.rows import ROLES, RowGroups, assemble_batch, extras_for
 
-__all__ = ["ROLES", "RowGroups", "TokenScores", "assemble_batch", "score_rows", "token_scores"]
+__all__ = [
+    "ROLES",
+    "Extras",
+    "RowGroups",
+    "TokenScores",
+    "assemble_batch",
+    "extras_for",
+    "score_rows",
+    "token_scores",
+]

@@ -16,7 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prefopt.scoring.rows import RowGroups
 
-CHOSEN, REJECTED, MISMATCHED = 0, 1, 2
+CHOSEN, REJECTED, MISMATCHED, SAMPLED = range(4)
+GIVEN_LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "prev_chosen_logps", "prev_rejected_logps")
+"""Per-example sums that may come with the data: under the reference, and under the previous iterate of the policy."""
+ROW_TENSORS = ("input_ids", "attention_mask", "completion_mask")
 COLUMN_PREFIX = "column_"
 """What per-example columns are called inside a batch, so that none can be taken for a model input."""
 
@@ -26,7 +29,7 @@ class PreferenceCollator:
     """Pads tokenised examples into rows.
 
     Examples are dicts with `prompt_ids` and either `chosen_ids` and `rejected_ids`, or `completion_ids` and `label`;
-    `ref_chosen_logps` and `ref_rejected_logps` and numeric columns may stand beside them.
+    the columns of `GIVEN_LOGPS` and numeric columns may stand beside them.
 
     Attributes:
         pad_token_id: token that fills rows up. May be set after construction, before the first batch.
@@ -62,7 +65,7 @@ class PreferenceCollator:
         batch["roles"] = torch.tensor([role for role, *_ in rows])
         batch["examples"] = torch.tensor([i for _, i, *_ in rows])
         batch["paired"] = torch.tensor(paired)
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        for name in GIVEN_LOGPS:
             if name in examples[0]:
                 batch[name] = torch.tensor([float(example[name]) for example in examples])
         batch.update(collate_columns(examples, self.columns))
@@ -130,6 +133,53 @@ def groups_of(batch: Mapping[str, Any]) -> RowGroups:
     half = torch.arange(ids.shape[0] // 2, device=ids.device)
     roles = torch.cat([torch.full_like(half, CHOSEN), torch.full_like(half, REJECTED)])
     return RowGroups(roles, torch.cat([half, half]), columns, paired=True)
+
+
+def select_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The batch with some of its rows, no longer than the longest of them.
+
+    Args:
+        batch: a batch of `PreferenceCollator`.
+        rows: (R,) bool.
+    """
+    kept = {name: value[rows] for name, value in batch.items() if name in (*ROW_TENSORS, "roles", "examples")}
+    length = max(int(kept["attention_mask"].sum(-1).max()), 1) if bool(rows.any()) else 1
+    kept |= {name: kept[name][:, :length] for name in ROW_TENSORS}
+    return {**batch, **kept}
+
+
+def append_rows(
+    batch: Mapping[str, Any], prompts: Sequence[Tensor], completions: Sequence[Tensor], pad_token_id: int
+) -> dict[str, Any]:
+    """The batch with a row for each example's sampled completion after its own rows.
+
+    Args:
+        batch: a batch of `PreferenceCollator`.
+        prompts: (P_i,) token ids of each example.
+        completions: (C_i,) token ids of each example's sample.
+        pad_token_id: fills rows up.
+    """
+    ids = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
+    masks = [torch.arange(len(row), device=row.device) >= len(p) for row, p in zip(ids, prompts, strict=True)]
+    old = batch["input_ids"]
+    length = max(old.shape[1], *(len(row) for row in ids))
+
+    def joined(name: str, rows: list[Tensor], fill: int) -> Tensor:
+        parts = [torch.nn.functional.pad(row.to(batch[name]), (0, length - len(row)), value=fill) for row in rows]
+        return torch.cat(
+            [torch.nn.functional.pad(batch[name], (0, length - old.shape[1]), value=fill), torch.stack(parts)]
+        )
+
+    count = len(ids)
+    examples = torch.arange(count, device=old.device)
+    return {
+        **batch,
+        "input_ids": joined("input_ids", ids, pad_token_id),
+        "attention_mask": joined("attention_mask", [torch.ones_like(row) for row in ids], 0),
+        "completion_mask": joined("completion_mask", masks, 0),
+        "roles": torch.cat([batch["roles"], torch.full_like(batch["roles"][:1], SAMPLED).expand(count)]),
+        "examples": torch.cat([batch["examples"], examples.to(batch["examples"])]),
+    }
 
 
 def by_row(groups: RowGroups, chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from prefopt.scoring.logprobs import TokenScores, token_scores
+from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores, token_scores
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
@@ -27,7 +28,14 @@ def takes_logits_to_keep(model: nn.Module) -> bool:
 
 
 def score_rows(
-    model: nn.Module, inputs: Mapping[str, Any], completion_mask: Tensor, *, all_logits: bool = False
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    completion_mask: Tensor,
+    *,
+    extras: Extras = NOTHING,
+    reference: TokenScores | None = None,
+    keep_logits: bool = False,
+    all_logits: bool = False,
 ) -> tuple[TokenScores, Any]:
     """Score the completion tokens of padded rows.
 
@@ -35,6 +43,9 @@ def score_rows(
         model: a causal language model, wrapped or not.
         inputs: its keyword arguments, `input_ids` (R, T) among them.
         completion_mask: (R, T), true at completion tokens.
+        extras: what to compute besides log-probabilities.
+        reference: the reference's scores of the same rows with their logits, for extras that compare distributions.
+        keep_logits: hand the logits of the scored window on with the scores.
         all_logits: keep the logits of every position in the model's output (an evaluation metric may want them).
 
     Returns:
@@ -51,6 +62,16 @@ def score_rows(
     outputs = model(**kwargs)
     # From the right: prompt-learning adapters put virtual tokens before the row.
     logits = outputs.logits[:, -(window + 1) : -1]
-    scores = token_scores(logits, labels[:, first:], mask[:, first:])
-    logps, entropy, is_top1 = (pad(part, (first, 0)) for part in (scores.logps, scores.entropy, scores.is_top1))
-    return TokenScores(logps, entropy, is_top1, mask), outputs
+    ref_logits = None if reference is None else reference.logits
+    scores = _pad_left(token_scores(logits, labels[:, first:], mask[:, first:], extras, ref_logits), first)
+    return replace(scores, mask=mask, tokens=labels, logits=logits if keep_logits else None), outputs
+
+
+def _pad_left(scores: TokenScores, count: int) -> TokenScores:
+    """The same scores with `count` unscored positions before them."""
+    padded: dict[str, Any] = {}
+    for part in fields(scores):
+        value = getattr(scores, part.name)
+        if isinstance(value, Tensor):
+            padded[part.name] = pad(value, (*(0, 0) * (value.dim() - 2), count, 0))
+    return replace(scores, **padded)

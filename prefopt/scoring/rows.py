@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from prefopt.losses import Need, PreferenceBatch, Scores
-from prefopt.scoring.logprobs import TokenScores
+from prefopt.losses import Loss, Need, PreferenceBatch, Scores
+from prefopt.losses.base import PER_TOKEN
+from prefopt.scoring.logprobs import Extras, TokenScores
 
-ROLES = ("chosen", "rejected", "mismatched")
+ROLES = ("chosen", "rejected", "mismatched", "sampled")
 """Role names by their number in `RowGroups.roles`."""
 
 
@@ -35,38 +37,66 @@ class RowGroups:
     paired: bool
 
 
+def extras_for(loss: Loss) -> Extras:
+    """What a loss asks of the logits besides log-probabilities."""
+    return Extras(
+        top_k=loss.top_k if Need.TOP_K in loss.needs else 0,
+        collision=Need.COLLISION in loss.needs,
+        forward_kl=Need.FORWARD_KL in loss.needs,
+        reverse_kl=Need.REVERSE_KL in loss.needs,
+    )
+
+
 def assemble_batch(
     groups: RowGroups,
     policy: TokenScores,
-    needs: Need,
+    loss: Loss,
     ref_token_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    prev_logps: Tensor | None = None,
 ) -> PreferenceBatch:
     """Group scored rows by role.
 
     Args:
         groups: the role and example of each of R rows.
         policy: token scores of the R rows.
-        needs: what the loss asked for; nothing else is filled in.
+        loss: whose needs say what is filled in.
         ref_token_logps: (R, T) per-token log-probabilities of the reference, zero outside the completions.
         ref_logps: (R,) their sums, where only these are known (computed ahead of training).
+        prev_logps: (R,) sums under the previous iterate.
     """
-    logps, lengths = policy.logps.sum(-1), policy.mask.sum(-1)
     if ref_logps is None and ref_token_logps is not None:
         ref_logps = ref_token_logps.sum(-1)
-    roles: dict[str, Scores] = {}
+    always = {"logps": policy.logps.sum(-1), "lengths": policy.mask.sum(-1)}
+    tokens = {
+        "token_logps": policy.logps,
+        "token_mask": policy.mask,
+        "token_ids": policy.tokens,
+        "top_logps": policy.top_logps,
+        "top_ids": policy.top_ids,
+        "token_collision": policy.collision,
+        "token_forward_kl": policy.forward_kl,
+        "token_reverse_kl": policy.reverse_kl,
+        "ref_token_entropy": policy.ref_entropy,
+    }
+    roles: dict[str, Any] = {}
     for number, role in enumerate(ROLES):
+        needs = loss.needs_of(role)
         rows = (groups.roles == number).nonzero().squeeze(-1)
-        if role == "mismatched" and Need.MISMATCHED not in needs:
+        unwanted = role == "mismatched" and Need.MISMATCHED not in loss.needs
+        # Unpaired feedback can lack a role by chance; of pairs one is missing only where it was not scored.
+        absent = not len(rows) and (role == "sampled" or (groups.paired and role != "mismatched"))
+        if unwanted or absent:
             continue
-        tokens = Need.TOKENS in needs
-        roles[role] = Scores(
-            logps=logps[rows],
-            lengths=lengths[rows],
-            ref_logps=None if ref_logps is None else ref_logps[rows],
-            token_logps=policy.logps[rows] if tokens else None,
-            token_mask=policy.mask[rows] if tokens else None,
-            ref_token_logps=ref_token_logps[rows] if tokens and ref_token_logps is not None else None,
-            columns={name: values[groups.examples[rows]] for name, values in groups.columns.items()},
-        )
+        fields: dict[str, Tensor | None] = dict(always)
+        if needs.compares:
+            fields["ref_logps"] = ref_logps
+        if Need.PREVIOUS in needs:
+            fields["prev_logps"] = prev_logps
+        if needs & PER_TOKEN:
+            fields |= tokens
+            fields["ref_token_logps"] = ref_token_logps if needs.compares else None
+        values: dict[str, Any] = {name: value[rows] for name, value in fields.items() if value is not None}
+        columns = {name: column[groups.examples[rows]] for name, column in groups.columns.items()}
+        roles[role] = Scores(**values, columns=columns)
     return PreferenceBatch(**roles, paired=groups.paired)

@@ -20,18 +20,22 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
+from trl.models.utils import unwrap_model_for_generation
 
 from prefopt.data import drop_overlong, kind, normalise, tokenize_dataset
 from prefopt.losses import Loss, LossOutput, Need, PreferenceBatch
+from prefopt.losses.base import PER_TOKEN
 from prefopt.metrics import RunningMeans, batch_metrics, describe_non_finite
-from prefopt.scoring import RowGroups, TokenScores, assemble_batch, score_rows
-from prefopt.scoring.collate import COLUMN_PREFIX, PreferenceCollator, WithColumns, by_row, groups_of
+from prefopt.scoring import Extras, TokenScores, score_rows
+from prefopt.scoring.collate import COLUMN_PREFIX, GIVEN_LOGPS, PreferenceCollator, WithColumns, groups_of
+from prefopt.scoring.sampling import with_samples
+from prefopt.scoring.score import Models, score_batch
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.state import ObjectiveState, restore
 
 logger = logging.getLogger(__name__)
 
-_NOT_FOR_THE_MODEL = {"completion_mask", "roles", "examples", "paired", "ref_chosen_logps", "ref_rejected_logps"}
+_NOT_FOR_THE_MODEL = {"completion_mask", "roles", "examples", "paired", *GIVEN_LOGPS}
 
 
 class LossMixin:
@@ -40,6 +44,9 @@ class LossMixin:
     Args:
         loss: a `Loss` or a loss expression. Without one, `args.loss` is used, then TRL's options in `args`; options
             that name an objective only TRL has are left to TRL altogether, its logging included.
+        previous_model: the previous iterate of the policy, for objectives that compare with it (`inpo`); frozen. Its
+            log-probabilities may stand in the data instead (`prev_chosen_logps`, `prev_rejected_logps`). Without
+            either it is the reference, as in a first iteration.
     """
 
     objective: Loss | None
@@ -52,7 +59,9 @@ class LossMixin:
     processing_class: Any
     _signature_columns: list[str] | None
 
-    def __init__(self, *arguments: Any, loss: Loss | str | None = None, **keywords: Any) -> None:
+    def __init__(
+        self, *arguments: Any, loss: Loss | str | None = None, previous_model: Any = None, **keywords: Any
+    ) -> None:
         bound, takes_collator = _bind(super().__init__, arguments, keywords)
         args = next((value for value in bound.values() if isinstance(value, DPOConfig)), None)
         self.objective = resolve_objective(loss, args)
@@ -60,6 +69,7 @@ class LossMixin:
         self._tokens_seen: Any = 0
         self._start_checked = False
         self._own_collator: PreferenceCollator | None = None
+        self._previous_model: Any = None
         data = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
         data = bound.get("train_dataset", data)
         sample: dict[str, Any] = next(iter(data), {}) if isinstance(data, (Dataset, IterableDataset)) else {}
@@ -83,6 +93,19 @@ class LossMixin:
                 "ahead: pass loss=... as well"
             )
         self._after_trl(self.objective, bound.get("ref_model") is None, sample)
+        self._previous_model = self._frozen(self.objective, previous_model)
+
+    def _frozen(self, objective: Loss, previous_model: Any) -> Any:
+        if previous_model is None:
+            return None
+        if Need.PREVIOUS not in objective.needs:
+            raise ValueError(f"previous_model would have no effect: {objective} does not compare with one")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            raise ValueError(
+                "previous_model is not sharded, so it does not go with DeepSpeed or FSDP: put its log-probabilities "
+                "into the data as prev_chosen_logps and prev_rejected_logps"
+            )
+        return previous_model.requires_grad_(False).eval().to(self.accelerator.device)
 
     def _before_trl(self, objective: Loss, args: Any, sample: Mapping[str, Any]) -> None:
         """Refuse options that cannot go together, and settle what TRL's constructor already uses."""
@@ -101,8 +124,10 @@ class LossMixin:
                     f"{objective} scores other completions of the batch under the reference at every step, which "
                     "cannot be computed ahead: set precompute_ref_log_probs=False"
                 )
-        if Need.TOKENS in objective.needs and precomputes:
+        if precomputes and objective.needs & PER_TOKEN and objective.needs.compares:
             raise ValueError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
+        if "sampled" in objective.roles:
+            self._refuse_for_samples(objective, args, sample)
         for column in objective.columns:
             if sample and column not in sample:
                 raise ValueError(f"{objective} needs a numeric column {column!r}; the data has {sorted(sample)}")
@@ -110,6 +135,16 @@ class LossMixin:
             # Dispatching joins and slices batches by their first dimension, here rows instead of examples. TRL turns
             # it off for a streamed training set only.
             args.accelerator_config.dispatch_batches = False
+
+    @staticmethod
+    def _refuse_for_samples(objective: Loss, args: Any, sample: Mapping[str, Any]) -> None:
+        if getattr(args, "precompute_ref_log_probs", False):
+            raise ValueError(
+                f"{objective} learns from completions drawn while it trains, which no reference can score ahead: set "
+                "precompute_ref_log_probs=False"
+            )
+        if {"image", "images"} & set(sample):
+            raise ValueError(f"{objective} draws completions while it trains, which works for text only so far")
 
     def _make_collator(self, objective: Loss, args: Any) -> PreferenceCollator:
         args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False) if args is None else args
@@ -126,7 +161,7 @@ class LossMixin:
         self.add_callback(ObjectiveState(objective))  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
-        if own_reference and Need.REFERENCE not in objective.needs and not self.args.sync_ref_model:
+        if own_reference and not objective.needs.compares and not self.args.sync_ref_model:
             self.ref_model = None  # TRL loads one whatever the objective
         self._align_padding(own_reference)
         if self._own_collator is not None:
@@ -171,7 +206,7 @@ class LossMixin:
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if fresh and self.objective is not None and self._signature_columns is not None:
-            more = ["completion_ids", "label", "weight", *self.objective.columns]
+            more = ["completion_ids", "label", "weight", *GIVEN_LOGPS[2:], *self.objective.columns]
             self._signature_columns += [name for name in more if name not in self._signature_columns]
 
     # ---- scoring --------------------------------------------------------------------------------------------------
@@ -193,10 +228,17 @@ class LossMixin:
     def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL and not k.startswith(COLUMN_PREFIX)}
 
-    def _reference_scores(self, model: Any, inputs: Mapping[str, Any]) -> TokenScores:
+    def _reference_scores(self, model: Any, inputs: Mapping[str, Any], keep_logits: bool = False) -> TokenScores:
         """Token scores under the frozen reference: its own model, or the policy with its adapter put aside."""
         with torch.no_grad(), self._as_reference(), self.accelerator.autocast():
-            scores, _ = score_rows(model, self._model_inputs(inputs), inputs["completion_mask"])
+            scores, _ = score_rows(
+                model, self._model_inputs(inputs), inputs["completion_mask"], keep_logits=keep_logits
+            )
+        return scores
+
+    def _previous_scores(self, inputs: Mapping[str, Any]) -> TokenScores:
+        with torch.no_grad(), self.accelerator.autocast():
+            scores, _ = score_rows(self._previous_model, self._model_inputs(inputs), inputs["completion_mask"])
         return scores
 
     @contextlib.contextmanager
@@ -219,22 +261,42 @@ class LossMixin:
 
     def _score(self, model: Any, inputs: Mapping[str, Any], all_logits: bool) -> tuple[PreferenceBatch, Any]:
         assert self.objective is not None
-        mask = inputs["completion_mask"]
-        model_inputs = self._model_inputs(inputs)
-        if getattr(self, "aux_loss_enabled", False):
-            model_inputs["output_router_logits"] = True
-        policy, outputs = score_rows(model, model_inputs, mask, all_logits=all_logits)
-        groups = groups_of(inputs)
-        ref_token_logps = ref_logps = None
-        if Need.REFERENCE in self.objective.needs:
-            if self.args.precompute_ref_log_probs:
-                ref_logps = by_row(groups, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
-            else:
-                reference = self.model if self.ref_model is None else self.ref_model
-                ref_token_logps = self._reference_scores(reference, inputs).logps
-        self._record_tokens(policy, inputs, groups)
-        batch = assemble_batch(groups, policy, self.objective.needs, ref_token_logps, ref_logps)
+        outputs: Any = None
+
+        def policy(rows: Mapping[str, Any], extras: Extras, reference: TokenScores | None) -> TokenScores:
+            nonlocal outputs
+            model_inputs = self._model_inputs(rows)
+            if getattr(self, "aux_loss_enabled", False):
+                model_inputs["output_router_logits"] = True
+            scores, made = score_rows(
+                model, model_inputs, rows["completion_mask"], extras=extras, reference=reference, all_logits=all_logits
+            )
+            # The rows that the loss is about come first; what comes after them carries no gradient.
+            outputs = made if outputs is None else outputs
+            return scores
+
+        def reference(rows: Mapping[str, Any], keep_logits: bool) -> TokenScores:
+            return self._reference_scores(self.model if self.ref_model is None else self.ref_model, rows, keep_logits)
+
+        if not self.args.precompute_ref_log_probs:
+            # Columns of an earlier run with another reference would be taken for this one's.
+            inputs = {name: value for name, value in inputs.items() if name not in GIVEN_LOGPS[:2]}
+        models = Models(policy, reference, None if self._previous_model is None else self._previous_scores)
+        if "sampled" in self.objective.roles:
+            inputs = self._with_samples(model, inputs)
+        batch, scores, scored = score_batch(
+            inputs, self.objective, models, every_role=all_logits or not self.model.training
+        )
+        self._record_tokens(scores, scored)
         return batch, outputs
+
+    def _with_samples(self, model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        most = getattr(self.args, "sample_max_new_tokens", 64)
+        with unwrap_model_for_generation(model, self.accelerator) as generator, self.accelerator.autocast():
+            ends = generator.generation_config.eos_token_id
+            ends = tokenizer.eos_token_id if ends is None else ends
+            return with_samples(inputs, generator, most, tokenizer.pad_token_id, ends)
 
     # ---- the loss -------------------------------------------------------------------------------------------------
 
@@ -280,7 +342,7 @@ class LossMixin:
             return
         worst = torch.zeros((), device=self.accelerator.device)
         for scores in (batch.chosen, batch.rejected):
-            if scores is not None and len(scores):
+            if scores is not None and scores.ref_logps is not None and len(scores):
                 gap = (scores.ratios.detach() / scores.lengths.clamp(min=1)).abs().max()
                 worst = torch.maximum(worst, gap.float())
         worst_gap = float(self.accelerator.gather(worst.reshape(1)).max())
@@ -320,8 +382,9 @@ class LossMixin:
     def _means(self) -> RunningMeans:
         return self._train_means if self.model.training else self._eval_means
 
-    def _record_tokens(self, policy: TokenScores, inputs: Mapping[str, Any], groups: RowGroups) -> None:
-        chosen, given = groups.roles == 0, groups.roles < 2
+    def _record_tokens(self, policy: TokenScores, inputs: Mapping[str, Any]) -> None:
+        roles = groups_of(inputs).roles
+        chosen, given = roles == 0, roles < 2
         self._means.add("entropy", policy.entropy[given], policy.mask[given].sum())
         self._means.add("mean_token_accuracy", policy.is_top1[chosen], policy.mask[chosen].sum())
         if self.model.training:

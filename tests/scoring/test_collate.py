@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefopt.losses import Need
+from prefopt.losses import parse
 from prefopt.scoring import RowGroups, TokenScores, assemble_batch
-from prefopt.scoring.collate import PreferenceCollator, WithColumns
+from prefopt.scoring.collate import (
+    PreferenceCollator,
+    WithColumns,
+    append_rows,
+    select_rows,
+)
 
 PAIRS = [
     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
@@ -101,12 +106,42 @@ def test_rows_are_grouped_by_role():
     logps = torch.tensor([[-1.0, 0.0], [-2.0, -3.0], [-4.0, 0.0], [-9.0, 0.0]])
     mask = logps != 0
     policy = TokenScores(logps, torch.zeros_like(logps), mask, mask)
-    batch = assemble_batch(groups, policy, Need.REFERENCE | Need.TOKENS, ref_token_logps=logps / 2)
+    batch = assemble_batch(groups, policy, parse("ld_dpo"), ref_token_logps=logps / 2)
     assert batch.chosen.logps.tolist() == [-5.0]
     assert batch.chosen.lengths.tolist() == [2]
     assert batch.chosen.columns["weight"].tolist() == [2.0]
     assert batch.rejected.ratios.tolist() == [-0.5, -2.0]
     assert batch.rejected.ref_token_logps.tolist() == [[-0.5, 0.0], [-2.0, 0.0]]
     assert batch.mismatched is None
-    assert assemble_batch(groups, policy, Need.MISMATCHED).mismatched.logps.tolist() == [-9.0]
-    assert assemble_batch(groups, policy, Need.NONE).chosen.token_logps is None
+    assert assemble_batch(groups, policy, parse("kto"), logps / 2).mismatched.ratios.tolist() == [-4.5]
+    assert assemble_batch(groups, policy, parse("simpo")).chosen.token_logps is None
+    forgetting = assemble_batch(groups, policy, parse("npo + sft"), ref_token_logps=logps / 2)
+    assert forgetting.chosen.ref_logps is None
+    assert forgetting.rejected.ref_logps.tolist() == [-0.5, -2.0]
+
+
+def test_selected_rows_are_cut_to_the_longest_of_them():
+    batch = PreferenceCollator(pad_token_id=0)(PAIRS)
+    rejected = select_rows(batch, batch["roles"] == 1)
+    longest = int(batch["attention_mask"][batch["roles"] == 1].sum(-1).max())
+    assert rejected["input_ids"].shape == (len(PAIRS), longest)
+    assert set(rejected["roles"].tolist()) == {1}
+    assert bool(rejected["paired"])
+
+
+def test_sampled_completions_become_rows_of_their_own():
+    batch = PreferenceCollator(pad_token_id=0)(PAIRS)
+    prompts = [torch.tensor(pair["prompt_ids"]) for pair in PAIRS]
+    completions = [torch.arange(1, 2 + 20 * i) for i in range(len(PAIRS))]
+    more = append_rows(batch, prompts, completions, pad_token_id=0)
+    assert more["input_ids"].shape[0] == 3 * len(PAIRS)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        row = 2 * len(PAIRS) + i
+        assert more["input_ids"][row][more["attention_mask"][row].bool()].tolist() == [
+            *prompt.tolist(),
+            *completion.tolist(),
+        ]
+        assert more["input_ids"][row][more["completion_mask"][row].bool()].tolist() == completion.tolist()
+        assert (int(more["roles"][row]), int(more["examples"][row])) == (3, i)
+    width = batch["input_ids"].shape[1]
+    assert torch.equal(more["input_ids"][: 2 * len(PAIRS), :width], batch["input_ids"])

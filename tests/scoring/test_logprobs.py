@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from prefopt.scoring import token_scores
+from prefopt.scoring import Extras, token_scores
 
 
 def drawn(rows: int = 3, length: int = 5, vocab: int = 11, dtype: torch.dtype = torch.float64):
@@ -53,3 +55,71 @@ def test_shapes_must_agree():
     logits, labels, mask = drawn()
     with pytest.raises(ValueError, match="must agree in rows and positions"):
         token_scores(logits[:, :-1], labels, mask)
+
+
+EXTRAS = Extras(top_k=3, collision=True, forward_kl=True, reverse_kl=True)
+
+
+def reference_like(logits: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (2 * torch.randn(logits.shape, generator=generator, dtype=torch.float64)).to(logits.dtype)
+
+
+def test_extras_equal_their_definitions():
+    logits, labels, mask = drawn()
+    reference = reference_like(logits)
+    scores = token_scores(logits, labels, mask, EXTRAS, reference)
+    p, r = torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=reference)
+    kl = torch.distributions.kl_divergence
+    torch.testing.assert_close(scores.forward_kl, kl(r, p) * mask)
+    torch.testing.assert_close(scores.reverse_kl, kl(p, r) * mask)
+    torch.testing.assert_close(scores.ref_entropy, r.entropy() * mask)
+    torch.testing.assert_close(scores.collision, p.probs.square().sum(-1).log() * mask)
+    values, ids = torch.log_softmax(logits, -1).topk(3)
+    torch.testing.assert_close(scores.top_logps, values * mask.unsqueeze(-1))
+    assert torch.equal(scores.top_ids, ids * mask.unsqueeze(-1))
+
+
+@pytest.mark.parametrize("quantity", ["logps", "top_logps", "forward_kl", "reverse_kl"])
+def test_gradient_of_each_quantity(quantity):
+    logits, labels, mask = drawn()
+    reference = reference_like(logits)
+    assert torch.autograd.gradcheck(
+        lambda x: getattr(token_scores(x, labels, mask, EXTRAS, reference), quantity), (logits,)
+    )
+
+
+def test_gradients_of_all_quantities_add_up():
+    logits, labels, mask = drawn()
+    reference = reference_like(logits)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        scores = token_scores(x, labels, mask, EXTRAS, reference)
+        return scores.logps.sum() + scores.top_logps.square().sum() + scores.forward_kl.sum() - scores.reverse_kl.sum()
+
+    assert torch.autograd.gradcheck(total, (logits,))
+
+
+def test_equal_distributions_have_no_divergence_and_no_gradient():
+    logits, labels, mask = drawn(dtype=torch.float32)
+    scores = token_scores(logits, labels, mask, EXTRAS, logits.detach().clone())
+    assert float((scores.forward_kl + scores.reverse_kl).abs().max()) < 1e-6
+    (scores.forward_kl + scores.reverse_kl).sum().backward()
+    assert float(logits.grad.abs().max()) < 1e-6
+
+
+def test_impossible_tokens_have_no_part_in_a_divergence():
+    logits = torch.tensor([[[0.0, float("-inf"), 1.0]]], requires_grad=True)
+    reference = torch.tensor([[[1.0, float("-inf"), 0.0]]])
+    scores = token_scores(logits, torch.tensor([[0]]), torch.tensor([[1]]), EXTRAS, reference)
+    assert float(scores.forward_kl.detach()) == pytest.approx(math.tanh(0.5), rel=1e-5)
+    (scores.forward_kl + scores.reverse_kl).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_what_extras_need_is_asked_for():
+    logits, labels, mask = drawn()
+    with pytest.raises(ValueError, match="needs ref_logits"):
+        token_scores(logits, labels, mask, Extras(forward_kl=True))
+    with pytest.raises(ValueError, match="top_k=99 exceeds the vocabulary of 11"):
+        token_scores(logits, labels, mask, Extras(top_k=99))

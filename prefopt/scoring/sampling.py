@@ -1,0 +1,69 @@
+"""Completions drawn from the policy while it trains, for objectives with a `sampled` role.
+
+Plain sampling at temperature 1 from the whole distribution, since the estimates that such objectives make hold for
+nothing else. Imports torch and transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from prefopt.scoring.collate import MISMATCHED, append_rows
+
+
+def prompts_of(batch: Mapping[str, Any]) -> list[Tensor]:
+    """The prompt of each example of a collated batch, token ids without padding."""
+    attended = batch["attention_mask"].bool() & ~batch["completion_mask"].bool()
+    own = batch["roles"] != MISMATCHED
+    prompts = []
+    for example in range(int(batch["examples"].max()) + 1):
+        row = int((own & (batch["examples"] == example)).nonzero()[0])
+        prompts.append(batch["input_ids"][row][attended[row]])
+    return prompts
+
+
+@torch.no_grad()
+def with_samples(
+    batch: Mapping[str, Any], model: Any, max_new_tokens: int, pad_token_id: int, eos_token_id: int | list[int]
+) -> dict[str, Any]:
+    """The batch with one completion per example drawn from the model, as rows of the `sampled` role.
+
+    Args:
+        batch: a batch of `PreferenceCollator`.
+        model: with a `generate` method, in its training state of weights; dropout is off while it draws.
+        max_new_tokens: where a completion that does not end is cut off.
+        pad_token_id: fills rows up.
+        eos_token_id: ends a completion and is part of it.
+    """
+    prompts = prompts_of(batch)
+    longest = max(len(prompt) for prompt in prompts)
+    pad = torch.nn.functional.pad
+    ids = torch.stack([pad(prompt, (longest - len(prompt), 0), value=pad_token_id) for prompt in prompts])
+    attended = torch.stack([pad(torch.ones_like(prompt), (longest - len(prompt), 0)) for prompt in prompts])
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        drawn = model.generate(input_ids=ids, attention_mask=attended, generation_config=config)[:, longest:]
+    finally:
+        model.train(was_training)
+    ends = torch.isin(drawn, torch.tensor(eos_token_id, device=drawn.device))
+    completions = []
+    for row, end in zip(drawn, ends, strict=True):
+        length = int(end.nonzero()[0]) + 1 if bool(end.any()) else len(row)
+        completions.append(row[:length])
+    return append_rows(batch, prompts, completions, pad_token_id)

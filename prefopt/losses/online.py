@@ -13,6 +13,7 @@ from torch import Tensor
 from prefopt.losses.base import Loss, Need, PairLoss
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.direct import paired_roles
+from prefopt.losses.distributed import global_sum
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -100,8 +101,8 @@ class KLPrior(Loss):
     loss = K_i per example, K_i = max(0, mean over completion positions of KL(ref || pi))
 
     Args:
-        reduction: "sum" over the examples of the batch, as the official code does beside a likelihood that is a mean,
-            or "mean".
+        reduction: "sum" over the examples of the batch of all processes, as the official code does (on one) beside a
+            likelihood that is a mean, or "mean".
 
     Needs: the full next-token distributions of policy and reference on the chosen completions.
     The official code computes the forward direction and takes positions without the usual shift by one; here
@@ -128,4 +129,5 @@ class KLPrior(Loss):
         if self.reduction == "mean":
             return values
         weights = self._weights(batch)
-        return values * (len(values) if weights is None else (weights > 0).sum())
+        present = torch.ones_like(values) if weights is None else (weights > 0).to(values)
+        return values * global_sum(present.sum())

@@ -10,19 +10,28 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    JambaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2Config,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
@@ -91,6 +100,25 @@ def make_config(architecture: str = "llama"):
         return LlamaConfig(**shared)
     if architecture == "qwen2":
         return Qwen2Config(**shared)
+    if architecture == "qwen3":
+        return Qwen3Config(**shared, head_dim=8)
+    if architecture == "mistral":
+        return MistralConfig(**shared, sliding_window=64)
+    if architecture == "gemma2":
+        return Gemma2Config(**shared, head_dim=8, query_pre_attn_scalar=8, sliding_window=64)
+    if architecture == "gemma3":
+        return Gemma3TextConfig(**shared, head_dim=8, query_pre_attn_scalar=8, sliding_window=64)
+    if architecture == "phi":
+        return PhiConfig(**shared)
+    if architecture == "phi3":
+        return Phi3Config(**shared, pad_token_id=0)
+    if architecture == "neox":
+        return GPTNeoXConfig(**shared)
+    if architecture == "mamba":
+        return MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4)
+    if architecture == "jamba":
+        return JambaConfig(**shared, attn_layer_period=2, attn_layer_offset=1, num_experts=2, expert_layer_period=2,
+                           mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)  # fmt: skip
     if architecture == "moe":
         return Qwen3MoeConfig(
             **shared,

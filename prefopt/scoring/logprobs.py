@@ -56,7 +56,7 @@ class TokenScores:
         forward_kl: (R, T) KL(reference || policy), zero outside `mask`; with gradient.
         reverse_kl: (R, T) KL(policy || reference), zero outside `mask`; with gradient.
         ref_entropy: (R, T) entropy of the reference's distribution, zero outside `mask`.
-        logits: (R, W, V) of the last W positions, where asked to keep them.
+        logits: those of the scored positions, in the form of the layout that made them, where asked to keep them.
     """
 
     logps: Tensor
@@ -70,7 +70,7 @@ class TokenScores:
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     ref_entropy: Tensor | None = None
-    logits: Tensor | None = None
+    logits: Any = None
 
 
 def _divergence(first: Tensor, second: Tensor) -> Tensor:

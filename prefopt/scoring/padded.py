@@ -17,14 +17,18 @@ from torch.nn.functional import pad
 from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores, token_scores
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DeepSpeed and PEFT wrappers, for looking at; it is called through them."""
+    while isinstance(getattr(model, "module", None), nn.Module):  # DDP, DeepSpeed
+        model = model.module  # type: ignore[assignment]
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()  # type: ignore[operator]
+    return model
+
+
 def takes_logits_to_keep(model: nn.Module) -> bool:
     """Whether the model can be told to compute logits for the last positions only."""
-    inner = model
-    while isinstance(getattr(inner, "module", None), nn.Module):  # DDP, DeepSpeed
-        inner = inner.module  # type: ignore[assignment]
-    if hasattr(inner, "get_base_model"):  # PEFT
-        inner = inner.get_base_model()  # type: ignore[operator]
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 
 def score_rows(

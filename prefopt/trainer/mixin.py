@@ -26,8 +26,9 @@ from prefopt.data import drop_overlong, kind, normalise, tokenize_dataset
 from prefopt.losses import Loss, LossOutput, Need, PreferenceBatch
 from prefopt.losses.base import PER_TOKEN
 from prefopt.metrics import RunningMeans, batch_metrics, describe_non_finite
-from prefopt.scoring import Extras, TokenScores, score_rows
+from prefopt.scoring import Extras, TokenScores
 from prefopt.scoring.collate import COLUMN_PREFIX, GIVEN_LOGPS, PreferenceCollator, WithColumns, groups_of
+from prefopt.scoring.layout import Layout
 from prefopt.scoring.sampling import with_samples
 from prefopt.scoring.score import Models, score_batch
 from prefopt.trainer.config import resolve_objective
@@ -70,6 +71,7 @@ class LossMixin:
         self._start_checked = False
         self._own_collator: PreferenceCollator | None = None
         self._previous_model: Any = None
+        self._layout = Layout("padded")
         data = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
         data = bound.get("train_dataset", data)
         sample: dict[str, Any] = next(iter(data), {}) if isinstance(data, (Dataset, IterableDataset)) else {}
@@ -158,6 +160,7 @@ class LossMixin:
 
     def _after_trl(self, objective: Loss, own_reference: bool, sample: Mapping[str, Any]) -> None:
         objective.to(self.accelerator.device)
+        self._layout = self._make_layout()
         self.add_callback(ObjectiveState(objective))  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
@@ -168,6 +171,18 @@ class LossMixin:
             self.data_collator = self._own_collator
         elif objective.columns or "weight" in sample:
             self.data_collator = WithColumns(self.data_collator, objective.columns)
+
+    def _make_layout(self) -> Layout:
+        name: Any = getattr(self.args, "layout", "auto")
+        if getattr(self, "aux_loss_enabled", False) and name != "padded":
+            logger.warning("padded layout: the load-balancing loss of experts is computed over padded rows")
+            name = "padded"
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
+        return Layout(
+            name,
+            agree=lambda reason: next((found for found in gather_object([reason]) if found), ""),
+            one_call=sharded or self.accelerator.num_processes > 1,
+        )
 
     def _align_padding(self, own_reference: bool) -> None:
         """One padding token for policy and reference: some multimodal models embed images by way of it."""
@@ -228,17 +243,19 @@ class LossMixin:
     def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL and not k.startswith(COLUMN_PREFIX)}
 
-    def _reference_scores(self, model: Any, inputs: Mapping[str, Any], keep_logits: bool = False) -> TokenScores:
+    def _reference_scores(
+        self, model: Any, inputs: Mapping[str, Any], keep_logits: bool = False, all_logits: bool = False
+    ) -> TokenScores:
         """Token scores under the frozen reference: its own model, or the policy with its adapter put aside."""
         with torch.no_grad(), self._as_reference(), self.accelerator.autocast():
-            scores, _ = score_rows(
-                model, self._model_inputs(inputs), inputs["completion_mask"], keep_logits=keep_logits
+            scores, _ = self._layout.score(
+                model, inputs, self._model_inputs(inputs), keep_logits=keep_logits, all_logits=all_logits
             )
         return scores
 
     def _previous_scores(self, inputs: Mapping[str, Any]) -> TokenScores:
         with torch.no_grad(), self.accelerator.autocast():
-            scores, _ = score_rows(self._previous_model, self._model_inputs(inputs), inputs["completion_mask"])
+            scores, _ = self._layout.score(self._previous_model, inputs, self._model_inputs(inputs))
         return scores
 
     @contextlib.contextmanager
@@ -268,15 +285,17 @@ class LossMixin:
             model_inputs = self._model_inputs(rows)
             if getattr(self, "aux_loss_enabled", False):
                 model_inputs["output_router_logits"] = True
-            scores, made = score_rows(
-                model, model_inputs, rows["completion_mask"], extras=extras, reference=reference, all_logits=all_logits
+            scores, made = self._layout.score(
+                model, rows, model_inputs, extras=extras, reference=reference, all_logits=all_logits
             )
             # The rows that the loss is about come first; what comes after them carries no gradient.
             outputs = made if outputs is None else outputs
             return scores
 
         def reference(rows: Mapping[str, Any], keep_logits: bool) -> TokenScores:
-            return self._reference_scores(self.model if self.ref_model is None else self.ref_model, rows, keep_logits)
+            frozen = self.model if self.ref_model is None else self.ref_model
+            # Distributions are compared in one layout, so the reference follows the policy's.
+            return self._reference_scores(frozen, rows, keep_logits, all_logits)
 
         if not self.args.precompute_ref_log_probs:
             # Columns of an earlier run with another reference would be taken for this one's.

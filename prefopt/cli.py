@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import textwrap
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 
-from prefopt.losses import Need, available
+from prefopt.losses import DPO, Loss, Need, Preset, available, presets
 from prefopt.losses.registry import describe_arguments
+from prefopt.losses.wrappers import Wrapper
 
 app = typer.Typer(help="Preference optimization for language models.", no_args_is_help=True, add_completion=False)
 
@@ -25,62 +29,272 @@ Columns = Annotated[
 
 @app.command()
 def losses(
-    name: Annotated[str | None, typer.Argument(help="One objective, in full.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown, as the README has it.")] = False,
+    names: Annotated[list[str] | None, typer.Argument(help="Losses, presets or expressions to explain.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table: the README's, or of NAMES.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw loss and gradient of NAMES to this file (.png).")] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="What a plot moves: margin (default), chosen or rejected; repeatable.")
+    ] = None,
+    span: Annotated[float | None, typer.Option(help="Half the width of a plot's x-axis, in nats; 40.")] = None,
 ) -> None:
-    """List the objectives, or explain one."""
-    known = available()
-    if markdown:
-        print(losses_table())
-        return
-    if name is None:
-        table = Table(show_lines=True)
-        for heading in ("name", "formula", "data", "needs", "paper"):
-            table.add_column(heading, no_wrap=heading in ("name", "paper"))
-        for name_, formula, data, needs, _, paper, _ in _rows():
-            table.add_row(*map(escape, (name_, formula, data, needs, paper)))
-        _console().print(table)
-        _console().print('Combine them: --loss "dpo(beta=0.1) + 0.2*sft". `prefopt losses NAME` explains one.')
-        return
-    if name not in known:
-        from prefopt.losses import LossSyntaxError, parse
+    """List the objectives, explain some, or plot them."""
+    if plot is None and (vary or span is not None):
+        _fail("--vary and --span are about a picture: add --plot FILE.png")
+    if plot is not None and markdown:
+        _fail("--plot and --markdown exclude one another")
+    if plot is not None:
+        _plot(plot, names or [], vary, span)
+    elif markdown:
+        unknown = [name for name in names or [] if name not in available()]
+        if unknown:
+            _fail(f"--markdown takes names of registered losses; {unknown[0]!r} is none")
+        print(objectives_table([available()[name] for name in names]) if names else losses_table())
+    elif names:
+        for place, name in enumerate(names):
+            if place:
+                _console().print()
+            _explain(name)
+    else:
+        _list()
 
+
+# ---- facts from the registry -------------------------------------------------------------------------------------
+
+FAMILIES = (
+    "direct", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary", "tokenwise", "reference-free",
+    "cringe", "likelihood", "online", "unlearning", "wrappers",
+)  # fmt: skip
+"""Families in reading order; those of other packages follow."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The losses of one module.
+
+    Attributes:
+        name: the module's.
+        about: the first line of its docstring.
+        losses: in alphabetical order.
+    """
+
+    name: str
+    about: str
+    losses: list[type[Loss]]
+
+
+def families() -> list[Family]:
+    """The registered losses by family."""
+    by_module: dict[str, list[type[Loss]]] = {}
+    for cls in available().values():
+        by_module.setdefault(cls.__module__, []).append(cls)
+    found = []
+    for module, members in by_module.items():
+        about = (inspect.getdoc(sys.modules.get(module)) or "").partition("\n")[0]
+        found.append(Family(module.rpartition(".")[2].replace("_", "-"), about, members))
+    return sorted(found, key=lambda family: (*FAMILIES, family.name).index(family.name))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the tables say of a loss, in words."""
+
+    formula: str
+    data: str
+    reference: str
+    needs: str
+    trl_name: str
+    paper: str
+
+
+def facts(cls: type[Loss]) -> Facts:
+    """What holds for a loss with its default arguments."""
+    if issubclass(cls, Wrapper):
+        inner = DPO()
+        own = cls(inner).needs & ~inner.needs
+        return Facts(cls.formula, "as its loss", "as its loss", _needs(own) if own else "", cls.trl_name, cls.paper)
+    try:
+        # Some declare their needs only when they are made.
+        made: Loss | type[Loss] = cls()
+    except TypeError:
+        made = cls
+    others = [str(need.name).lower() for need in Need if need in made.needs and need != Need.REFERENCE]
+    needs = ", ".join([*others, *(f"column {name}" for name in made.columns)])
+    return Facts(cls.formula, _data(made), _reference(made), needs, cls.trl_name, cls.paper)
+
+
+def _data(loss: Loss | type[Loss]) -> str:
+    return "pairs" if loss.paired else " and ".join(loss.roles)
+
+
+def _reference(loss: Loss | type[Loss]) -> str:
+    return "yes" if loss.needs.compares else "no"
+
+
+def _needs(needs: Need) -> str:
+    return ", ".join(str(need.name).lower() for need in Need if need in needs) or "sums and lengths only"
+
+
+# ---- on the terminal ---------------------------------------------------------------------------------------------
+
+
+def _list() -> None:
+    console = _console()
+    for family in families():
+        console.print(Text(f"\n{family.name}: ", style="bold").append(family.about, style="not bold"))
+        for cls in family.losses:
+            fact = facts(cls)
+            parts = [fact.data, {"yes": "reference", "no": "no reference"}.get(fact.reference, ""), fact.needs]
+            parts += [fact.trl_name and f"TRL: {fact.trl_name}", fact.paper and f"arXiv {fact.paper}"]
+            _entry(f"{cls.name}({describe_arguments(cls)})", fact.formula, parts)
+    console.print(Text("\npresets: ", style="bold").append("named sums that papers train with.", style="not bold"))
+    for preset in presets().values():
+        _entry(f"{preset.name}({describe_arguments(preset)})", str(preset.build()), [f"arXiv {preset.paper}"])
+    console.print(Text('\nCombine them: --loss "dpo(beta=0.1) + 0.2*sft". `prefopt losses NAME` explains one.'))
+
+
+def _entry(title: str, formula: str, parts: list[str]) -> None:
+    # Continued lines are indented, so that names stand out at the left.
+    _console().print(Padding(Text(title, style="cyan"), (0, 0, 0, 2), expand=False))
+    _console().print(Padding(Text(formula), (0, 0, 0, 6), expand=False))
+    _console().print(Padding(Text(" · ".join(filter(None, parts)), style="dim"), (0, 0, 0, 6), expand=False))
+
+
+def _explain(text: str) -> None:
+    from prefopt.losses import LossSyntaxError, parse
+
+    console = _console()
+    maker = available().get(text) or presets().get(text)
+    if maker is None:
         try:
-            _console().print(Text(str(parse(name))))
+            _account(parse(text), re.findall(r"\w+", text))
         except LossSyntaxError as error:
             _fail(str(error))
         return
-    cls = known[name]
-    _console().print(Text(f"{name}({describe_arguments(cls)})", style="bold"))
-    _console().print(Text(textwrap.dedent("    " + (inspect.getdoc(cls) or ""))))
-    _console().print(Text(f"Formula: {cls.formula}\nNeeds of the scorer: {_needs(cls.needs)}"))
-    if cls.paper:
-        _console().print(Text(f"Paper: https://arxiv.org/abs/{cls.paper}"))
+    console.print(Text(f"{text}({describe_arguments(maker)})", style="bold"))
+    if isinstance(maker, Preset):
+        _docstring(maker.build)
+        console.print(Text("\nExpands to:"))
+        _account(maker.build(), [text])
+        return
+    _docstring(maker)
+    fact = facts(maker)
+    console.print(Text(f"\nFormula: {fact.formula}\nData: {fact.data}"))
+    if fact.reference == "as its loss":
+        console.print(Text(f"Needs of the scorer: those of its loss{fact.needs and ', ' + fact.needs}"))
+    else:
+        needs = ", ".join(filter(None, ["reference" * (fact.reference == "yes"), fact.needs]))
+        console.print(Text(f"Needs of the scorer: {needs or 'sums and lengths only; no reference'}"))
+    console.print(Text(f"In TRL: {f'loss_type={fact.trl_name!r}' if fact.trl_name else 'no loss_type of DPOTrainer'}"))
+    if fact.paper:
+        console.print(Text(f"Paper: https://arxiv.org/abs/{fact.paper}"))
 
 
-_HEADINGS = ("name", "formula", "data", "needs", "arguments", "paper", "TRL's name")
+def _docstring(documented: object) -> None:
+    """A docstring with its paragraphs filled anew, as they were filled for lines longer than a terminal's."""
+    paragraphs: list[tuple[int, str]] = []
+    previous = ""
+    for line in (inspect.getdoc(documented) or "").splitlines():
+        words = re.sub(" {3,}", "  ", line.strip())
+        first = words.partition(" ")[0]
+        # A line was broken where its next word, in the source 4 columns to the right, would have gone past 119.
+        if previous and words and len(previous) + len(first) + 5 > 119 and not first.endswith(":"):
+            indent, text = paragraphs.pop()
+            paragraphs.append((indent, f"{text} {words}"))
+        else:
+            paragraphs.append((len(line) - len(line.lstrip()), words))
+        previous = line
+    for indent, text in paragraphs:
+        _console().print(Padding(Text(text), (0, 0, 0, indent), expand=False) if text else "")
 
 
-def _rows() -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for name, cls in available().items():
-        data = "pairs" if cls.paired else " and ".join(cls.roles)
-        rows.append((name, cls.formula, data, _needs(cls.needs), describe_arguments(cls), cls.paper, cls.trl_name))
-    return rows
+def _account(loss: Loss, words: list[str]) -> None:
+    """An expression with every argument, and what it asks for; `words` may name presets that it came from."""
+    console = _console()
+    console.print(Text(str(loss), style="bold"))
+    console.print(Text(f"\nData: {_data(loss)}"))
+    for role in (*loss.roles, "mismatched"):
+        needs = loss.needs_of(role)
+        if needs or role in loss.roles:
+            console.print(Text(f"Needs of the scorer for {role} completions: {_needs(needs)}"))
+    if loss.columns:
+        console.print(Text(f"Columns of the data: {', '.join(loss.columns)}"))
+    console.print(Text(f"Reference model: {_reference(loss)}"))
+    papers = {name: presets()[name].paper for name in words if name in presets()}
+    papers |= {part.name: part.paper for part in loss.modules() if isinstance(part, Loss)}
+    for name, paper in papers.items():
+        if paper:
+            console.print(Text(f"Paper of {name}: https://arxiv.org/abs/{paper}"))
+
+
+def _plot(path: Path, names: list[str], vary: list[str] | None, span: float | None) -> None:
+    from prefopt.losses import LossSyntaxError
+    from prefopt.plots import SPAN, PlotError, draw, scale_hints, trace
+
+    try:
+        lines = trace(names, vary or ["margin"], SPAN if span is None else span)
+        draw(lines, path)
+    except (PlotError, LossSyntaxError) as error:
+        _fail(str(error))
+    for hint in scale_hints(lines):
+        _console().print(Text(hint))
+    _console().print(Text(f"{path}: {len(lines)} curves"), soft_wrap=True)
+
+
+# ---- as Markdown -------------------------------------------------------------------------------------------------
+
+
+def losses_table() -> str:
+    """The families and the names of their objectives, for the README."""
+    rows = []
+    for family in families():
+        names = []
+        for cls in family.losses:
+            fact = facts(cls)
+            marks = "ᵀ" * bool(fact.trl_name) + "°" * (fact.reference == "no")
+            names.append(_link(f"`{cls.name}`", fact.paper) + marks)
+        rows.append((f"[{family.name}](docs/objectives.md#{family.name})", family.about, ", ".join(names)))
+    named = ", ".join(_link(f"`{preset.name}`", preset.paper) for preset in presets().values())
+    rows.append(("[presets](docs/objectives.md#presets)", "Sums of the above that papers train with.", named))
+    return _markdown(("family", "what it holds", "objectives"), rows)
+
+
+def objectives_table(members: list[type[Loss]]) -> str:
+    """Everything the registry knows of some objectives, for docs/objectives.md."""
+    rows = []
+    for cls in members:
+        fact = facts(cls)
+        title = f"`{cls.name}({describe_arguments(cls)})`"
+        trl = fact.trl_name and f"`{fact.trl_name}`"
+        rows.append((title, f"`{fact.formula}`", fact.data, fact.reference, fact.needs, trl, _link(fact.paper)))
+    return _markdown(("objective", "formula", "data", "reference", "also needs", "in TRL", "paper"), rows)
+
+
+def presets_table() -> str:
+    """The presets and what they expand to, for docs/objectives.md."""
+    rows = [
+        (f"`{preset.name}({describe_arguments(preset)})`", f"`{preset.build()}`", _link(preset.paper))
+        for preset in presets().values()
+    ]
+    return _markdown(("preset", "with its defaults", "paper"), rows)
+
+
+def _link(text: str, paper: str | None = None) -> str:
+    paper = text if paper is None else paper
+    return f"[{text}](https://arxiv.org/abs/{paper})" if paper else text
+
+
+def _markdown(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(headings)} |", "|" + " --- |" * len(headings)]
+    # A bar would end the cell, in code too.
+    lines += [f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |" for row in rows]
+    return "\n".join(lines)
 
 
 BAR = r"\|"
 """A vertical bar inside a Markdown table cell."""
 
 
-def losses_table() -> str:
-    """The registered objectives as a Markdown table."""
-    lines = [f"| {' | '.join(_HEADINGS)} |", "|" + " --- |" * len(_HEADINGS)]
-    for name, formula, data, needs, arguments, paper, trl_name in _rows():
-        link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else ""
-        cells = (f"`{name}`", f"`{formula}`", data, needs, f"`{arguments}`", link, trl_name and f"`{trl_name}`")
-        lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
-    return "\n".join(lines)
+# ---- the other commands ------------------------------------------------------------------------------------------
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -132,10 +346,6 @@ def demo(context: typer.Context) -> None:
 def _console() -> Console:
     # Made when it is used, so that it knows the width of the terminal as it is then.
     return Console()
-
-
-def _needs(needs: Need) -> str:
-    return ", ".join(str(need.name).lower() for need in Need if need in needs) or "sums and lengths only"
 
 
 def _fail(message: str) -> None:

@@ -75,10 +75,9 @@ class GPO(ReferencePairLoss):
         normalize: divide by -f'(0), so that one beta means the same first step for every shape.
 
     Needs: reference sums.
-    Limits: logistic is DPO, hinge RSO's, squared with beta = 2 tau is 4 tau^2 times summed IPO. savage, tangent and
-        focal are not convex: pairs far on the wrong side have little gradient (tangent, bounded, even rises again past
-        z = tan 1/2). squentropy and squared pull large margins back. The exponential goes on along its tangent beyond
-        z = -30.
+    Limits: logistic is DPO, hinge RSO's, squared with beta = 2 tau is 4 tau^2 times summed IPO. savage and tangent are
+        bounded: pairs far on the wrong side have little gradient (tangent even rises again past z = tan 1/2).
+        squentropy and squared pull large margins back. The exponential goes on along its tangent beyond z = -30.
     Reference: Tang et al. 2024, arXiv 2402.05749, table 1 (first six; savage: Masnadi-Shirazi and Vasconcelos 2008).
         Tangent: Masnadi-Shirazi et al. 2010. Poly-1, epsilon 1: Leng et al. 2022, arXiv 2204.12511. Focal, gamma 2:
         Lin et al. 2017, arXiv 1708.02002. Squentropy on logits (z/2, -z/2): Hui et al. 2023, arXiv 2302.03952.

@@ -36,7 +36,7 @@ class TDPO(ReferencePairLoss):
         Vance0124/Token-level-Direct-Preference-Optimization, trainers.py (its configuration file picks variant 1).
     """
 
-    formula = "-log sigmoid(beta*(d - alpha*(K_l - K_w))), K = sum_t KL(ref || pi)"
+    formula = "-log sigmoid(beta*(d - alpha*(K_l - sg(K_w)))), K = sum_t KL(ref || pi); variant 1: no alpha, no sg"
     paper = "2404.11999"
     needs = Need.REFERENCE | Need.FORWARD_KL
 

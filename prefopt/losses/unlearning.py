@@ -8,6 +8,7 @@ return values for the rejected role, retain terms for the chosen one.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -137,6 +138,7 @@ class KLRetain(Loss):
 
     formula = "mean_t KL(ref || pi) on chosen completions; KL(pi || ref) if direction='reverse'"
     paper = "2401.06121"
+    needs = Need.FORWARD_KL
     roles = ("chosen",)
 
     def __init__(
@@ -165,8 +167,9 @@ class _TokenWeightedAscent(ForgetLoss):
 
     needs = Need.TOKENS
 
+    @abstractmethod
     def token_weights(self, token_logps: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(N, T) weights from the log-probabilities of the tokens."""
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         scores = self.forget(batch)

@@ -13,7 +13,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_objectives_is_the_registrys():
-    assert losses_table() in README, "stale: paste the output of `prefopt losses --markdown` into README.md"
+    assert losses_table() in README, "stale: run `python scripts/write_objectives_table.py`"
 
 
 def snippets() -> list[str]:

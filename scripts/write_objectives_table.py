@@ -1,0 +1,61 @@
+"""Write the generated tables of README.md and docs/objectives.md anew, after a loss was added or changed.
+
+    python scripts/write_objectives_table.py             # the tables
+    python scripts/write_objectives_table.py --plots     # and the pictures, by the commands that the page shows
+
+What stands between `<!-- objectives: NAME -->` and `<!-- end -->` is replaced: NAME is a family, `presets`, or `all`
+for the README's overview.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from prefopt.cli import app, families, losses_table, objectives_table, presets_table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "objectives.md")
+BLOCK = re.compile(r"<!-- objectives: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+COMMAND = re.compile(r"^prefopt (losses --plot (?:[^\n]|(?<=\\)\n)+)$", re.MULTILINE)
+
+
+def table(name: str) -> str:
+    """The generated table called `name`."""
+    if name == "all":
+        return losses_table()
+    if name == "presets":
+        return presets_table()
+    members = {family.name: family.losses for family in families()}
+    if name not in members:
+        raise SystemExit(f"no family is called {name!r}; there are {', '.join(members)}")
+    return objectives_table(members[name])
+
+
+def rewritten(text: str) -> str:
+    """A page with its tables as the registry has them now."""
+    return BLOCK.sub(lambda block: f"<!-- objectives: {block[1]} -->\n{table(block[1])}\n<!-- end -->", text)
+
+
+def plot_commands(text: str) -> list[list[str]]:
+    """The words of every `prefopt losses --plot` command on a page, without `prefopt`."""
+    return [shlex.split(command.replace("\\\n", " ")) for command in COMMAND.findall(text)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plots", action="store_true", help="draw the pictures too; run it in the project's root")
+    arguments = parser.parse_args()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(rewritten(text), encoding="utf-8")
+        for words in plot_commands(text) if arguments.plots else []:
+            print(CliRunner().invoke(app, words).output.strip())
+
+
+if __name__ == "__main__":
+    main()

@@ -26,13 +26,21 @@ from prefopt.data import drop_overlong, kind, normalise, tokenize_dataset
 from prefopt.losses import Loss, LossOutput, Need, PreferenceBatch
 from prefopt.losses.base import PER_TOKEN
 from prefopt.metrics import RunningMeans, batch_metrics, describe_non_finite
-from prefopt.scoring import Extras, TokenScores
-from prefopt.scoring.collate import COLUMN_PREFIX, GIVEN_LOGPS, PreferenceCollator, WithColumns, groups_of
+from prefopt.scoring import Extras, TokenScores, extras_for
+from prefopt.scoring.cache import ReferenceCache, cache_root, fingerprint
+from prefopt.scoring.collate import (
+    COLUMN_PREFIX,
+    GIVEN_LOGPS,
+    PreferenceCollator,
+    WithColumns,
+    groups_of,
+    select_rows,
+)
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.sampling import with_samples
 from prefopt.scoring.score import Models, score_batch
 from prefopt.trainer.config import resolve_objective
-from prefopt.trainer.state import ObjectiveState, restore
+from prefopt.trainer.state import CacheWriter, ObjectiveState, restore
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +80,7 @@ class LossMixin:
         self._own_collator: PreferenceCollator | None = None
         self._previous_model: Any = None
         self._layout = Layout("padded")
+        self._reference_cache: ReferenceCache | None = None
         data = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
         data = bound.get("train_dataset", data)
         sample: dict[str, Any] = next(iter(data), {}) if isinstance(data, (Dataset, IterableDataset)) else {}
@@ -161,6 +170,7 @@ class LossMixin:
     def _after_trl(self, objective: Loss, own_reference: bool, sample: Mapping[str, Any]) -> None:
         objective.to(self.accelerator.device)
         self._layout = self._make_layout()
+        self._reference_cache = self._open_cache(objective)
         self.add_callback(ObjectiveState(objective))  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
@@ -183,6 +193,27 @@ class LossMixin:
             agree=lambda reason: next((found for found in gather_object([reason]) if found), ""),
             one_call=sharded or self.accelerator.num_processes > 1,
         )
+
+    def _open_cache(self, objective: Loss) -> ReferenceCache | None:
+        where = getattr(self.args, "reference_cache", "off")
+        if where == "off":
+            return None
+        if not objective.needs.compares or extras_for(objective).full_reference:
+            what = "the reference's whole distributions" if objective.needs.compares else "no reference"
+            raise ValueError(f"reference_cache={where!r} would have no effect: {objective} needs {what}")
+        if self.args.sync_ref_model or self.args.precompute_ref_log_probs:
+            option = "sync_ref_model" if self.args.sync_ref_model else "precompute_ref_log_probs"
+            raise ValueError(f"reference_cache={where!r} cannot be used with {option}=True")
+        if self._own_collator is None:
+            raise ValueError(f"reference_cache={where!r} is for text: this run has a collator of its own")
+        reference = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
+        adapter = reference.active_adapter if self.ref_model is None and is_peft_model(reference) else None
+        precision = f"{reference.dtype} {self.accelerator.mixed_precision}"
+        root = cache_root() if where == "auto" else Path(where)
+        about = {"model": reference.config._name_or_path, "precision": precision}
+        cache = ReferenceCache(root / fingerprint(reference, adapter, precision), about)
+        self.add_callback(CacheWriter(cache))  # type: ignore[attr-defined]
+        return cache
 
     def _align_padding(self, own_reference: bool) -> None:
         """One padding token for policy and reference: some multimodal models embed images by way of it."""
@@ -253,6 +284,15 @@ class LossMixin:
             )
         return scores
 
+    def _cached_reference(self, cache: ReferenceCache, model: Any, inputs: Mapping[str, Any]) -> TokenScores:
+        def compute(rows: Tensor) -> Tensor:
+            return self._reference_scores(model, select_rows(inputs, rows)).logps
+
+        alone = self.accelerator.num_processes == 1
+        logps = cache.scores(inputs, compute, bool if alone else lambda missing: any(gather_object([missing])))
+        mask = inputs["completion_mask"][:, 1:].bool()
+        return TokenScores(logps, torch.zeros_like(logps), torch.zeros_like(mask), mask)
+
     def _previous_scores(self, inputs: Mapping[str, Any]) -> TokenScores:
         with torch.no_grad(), self.accelerator.autocast():
             scores, _ = self._layout.score(self._previous_model, inputs, self._model_inputs(inputs))
@@ -294,6 +334,8 @@ class LossMixin:
 
         def reference(rows: Mapping[str, Any], keep_logits: bool) -> TokenScores:
             frozen = self.model if self.ref_model is None else self.ref_model
+            if self._reference_cache is not None:
+                return self._cached_reference(self._reference_cache, frozen, rows)
             # Distributions are compared in one layout, so the reference follows the policy's.
             return self._reference_scores(frozen, rows, keep_logits, all_logits)
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.losses import Loss
+from prefopt.scoring.cache import ReferenceCache
 
 FILE = "objective.safetensors"
 
@@ -28,6 +29,22 @@ class ObjectiveState(TrainerCallback):
             unfinished = folder / f"{FILE}.unfinished"
             save_file(tensors, unfinished)
             os.replace(unfinished, folder / FILE)
+
+
+class CacheWriter(TrainerCallback):
+    """Writes what a reference cache has gathered with every checkpoint, after evaluations and at the end."""
+
+    def __init__(self, cache: ReferenceCache):
+        self._cache = cache
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self._cache.write()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self._cache.write()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._cache.write()
 
 
 def restore(objective: Loss, resume_from: str | bool | None, output_dir: str) -> None:

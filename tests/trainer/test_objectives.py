@@ -466,3 +466,44 @@ def test_a_resumed_run_goes_on_with_the_objectives_state(tmp_path, loss):
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
     for name, value in whole.objective.state_dict().items():
         torch.testing.assert_close(resumed.objective.state_dict()[name], value, rtol=0, atol=0)
+
+
+# ---- layouts and the reference cache -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["dpo + 0.1*sft", "kto", "tdpo", "wpo(dpo)", "cringe(k=3)", "npo + kl_retain"])
+def test_layouts_train_alike(tmp_path, loss):
+    options = {"loss": loss, "max_steps": 5, "train_dataset": make_pairs(16)}
+    trees, padded = (train(tmp_path, layout=layout, **options) for layout in ("tree", "padded"))
+    for mine, theirs in zip(trees, padded, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4, abs=1e-6)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_cached_reference_trains_alike_and_is_computed_once(tmp_path, peft):
+    adapter = {"peft_config": LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")} if peft else {}
+    options = {"loss": "ld_dpo + 0.1*dpo", "max_steps": 8, "train_dataset": make_pairs(8)}
+    plain = train(tmp_path, trainer_options=dict(adapter), **options)
+    for misses in (16, 0):
+        trainer = make_trainer(
+            tmp_path, reference_cache=str(tmp_path / "cache"), trainer_options=dict(adapter), **options
+        )
+        trainer.train()
+        cached = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert trainer._reference_cache.misses == misses
+        for mine, theirs in zip(cached, plain, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        ("simpo", {}, "needs no reference"),
+        ("tdpo", {}, "whole distributions"),
+        ("dpo", {"precompute_ref_log_probs": True}, "cannot be used with precompute_ref_log_probs=True"),
+    ],
+)
+def test_a_cache_that_would_not_serve_is_refused(tmp_path, loss, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, loss=loss, reference_cache=str(tmp_path / "cache"), **options)

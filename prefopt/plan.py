@@ -15,42 +15,102 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, get_peft_config
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import ModelConfig, ScriptArguments
 
 from prefopt.data import tokenize_dataset
-from prefopt.losses import Need, parse
+from prefopt.losses import Loss, Need, parse
+from prefopt.models import adapter_base, adapter_settings
 from prefopt.scoring import ROLES
 from prefopt.scoring.collate import PreferenceCollator
 from prefopt.trainer import PreferenceConfig, expression_from_trl_options
 
 _MAIN = {"output_dir", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "seed", "max_length"}
-_DERIVED = {"loss", "accelerator_config", "activation_checkpointing", "dataloader_pin_memory", "disable_tqdm", "fsdp"}
+_DERIVED = {
+    "accelerator_config",
+    "activation_checkpointing",
+    "dataloader_pin_memory",
+    "demo",
+    "disable_tqdm",
+    "dry_run",
+    "fsdp",
+    "loss",
+}
 
 
-def show_plan(console: Console, training: PreferenceConfig, model: ModelConfig, train: Any) -> None:
-    """Print what a run with these settings would do."""
+def show_settings(
+    console: Console, script: ScriptArguments, training: PreferenceConfig, model: ModelConfig, paper: dict[str, Any]
+) -> None:
+    """Print what is known before any model or data is looked at: objective, settings, global batch, the paper."""
     expression = training.loss or expression_from_trl_options(training)
-    console.print(_settings(training, model, expression))
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
-    )
+    if expression:
+        console.print(_objective(parse(expression)), soft_wrap=True)
+    console.print(_settings(script, training, model, expression))
+    console.print(_global_batch(training, paper), soft_wrap=True)
+    if paper:
+        console.print(_paper(paper, script, model, training))
+
+
+def show_batch(console: Console, training: PreferenceConfig, model: ModelConfig, train: Any, tokenizer: Any) -> None:
+    """Print the first batch as the loss will see it, the number of steps and a memory estimate."""
+    expression = training.loss or expression_from_trl_options(training)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batch = _first_batch(training, tokenizer, train, expression)
     console.print(*_decoded(batch, tokenizer), sep="\n")
     console.print(_steps(training, train))
     console.print(_memory(training, model, expression, batch))
-    console.print("Dry run: nothing was trained.")
 
 
-def _settings(training: PreferenceConfig, model: ModelConfig, expression: str | None) -> Table:
+def _objective(loss: Loss) -> Text:
+    """Every term with all its hyperparameters, its formula and what it asks of the scorer."""
+    text = Text("Objective\n", style="bold")
+    for weight, _, term in loss.terms():
+        needs = ", ".join(str(need.name).lower() for need in Need if need in term.needs) or "sums and lengths only"
+        paper = f"; arXiv {term.paper}" if term.paper else ""
+        text.append(f"  {'' if weight == 1 else f'{weight:g} * '}{term}\n", style="not bold")
+        text.append(f"      {term.formula}\n      needs {needs}{paper}\n", style="not bold dim")
+    return text
+
+
+def _global_batch(training: PreferenceConfig, paper: dict[str, Any]) -> str:
+    each, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    world = PartialState().num_processes
+    line = f"Global batch: {each} a process x {steps} accumulated x {world} process(es) = {each * steps * world}"
+    if paper.get("devices"):
+        line += f"; on the paper's {paper['devices']} device(s) {each * steps * paper['devices']}"
+    return line
+
+
+def _paper(paper: dict[str, Any], *parts: Any) -> Table:
+    """What the config says about the paper; for what the paper leaves open, the value that applies instead."""
+    table = Table(title="The paper, as the config has it")
+    table.add_column("what")
+    table.add_column("value")
+    values = {name: value for part in parts for name, value in vars(part).items()}
+    bundled = {"model_name_or_path": "the bundled model", "dataset_name": "the bundled pairs"}
+    for key, value in paper.items():
+        if isinstance(value, dict):
+            lines = [f"[{mark}] {source}" for mark, source in value.items()]
+        else:
+            lines = list(value) if isinstance(value, list) else [value]
+        if key == "unknown":
+            key = "unknown: ours"
+            used = {name: values[name] or bundled.get(name, values[name]) for name in lines if name in values}
+            lines = [f"{name}: {getattr(used[name], 'value', used[name])}" if name in used else name for name in lines]
+        table.add_row(key, Text("\n".join(map(str, lines)) or "nothing"))
+    return table
+
+
+def _settings(
+    script: ScriptArguments, training: PreferenceConfig, model: ModelConfig, expression: str | None
+) -> Table:
     """Every setting that differs from its default, and the few that people look for."""
     table = Table(title="Settings that differ from TRL's defaults, and the main ones")
     table.add_column("option")
     table.add_column("value")
     table.add_row("loss", str(parse(expression)) if expression else f"TRL's own {training.loss_type}")
-    for part in (model, training):
+    for part in (model, script, training):
         for option in dataclasses.fields(part):
             value = getattr(part, option.name)
             factory = option.default_factory
@@ -72,6 +132,7 @@ def _first_batch(
         max_length=training.max_length,
         truncation_mode=training.truncation_mode,
         mismatched=loss is not None and Need.MISMATCHED in loss.needs,
+        columns=loss.columns if loss is not None else (),
     )
     return collator(list(tokenised))
 
@@ -115,8 +176,9 @@ def _memory(
     training: PreferenceConfig, model: ModelConfig, expression: str | None, batch: dict[str, torch.Tensor]
 ) -> Table:
     """A rough estimate per process: what is stored is counted, activations are a rule of thumb."""
+    name = str(model.model_name_or_path)
     config = AutoConfig.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+        adapter_base(name) or name, revision=model.model_revision, trust_remote_code=training.trust_remote_code
     )
     text = config.get_text_config()
     kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], AutoModelForCausalLM)
@@ -124,7 +186,7 @@ def _memory(
         network: Any = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
     total = sum(p.numel() for p in network.parameters())
     trainable = total
-    if (peft_config := get_peft_config(model)) is not None:
+    if (peft_config := adapter_settings(model)) is not None:
         from peft import get_peft_model
 
         with torch.device("meta"):
@@ -135,7 +197,7 @@ def _memory(
     scored = int(batch["completion_mask"].sum())
     adapter = trainable < total
     needs = parse(expression).needs if expression else Need.REFERENCE
-    extra_reference = Need.REFERENCE in needs and not adapter and not training.precompute_ref_log_probs
+    extra_reference = needs.compares and not adapter and not training.precompute_ref_log_probs
     half = training.bf16 or training.fp16
     # About 16 hidden-sized and 3 MLP-sized tensors a layer and token are kept for the backward pass.
     kept = (

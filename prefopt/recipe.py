@@ -1,30 +1,25 @@
 """The steps that every recipe script takes: arguments, data, plan, trainer, run.
 
 A recipe is these five calls with a loss of its own, so it reads as a list of what happens. Imports everything below it
-in the package, and of TRL its argument parser and model options.
+in the package.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import sys
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from accelerate import PartialState
 from datasets import Dataset
-from rich.console import Console
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rich.table import Table
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from transformers import PrinterCallback, ProgressCallback
+from trl import get_peft_config, get_quantization_config
 
+from prefopt.arguments import Recipe, RecipeArguments, parse_arguments
 from prefopt.data import (
     clean,
     load_preferences,
@@ -35,129 +30,15 @@ from prefopt.data import (
     validate,
 )
 from prefopt.demo.data import heldout_prompts, load_demo
-from prefopt.demo.model import resolve_demo_model
+from prefopt.demo.model import HUB_ID, HUB_TIMEOUT_S, resolve_demo_model
 from prefopt.demo.report import PairMetrics, greedy_answers, side_by_side, summarize
-from prefopt.plan import show_plan
+from prefopt.losses import parse
+from prefopt.models import adapter_base, load_model, load_tokenizer
+from prefopt.plan import show_batch, show_settings
 from prefopt.progress import RunProgress
-from prefopt.trainer import PreferenceConfig, PreferenceTrainer
-from prefopt.trainer.config import TRL_LOSS_OPTIONS
+from prefopt.trainer import PreferenceTrainer
 
-DEMO_CONFIG = Path(__file__).parent / "demo" / "config.yaml"
-"""Settings of the bundled job; they are the defaults wherever no model is named."""
-
-
-@dataclass
-class RecipeArguments(ScriptArguments):  # type: ignore[misc]
-    """Data and behaviour of a recipe, beside TRL's `ModelConfig` and our `PreferenceConfig`.
-
-    Args:
-        columns: how the data set names its columns: `prompt=question chosen=response_j rejected=response_k`.
-        on_bad_rows: "error" stops on rows that cannot be trained on, "drop" writes them to a file and goes on.
-        eval_rows: rows held out of the training split where the data has no test split; 0 for none.
-        dry_run: validate the data, show the resolved settings, one decoded batch, steps and memory; train nothing.
-        evaluate_first: also evaluate before training, to show what training changed.
-    """
-
-    columns: list[str] | None = field(
-        default=None,
-        metadata={"help": "How the data set names its columns, e.g. prompt=question chosen=good rejected=bad"},
-    )
-    on_bad_rows: str = field(
-        default="error",
-        metadata={
-            "help": "Rows that cannot be trained on: stop with an error, or drop them into a file.",
-            "choices": ["error", "drop"],
-        },
-    )
-    eval_rows: int = field(
-        default=100,
-        metadata={"help": "Rows to hold out of the training split where there is no test split; 0 for none."},
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Show what would happen and train nothing."})
-    evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
-
-
-@dataclass
-class Recipe:
-    """The resolved arguments of one run."""
-
-    script: RecipeArguments
-    training: PreferenceConfig
-    model: ModelConfig
-    console: Console
-
-    @property
-    def bundled_data(self) -> bool:
-        return self.script.dataset_name is None
-
-
-def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
-    """Command line and `--config` YAML, over the recipe's own defaults.
-
-    Without `--model_name_or_path` the bundled model is used, with the settings of `DEMO_CONFIG` as defaults. Without
-    `--dataset_name` the bundled preference pairs are used.
-    """
-    _quiet_libraries()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = TrlParser((RecipeArguments, PreferenceConfig, ModelConfig))
-    parser.set_defaults_with_config(**_defaults(loss, argv))
-    script, training, model = parser.parse_args_and_config(argv)
-    _refuse_what_is_ignored(script)
-    console = Console(quiet=not PartialState().is_main_process)
-    return Recipe(script, training, model, console)
-
-
-def _defaults(loss: str, argv: list[str]) -> dict[str, Any]:
-    given = _given_options(argv)
-    defaults: dict[str, Any] = {"report_to": "none", "output_dir": "runs/latest", "loss": loss}
-    if not torch.accelerator.is_available():
-        defaults["use_cpu"] = True
-    if "model_name_or_path" not in given:
-        defaults |= yaml.safe_load(DEMO_CONFIG.read_text(encoding="utf-8"))
-    if given & set(TRL_LOSS_OPTIONS) and "loss" not in given:
-        defaults.pop("loss")
-    return defaults
-
-
-def _given_options(argv: list[str]) -> set[str]:
-    """Names of the options on the command line and in its `--config` file."""
-    names = {word[2:].split("=", 1)[0].replace("-", "_") for word in argv if word.startswith("--")}
-    if "--config" in argv:
-        position = argv.index("--config") + 1
-        path = Path(argv[position]) if position < len(argv) else None
-        if path is None or not path.is_file():
-            raise SystemExit(f"--config {path or ''}: there is no such file")
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise SystemExit(f"--config {path}: not valid YAML: {error}") from None
-        if not isinstance(loaded, dict):
-            raise SystemExit(f"--config {path}: must be a mapping of option names to values")
-        names |= set(loaded)
-    return names
-
-
-def _refuse_what_is_ignored(script: RecipeArguments) -> None:
-    if script.eval_rows < 0:
-        raise SystemExit(f"--eval_rows must be 0 or more, got {script.eval_rows}")
-    if script.dataset_name is None and script.columns:
-        raise SystemExit("--columns renames columns of a data set of yours: name it with --dataset_name")
-    if script.dataset_streaming and script.on_bad_rows == "drop":
-        raise SystemExit("--dataset_streaming cannot validate rows ahead, so --on_bad_rows drop has no effect with it")
-    if script.dataset_streaming and script.dataset_name is None:
-        raise SystemExit("--dataset_streaming streams a data set of yours: name it with --dataset_name")
-
-
-def _quiet_libraries() -> None:
-    """Keep the screen for what a person needs; warnings about other libraries' own internals are not among it."""
-    warnings.filterwarnings("ignore", message=r".*is deprecated and will be removed in v6.*", category=FutureWarning)
-    if not os.environ.get("PREFOPT_VERBOSE"):
-        from datasets.utils.logging import disable_progress_bar
-        from transformers.utils import logging as transformers_logging
-
-        disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+__all__ = ["Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_trainer", "parse_arguments", "run"]
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------
@@ -246,12 +127,7 @@ def _hold_out(recipe: Recipe, sources: dict[str, Dataset]) -> tuple[dict[str, Da
 
 
 def _validated(recipe: Recipe, dataset: Dataset, name: str) -> Dataset:
-    model = recipe.model
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.model_name_or_path,
-        revision=model.model_revision,
-        trust_remote_code=recipe.training.trust_remote_code,
-    )
+    tokenizer = _tokenizer(recipe)
     # With keep_end it is the prompt's start that is cut, never the completion.
     limit = recipe.training.max_length if recipe.training.truncation_mode == "keep_start" else None
     report = validate(dataset, tokenizer=tokenizer, max_length=limit)
@@ -264,32 +140,50 @@ def _validated(recipe: Recipe, dataset: Dataset, name: str) -> Dataset:
     return kept
 
 
+def _tokenizer(recipe: Recipe) -> Any:
+    return load_tokenizer(
+        str(recipe.model.model_name_or_path),
+        revision=recipe.model.model_revision,
+        trust_remote_code=recipe.training.trust_remote_code,
+        chat_template=recipe.script.chat_template,
+    )
+
+
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
 def make_trainer(recipe: Recipe, train: Any, heldout: Any) -> PreferenceTrainer:
     """The trainer, its model loaded."""
-    model, training = recipe.model, recipe.training
-    kwargs = dict(training.model_init_kwargs or {}) if isinstance(training.model_init_kwargs, dict) else {}
-    kwargs.setdefault("revision", model.model_revision)
-    if model.attn_implementation is not None:
-        kwargs.setdefault("attn_implementation", model.attn_implementation)
-    if model.dtype is not None:
-        kwargs.setdefault("dtype", model.dtype)
-    training.model_init_kwargs = kwargs
-    recipe.console.print(f"Loading {model.model_name_or_path}", soft_wrap=True)
+    model, training, script = recipe.model, recipe.training, recipe.script
     if heldout is None and training.eval_strategy.value != "no":
         raise SystemExit(
             f"--eval_strategy {training.eval_strategy.value} needs held-out rows, but there are none: name a test "
             "split with --dataset_test_split, set --eval_rows, or use --eval_strategy no"
         )
+    name = str(model.model_name_or_path)
+    own_reference = script.ref_model_name_or_path is None
+    if not own_reference and training.loss is not None and not parse(training.loss).needs.compares:
+        raise SystemExit(f"--ref_model_name_or_path has no effect: {training.loss} compares with no reference")
+    options = _model_options(recipe)
+    training.model_init_kwargs = options
+    recipe.console.print(f"Loading {name}", soft_wrap=True)
+    policy: Any = name
+    if (base := adapter_base(name)) is not None:
+        what = "; the reference is the adapter as it is now" if own_reference else ""
+        recipe.console.print(f"It is an adapter of {base} and is trained on{what}.", soft_wrap=True)
+        policy = load_model(name, options | {"quantization_config": get_quantization_config(model)}, trainable=True)
+        training.model_init_kwargs = None
+    keeps_tokenizer = base is not None or script.chat_template is not None
     trainer = PreferenceTrainer(
-        model.model_name_or_path,
+        policy,
+        ref_model=_compared_with(script.ref_model_name_or_path, options),
+        previous_model=_compared_with(script.previous_model_name_or_path, options),
         args=training,
         train_dataset=train,
         eval_dataset=heldout,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        processing_class=_tokenizer(recipe) if keeps_tokenizer else None,
+        quantization_config=get_quantization_config(model) if base is None else None,
+        peft_config=get_peft_config(model) if base is None else None,
     )
     # Ours replaces the two ways in which transformers prints the same numbers.
     trainer.remove_callback(ProgressCallback)
@@ -297,6 +191,27 @@ def make_trainer(recipe: Recipe, train: Any, heldout: Any) -> PreferenceTrainer:
     if not training.disable_tqdm:
         trainer.add_callback(RunProgress(recipe.console))
     return trainer
+
+
+def _model_options(recipe: Recipe) -> dict[str, Any]:
+    """What `from_pretrained` is told about the model."""
+    model, training = recipe.model, recipe.training
+    options = dict(training.model_init_kwargs or {}) if isinstance(training.model_init_kwargs, dict) else {}
+    options.setdefault("revision", model.model_revision)
+    options.setdefault("trust_remote_code", training.trust_remote_code)
+    if model.attn_implementation is not None:
+        options.setdefault("attn_implementation", model.attn_implementation)
+    if model.dtype is not None:
+        options.setdefault("dtype", model.dtype)
+    return options
+
+
+def _compared_with(name: str | None, options: dict[str, Any]) -> Any:
+    """A frozen model that the loss compares the policy with; None for the trainer's own choice."""
+    if name is None:
+        return None
+    # The revision is the policy's.
+    return load_model(name, {option: value for option, value in options.items() if option != "revision"})
 
 
 def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
@@ -353,11 +268,87 @@ def _save_results(folder: Path, results: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
+# ---- the plan -----------------------------------------------------------------------------------------------------
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Show what the run would be, train nothing.
+
+    Where the Hub cannot be reached, whatever does not need it is shown, and one line says what is missing.
+    """
+    show_settings(recipe.console, recipe.script, recipe.training, recipe.model, recipe.paper)
+    if missing := _to_be_made(recipe):
+        recipe.console.print(
+            f"No batch, steps or memory: {' and '.join(missing)} must be made first; the paper's 'differs' says how.",
+            soft_wrap=True,
+        )
+        recipe.console.print("Dry run: nothing was trained.")
+        return
+    try:
+        _ask_the_hub(recipe)
+        train, _ = load_data(recipe)
+        tokenizer = _tokenizer(recipe)
+    except (OSError, ValueError) as error:
+        if not _is_unreachable(error):
+            raise
+        recipe.console.print(
+            f"No batch, steps or memory: {' or '.join(_named(recipe))} is not on this machine and the Hub cannot be "
+            "reached (HF_HUB_OFFLINE=1 reads what is in its cache).",
+            soft_wrap=True,
+        )
+    else:
+        show_batch(recipe.console, recipe.training, recipe.model, train, tokenizer)
+    recipe.console.print("Dry run: nothing was trained.")
+
+
+def _to_be_made(recipe: Recipe) -> list[str]:
+    """Models and data that are nowhere to be had, for which a paper's config names a place under runs/ or data/."""
+    wanted = [name for name in _named(recipe) if name.startswith(("runs/", "data/"))]
+    return [name for name in wanted if recipe.paper and not Path(name).exists()]
+
+
+def _named(recipe: Recipe) -> list[str]:
+    """The model and the data sources that the run names; bundled ones have no name."""
+    data = recipe.script.dataset_name
+    names = [recipe.model.model_name_or_path, *(source for source, _ in (parse_sources(data) if data else ()))]
+    return [name for name in names if name is not None]
+
+
+def _ask_the_hub(recipe: Recipe) -> None:
+    """One short question first: a download retries for half a minute on a machine that has no way out.
+
+    Raises:
+        ConnectionError: where there is no answer.
+    """
+    if constants.HF_HUB_OFFLINE or all(Path(name).expanduser().exists() for name in _named(recipe)):
+        return
+    try:
+        HfApi().model_info(HUB_ID, timeout=HUB_TIMEOUT_S)
+    except HfHubHTTPError:
+        return  # an answer, if not the one wished for: loading will say what is wrong
+    except Exception as error:
+        raise ConnectionError(f"the Hub does not answer: {error}") from error
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether an error comes of the Hub being out of reach rather than of what was asked of it."""
+    while error is not None:
+        if isinstance(error, (ConnectionError, LocalEntryNotFoundError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def main(loss: str, argv: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """The whole of a recipe; `recipes/dpo.py` spells the same steps out."""
+    """The whole of a recipe; `recipes/dpo.py` spells the same steps out.
+
+    Args:
+        loss: the loss expression, unless the command line or a config has another.
+        argv: the command line's words; default: those of this process.
+    """
     recipe = parse_arguments(loss, argv)
-    train, heldout = load_data(recipe)
     if recipe.script.dry_run:
-        show_plan(recipe.console, recipe.training, recipe.model, train)
+        dry_run(recipe)
         return None
+    train, heldout = load_data(recipe)
     return run(recipe, make_trainer(recipe, train, heldout))

@@ -145,7 +145,7 @@ class AlphaPO(PairLoss):
 
     Args:
         beta: 2.5 in TRL's recipe for the paper.
-        gamma: target margin in units of the logit; the paper gives gamma / beta = 0.1 for Mistral-Instruct.
+        gamma: target margin in units of the logit; 0.1 in TRL's recipe for the paper.
         alpha: shape of the reward; 0.25 in the paper. 0 is SimPO.
 
     Needs: sums and lengths; no reference.
@@ -156,7 +156,7 @@ class AlphaPO(PairLoss):
     formula = "-log sigmoid(beta*(s_w - s_l) - gamma), s = (1 - e^(-alpha*a))/alpha"
     paper = "2501.03884"
 
-    def __init__(self, beta: float = 2.5, gamma: float = 0.25, alpha: float = 0.25):
+    def __init__(self, beta: float = 2.5, gamma: float = 0.1, alpha: float = 0.25):
         super().__init__()
         self.beta = positive("beta", beta)
         self.gamma = finite("gamma", gamma)

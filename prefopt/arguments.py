@@ -1,0 +1,210 @@
+"""The options of a recipe and what wins over what.
+
+Weakest first: defaults, the bundled job's settings where no model is named, the `--config` file, what `--demo` puts in
+its place, the command line. Imports TRL's argument parser and our configuration; loads no model and no data.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from prefopt.data.errors import did_you_mean
+from prefopt.models import adapter_base
+from prefopt.trainer import PreferenceConfig
+from prefopt.trainer.config import TRL_LOSS_OPTIONS
+
+DEMO_CONFIG = Path(__file__).parent / "demo" / "config.yaml"
+"""Settings of the bundled job; they are the defaults wherever no model is named."""
+
+_OBJECTIVE = {"loss", *TRL_LOSS_OPTIONS}
+"""The options of a config that `--demo` leaves alone."""
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):  # type: ignore[misc]
+    """Data and behaviour of a recipe, beside TRL's `ModelConfig` and our `PreferenceConfig`.
+
+    Args:
+        demo: the bundled model, pairs and training settings in place of those that the config names; its loss stays.
+        columns: how the data set names its columns: `prompt=question chosen=response_j rejected=response_k`.
+        chat_template: a Jinja template, or a file with one, in place of the tokenizer's own.
+        ref_model_name_or_path: the frozen reference, where it is not the model that training starts from.
+        previous_model_name_or_path: the previous iterate, for losses that compare with it, such as inpo.
+        on_bad_rows: "error" stops on rows that cannot be trained on, "drop" writes them to a file and goes on.
+        eval_rows: rows held out of the training split where the data has no test split; 0 for none.
+        dry_run: validate the data, show the resolved settings, one decoded batch, steps and memory; train nothing.
+        evaluate_first: also evaluate before training, to show what training changed.
+    """
+
+    demo: bool = field(
+        default=False,
+        metadata={"help": "Use the bundled model, pairs and training settings; of a config only the loss stays."},
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "How the data set names its columns, e.g. prompt=question chosen=good rejected=bad"},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "A Jinja chat template, or a file with one, in place of the tokenizer's own."},
+    )
+    ref_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The frozen reference, where it is not the model that training starts from."},
+    )
+    previous_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The previous iterate of the policy, for losses that compare with it, such as inpo."},
+    )
+    on_bad_rows: str = field(
+        default="error",
+        metadata={
+            "help": "Rows that cannot be trained on: stop with an error, or drop them into a file.",
+            "choices": ["error", "drop"],
+        },
+    )
+    eval_rows: int = field(
+        default=100,
+        metadata={"help": "Rows to hold out of the training split where there is no test split; 0 for none."},
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Show what would happen and train nothing."})
+    evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
+
+
+@dataclass
+class Recipe:
+    """The resolved arguments of one run.
+
+    Attributes:
+        paper: what a paper's config says about its source (`paper:`); `--dry_run` shows it, training ignores it.
+    """
+
+    script: RecipeArguments
+    training: PreferenceConfig
+    model: ModelConfig
+    console: Console
+    paper: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bundled_data(self) -> bool:
+        return self.script.dataset_name is None
+
+
+def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
+    """Command line and `--config` YAML, over the recipe's own defaults.
+
+    Without `--model_name_or_path` the bundled model is used, with the settings of `DEMO_CONFIG` as defaults. Without
+    `--dataset_name` the bundled preference pairs are used.
+    """
+    _quiet_libraries()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = _take_config(argv)
+    paper = config.pop("paper", {})
+    words = {word[2:].split("=", 1)[0].replace("-", "_") for word in argv if word.startswith("--")}
+    parser = TrlParser((RecipeArguments, PreferenceConfig, ModelConfig))
+    _refuse_unknown(config, parser)
+    demo = bool(parser.parse_known_args(argv)[0].demo or config.get("demo", False))
+    parser.set_defaults_with_config(**_defaults(loss, config, words, demo))
+    script, training, model = parser.parse_args_and_config(argv)
+    _refuse_what_is_ignored(script, model, words)
+    console = Console(quiet=not PartialState().is_main_process)
+    if demo:
+        console.print(_swapped(config, words, str(training.loss or training.loss_type)), soft_wrap=True, markup=False)
+    return Recipe(script, training, model, console, paper)
+
+
+def _take_config(argv: list[str]) -> dict[str, Any]:
+    """The `--config` file's mapping, its `env` put into effect; both words leave `argv`."""
+    if "--config" not in argv:
+        return {}
+    position = argv.index("--config")
+    path = Path(argv[position + 1]) if position + 1 < len(argv) else None
+    del argv[position : position + 2]
+    if path is None or not path.is_file():
+        raise SystemExit(f"--config {path or ''}: there is no such file")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SystemExit(f"--config {path}: not valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise SystemExit(f"--config {path}: must be a mapping of option names to values")
+    for name in ("env", "paper"):
+        if not isinstance(loaded.get(name, {}), dict):
+            raise SystemExit(f"--config {path}: {name!r} must be a mapping")
+    os.environ.update({name: str(value) for name, value in loaded.pop("env", {}).items()})
+    return loaded
+
+
+def _defaults(loss: str, config: dict[str, Any], words: set[str], demo: bool) -> dict[str, Any]:
+    """What every option is unless the command line says otherwise."""
+    defaults: dict[str, Any] = {"report_to": "none", "output_dir": "runs/latest", "loss": loss}
+    if not torch.accelerator.is_available():
+        defaults["use_cpu"] = True
+    if demo:
+        config = {name: value for name, value in config.items() if name in _OBJECTIVE}
+    named = words | set(config)
+    if demo or "model_name_or_path" not in named:
+        defaults |= yaml.safe_load(DEMO_CONFIG.read_text(encoding="utf-8"))
+    if named & set(TRL_LOSS_OPTIONS) and "loss" not in named:
+        defaults.pop("loss")
+    return defaults | config
+
+
+def _swapped(config: dict[str, Any], words: set[str], loss: str) -> str:
+    """One line: what `--demo` put in the place of what."""
+    parts = []
+    for option, ours in (("model_name_or_path", "the bundled model"), ("dataset_name", "the bundled pairs")):
+        if option not in words:
+            parts.append(f"{ours} in place of {config[option]}" if option in config else ours)
+    settings = "the bundled job's settings"
+    parts.append(f"{settings} in place of the config's" if set(config) - _OBJECTIVE else settings)
+    return f"--demo: {', '.join(parts)}; the loss stays {loss}."
+
+
+def _refuse_unknown(config: dict[str, Any], parser: TrlParser) -> None:
+    known = {action.dest for action in parser._actions}
+    for name in config:
+        if name not in known:
+            raise SystemExit(f"--config: there is no option {name!r}.{did_you_mean(str(name), known)}")
+
+
+def _refuse_what_is_ignored(script: RecipeArguments, model: ModelConfig, words: set[str]) -> None:
+    if script.eval_rows < 0:
+        raise SystemExit(f"--eval_rows must be 0 or more, got {script.eval_rows}")
+    if script.dataset_name is None and script.columns:
+        raise SystemExit("--columns renames columns of a data set of yours: name it with --dataset_name")
+    if script.dataset_streaming and script.on_bad_rows == "drop":
+        raise SystemExit("--dataset_streaming cannot validate rows ahead, so --on_bad_rows drop has no effect with it")
+    if script.dataset_streaming and script.dataset_name is None:
+        raise SystemExit("--dataset_streaming streams a data set of yours: name it with --dataset_name")
+    shape = sorted(name for name in words if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
+    if shape and model.model_name_or_path is not None and adapter_base(model.model_name_or_path) is not None:
+        raise SystemExit(
+            f"--{shape[0]} shapes a new adapter, but {model.model_name_or_path} is an adapter already and is trained "
+            "on as it is: leave the option out, or merge the adapter into its model first"
+        )
+
+
+def _quiet_libraries() -> None:
+    """Keep the screen for what a person needs; warnings about other libraries' own internals are not among it."""
+    warnings.filterwarnings("ignore", message=r".*is deprecated and will be removed in v6.*", category=FutureWarning)
+    if not os.environ.get("PREFOPT_VERBOSE"):
+        from datasets.utils.logging import disable_progress_bar
+        from transformers.utils import logging as transformers_logging
+
+        disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)

@@ -1,0 +1,68 @@
+"""The table of docs/papers.md, made from configs/papers/*.yaml.
+
+python scripts/papers_table.py            # prints it
+python scripts/papers_table.py --write    # puts it in its place in docs/papers.md
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "papers.md"
+START, END = "<!-- table: scripts/papers_table.py -->", "<!-- end of the table -->"
+
+HEADINGS = ("config", "paper", "setting", "loss", "model", "data", "reported", "source", "unknown")
+
+
+def table(folder: Path = ROOT / "configs" / "papers") -> str:
+    """One row a config, in alphabetical order."""
+    lines = [f"| {' | '.join(HEADINGS)} |", "|" + " --- |" * len(HEADINGS)]
+    for file in sorted(folder.glob("*.yaml")):
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        cells = _cells(file.stem, config, config["paper"])
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(name: str, config: dict[str, Any], paper: dict[str, Any]) -> tuple[str, ...]:
+    numbers = paper["arxiv"] if isinstance(paper["arxiv"], list) else [paper["arxiv"]]
+    links = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in numbers)
+    sources = "<br>".join(f"[{marks}] {where}" for marks, where in _by_repository(paper["source"]))
+    return (
+        f"[{name}](../configs/papers/{name}.yaml)",
+        f"{paper['title']}, {links}",
+        paper["setting"],
+        f"`{config['loss']}`",
+        config.get("model_name_or_path", "unknown: bundled"),
+        config.get("dataset_name", "unknown: bundled"),
+        str(paper["reported"]),
+        sources or "from memory, or ours",
+        ", ".join(paper["unknown"]),
+    )
+
+
+def _by_repository(source: dict[int, str]) -> list[tuple[str, str]]:
+    """Marks that share a repository in one line; papers stay whole."""
+    marks: dict[str, list[str]] = {}
+    for mark, text in source.items():
+        where = text.split(" ")[0] if "@" in text else text
+        marks.setdefault(where, []).append(str(mark))
+    return [(", ".join(numbers), where) for where, numbers in marks.items()]
+
+
+def main() -> None:
+    if "--write" not in sys.argv[1:]:
+        print(table())
+        return
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.split(START)[0], page.split(END)[1]
+    PAGE.write_text(f"{before}{START}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -335,6 +335,44 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def cache(
+    prune: Annotated[
+        list[str] | None, typer.Option(help="Delete the reference of this name; may be repeated.")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option(help="Delete references not written to for so many days.")
+    ] = None,
+    folder: Annotated[str | None, typer.Option(help="Where references are kept, if not in the usual place.")] = None,
+) -> None:
+    """List the references whose log-probabilities are kept on disk, or delete some."""
+    from datetime import datetime
+    from pathlib import Path
+
+    from rich.table import Table
+
+    from prefopt.scoring.cache import cache_root, entries
+    from prefopt.scoring.cache import prune as delete
+
+    root = cache_root() if folder is None else Path(folder)
+    if prune or older_than is not None:
+        unknown = set(prune or ()) - {entry.name for entry in entries(root)}
+        if unknown:
+            _fail(f"there is no reference named {', '.join(sorted(unknown))} in {root}")
+        for entry in delete(prune or (), older_than, root):
+            _console().print(f"deleted {entry.name}: {entry.rows} completions, {entry.size / 1e6:.1f} MB")
+    found = entries(root)
+    if not found:
+        _console().print(f"No references are kept in {root}", soft_wrap=True)
+        return
+    table = Table("name", "model", "precision", "completions", "MB", "last written")
+    for entry in found:
+        written = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
+        about = (Text(str(entry.about.get(key, ""))) for key in ("model", "precision"))
+        table.add_row(entry.name, *about, str(entry.rows), f"{entry.size / 1e6:.1f}", written)
+    _console().print(table)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def demo(context: typer.Context) -> None:
     """Train the bundled model on the bundled pairs; takes every option of recipes/dpo.py."""

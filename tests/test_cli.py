@@ -179,3 +179,31 @@ def test_errors_say_what_to_do(words, message, tmp_path, monkeypatch):
     assert code == 1
     assert message in shown
     assert not list(tmp_path.iterdir())
+
+
+class TestCache:
+    def kept(self, folder):
+        import torch
+
+        from prefopt.scoring.cache import ReferenceCache
+        from prefopt.scoring.collate import PreferenceCollator
+
+        inputs = PreferenceCollator(pad_token_id=0)([{"prompt_ids": [5], "chosen_ids": [6, 2], "rejected_ids": [7]}])
+        cache = ReferenceCache(folder / "abc", {"model": "some/model", "precision": "float32"})
+        cache.scores(inputs, lambda rows: torch.zeros(int(rows.sum()), 2))
+        cache.write()
+
+    def test_references_are_listed_and_deleted_by_name(self, tmp_path):
+        self.kept(tmp_path)
+        listed = CliRunner().invoke(app, ["cache", "--folder", str(tmp_path)])
+        assert listed.exit_code == 0
+        assert "abc" in listed.output
+        assert "some/model" in listed.output
+        gone = CliRunner().invoke(app, ["cache", "--folder", str(tmp_path), "--prune", "abc"])
+        assert "deleted abc: 2 completions" in gone.output
+        assert not (tmp_path / "abc").exists()
+
+    def test_an_unknown_name_is_an_error(self, tmp_path):
+        result = CliRunner().invoke(app, ["cache", "--folder", str(tmp_path), "--prune", "nothing"])
+        assert result.exit_code == 1
+        assert "no reference named nothing" in result.output

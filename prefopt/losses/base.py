@@ -193,7 +193,7 @@ class Loss(nn.Module):
                 missing = [name for name in names if getattr(scores, name) is None]
                 if need in needs and missing:
                     raise ValueError(f"{self.name} needs {missing[0]}, but the {role} scores hold none: {remedy}")
-            if Need.TOKENS in needs and Need.REFERENCE in needs and scores.ref_token_logps is None:
+            if Need.TOKENS in self.needs and Need.REFERENCE in self.needs and scores.ref_token_logps is None:
                 raise ValueError(
                     f"{self.name} needs ref_token_logps, but the {role} scores hold none: keep the reference's "
                     "per-token log-probabilities too"

@@ -19,6 +19,11 @@ def capped_exp(x: Tensor, cap: float = EXP_CAP) -> Tensor:
     return torch.exp(x.clamp(max=cap)) * (1 + (x - cap).clamp(min=0))
 
 
+def capped_expm1(x: Tensor, cap: float = EXP_CAP) -> Tensor:
+    """e^x - 1 up to `cap`, its tangent beyond; accurate near 0, where subtracting 1 from e^x loses everything."""
+    return torch.expm1(x.clamp(max=cap)) + math.exp(cap) * (x - cap).clamp(min=0)
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x < 0, accurate at both ends (Maechler 2012); x is taken as at most `NEAR_CERTAIN`."""
     x = x.clamp(max=NEAR_CERTAIN)

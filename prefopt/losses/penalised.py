@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from prefopt.losses.base import Need
 from prefopt.losses.checks import finite, non_negative, positive
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
-from prefopt.losses.numerics import capped_exp
+from prefopt.losses.numerics import capped_exp, capped_expm1
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -114,8 +114,8 @@ class LDDPO(ReferencePairLoss):
         assert scores.token_mask is not None
         place = scores.token_mask.cumsum(-1)  # 1 at the first completion token
         ratios = scores.token_logps - scores.ref_token_logps
-        weights = torch.where(place <= common.unsqueeze(-1), 1.0, self.alpha) * scores.token_mask
-        return (weights.to(ratios.dtype) * ratios).sum(-1)
+        kept = torch.where(place <= common.unsqueeze(-1), ratios, self.alpha * ratios)
+        return (kept * scores.token_mask).sum(-1)
 
 
 @register("chi_po")
@@ -163,7 +163,8 @@ class FDPO(ReferencePairLoss):
         beta: as in DPO.
         divergence: "reverse_kl" (DPO), "forward_kl", "js" (Jensen-Shannon) or "alpha".
         alpha: coefficient of the alpha divergence; unused by the others. Towards 1 it is the reverse KL, at 0 the
-            forward KL.
+            forward KL, as in TRL. The authors' code (alecwangcq/f-divergence-dpo) counts the other way: its alpha is
+            1 minus this one.
 
     Needs: reference sums.
     Exponents are continued along their tangent beyond 30. The forward KL's gradient grows as e^-u for completions far
@@ -196,8 +197,7 @@ class FDPO(ReferencePairLoss):
         if self.divergence == "js":
             return self.beta * (math.log(2) + F.logsigmoid(u))
         power = self.alpha - 1
-        # expm1(x) / x, whose limit at alpha = 1 is u itself.
-        return self.beta * (u if abs(power) < 1e-9 else (capped_exp(power * u) - 1) / power)
+        return self.beta * (u if power == 0 else capped_expm1(power * u) / power)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         return -F.logsigmoid(self.scaled_margin(batch))

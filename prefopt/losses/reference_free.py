@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from prefopt.losses.base import PairLoss
 from prefopt.losses.checks import finite, non_negative, positive
 from prefopt.losses.direct import paired_roles
-from prefopt.losses.numerics import capped_exp, log_odds
+from prefopt.losses.numerics import capped_expm1, log_odds
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -164,7 +164,7 @@ class AlphaPO(PairLoss):
 
     def reward(self, scores: Scores) -> Tensor:
         a = scores.mean_logps
-        return self.beta * (a if abs(self.alpha) < 1e-9 else (1 - capped_exp(-self.alpha * a)) / self.alpha)
+        return self.beta * (a if self.alpha == 0 else -capped_expm1(-self.alpha * a) / self.alpha)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)

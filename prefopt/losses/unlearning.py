@@ -256,10 +256,12 @@ class UNDIAL(ForgetLoss):
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         scores = self.forget(batch)
         assert scores.token_logps is not None
-        assert scores.ref_token_logps is not None
         assert scores.token_forward_kl is not None
-        if scores.ref_token_entropy is None:
-            raise ValueError("undial needs ref_token_entropy, but the rejected scores hold none")
+        for name in ("ref_token_entropy", "ref_token_logps"):
+            if getattr(scores, name) is None:
+                raise ValueError(f"undial needs {name}, but the rejected scores hold none")
+        assert scores.ref_token_logps is not None
+        assert scores.ref_token_entropy is not None
         assert scores.token_mask is not None
         # With r the reference, softmax(logits - beta onehot(y)) is r / Z off y and r(y) e^-beta / Z at y, so its
         # cross-entropy follows from that of r: KL(r || pi) + H(r).

@@ -1,6 +1,7 @@
 """The only package that knows TRL's trainer: `trl.DPOTrainer` with any objective of `prefopt.losses` in its place.
 
-`config` holds the arguments, `mixin` the overridden methods, `state` what an objective keeps between checkpoints.
+`config` holds the arguments, `mixin` the overridden methods, `scoring` how models are called, `state` what is kept
+between steps and runs.
 """
 
 from prefopt.trainer.config import PreferenceConfig, expression_from_trl_options

@@ -26,6 +26,17 @@ TRL_LOSS_OPTIONS = (
     "discopop_tau",
 )
 
+SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
+"""Loss types that TRL's `label_smoothing` acts on."""
+
+DIVERGENCES = {
+    "reverse_kl": "reverse_kl",
+    "forward_kl": "forward_kl",
+    "js_divergence": "js",
+    "alpha_divergence": "alpha",
+}
+"""TRL's `f_divergence_type` and the name that `f_dpo` has for it."""
+
 
 @dataclass
 class PreferenceConfig(DPOConfig):
@@ -39,6 +50,11 @@ class PreferenceConfig(DPOConfig):
             the reference is the initial policy, not to a `ref_model` that is passed in.
         step0_tolerance: largest accepted difference of mean per-token log-probabilities, in nats. If None, 1e-3 in
             float32 and 0.05 in half precision.
+        reference_cache: where per-token log-probabilities of the reference are kept, to be computed once over epochs,
+            runs and losses: "off", "auto" (a folder in `PREFOPT_CACHE` or `~/.cache/prefopt`) or a folder.
+        layout: how rows are scored: "auto" computes each prompt once for all its completions where the model gives the
+            same numbers that way, "tree" insists on it, "padded" computes a row per completion.
+        sample_max_new_tokens: where completions that an online objective draws from the policy are cut off.
     """
 
     bf16: bool | None = field(
@@ -64,11 +80,32 @@ class PreferenceConfig(DPOConfig):
         metadata={"help": "Largest accepted per-token difference between policy and reference at step 0, in nats."},
     )
 
+    reference_cache: str = field(
+        default="off",
+        metadata={
+            "help": "Keep the reference's log-probabilities on disk and compute each once, over epochs and runs: "
+            "'off', 'auto' (~/.cache/prefopt/reference) or a folder."
+        },
+    )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "How rows are scored: each prompt once (tree), once per completion (padded), or as the model can.",
+            "choices": ["auto", "tree", "padded"],
+        },
+    )
+    sample_max_new_tokens: int = field(
+        default=64,
+        metadata={"help": "Longest completion, in tokens, that objectives such as hypo draw from the policy."},
+    )
+
     def __post_init__(self) -> None:
         if self.bf16 is None and not torch.accelerator.is_available():
             # TRL's default of bf16 is a hundred times slower than float32 on CPUs without bf16 units.
             self.bf16 = False
         super().__post_init__()
+        if self.layout not in ("auto", "tree", "padded"):
+            raise ValueError(f"layout must be 'auto', 'tree' or 'padded', got {self.layout!r}")
         if self.step0_check not in ("error", "warn", "off"):
             raise ValueError(f"step0_check must be 'error', 'warn' or 'off', got {self.step0_check!r}")
         if self.loss is not None:
@@ -98,25 +135,97 @@ def _refuse_trl_loss_options(args: DPOConfig) -> None:
 
 
 def expression_from_trl_options(args: DPOConfig) -> str | None:
-    """The loss expression that TRL's own options ask for, or None where only TRL implements them."""
-    changed = changed_trl_options(args)
-    if set(changed) - {"loss_type", "loss_weights", "beta", "label_smoothing"}:
-        return None
-    beta = f"beta={float(args.beta)!r}"
-    known = {
-        # Unlike TRL since 0.29, which drops the option without a word, sigmoid honours label_smoothing.
-        "sigmoid": f"dpo({beta}, label_smoothing={float(args.label_smoothing)!r})",
-        "ipo": f"ipo({beta})",
-        "hinge": f"hinge({beta})",
-        "sft": "sft(nll='token')",
-    }
+    """The loss expression that TRL's own options ask for, or None where only TRL implements them.
+
+    Every `loss_type` has an expression, alone and in weighted sums. Two things differ from TRL: `sigmoid` honours
+    `label_smoothing`, which TRL drops without a word since 0.29, unless another term of the sum is what it is meant
+    for; and over several processes `aot`, `aot_unpaired` and `sft` act on the global batch, not on each process's own.
+
+    TRL computes these itself:
+        ld_alpha with a loss type other than sigmoid, robust or sft, or outside [0, 1], or with an f-divergence.
+        f_divergence_type with a loss type other than sigmoid, robust or sft.
+        use_weighting with aot, aot_unpaired or sft, at which TRL fails too.
+        ld_alpha with precompute_ref_log_probs, as it acts on single tokens.
+        exo_pair without label_smoothing (infinite; TRL refuses it too).
+        exo_pair, aot or aot_unpaired with label_smoothing above 1/2, robust with 1/2 or more.
+        loss types that only a later TRL has.
+    """
     types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-    if not set(types) <= set(known) or ("label_smoothing" in changed and "sigmoid" not in types):
-        return None
+    terms = []
+    for loss_type in types:
+        if (term := _term(loss_type, types, args)) is None:
+            return None
+        terms.append(term)
     weights = [float(weight) for weight in args.loss_weights or [1.0] * len(types)]
     if weights == [1.0]:
-        return known[types[0]]
-    return " + ".join(f"{weight!r}*{known[name]}" for name, weight in zip(types, weights, strict=True))
+        return terms[0]
+    return " + ".join(f"{weight!r}*{term}" for weight, term in zip(weights, terms, strict=True))
+
+
+def _term(loss_type: str, types: list[str], args: DPOConfig) -> str | None:
+    """The expression of one of TRL's loss types under the options in `args`."""
+    if loss_type == "sft":
+        # It looks at nothing but the chosen completions; TRL fails where it should be weighted.
+        return None if args.use_weighting else "sft(nll='token')"
+    if args.precompute_ref_log_probs and args.ld_alpha is not None:
+        return None
+    smoothing = float(args.label_smoothing)
+    if loss_type == "sigmoid" and SMOOTHED.intersection(types):
+        smoothing = 0.0
+    divergence = DIVERGENCES.get(args.f_divergence_type)
+    if args.ld_alpha is None and divergence == "reverse_kl":
+        term = _plain_term(loss_type, smoothing, args)
+    else:
+        term = _reshaped_term(loss_type, smoothing, divergence, args)
+    if term is None or not args.use_weighting:
+        return term
+    # TRL sorts examples in these, so that no weight belongs to any of them.
+    return None if loss_type in ("aot", "aot_unpaired") else f"wpo({term})"
+
+
+def _plain_term(loss_type: str, smoothing: float, args: DPOConfig) -> str | None:
+    """The expression of a loss type on the sums of log-ratios."""
+    beta = f"beta={float(args.beta)!r}"
+    smoothed = f"{beta}, label_smoothing={smoothing!r}"
+    possible = {"exo_pair": 0 < smoothing <= 0.5, "robust": 0 <= smoothing < 0.5}
+    if loss_type in SMOOTHED and not possible.get(loss_type, 0 <= smoothing <= 0.5):
+        return None
+    return {
+        "sigmoid": f"dpo({smoothed})",
+        "hinge": f"hinge({beta})",
+        "ipo": f"ipo({beta})",
+        "exo_pair": f"exo({smoothed})",
+        "nca_pair": f"nca({beta})",
+        "robust": f"robust({smoothed})",
+        "bco_pair": f"bco_pair({beta})",
+        "sppo_hard": f"sppo({beta}, reduction='sum')",
+        "aot": f"aot({smoothed})",
+        "aot_unpaired": f"aot_unpaired({smoothed})",
+        "apo_zero": f"apo_zero({beta})",
+        "apo_down": f"apo_down({beta})",
+        "discopop": f"discopop({beta}, tau={float(args.discopop_tau)!r})",
+        "sigmoid_norm": f"dpo_norm({beta})",
+    }.get(loss_type)
+
+
+def _reshaped_term(loss_type: str, smoothing: float, divergence: str | None, args: DPOConfig) -> str | None:
+    """The expression of a loss type on log-ratios that LD-DPO cuts short or that another divergence bends."""
+    beta = f"beta={float(args.beta)!r}"
+    if loss_type not in ("sigmoid", "robust") or (loss_type == "robust" and not 0 <= smoothing < 0.5):
+        return None
+    if args.ld_alpha is None:
+        if divergence is None:
+            return None
+        coefficient = f", alpha={float(args.f_alpha_divergence_coef)!r}" if divergence == "alpha" else ""
+        term = f"f_dpo({beta}, divergence={divergence!r}{coefficient})"
+    elif divergence == "reverse_kl" and 0 <= args.ld_alpha <= 1:
+        term = f"ld_dpo({beta}, alpha={float(args.ld_alpha)!r})"
+    else:
+        return None
+    if smoothing == 0:
+        return term
+    method = "unbiased" if loss_type == "robust" else "smoothed"
+    return f"noise_robust({term}, method={method!r}, rate={smoothing!r})"
 
 
 def resolve_objective(loss: Loss | str | None, args: Any) -> Loss | None:

@@ -285,6 +285,14 @@ def test_alpha_po_and_alpha_dpo_tend_to_simpo():
     same("alpha_dpo(beta=2.0, gamma=1.0, alpha=0.0)", "simpo(beta=2.0, gamma=1.0)", rows)
 
 
+@pytest.mark.parametrize("near", [1e-3, 1e-5, 1e-7])
+def test_limits_are_approached_without_losing_digits(near):
+    for expression in (f"f_dpo(divergence='alpha', alpha={1 - near!r})", f"alpha_po(alpha={near!r})"):
+        exact = parse(expression)(make_batch(random_rows(5))).per_example
+        single = parse(expression)(make_batch(random_rows(5), torch.float32)).per_example
+        torch.testing.assert_close(single.double(), exact, rtol=3e-6, atol=3e-6)
+
+
 def test_inpo_is_ipo_in_its_first_iteration_and_at_tau_equal_to_eta():
     rows = random_rows(5)
     same("inpo(eta=0.5, tau=0.5)", "ipo(beta=0.5, average=False)", rows)

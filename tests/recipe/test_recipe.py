@@ -202,8 +202,17 @@ def test_keep_end_cuts_prompts_and_drops_no_row(tmp_path):
     assert results["after"]["eval_loss"] > 0
 
 
-@pytest.mark.parametrize("more", [["--use_weighting"], ["--ld_alpha", "0.5"]])
-def test_objectives_that_only_trl_has_still_run(tmp_path, more):
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--use_weighting"],
+        ["--ld_alpha", "0.5"],
+        # These two have no expression: TRL computes them itself.
+        ["--loss_type", "ipo", "--f_divergence_type", "js_divergence"],
+        ["--loss_type", "hinge", "--ld_alpha", "0.5"],
+    ],
+)
+def test_trls_own_options_run(tmp_path, more):
     assert main("dpo", arguments(tmp_path, pairs_file(tmp_path), *more))["after"]["eval_loss"] > 0
 
 

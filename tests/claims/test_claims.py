@@ -1,0 +1,208 @@
+"""The papers' small claims: the cheap ones again, at reduced size, and that every script is run and written down."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "scripts" / "claims"
+sys.path.insert(0, str(FOLDER))  # the scripts import their neighbours by bare name, as scripts do
+
+import _addition  # noqa: E402
+import _common  # noqa: E402
+import _tiny_lm  # noqa: E402
+import cringe  # noqa: E402
+import discopop  # noqa: E402
+import dpo  # noqa: E402
+import entanglement  # noqa: E402
+import hdpo  # noqa: E402
+import hypo  # noqa: E402
+import inpo  # noqa: E402
+import ipo  # noqa: E402
+import npo  # noqa: E402
+import orpo_asft  # noqa: E402
+import rpo  # noqa: E402
+import superhf  # noqa: E402
+
+from prefopt.losses import DPO, HDPO, IPO, NPO, GradientAscent  # noqa: E402
+
+SCRIPTS = sorted(file.stem for file in FOLDER.glob("*.py") if not file.stem.startswith("_"))
+
+
+def hold(claims: list[_common.Claim]) -> list[str]:
+    """The claims that do not hold, with what was measured."""
+    return [f"{claim.claim}: {claim.measured}" for claim in claims if not claim.holds]
+
+
+# ---- the scripts ----------------------------------------------------------------------------------------------------
+
+
+def test_there_are_scripts():
+    assert {"all", "ipo", "npo", "lm"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_can_be_run_and_is_written_down(name):
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert 'if __name__ == "__main__":' in text
+    assert f"python scripts/claims/{name}.py" in text.split('"""')[1]
+    assert f"{name}.py" in (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+
+
+def test_a_claim_that_does_not_hold_is_reported_and_is_no_error(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "claims.json"
+    monkeypatch.setattr(sys, "argv", ["claims", "--json", str(file)])
+    _common.run("A title", lambda: [_common.Claim("a paper", "water flows up", "down [1]", False, "one glass")])
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["claims"][0]["holds"] is False
+    shown = capsys.readouterr().out
+    assert "does not hold" in shown
+    assert "down [1]" in shown
+
+
+def test_one_table_for_several_scripts(tmp_path):
+    files = [tmp_path / "claims.json", tmp_path / "claims.md"]
+    options = ["--only", "inpo", "--json", str(files[0]), "--markdown", str(files[1])]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "all.py"), *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    claims = json.loads(files[0].read_text(encoding="utf-8"))["inpo"]["claims"]
+    assert all(claim["holds"] for claim in claims)
+    assert files[1].read_text(encoding="utf-8").count("| holds |") == len(claims)
+
+
+# ---- tables of responses --------------------------------------------------------------------------------------------
+
+
+def test_minima_of_dpo_and_smoothed_dpo_and_hinge():
+    assert not hold([dpo.optimum(), *dpo.growth(steps=1600)])
+
+
+def test_ipo_has_a_finite_minimiser_where_dpo_has_none():
+    assert not hold([*ipo.population_minimiser(), *ipo.two_forms()])
+
+
+def test_ipo_keeps_a_bandit_apart_from_certainty():
+    assert float(ipo.bandit(DPO(0.1), steps=800, seeds=2)[:, 0].min()) > 0.99
+    regularised = ipo.bandit(IPO(0.5), steps=800, seeds=2)[:, 0]
+    exact = 1 / (1 + math.exp(-2 / 3) + math.exp(-4 / 3))
+    assert float(regularised.mean()) == pytest.approx(exact, abs=0.03)
+
+
+def test_hdpo_reaches_its_closed_form_and_entropy_rises_with_alpha():
+    rewards, reference = hdpo.problem(seed=3)
+    found = [_common.bradley_terry_optimum(HDPO(0.5, alpha), rewards, reference) for alpha in (0.8, 1.0, 1.2)]
+    exact = [hdpo.closed_form(rewards, reference, 0.5, alpha) for alpha in (0.8, 1.0, 1.2)]
+    assert max(_common.total_variation(a, b) for a, b in zip(found, exact, strict=True)) < 1e-6
+    entropies = [float(_common.entropy(logps)) for logps in found]
+    assert entropies[0] < entropies[1] < entropies[2]
+
+
+def test_a_gaussian_locks_on_one_mode_at_small_alpha():
+    means, deviations = hdpo.gaussian_fits(2.5, [0.5, 1.0])
+    assert means[0] > 2
+    assert means[1] < 0.25
+    assert deviations[0] < 1 < deviations[1]
+
+
+def test_discopop_has_a_hill_and_its_relatives_their_bounds():
+    assert not hold([*discopop.shape(), *discopop.relatives()])
+
+
+def test_inpo_on_rock_paper_scissors():
+    assert not hold([*inpo.convergence(), *inpo.loss_finds_update(iterations=3, pairs=50_000), inpo.bradley_terry()])
+
+
+def test_hypo_collapses_without_the_kl_and_not_with_it():
+    claim = hypo.coverage(steps=10_000)
+    assert claim.holds, claim.measured
+
+
+def test_hypo_gradient_is_unbiased():
+    claims = hypo.unbiased(samples=20_000)
+    assert [claim.holds for claim in claims if "variance" not in claim.claim] == [True, True]
+
+
+def test_orpo_and_asft_identities():
+    claims = [*orpo_asft.identities(points=60), orpo_asft.prompt_constant(), orpo_asft.small_beta()]
+    assert not hold(claims)
+
+
+def test_rpo_pushes_the_chosen_harder_than_the_rejected():
+    assert not hold([rpo.gradient_ratio()])
+
+
+def test_superhf_filters_and_its_prior_keeps_entropy():
+    assert superhf.best_of(16, draws=50_000) == pytest.approx(1.766, abs=0.02)
+    start, _, free, _ = superhf.bandit(0.0, seed=0, steps=300)
+    held = superhf.bandit(0.35, seed=0, steps=300)[2]
+    assert free < held < start
+
+
+# ---- unlearning -----------------------------------------------------------------------------------------------------
+
+
+def test_gradient_ascent_is_linear_and_npo_logarithmic():
+    paths = [npo.scalar_path(loss, 800) for loss in (GradientAscent("sum"), NPO(1.0), NPO(0.1))]
+    expected = [(-0.92, -30.505, -70.505), (-0.293, -4.033, -4.973), (-0.835, -16.935, -25.408)]
+    for path, values in zip(paths, expected, strict=True):
+        assert path[[100, 400, 800]].tolist() == pytest.approx(values, abs=6e-4)
+
+
+def test_on_random_features_the_distance_falls_with_beta():
+    world = npo.make_world(1.0, seeds=1, fit_steps=150)
+    moved = [
+        float(npo.unlearn(world, npo.objective(loss), 5e-3, 400, 200)["distance"][-1])
+        for loss in (GradientAscent("mean"), NPO(0.1), NPO(1.0))
+    ]
+    assert moved[0] > moved[1] > moved[2] > 0
+
+
+# ---- tiny language models -------------------------------------------------------------------------------------------
+
+
+def test_pushes_and_conditions_of_gradient_entanglement():
+    assert not hold([entanglement.table(), entanglement.conditions(pairs=8), *entanglement.suffixes(pairs=40)[:1]])
+
+
+def test_repetition_counts_word_triples_seen_before():
+    assert cringe.repetition("a b c d") == 0
+    assert cringe.repetition("a b c a b c") == pytest.approx(1 / 4)
+    assert cringe.repetition("a b") == 0
+
+
+def test_perplexity_at_a_level_is_interpolated():
+    path = [(0.8, 4.0), (0.6, 5.0), (0.2, 7.0)]
+    assert cringe.perplexity_at(path, 0.4) == pytest.approx(6.0)
+    assert math.isnan(cringe.perplexity_at(path, 0.1))
+
+
+def test_pairwise_cringe_lets_go_of_pairs_that_are_told_apart():
+    text = cringe.Text()
+    claim = cringe.gate_and_gradient(text, _tiny_lm.TinyLM(len(text.symbols), hidden=16))
+    assert claim.holds, claim.measured
+
+
+def test_addition_is_checked_by_its_answer_alone():
+    assert _addition.answer(37, 58) == "15 09 095; "
+    said = _addition.encode(["15 09 095; ", "99 99 095; ", "15 09 096; "])
+    assert _addition.is_right(said, [(37, 58)] * 3).tolist() == [True, True, False]
+    rows = _addition.rows(_addition.prompts_of([(37, 58)]), said[:1])
+    assert int(rows.mask.sum()) == len("15 09 095;")
+
+
+def test_sums_of_a_tiny_model_are_its_log_probabilities():
+    model = _tiny_lm.TinyLM(5, hidden=8)
+    tokens = torch.tensor([[0, 1, 2, 3]])
+    mask = torch.tensor([[False, False, True, True]])
+    logps = torch.log_softmax(model(tokens[:, :-1]), -1)
+    expected = logps[0, 1, 2] + logps[0, 2, 3]
+    torch.testing.assert_close(_tiny_lm.sums(model, _tiny_lm.Rows(tokens, mask))[0], expected)

@@ -26,10 +26,13 @@ def paired_roles(batch: PreferenceBatch) -> tuple[Scores, Scores]:
 
 
 class ReferencePairLoss(PairLoss):
-    """A pair loss whose implicit reward is beta * u."""
+    """A pair loss whose implicit reward is beta * u; beta is its only hyperparameter unless it says otherwise."""
 
     needs = Need.REFERENCE
-    beta: float
+
+    def __init__(self, beta: float = 0.1):
+        super().__init__()
+        self.beta = positive("beta", beta)
 
     def reward(self, scores: Scores) -> Tensor:
         return self.beta * scores.ratios
@@ -126,10 +129,6 @@ class Hinge(ReferencePairLoss):
     paper = "2309.06657"
     trl_name = "hinge"
 
-    def __init__(self, beta: float = 0.1):
-        super().__init__()
-        self.beta = positive("beta", beta)
-
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         return torch.relu(1 - self.scaled_margin(batch))
 
@@ -216,10 +215,6 @@ class NormalizedDPO(ReferencePairLoss):
     paper = "2411.15124"
     trl_name = "sigmoid_norm"
 
-    def __init__(self, beta: float = 0.1):
-        super().__init__()
-        self.beta = positive("beta", beta)
-
     def reward(self, scores: Scores) -> Tensor:
         return self.beta * scores.ratios / scores.lengths.clamp(min=1)
 
@@ -279,10 +274,6 @@ class MarginDPO(ReferencePairLoss):
     formula = "-log sigmoid(beta*d - margin)"
     paper = "2307.09288"
     columns = ("margin",)
-
-    def __init__(self, beta: float = 0.1):
-        super().__init__()
-        self.beta = positive("beta", beta)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, _ = paired_roles(batch)

@@ -38,10 +38,6 @@ class NCA(ReferencePairLoss):
     paper = "2402.05369"
     trl_name = "nca_pair"
 
-    def __init__(self, beta: float = 0.1):
-        super().__init__()
-        self.beta = positive("beta", beta)
-
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = (self.reward(scores) for scores in paired_roles(batch))
         return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
@@ -65,10 +61,6 @@ class BCOPair(ReferencePairLoss):
     formula = "-log sigmoid(R_w) - log sigmoid(-R_l), R = beta*u"
     paper = "2404.04656"
     trl_name = "bco_pair"
-
-    def __init__(self, beta: float = 0.1):
-        super().__init__()
-        self.beta = positive("beta", beta)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = (self.reward(scores) for scores in paired_roles(batch))
@@ -177,10 +169,6 @@ class APOZero(ReferencePairLoss):
     paper = "2408.06266"
     trl_name = "apo_zero"
 
-    def __init__(self, beta: float = 0.1):
-        super().__init__()
-        self.beta = positive("beta", beta)
-
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = (self.reward(scores) for scores in paired_roles(batch))
         # 1 - sigmoid(x) = sigmoid(-x), which keeps its precision for large x.
@@ -205,10 +193,6 @@ class APODown(ReferencePairLoss):
     paper = "2408.06266"
     trl_name = "apo_down"
 
-    def __init__(self, beta: float = 0.1):
-        super().__init__()
-        self.beta = positive("beta", beta)
-
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = (self.reward(scores) for scores in paired_roles(batch))
         return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
@@ -230,10 +214,6 @@ class CalDPO(ReferencePairLoss):
 
     formula = "-log sigmoid(d) + ((u_w - 1/(2*beta))^2 + (u_l + 1/(2*beta))^2)/2"
     paper = "2412.14516"
-
-    def __init__(self, beta: float = 0.1):
-        super().__init__()
-        self.beta = positive("beta", beta)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)

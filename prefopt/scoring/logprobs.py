@@ -24,12 +24,14 @@ class Extras:
         collision: log sum_v pi(v)^2.
         forward_kl: KL(reference || policy) and the reference's entropy; needs the reference's logits.
         reverse_kl: KL(policy || reference); needs the reference's logits.
+        statistics: entropy and whether a token was the most probable one, for logging; zero where not asked for.
     """
 
     top_k: int = 0
     collision: bool = False
     forward_kl: bool = False
     reverse_kl: bool = False
+    statistics: bool = True
 
     @property
     def full_reference(self) -> bool:
@@ -38,6 +40,8 @@ class Extras:
 
 
 NOTHING = Extras()
+BARE = Extras(statistics=False)
+"""For models whose numbers are not logged: the reference, the previous iterate."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,6 @@ class _TokenLogProbs(torch.autograd.Function):
             here = mask[row]
             scores = torch.log_softmax(logits[row, here].to(dtype), dim=-1)
             logps[row, here] = scores.gather(-1, labels[row, here].unsqueeze(-1)).squeeze(-1)
-            is_top1[row, here] = scores.argmax(-1) == labels[row, here]
             if top_logps is not None and top_ids is not None:
                 top_logps[row, here], top_ids[row, here] = scores.topk(extras.top_k, dim=-1)
             if collision is not None:
@@ -111,8 +114,10 @@ class _TokenLogProbs(torch.autograd.Function):
                 if forward_kl is not None and ref_entropy is not None:
                     forward_kl[row, here] = _divergence(reference, scores)
                     ref_entropy[row, here] = torch.special.entr(reference.exp_()).sum(-1)
-            # entr(p) = -p log p is 0 at p = 0, where p * log p would be NaN.
-            entropy[row, here] = torch.special.entr(scores.exp_()).sum(-1)
+            if extras.statistics:
+                is_top1[row, here] = scores.argmax(-1) == labels[row, here]
+                # entr(p) = -p log p is 0 at p = 0, where p * log p would be NaN.
+                entropy[row, here] = torch.special.entr(scores.exp_()).sum(-1)
         ctx.save_for_backward(logits, labels, mask, ref_logits, top_ids, reverse_kl)
         ctx.mark_non_differentiable(*(t for t in (entropy, is_top1, top_ids, collision, ref_entropy) if t is not None))
         ctx.set_materialize_grads(False)

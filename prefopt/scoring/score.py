@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefopt.losses import Loss, Need, PreferenceBatch
 from prefopt.scoring.collate import by_row, groups_of, select_rows
-from prefopt.scoring.logprobs import Extras, TokenScores
+from prefopt.scoring.logprobs import BARE, Extras, TokenScores
 from prefopt.scoring.rows import ROLES, RowGroups, assemble_batch, extras_for
 
 MISMATCHED = ROLES.index("mismatched")
@@ -119,7 +119,7 @@ def _mismatched(inputs: Mapping[str, Any], loss: Loss, models: Models) -> Any:
         return empty.mismatched
     moved = select_rows(inputs, rows)
     with torch.no_grad():
-        policy = models.policy(moved, Extras(), None)
+        policy = models.policy(moved, BARE, None)
     reference = models.reference(moved, False).logps if loss.needs.compares else None
     return assemble_batch(groups_of(moved), policy, loss, reference).mismatched
 

@@ -22,6 +22,7 @@ from prefopt.scoring import Extras, TokenScores, extras_for
 from prefopt.scoring.cache import ReferenceCache, cache_root, fingerprint
 from prefopt.scoring.collate import COLUMN_PREFIX, GIVEN_LOGPS, PreferenceCollator, select_rows
 from prefopt.scoring.layout import Layout
+from prefopt.scoring.logprobs import BARE
 from prefopt.scoring.sampling import with_samples
 from prefopt.scoring.score import Models, score_batch
 from prefopt.trainer.state import CacheWriter
@@ -113,7 +114,7 @@ class ScoringMixin:
         """Token scores under the frozen reference: its own model, or the policy with its adapter put aside."""
         with torch.no_grad(), self._as_reference(), self.accelerator.autocast():
             scores, _ = self._layout.score(
-                model, inputs, self._model_inputs(inputs), keep_logits=keep_logits, all_logits=all_logits
+                model, inputs, self._model_inputs(inputs), extras=BARE, keep_logits=keep_logits, all_logits=all_logits
             )
         return scores
 
@@ -128,7 +129,7 @@ class ScoringMixin:
 
     def _previous_scores(self, inputs: Mapping[str, Any]) -> TokenScores:
         with torch.no_grad(), self.accelerator.autocast():
-            scores, _ = self._layout.score(self._previous_model, inputs, self._model_inputs(inputs))
+            scores, _ = self._layout.score(self._previous_model, inputs, self._model_inputs(inputs), extras=BARE)
         return scores
 
     @contextlib.contextmanager

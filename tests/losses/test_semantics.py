@@ -190,7 +190,7 @@ def test_kto_takes_the_last_baseline_for_a_batch_that_has_none():
 # ---- exact relations between objectives ----------------------------------------------------------------------------
 
 
-def same(first: str, second: str, rows: list[Row], factor: float = 1.0, **tolerance: float) -> None:
+def assert_same(first: str, second: str, rows: list[Row], factor: float = 1.0, **tolerance: float) -> None:
     """Whether two expressions give the same values and the same gradients, up to a factor."""
     results = []
     for text in (first, second):
@@ -222,7 +222,7 @@ def same(first: str, second: str, rows: list[Row], factor: float = 1.0, **tolera
     ],
 )
 def test_is_dpo_at_its_limit(expression):
-    same(expression, "dpo(beta=0.3)", random_rows(6))
+    assert_same(expression, "dpo(beta=0.3)", random_rows(6))
 
 
 def test_ld_dpo_with_all_tokens_is_dpo():
@@ -232,8 +232,8 @@ def test_ld_dpo_with_all_tokens_is_dpo():
 
 def test_alpha_divergence_tends_to_the_reverse_and_the_forward_kl():
     rows = random_rows(5)
-    same("f_dpo(divergence='alpha', alpha=0.999999)", "dpo", rows, rtol=1e-4, atol=1e-6)
-    same("f_dpo(divergence='alpha', alpha=0.0)", "f_dpo(divergence='forward_kl')", rows)
+    assert_same("f_dpo(divergence='alpha', alpha=0.999999)", "dpo", rows, rtol=1e-4, atol=1e-6)
+    assert_same("f_dpo(divergence='alpha', alpha=0.0)", "f_dpo(divergence='forward_kl')", rows)
 
 
 @pytest.mark.parametrize("expression", ["aot", "aot_unpaired"])
@@ -258,8 +258,8 @@ def test_robust_dpo_is_unbiased_over_flips():
     robust = parse("robust(label_smoothing=0.2)")
     mean = 0.8 * robust(batch).loss + 0.2 * robust(flipped).loss
     torch.testing.assert_close(mean, parse("dpo")(batch).loss)
-    same("noise_robust(dpo, method='unbiased', rate=0.2)", "robust(label_smoothing=0.2)", random_rows(5))
-    same("noise_robust(dpo, method='smoothed', rate=0.2)", "dpo(label_smoothing=0.2)", random_rows(5))
+    assert_same("noise_robust(dpo, method='unbiased', rate=0.2)", "robust(label_smoothing=0.2)", random_rows(5))
+    assert_same("noise_robust(dpo, method='smoothed', rate=0.2)", "dpo(label_smoothing=0.2)", random_rows(5))
 
 
 def test_normalised_losses_of_both_orders_sum_to_one():
@@ -271,18 +271,18 @@ def test_normalised_losses_of_both_orders_sum_to_one():
 
 def test_length_normalisation_gives_the_named_forms():
     rows = random_rows(5)
-    same("length_normalized(dpo(beta=2.0))", "dpo_norm(beta=2.0)", rows)
-    same("length_normalized(cpo(beta=2.0))", "simpo(beta=2.0, gamma=0.0)", rows)
-    same("length_normalized(ipo(average=False))", "ipo", rows)
+    assert_same("length_normalized(dpo(beta=2.0))", "dpo_norm(beta=2.0)", rows)
+    assert_same("length_normalized(cpo(beta=2.0))", "simpo(beta=2.0, gamma=0.0)", rows)
+    assert_same("length_normalized(ipo(average=False))", "ipo", rows)
     with pytest.raises(ValueError, match="loss must work on summed"):
         parse("length_normalized(tdpo)")
 
 
 def test_alpha_po_and_alpha_dpo_tend_to_simpo():
     rows = random_rows(5)
-    same("alpha_po(beta=2.0, gamma=1.0, alpha=0.0)", "simpo(beta=2.0, gamma=1.0)", rows)
-    same("alpha_po(beta=2.0, gamma=1.0, alpha=1e-7)", "simpo(beta=2.0, gamma=1.0)", rows, rtol=1e-4, atol=1e-6)
-    same("alpha_dpo(beta=2.0, gamma=1.0, alpha=0.0)", "simpo(beta=2.0, gamma=1.0)", rows)
+    assert_same("alpha_po(beta=2.0, gamma=1.0, alpha=0.0)", "simpo(beta=2.0, gamma=1.0)", rows)
+    assert_same("alpha_po(beta=2.0, gamma=1.0, alpha=1e-7)", "simpo(beta=2.0, gamma=1.0)", rows, rtol=1e-4, atol=1e-6)
+    assert_same("alpha_dpo(beta=2.0, gamma=1.0, alpha=0.0)", "simpo(beta=2.0, gamma=1.0)", rows)
 
 
 @pytest.mark.parametrize("near", [1e-3, 1e-5, 1e-7])
@@ -295,9 +295,9 @@ def test_limits_are_approached_without_losing_digits(near):
 
 def test_inpo_is_ipo_in_its_first_iteration_and_at_tau_equal_to_eta():
     rows = random_rows(5)
-    same("inpo(eta=0.5, tau=0.5)", "ipo(beta=0.5, average=False)", rows)
+    assert_same("inpo(eta=0.5, tau=0.5)", "ipo(beta=0.5, average=False)", rows)
     first = [replace(row, qw=row.rw, ql=row.rl) for row in rows]
-    same("inpo(eta=0.5, tau=0.1)", "ipo(beta=0.5, average=False)", first)
+    assert_same("inpo(eta=0.5, tau=0.1)", "ipo(beta=0.5, average=False)", first)
 
 
 def test_npo_is_dpo_without_its_chosen_completion():
@@ -321,7 +321,7 @@ def test_npo_tends_to_gradient_ascent_and_starts_as_it():
 
 
 def test_gpo_squared_is_summed_ipo():
-    same("gpo(beta=0.5, shape='squared')", "ipo(beta=0.25, average=False)", random_rows(5), factor=4 * 0.25**2)
+    assert_same("gpo(beta=0.5, shape='squared')", "ipo(beta=0.25, average=False)", random_rows(5), factor=4 * 0.25**2)
 
 
 def test_gpo_normalised_shapes_start_with_the_same_step():

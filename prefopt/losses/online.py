@@ -62,8 +62,8 @@ class KLOnline(Loss):
     gradient of stop_gradient(u - b) log pi(y|x);  the value is the estimate u itself
 
     Args:
-        baseline: b: "leave_one_out", the mean u of the batch's other samples, or "none". It lowers the variance
-            and leaves the mean gradient as it is.
+        baseline: b: "leave_one_out", the mean u of the batch's other samples, or "none". It usually
+            lowers the variance and leaves the mean gradient as it is.
 
     Needs: reference sums of the sampled role: completions drawn from the current policy at temperature 1.
     Differentiating the sample mean of u instead would have an expected gradient of 0. A lone sample has no baseline.

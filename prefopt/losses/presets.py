@@ -97,7 +97,10 @@ def slic_hf(delta: float = 1.0, lam: float = 0.1) -> Loss:
 
 @preset("rrhf_paper", paper="2304.05302")
 def rrhf_paper() -> Loss:
-    """RRHF: the ranking term and the likelihood of the best completion, equally weighted. Yuan et al. 2023, eq. 4."""
+    """RRHF: the ranking term and the likelihood of the best completion, equally weighted.
+
+    Yuan et al. 2023, eq. 4. The official code divides the likelihood by the padded length.
+    """
     return RRHF() + SFT("sum")
 
 

@@ -91,6 +91,7 @@ class AQL(_Discovered):
         beta: 0.05 in the paper.
 
     Needs: reference sums; the mean is over the global batch.
+    Limits: not monotone; where policy = reference its gradient lowers the margin, as DiscoPOP's does.
     Reference: Lu et al. 2024, arXiv 2406.08414, appendix; official code as named in this module.
     """
 

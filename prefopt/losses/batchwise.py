@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from prefopt.losses.base import Loss, Need
 from prefopt.losses.checks import finite, non_negative, positive, whole
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
-from prefopt.losses.distributed import global_concat, global_moments, global_sum, world_rank
+from prefopt.losses.distributed import global_concat, global_moments, global_sum, present, world_rank
 from prefopt.losses.numerics import numbered_generator
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
@@ -24,28 +24,28 @@ def _smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
-def match_quantiles(values: Tensor, others: Tensor, present: Tensor, others_present: Tensor) -> Tensor:
+def match_quantiles(values: Tensor, others: Tensor, counted: Tensor, others_counted: Tensor) -> Tensor:
     """For each of (N,) `values` the entry of `others` at the same quantile of its own global batch, no gradient.
 
     Args:
         values: (N,) local values.
         others: (M,) local values of the other kind. Globally equal numbers make this a match by rank.
-        present: (N,) bool, false for values that take no part (weight 0); they are matched with themselves.
-        others_present: (M,) bool, the same for `others`.
+        counted: (N,) bool, false for values that take no part (weight 0); they are matched with themselves.
+        others_counted: (M,) bool, the same for `others`.
     """
-    everyone = global_concat(values[present])
-    pool = global_concat(others[others_present])
+    everyone = global_concat(values[counted])
+    pool = global_concat(others[others_counted])
     matched = values.detach().clone()
     if not len(pool) or not len(everyone):
         return matched
     # Ties are broken by position, so that equal values are matched with different entries.
     order = torch.empty(len(everyone), dtype=torch.long, device=values.device)
     order[torch.argsort(everyone, stable=True)] = torch.arange(len(everyone), device=values.device)
-    counts = global_concat(present.sum().reshape(1))
+    counts = global_concat(counted.sum().reshape(1))
     start = int(counts[: world_rank()].sum())
-    ranks = order[start : start + int(present.sum())]
+    ranks = order[start : start + int(counted.sum())]
     places = (ranks * len(pool) + len(pool) // 2) // len(everyone) if len(pool) != len(everyone) else ranks
-    matched[present] = torch.sort(pool).values[places.clamp(max=len(pool) - 1)]
+    matched[counted] = torch.sort(pool).values[places.clamp(max=len(pool) - 1)]
     return matched
 
 
@@ -79,9 +79,8 @@ class AOT(ReferencePairLoss):
         assert chosen.ref_logps is not None
         assert rejected.ref_logps is not None
         margins = chosen.logps - rejected.logps
-        weights = self._weights(batch)
-        present = torch.ones_like(margins, dtype=torch.bool) if weights is None else weights > 0
-        targets = match_quantiles(margins, chosen.ref_logps - rejected.ref_logps, present, present)
+        counted = present(margins, self._weights(batch)).bool()
+        targets = match_quantiles(margins, chosen.ref_logps - rejected.ref_logps, counted, counted)
         return _smoothed_logistic(self.beta * (margins - targets), self.label_smoothing)
 
 
@@ -118,9 +117,8 @@ class AOTUnpaired(Loss):
         assert batch.chosen is not None
         assert batch.rejected is not None
         up, down = batch.chosen.ratios, batch.rejected.ratios
-        weights = self._weights(batch)
-        weights = torch.cat([torch.ones_like(up), torch.ones_like(down)]) if weights is None else weights
-        here, there = weights[: len(up)] > 0, weights[len(up) :] > 0
+        counted = present(torch.cat([up, down]), self._weights(batch)).bool()
+        here, there = counted[: len(up)], counted[len(up) :]
         # A match may live on another process, where its own gradient is made: each side therefore carries the
         # gradient of its own completion alone, and twice, since every matched pair is counted on both sides.
         chosen = up - match_quantiles(up, down, here, there)
@@ -182,8 +180,7 @@ class BetaDPO(ReferencePairLoss):
         count = global_sum((weights * selected).sum())
         mean = total / count.clamp(min=1e-12)
         beta = (self.beta * (1 + self.a * (mean - self.margin_mean.to(mean)))).clamp(min=1e-3)
-        present = (weights > 0).to(d)
-        scale = global_sum(present.sum()) / global_sum(selected.sum()).clamp(min=1)
+        scale = global_sum(present(d, weights).sum()) / global_sum(selected.sum()).clamp(min=1)
         return -F.logsigmoid(beta * d) * selected * scale
 
     def _follow(self, d: Tensor, weights: Tensor) -> None:
@@ -193,18 +190,18 @@ class BetaDPO(ReferencePairLoss):
             kept = 0.0 if first else self.momentum
             buffer.mul_(kept).add_((1 - kept) * now.to(buffer))
 
-    def _select(self, d: Tensor, present: Tensor) -> Tensor:
+    def _select(self, d: Tensor, counted: Tensor) -> Tensor:
         generator = numbered_generator(self.seed, int(self.draws), world_rank())
         self.draws.add_(1)
-        count = max(1, math.floor(self.keep * int(present.sum())))
-        if self.keep == 1 or not bool(present.any()):
-            return present.to(d)
+        count = max(1, math.floor(self.keep * int(counted.sum())))
+        if self.keep == 1 or not bool(counted.any()):
+            return counted.to(d)
         spread = self.margin_std.to(d).clamp(min=1e-6)
         logits = -((d - self.margin_mean.to(d)) ** 2) / (2 * spread**2)
         # The `count` largest of logit + Gumbel noise are a draw without replacement. Noise goes by rank, so that the
         # order of the examples does not matter.
         noise = -torch.empty(len(d), dtype=torch.float64).exponential_(generator=generator).log()
-        keys = logits.masked_fill(~present, -math.inf)
+        keys = logits.masked_fill(~counted, -math.inf)
         order = torch.argsort(keys, descending=True)
         ranked = torch.empty_like(keys)
         ranked[order] = noise.to(keys)

@@ -42,6 +42,11 @@ def global_mean(values: Tensor, weights: Tensor | None = None, otherwise: Tensor
     return torch.where(count > 0, total / count.clamp(min=1e-12), otherwise)
 
 
+def present(values: Tensor, weights: Tensor | None) -> Tensor:
+    """(N,) 1 for every example that takes part, 0 for those of weight 0, in the type of `values`."""
+    return torch.ones_like(values) if weights is None else (weights > 0).to(values)
+
+
 class _SumOverProcesses(torch.autograd.Function):
     """The sum over processes; its gradient is summed over them too, because every process's loss depends on it."""
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from prefopt.losses.base import Loss
-from prefopt.losses.distributed import global_sum
+from prefopt.losses.distributed import global_sum, present
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch
 
@@ -38,8 +37,8 @@ def reduce_tokens(sums: Tensor, lengths: Tensor, how: str, weights: Tensor | Non
         return sums / lengths.clamp(min=1)
     if how == "sum":
         return sums
-    present = torch.ones_like(sums) if weights is None else (weights > 0).to(sums)
-    tokens, examples = global_sum((lengths * present).sum()), global_sum(present.sum())
+    counted = present(sums, weights)
+    tokens, examples = global_sum((lengths * counted).sum()), global_sum(counted.sum())
     return sums * examples / tokens.clamp(min=1)
 
 

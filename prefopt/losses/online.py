@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from prefopt.losses.base import Loss, Need, PairLoss
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.direct import paired_roles
-from prefopt.losses.distributed import global_sum
+from prefopt.losses.distributed import global_sum, present
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -85,10 +84,9 @@ class KLOnline(Loss):
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         assert batch.sampled is not None
         estimate = batch.sampled.ratios.detach()
-        weights = self._weights(batch)
-        present = torch.ones_like(estimate) if weights is None else (weights > 0).to(estimate)
-        others = present.sum() - present
-        rest = ((estimate * present).sum() - estimate * present) / others.clamp(min=1)
+        counted = present(estimate, self._weights(batch))
+        others = counted.sum() - counted
+        rest = ((estimate * counted).sum() - estimate * counted) / others.clamp(min=1)
         advantage = estimate - rest * (others > 0) if self.baseline == "leave_one_out" else estimate
         surrogate = advantage * batch.sampled.logps
         return estimate + surrogate - surrogate.detach()
@@ -128,6 +126,4 @@ class KLPrior(Loss):
         values = (scores.token_forward_kl.sum(-1) / scores.lengths.clamp(min=1)).clamp(min=0)
         if self.reduction == "mean":
             return values
-        weights = self._weights(batch)
-        present = torch.ones_like(values) if weights is None else (weights > 0).to(values)
-        return values * global_sum(present.sum())
+        return values * global_sum(present(values, self._weights(batch)).sum())

@@ -171,8 +171,19 @@ class AlphaPO(PairLoss):
         return -F.logsigmoid(self.reward(chosen) - self.reward(rejected) - self.gamma)
 
 
+class _OddsLoss(PairLoss):
+    """A pair loss whose implicit reward is beta times the log-odds per token."""
+
+    def __init__(self, beta: float = 1.0):
+        super().__init__()
+        self.beta = positive("beta", beta)
+
+    def reward(self, scores: Scores) -> Tensor:
+        return self.beta * log_odds(scores.mean_logps)
+
+
 @register("orpo")
-class ORPO(PairLoss):
+class ORPO(_OddsLoss):
     """The alignment term of ORPO, with a beta inside: a logistic loss on the difference of log-odds.
 
     loss = -log sigmoid(beta (o_w - o_l))
@@ -189,20 +200,13 @@ class ORPO(PairLoss):
     formula = "-log sigmoid(beta*(o_w - o_l))"
     paper = "2403.07691"
 
-    def __init__(self, beta: float = 1.0):
-        super().__init__()
-        self.beta = positive("beta", beta)
-
-    def reward(self, scores: Scores) -> Tensor:
-        return self.beta * log_odds(scores.mean_logps)
-
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)
         return -F.logsigmoid(self.reward(chosen) - self.reward(rejected))
 
 
 @register("asft")
-class ASFT(PairLoss):
+class ASFT(_OddsLoss):
     """The alignment term of ASFT, with a beta inside: each completion's odds on its own.
 
     loss = -log sigmoid(beta o_w) - log sigmoid(-beta o_l)
@@ -219,13 +223,6 @@ class ASFT(PairLoss):
 
     formula = "-log sigmoid(beta*o_w) - log sigmoid(-beta*o_l)"
     paper = "2409.10571"
-
-    def __init__(self, beta: float = 1.0):
-        super().__init__()
-        self.beta = positive("beta", beta)
-
-    def reward(self, scores: Scores) -> Tensor:
-        return self.beta * log_odds(scores.mean_logps)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefopt.losses.base import PER_TOKEN, Loss, Need
 from prefopt.losses.checks import non_negative, positive
-from prefopt.losses.distributed import global_sum, world_size
+from prefopt.losses.distributed import global_sum, present, world_size
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -201,12 +201,11 @@ class Reweighted(Wrapper):
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         values = self.loss.per_example(batch)
-        given = self._weights(batch)
-        present = torch.ones_like(values) if given is None else (given > 0).to(values)
+        counted = present(values, self._weights(batch))
         tilt = (values / self.temperature).detach() * (1 if self.trust == "large" else -1)
-        tilt = tilt.masked_fill(present == 0, -math.inf)
+        tilt = tilt.masked_fill(counted == 0, -math.inf)
         weights = torch.exp(tilt - _global_max(tilt))
-        mean = global_sum(weights.sum()) / global_sum(present.sum()).clamp(min=1)
+        mean = global_sum(weights.sum()) / global_sum(counted.sum()).clamp(min=1)
         return values * (weights / mean.clamp(min=1e-12))
 
 

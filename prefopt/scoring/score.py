@@ -112,11 +112,11 @@ def _previous(
 
 def _mismatched(inputs: Mapping[str, Any], loss: Loss, models: Models) -> Any:
     """Scores of completions under other prompts: an estimate without gradient, so without a backward pass too."""
-    rows = groups_of(inputs).roles == MISMATCHED
+    groups = groups_of(inputs)
+    rows = groups.roles == MISMATCHED
     if not bool(rows.any()):
-        chosen = groups_of(inputs)
-        empty = assemble_batch(chosen, _nothing(inputs), loss, _nothing(inputs).logps)
-        return empty.mismatched
+        nothing = _nothing(inputs)
+        return assemble_batch(groups, nothing, loss, nothing.logps).mismatched
     moved = select_rows(inputs, rows)
     with torch.no_grad():
         policy = models.policy(moved, BARE, None)

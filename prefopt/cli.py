@@ -111,7 +111,7 @@ def facts(cls: type[Loss]) -> Facts:
     if issubclass(cls, Wrapper):
         inner = DPO()
         own = cls(inner).needs & ~inner.needs
-        return Facts(cls.formula, "as its loss", "as its loss", _needs(own) if own else "", cls.trl_name, cls.paper)
+        return Facts(cls.formula, "as its loss", "as its loss", own.words if own else "", cls.trl_name, cls.paper)
     try:
         # Some declare their needs only when they are made.
         made: Loss | type[Loss] = cls()
@@ -128,10 +128,6 @@ def _data(loss: Loss | type[Loss]) -> str:
 
 def _reference(loss: Loss | type[Loss]) -> str:
     return "yes" if loss.needs.compares else "no"
-
-
-def _needs(needs: Need) -> str:
-    return ", ".join(str(need.name).lower() for need in Need if need in needs) or "sums and lengths only"
 
 
 # ---- on the terminal ---------------------------------------------------------------------------------------------
@@ -215,7 +211,7 @@ def _account(loss: Loss, words: list[str]) -> None:
     for role in (*loss.roles, "mismatched"):
         needs = loss.needs_of(role)
         if needs or role in loss.roles:
-            console.print(Text(f"Needs of the scorer for {role} completions: {_needs(needs)}"))
+            console.print(Text(f"Needs of the scorer for {role} completions: {needs.words}"))
     if loss.columns:
         console.print(Text(f"Columns of the data: {', '.join(loss.columns)}"))
     console.print(Text(f"Reference model: {_reference(loss)}"))

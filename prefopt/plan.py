@@ -66,10 +66,9 @@ def _objective(loss: Loss) -> Text:
     """Every term with all its hyperparameters, its formula and what it asks of the scorer."""
     text = Text("Objective\n", style="bold")
     for weight, _, term in loss.terms():
-        needs = ", ".join(str(need.name).lower() for need in Need if need in term.needs) or "sums and lengths only"
         paper = f"; arXiv {term.paper}" if term.paper else ""
         text.append(f"  {'' if weight == 1 else f'{weight:g} * '}{term}\n", style="not bold")
-        text.append(f"      {term.formula}\n      needs {needs}{paper}\n", style="not bold dim")
+        text.append(f"      {term.formula}\n      needs {term.needs.words}{paper}\n", style="not bold dim")
     return text
 
 

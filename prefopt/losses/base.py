@@ -47,6 +47,11 @@ class Need(enum.Flag):
         """Whether the reference model has to be run."""
         return bool(self & (Need.REFERENCE | Need.FORWARD_KL | Need.REVERSE_KL))
 
+    @property
+    def words(self) -> str:
+        """The needs as people read them: `reference, tokens`."""
+        return ", ".join(str(need.name).lower() for need in self) or "sums and lengths only"
+
 
 PER_TOKEN = Need.TOKENS | Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL
 """Needs that come with `token_logps` and `token_mask`."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 DIGEST_BYTES = 16
 WRITE_AFTER = 256
@@ -31,31 +31,6 @@ WRITE_AFTER = 256
 def cache_root() -> Path:
     """Where references are kept: `reference` in `PREFOPT_CACHE`, else in `~/.cache/prefopt`."""
     return Path(os.environ.get("PREFOPT_CACHE") or Path.home() / ".cache" / "prefopt") / "reference"
-
-
-def fingerprint(model: nn.Module, trained_adapter: str | None = None, about: str = "") -> str:
-    """A digest of a reference's weights, 16 hex digits.
-
-    Args:
-        model: unsharded.
-        trained_adapter: the adapter that is put aside for the reference, which does not count.
-        about: what else the numbers depend on, such as the precision that the reference is run in.
-
-    Raises:
-        ValueError: if a weight is empty here because it lives on other processes (ZeRO-3, FSDP).
-    """
-    digest = hashlib.blake2b(about.encode(), digest_size=8)
-    for name, value in sorted(model.state_dict().items()):
-        if not isinstance(value, Tensor) or (trained_adapter is not None and f".{trained_adapter}." in f"{name}."):
-            continue
-        # The same weights inside and outside an adapter's wrapping.
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-        if value.numel() == 0:
-            raise ValueError(f"{name} is empty on this process; sharded weights have no fingerprint")
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        # bfloat16 has no numpy counterpart; its bytes do.
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from trl.models.utils import unwrap_model_for_generation
 
 from prefopt.losses import Loss, Need, PreferenceBatch
 from prefopt.scoring import Extras, TokenScores, extras_for
-from prefopt.scoring.cache import ReferenceCache, cache_root, fingerprint
+from prefopt.scoring.cache import ReferenceCache, cache_root
 from prefopt.scoring.collate import COLUMN_PREFIX, GIVEN_LOGPS, PreferenceCollator, select_rows
+from prefopt.scoring.fingerprint import fingerprint, is_sharded
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.logprobs import BARE
 from prefopt.scoring.sampling import with_samples
@@ -73,9 +74,15 @@ class ScoringMixin:
         reference = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
         adapter = reference.active_adapter if self.ref_model is None and is_peft_model(reference) else None
         precision = f"{reference.dtype} {self.accelerator.mixed_precision}"
+        if self.accelerator.mixed_precision != "no":
+            # These cast the weights themselves, where autocast casts what goes into each operation.
+            precision += " deepspeed" if self.is_deepspeed_enabled else ""  # type: ignore[attr-defined]
+            precision += " fsdp" if self.is_fsdp_enabled else ""  # type: ignore[attr-defined]
+        # Weights that are whole are the main process's in the end: FSDP may leave the others' empty until it wraps.
+        takes_part = is_sharded(reference) or self.accelerator.is_main_process
+        name: str = gather_object([fingerprint(reference, adapter, precision) if takes_part else ""])[0]
         root = cache_root() if where == "auto" else Path(where)
-        about = {"model": reference.config._name_or_path, "precision": precision}
-        cache = ReferenceCache(root / fingerprint(reference, adapter, precision), about)
+        cache = ReferenceCache(root / name, {"model": reference.config._name_or_path, "precision": precision})
         self.add_callback(CacheWriter(cache))  # type: ignore[attr-defined]
         return cache
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
-from prefopt.scoring.cache import ReferenceCache, entries, fingerprint, prune
+from prefopt.scoring.cache import ReferenceCache, entries, prune
 from prefopt.scoring.collate import PreferenceCollator
-from tests.tiny import make_model
 
 EXAMPLES = [
     {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10, 2], "rejected_ids": [11, 2]},
@@ -103,17 +101,6 @@ def test_every_process_computes_if_one_must(tmp_path):
     values = cache.scores(inputs, reference, any_missing=lambda mine: True)
     assert reference.asked == [1]
     torch.testing.assert_close(values, expected(inputs), rtol=0, atol=0)
-
-
-def test_a_fingerprint_is_of_the_weights_that_make_the_reference():
-    base, other = fingerprint(make_model(seed=0)), fingerprint(make_model(seed=1))
-    assert base != other
-    assert base == fingerprint(make_model(seed=0))
-    assert base != fingerprint(make_model(seed=0).to(torch.bfloat16))
-    assert base != fingerprint(make_model(seed=0), about="bf16")
-    adapted = get_peft_model(make_model(seed=0), LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    assert fingerprint(adapted, trained_adapter="default") == base
-    assert fingerprint(adapted) != base
 
 
 def test_references_are_listed_and_pruned(tmp_path):

@@ -3,12 +3,15 @@
 An entry is one completion under one prompt, found by its token ids, so a cache serves any order, subset or mixture of
 the data. A folder belongs to one reference: its name is a fingerprint of the reference's weights. Entries are written
 many at a time, in files that appear whole or not at all; what an interrupted run had written, the next one finds.
+A file that cannot be read is as good as none: what it held is computed anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -19,13 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 DIGEST_BYTES = 16
 WRITE_AFTER = 256
 """Entries that are gathered before a file is written."""
+STALE_AFTER = 86400.0
+"""Seconds after which an unfinished file is one that its writer left behind."""
+_UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
 
 
 def cache_root() -> Path:
@@ -56,17 +64,23 @@ class ReferenceCache:
     def __init__(self, folder: Path, about: Mapping[str, Any] | None = None):
         self.folder = folder
         self.hits = self.misses = 0
+        self._about = dict(about or {})
         self._places: dict[bytes, Place] = {}
         self._new: dict[bytes, Tensor] = {}
         self._read: set[str] = set()
-        folder.mkdir(parents=True, exist_ok=True)
-        card = folder / "reference.json"
-        if not card.exists():
-            _write_whole(card, lambda path: path.write_text(json.dumps(dict(about or {}), indent=1) + "\n"))
+        self._write_at = 0  # entries; more than WRITE_AFTER only after a write that failed
+        self._make_folder()
+        _remove_stale(folder)
         self.read_new_files()
 
     def __len__(self) -> int:
         return len(self._places.keys() | self._new.keys())
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        card = self.folder / "reference.json"
+        if not card.exists():
+            _write_whole(card, lambda path: path.write_text(json.dumps(self._about, indent=1) + "\n"))
 
     def read_new_files(self) -> None:
         """Take in what other processes have written since."""
@@ -74,12 +88,18 @@ class ReferenceCache:
             if path.name in self._read:
                 continue
             self._read.add(path.name)
-            with safe_open(path, framework="pt") as file:
-                keys, stops = file.get_tensor("keys"), file.get_tensor("stops").tolist()
-                values = file.get_slice("logps")  # mapped; read entry by entry
+            try:
+                keys, stops, values = _read_file(path)
+            except FileNotFoundError:  # deleted since it was listed
+                continue
+            except _UNREADABLE as error:
+                logger.warning(
+                    "%s is damaged (%s): it is passed over and what it held is computed anew; delete it", path, error
+                )
+                continue
             start = 0
             for key, stop in zip(keys, stops, strict=True):
-                self._places[bytes(key.tolist())] = Place(values, start, stop)
+                self._places[key] = Place(values, start, stop)
                 start = stop
 
     def scores(
@@ -94,24 +114,25 @@ class ReferenceCache:
             inputs: `input_ids`, `attention_mask` and `completion_mask` of shape (R, T).
             compute: from (R,) bool, the rows that are missing, to their (M, T - 1) log-probabilities.
             any_missing: whether any process misses a row; then every process computes, as sharded models need all.
+                Called once per batch, as is `compute` if it says so: no process makes more calls than another.
         """
         keys = list(row_keys(inputs))
-        missing = torch.tensor([key not in self._places and key not in self._new for key in keys])
+        missing = torch.tensor([key not in self._places and key not in self._new for key in keys], dtype=torch.bool)
         self.hits += int((~missing).sum())
         self.misses += int(missing.sum())
         rows, width = inputs["input_ids"].shape
         made = torch.zeros((rows, width - 1))
         scored = inputs["completion_mask"].bool()[:, 1:].cpu()
         if any_missing(bool(missing.any())):
-            # A process with nothing to compute takes part with its first row.
-            wanted = missing if bool(missing.any()) else torch.arange(rows) == 0
+            wanted = missing if bool(missing.any()) else _one_row(scored)
             values = compute(wanted.to(inputs["input_ids"].device)).float().cpu()
             for row, line in zip(wanted.nonzero().flatten().tolist(), values, strict=True):
-                line = torch.nn.functional.pad(line, (0, width - 1 - len(line)))
-                self._new.setdefault(keys[row], line[scored[row]].clone())
+                if missing[row]:
+                    line = torch.nn.functional.pad(line, (0, width - 1 - len(line)))
+                    self._new.setdefault(keys[row], line[scored[row]].clone())
         for row, key in enumerate(keys):
             made[row, scored[row]] = self._entry(key)
-        if len(self._new) >= WRITE_AFTER:
+        if len(self._new) >= max(WRITE_AFTER, self._write_at):
             self.write()
         return made.to(inputs["input_ids"].device)
 
@@ -123,17 +144,35 @@ class ReferenceCache:
         return values
 
     def write(self) -> None:
-        """Write what is new into a file of its own."""
-        if not self._new:
-            return
-        tensors = {
-            "keys": torch.tensor([list(key) for key in self._new], dtype=torch.uint8),
-            "stops": torch.tensor([len(values) for values in self._new.values()]).cumsum(0),
-            "logps": torch.cat(list(self._new.values())),
-        }
-        _write_whole(self.folder / f"{uuid.uuid4().hex}.safetensors", lambda path: save_file(tensors, path))
-        self._new = {}
+        """Write what is new into a file of its own, and take in what others have written.
+
+        Where it cannot be written (a full disk, say) a warning says so, the run goes on with it in memory, and the
+        next write tries again.
+        """
+        if self._new:
+            tensors = {
+                "keys": torch.tensor([list(key) for key in self._new], dtype=torch.uint8),
+                "stops": torch.tensor([len(values) for values in self._new.values()]).cumsum(0),
+                "logps": torch.cat(list(self._new.values())),
+            }
+            try:
+                self._make_folder()  # it may have been pruned meanwhile
+                _write_whole(self.folder / f"{uuid.uuid4().hex}.safetensors", lambda path: save_file(tensors, path))
+            except (OSError, SafetensorError) as error:
+                logger.warning(
+                    "%d new entries of the reference cache stay in memory: %s cannot be written to (%s)",
+                    *(len(self._new), self.folder, error),
+                )
+                self._write_at = len(self._new) + WRITE_AFTER
+            else:
+                self._new, self._write_at = {}, 0
         self.read_new_files()
+
+
+def _one_row(scored: Tensor) -> Tensor:
+    """What a process with nothing to compute takes part with: one row, with a completion if there is one."""
+    first = int(scored.any(-1).float().argmax()) if len(scored) else 0
+    return torch.arange(len(scored)) == first
 
 
 def row_keys(inputs: Mapping[str, Any]) -> Iterable[bytes]:
@@ -148,8 +187,42 @@ def row_keys(inputs: Mapping[str, Any]) -> Iterable[bytes]:
 
 def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
-    write(unfinished)
-    os.replace(unfinished, path)
+    try:
+        write(unfinished)
+        # Else a machine that goes down may leave a file with the final name and nothing in it.
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except Exception:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _read_file(path: Path) -> tuple[list[bytes], list[int], Any]:
+    """A file's keys, where the values of each end, and the values: mapped, to be read entry by entry."""
+    with safe_open(path, framework="pt") as file:
+        keys, stops = file.get_tensor("keys"), file.get_tensor("stops").tolist()
+        values = file.get_slice("logps")
+        shape = values.get_shape()
+    if keys.dtype != torch.uint8 or keys.shape != (len(stops), DIGEST_BYTES):
+        raise ValueError(f"{len(stops)} entries, but keys of shape {tuple(keys.shape)}")
+    if stops != sorted(stops) or shape != [stops[-1] if stops else 0]:
+        raise ValueError(f"its entries do not end where its values do, of shape {shape}")
+    joined = keys.numpy().tobytes()
+    return [joined[i : i + DIGEST_BYTES] for i in range(0, len(joined), DIGEST_BYTES)], stops, values
+
+
+def _rows_in(path: Path) -> int:
+    with safe_open(path, framework="pt") as file:
+        rows: int = file.get_slice("stops").get_shape()[0]
+    return rows
+
+
+def _remove_stale(folder: Path) -> None:
+    for path in folder.glob("*.unfinished"):
+        with contextlib.suppress(OSError):  # its writer may finish it yet, or another process be faster
+            if time.time() - path.stat().st_mtime > STALE_AFTER:
+                path.unlink()
 
 
 # ---- what is on disk -----------------------------------------------------------------------------------------------
@@ -175,30 +248,39 @@ class Entry:
 
 
 def entries(root: Path | None = None) -> list[Entry]:
-    """The references on disk, last used first."""
+    """The references on disk, last used first. Damaged files count in bytes only."""
     root = cache_root() if root is None else root
     found = []
     for folder in root.glob("*") if root.is_dir() else ():
         card = folder / "reference.json"
         if not card.is_file():
             continue
-        files = list(folder.glob("*.safetensors"))
-        rows = 0
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                rows += file.get_slice("stops").get_shape()[0]
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        used = max(path.stat().st_mtime for path in folder.iterdir())
-        found.append(Entry(folder.name, json.loads(card.read_text()), rows, size, used))
+        rows, sizes, times = 0, [0], [0.0]
+        for path in folder.iterdir():
+            with contextlib.suppress(*_UNREADABLE):  # a run may be renaming its files
+                stat = path.stat()
+                sizes.append(stat.st_size)
+                times.append(stat.st_mtime)
+                rows += _rows_in(path) if path.suffix == ".safetensors" else 0
+        about: dict[str, Any] = {}
+        with contextlib.suppress(*_UNREADABLE):
+            about = json.loads(card.read_text())
+        found.append(Entry(folder.name, about, rows, sum(sizes), max(times)))
     return sorted(found, key=lambda entry: -entry.used)
 
 
 def prune(names: Iterable[str] = (), older_than_days: float | None = None, root: Path | None = None) -> list[Entry]:
-    """Delete references by name, or those not used for some days; returns what was deleted."""
+    """Delete references by name, or those not used for some days, and what interrupted runs left unfinished.
+
+    Returns:
+        The references that were deleted.
+    """
     root = cache_root() if root is None else root
     wanted = set(names)
     limit = None if older_than_days is None else time.time() - older_than_days * 86400
     gone = [e for e in entries(root) if e.name in wanted or (limit is not None and e.used < limit)]
     for entry in gone:
         shutil.rmtree(root / entry.name)
+    for folder in root.glob("*/"):
+        _remove_stale(folder)
     return gone

@@ -83,7 +83,7 @@ class ScoringMixin:
         name: str = gather_object([fingerprint(reference, adapter, precision) if takes_part else ""])[0]
         root = cache_root() if where == "auto" else Path(where)
         cache = ReferenceCache(root / name, {"model": reference.config._name_or_path, "precision": precision})
-        self.add_callback(CacheWriter(cache))  # type: ignore[attr-defined]
+        self.add_callback(CacheWriter(cache, self.accelerator.wait_for_everyone))  # type: ignore[attr-defined]
         return cache
 
     def _frozen(self, objective: Loss, previous_model: Any) -> Any:
@@ -127,7 +127,10 @@ class ScoringMixin:
 
     def _cached_reference(self, cache: ReferenceCache, model: Any, inputs: Mapping[str, Any]) -> TokenScores:
         def compute(rows: Tensor) -> Tensor:
-            return self._reference_scores(model, select_rows(inputs, rows)).logps
+            some = select_rows(inputs, rows)
+            # The layout tries itself out on the first two examples of what it is given.
+            some["examples"] = some["examples"].unique(return_inverse=True)[1]
+            return self._reference_scores(model, some).logps
 
         alone = self.accelerator.num_processes == 1
         logps = cache.scores(inputs, compute, bool if alone else lambda missing: any(gather_object([missing])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,28 @@ class ObjectiveState(TrainerCallback):
 
 
 class CacheWriter(TrainerCallback):
-    """Writes what a reference cache has gathered with every checkpoint, after evaluations and at the end."""
+    """Writes what a reference cache has gathered with every checkpoint, after evaluations and epochs, and at the end.
 
-    def __init__(self, cache: ReferenceCache):
+    Args:
+        cache: of this process.
+        wait: returns once every process has called it.
+    """
+
+    def __init__(self, cache: ReferenceCache, wait: Callable[[], None]):
         self._cache = cache
+        self._wait = wait
 
     def on_save(self, *_: Any, **__: Any) -> None:
         self._cache.write()
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         self._cache.write()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self._cache.write()
+        # The next epoch deals the rows out anew: what one process has scored, another will ask for.
+        self._wait()
+        self._cache.read_new_files()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._cache.write()

@@ -94,7 +94,7 @@ class ReferenceCache:
                 continue
             except _UNREADABLE as error:
                 logger.warning(
-                    "%s is damaged (%s): it is passed over and what it held is computed anew; delete it", path, error
+                    "%s cannot be read (%s): it is passed over and what it held computed anew; delete it", path, error
                 )
                 continue
             start = 0

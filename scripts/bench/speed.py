@@ -1,281 +1,333 @@
-"""Pairs a second, memory and gradient of `PreferenceTrainer` against `trl.DPOTrainer`, on the same pairs and model.
+"""Speed, memory and gradient of `PreferenceTrainer` against `trl.DPOTrainer`, on the same pairs and model.
 
-    python scripts/bench/speed.py --data pairs.jsonl                       # the job of docs/performance.md
+One job:
+    python scripts/bench/speed.py --data pairs.jsonl                       # real pairs
     python scripts/bench/speed.py --prompt 1024 --completion 64            # made-up pairs of these lengths
-    python scripts/bench/speed.py --data pairs.jsonl --cached_reference --json speed.json
+    python scripts/bench/speed.py --completions 4 --pairs 6                # one chosen over three others, two prompts
+    python scripts/bench/speed.py --data pairs.jsonl --cached_reference --full --repeats 3 --json speed.json
+Many jobs, each written to the JSON file when it is done; the same command goes on after an interruption:
+    python scripts/bench/speed.py --sweep --json speed.json --data pairs.jsonl --plot speed.png
+    python scripts/bench/speed.py --lengths --json speed.json              # time per token of longer and longer rows
+Nothing measured:
+    python scripts/bench/speed.py --table speed.json --plot speed.png      # Markdown and picture of what there is
+Is a difference of the gradients rounding?
+    python scripts/bench/speed.py --gradient_only --dtype float64 --prompt 64 --completion 64 --pairs 2
 
 Every measurement is a process of its own, so that peak memory is its own; the two trainers take turns. Both get the
-same pairs in the same order, the same LoRA with the same initial weights, no dropout, float32 on a CPU. The share of
-the matmul limit is the time that the matrix products of the job need (each prompt once, completions only, forward,
-backward through frozen weights, reference) at the rate that this machine reaches in the same process, over the time
+same pairs in the same order, the same LoRA with the same initial weights, no dropout, float32 on a CPU. Time is the
+median step over all turns, without the first step of each process, which also sets things up (ours compares its
+layouts in it). A reference computed ahead (--cached_reference) is outside the timed steps of both. The share of the
+matmul limit is the time that the matrix products of the job need (each prompt once, each completion once, the head on
+completions, forward, backward, reference) at the rate that this machine reaches in the same process, over the time
 taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROLES = ("trl", "prefopt")
+from _job import ROLES, Job
+from _report import NAMES, describe, draw, lengths_markdown, lengths_table, markdown, terminal_table
+from _results import ReportError, assemble, find, gradient_difference, put, read_results, summarise, write_results
+from rich.console import Console
+
+console = Console(highlight=False)
+ROWS = (256, 512, 1024, 2048)
+"""Real tokens a row, for --lengths."""
+
+# ---- the jobs -------------------------------------------------------------------------------------------------------
 
 
-# ---- the job --------------------------------------------------------------------------------------------------------
+def sweep_jobs(kind: str, data: str | None, **common: Any) -> list[Job]:
+    """The jobs of --sweep; those of `quick` come first in `full`. Jobs on real pairs need `data`."""
+
+    def real(**options: Any) -> list[Job]:
+        return [Job(data=data, **options, **common)] if data is not None else []
+
+    def made(prompt: int, completion: int, completions: int = 2, **options: Any) -> Job:
+        # As many prompts as keep TRL, with two whole rows for each pair, near 10 GiB for the bundled model.
+        prompts = 4 if prompt + completion <= 512 else 2 if prompt + completion <= 1280 else 1
+        pairs = 2 * (completions - 1) if completions > 2 else prompts
+        return Job(
+            prompt=prompt, completion=completion, completions=completions, pairs=pairs, **options, **common
+        )  # fmt: skip
+
+    quick = [
+        *real(), *real(cached_reference=True), made(1024, 64), made(64, 256), made(256, 64), made(256, 64, full=True),
+        made(256, 64, completions=4), made(1792, 128),
+    ]  # fmt: skip
+    if kind == "quick":
+        return quick
+    jobs = list(quick)
+    for full in (False, True):
+        for cached in (False, True):
+            options = {"full": full, "cached_reference": cached}
+            jobs += real(**options)
+            jobs += [made(prompt, completion, **options) for prompt in (64, 256, 1024) for completion in (64, 256)]
+    jobs += [made(64, 64, completions=4), made(256, 64, completions=4, cached_reference=True)]
+    return list(dict.fromkeys(jobs))
 
 
-def load_pairs(args: argparse.Namespace, tokenizer: Any) -> Any:
-    """The pairs that every measurement trains on, cut to --max_length."""
-    from datasets import Dataset
-
-    count = args.pairs * args.steps
-    if args.data is None:
-        rng = random.Random(0)
-        words = [tokenizer.decode([i]) for i in range(1000, 9000)]
-        words = [word for word in words if word.startswith(" ") and len(tokenizer(word)["input_ids"]) == 1]
-
-        def text(tokens: int) -> str:
-            return "".join(rng.choice(words) for _ in range(tokens)).strip()
-
-        rows = [
-            {
-                "prompt": text(args.prompt),
-                "chosen": " " + text(args.completion),
-                "rejected": " " + text(args.completion),
-            }
-            for _ in range(count)
-        ]
-        return Dataset.from_list(rows)
-    from prefopt.data import clean, load_preferences, normalise, validate
-
-    rows = normalise(load_preferences(args.data))
-    report = validate(rows, tokenizer=tokenizer, max_length=args.max_length)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = clean(rows, report, "drop", Path(folder) / "dropped.jsonl")
-    return rows.shuffle(seed=0).select(range(count))
-
-
-def make_trainer(role: str, args: argparse.Namespace, folder: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-    from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config
-
-    from prefopt import PreferenceConfig, PreferenceTrainer
-    from prefopt.demo.model import resolve_demo_model
-
-    path = args.model or str(resolve_demo_model(say=print))
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    on_cpu = not torch.accelerator.is_available()
-    options: dict[str, Any] = {
-        "output_dir": folder, "per_device_train_batch_size": args.pairs, "max_steps": args.steps, "logging_steps": 1,
-        "max_length": args.max_length, "learning_rate": 1e-5, "report_to": "none", "save_strategy": "no",
-        "use_cpu": on_cpu, "bf16": not on_cpu, "disable_tqdm": True, "seed": 0, "max_grad_norm": 1e9,
-        "precompute_ref_log_probs": args.cached_reference, "gradient_checkpointing": args.gradient_checkpointing,
-    }  # fmt: skip
-    lora = ModelConfig(use_peft=True, lora_r=16, lora_alpha=32, lora_dropout=0.0, lora_target_modules=["all-linear"])
-    config, trainer = (DPOConfig, DPOTrainer) if role == "trl" else (PreferenceConfig, PreferenceTrainer)
-    set_seed(0)
-    made = trainer(
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if on_cpu else torch.bfloat16),
-        args=config(**options),
-        train_dataset=load_pairs(args, tokenizer),
-        processing_class=tokenizer,
-        peft_config=None if args.full else get_peft_config(lora),
-    )
-    # Adapters start at zero output; random ones make the gradient of every weight something to compare.
-    torch.manual_seed(1)
-    for name, parameter in made.model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
-    made.args.step0_check = "off"
-    return made
-
-
-# ---- one measurement ------------------------------------------------------------------------------------------------
-
-
-def measure(role: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Time the steps of one trainer, with the gradient of its first step."""
-    import torch
-    from transformers import TrainerCallback
-
-    torch.set_num_threads(args.threads or os.cpu_count() or 1)
-    seconds: list[float] = []
-    first: dict[str, Any] = {}
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
-
-        def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-            if not first:
-                parts = [p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None]
-                first["gradient"] = torch.cat(parts)
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            seconds.append(time.perf_counter() - self.began)
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(role, args, folder)
-        trainer.add_callback(Watch())
-        loader = trainer.get_train_dataloader()
-        batches = [batch for _, batch in zip(range(args.steps), loader, strict=False)]
-        trainer.train()
-    torch.save(first["gradient"], args.gradient)
-    # The first step also sets things up (and ours compares its layouts).
+def length_jobs(**common: Any) -> dict[int, Job]:
+    """For each row of real tokens a job: three quarters prompt, the rest two completions; 2048 tokens a step."""
     return {
-        "role": role,
-        "seconds": seconds,
-        "step": statistics.median(seconds[1:] or seconds),
-        "peak_bytes": peak_memory(),
-        "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "tokens": statistics.fmean(real_tokens(batch) for batch in batches),
-        "limit": statistics.fmean(matmul_seconds(trainer.model, batch, args) for batch in batches),
-    }
+        row: Job(prompt=3 * row // 4, completion=row // 8, pairs=max(ROWS) // row, **common) for row in ROWS
+    }  # fmt: skip
 
 
-def peak_memory() -> int:
-    import resource
-
-    import torch
-
-    if torch.accelerator.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def sizes(batch: Any) -> list[tuple[int, int]]:
-    """(prompt tokens, tokens of both completions) of each pair."""
-    mask, attended = batch["completion_mask"].bool(), batch["attention_mask"].bool()
-    half = mask.shape[0] // 2
-    completions = mask[:half].sum(-1) + mask[half:].sum(-1)
-    prompts = (attended & ~mask)[:half].sum(-1)
-    return list(zip(prompts.tolist(), completions.tolist(), strict=True))
+class MeasurementError(RuntimeError):
+    """A measuring process that failed; the message is its reason in a few words."""
 
 
-def real_tokens(batch: Any) -> int:
-    return sum(prompt + completions for prompt, completions in sizes(batch))
-
-
-def matmul_seconds(model: Any, batch: Any, args: argparse.Namespace) -> float:
-    """What the job's matrix products need at the rate this process reaches on one of its own."""
-    import torch
-
-    rate = matmul_rate(torch.float32 if not torch.accelerator.is_available() else torch.bfloat16)
-    config = model.config
-    head = config.vocab_size * config.hidden_size
-    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    body = sum(p.numel() for n, p in model.named_parameters() if "lora" not in n and any(part in n for part in names))
-    # Forward, backward to the inputs; to the weights too where these train; the reference.
-    passes = (3 if args.full else 2) + (0 if args.cached_reference else 1)
-    flops = 0.0
-    for prompt, completions in sizes(batch):
-        flops += 2 * passes * (body * (prompt + completions) + head * completions)
-        # Scores and values of causal attention, half of each square.
-        width = config.num_attention_heads * getattr(
-            config, "head_dim", config.hidden_size // config.num_attention_heads
-        )
-        flops += passes * config.num_hidden_layers * 2 * width * (prompt + completions / 2) ** 2
-    return flops / rate
-
-
-_RATES: dict[Any, float] = {}
-
-
-def matmul_rate(dtype: Any) -> float:
-    """Operations a second of this process on products of the job's shape."""
-    import torch
-
-    if dtype not in _RATES:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        a, b = torch.randn(512, 576, dtype=dtype, device=device), torch.randn(576, 1536, dtype=dtype, device=device)
-        best = 0.0
-        for _ in range(5):
-            began = time.perf_counter()
-            for _ in range(40):
-                a @ b
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            best = max(best, 40 * 2 * 512 * 576 * 1536 / (time.perf_counter() - began))
-        _RATES[dtype] = best
-    return _RATES[dtype]
-
-
-# ---- all of them ----------------------------------------------------------------------------------------------------
-
-
-def compare(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    runs: dict[str, list[dict[str, Any]]] = {role: [] for role in ROLES}
-    gradients = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(args.repeats):
-            for role in ROLES:
-                out, gradient = Path(folder) / "run.json", Path(folder) / f"{role}.pt"
-                command = [sys.executable, __file__, *sys.argv[1:], "--role", role]
-                subprocess.run([*command, "--out", str(out), "--gradient", str(gradient)], check=True)
-                runs[role].append(json.loads(out.read_text()))
-                gradients[role] = torch.load(gradient, weights_only=True)
-    theirs, ours = (min(runs[role], key=lambda run: run["step"]) for role in ROLES)
-    result = {
-        "job": {
-            key: str(value) for key, value in vars(args).items() if key not in ("role", "out", "gradient", "json")
-        },
-        "trl": theirs,
-        "prefopt": ours,
-        "speedup": theirs["step"] / ours["step"],
-        "memory": ours["peak_bytes"] / theirs["peak_bytes"],
-        "share_of_limit": ours["limit"] / ours["step"],
-        "gradient": float((gradients["prefopt"] - gradients["trl"]).norm() / gradients["trl"].norm()),
-    }
-    for role in ROLES:
-        run = result[role]
-        print(
-            f"{role}: {run['step']:.2f} s a step of {args.pairs} pairs, {args.pairs / run['step']:.3f} pairs/s, "
-            f"{run['tokens'] / run['step']:.0f} real tokens/s, {run['peak_bytes'] / 2**30:.1f} GiB, "
-            f"{100 * run['limit'] / run['step']:.0f}% of the matmul limit"
-        )
-    print(
-        f"speed {result['speedup']:.2f}x, memory {result['memory']:.2f}x, gradient differs by {result['gradient']:.1e}"
-    )
+def start(role: str, job: Job, folder: Path, verbose: bool) -> dict[str, Any]:
+    """Run one measurement in a process of its own; its gradient lies in `folder` afterwards."""
+    folder.mkdir(exist_ok=True)
+    log = folder / "log.txt"
+    command = [sys.executable, str(Path(__file__).with_name("_job.py"))]
+    command += [role, json.dumps(dataclasses.asdict(job)), str(folder)]
+    # Datasets of an earlier turn must not be found again, reference included.
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
+    with log.open("w", encoding="utf-8") as stream:
+        output = None if verbose else stream
+        code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
+    if code != 0:
+        raise MeasurementError(reason(code, log.read_text(encoding="utf-8", errors="replace")))
+    result: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return result
 
 
-def main() -> None:
+def reason(code: int, log: str) -> str:
+    """Why a measuring process ended, from its exit status and what it printed."""
+    if code == -9:
+        return "out of memory (killed)"
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), f"exit status {code}")
+    if any(sign in last for sign in ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")):
+        return "out of memory"
+    return last[:300]
+
+
+def compare(job: Job, repeats: int, verbose: bool) -> dict[str, Any]:
+    """The two trainers in turns. One that fails has its reason in `failed`; the other is measured all the same."""
+    turns: dict[str, list[dict[str, Any]]] = {role: [] for role in ROLES}
+    failed: dict[str, str] = {}
+    difference = None
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(repeats):
+            for role in ROLES:
+                if role in failed:
+                    continue
+                name = f"{describe(job.settings)}; {NAMES[role]}, turn {turn + 1} of {repeats}"
+                try:
+                    with console.status(name):
+                        run = start(role, job, Path(folder) / role, verbose)
+                except MeasurementError as error:
+                    failed[role] = str(error)
+                    console.print(f"{name}: failed: {error}", markup=False, soft_wrap=True)
+                    continue
+                turns[role].append(run)
+                steps = run["seconds"][1:] or run["seconds"]
+                console.print(
+                    f"{name}: {statistics.median(steps):.3g} s a step ({len(steps)} steps), "
+                    f"{run['peak_bytes'] / 2**30:.1f} GiB", markup=False, soft_wrap=True,
+                )  # fmt: skip
+        if not failed:
+            difference = gradient_difference(Path(folder))
+    return assemble(
+        job, repeats, {r: summarise(r, turns[r]) for r in ROLES if r not in failed}, failed, difference
+    ) | {"machine": next((runs[0]["machine"] for runs in turns.values() if runs), None)}
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+
+
+def measure_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare the trainers on each job that the JSON file does not hold yet; returns the results of all of them."""
+    results = read_results(args.json)
+    made = []
+    for number, job in enumerate(jobs):
+        found = find(results["jobs"], job, args.repeats) if args.sweep and not args.again else None
+        if len(jobs) > 1:
+            known = "" if found is None else ": measured before (--again measures anew)"
+            console.rule(f"{number + 1} of {len(jobs)}: {describe(job.settings)}{known}", align="left")
+        result = found or compare(job, args.repeats, args.verbose)
+        made.append(result)
+        if found is None and args.json is not None:
+            put(results["jobs"], result)
+            write_results(args.json, results)
+    console.print(terminal_table(made))
+    if args.plot is not None:
+        draw(made, args.plot)
+    return made
+
+
+def measure_lengths(args: argparse.Namespace, common: Mapping[str, Any]) -> None:
+    """Ours alone on rows of more and more tokens."""
+    results = read_results(args.json)
+    made = []
+    for row, job in length_jobs(**common).items():
+        found = find(results["lengths"], job, args.repeats) if not args.again else None
+        if found is None:
+            turns = []
+            with tempfile.TemporaryDirectory() as folder, console.status(f"rows of {row} tokens"):
+                turns = [start("prefopt", job, Path(folder), args.verbose) for _ in range(args.repeats)]
+            run = summarise("prefopt", turns)
+            found = {
+                "job": job.settings, "row": row, "repeats": args.repeats, "machine": turns[0]["machine"],
+                "prefopt": run, "microseconds": 1e6 * run["step"] / run["tokens"],
+            }  # fmt: skip
+            if args.json is not None:
+                put(results["lengths"], found)
+                write_results(args.json, results)
+        made.append(found)
+        console.print(f"rows of {row} tokens: {found['microseconds']:.1f} µs a token")
+    console.print(lengths_table(made))
+
+
+def measure_gradient(job: Job, args: argparse.Namespace) -> None:
+    """One step of each, for the difference of the gradients alone."""
+    result = compare(job, 1, args.verbose)
+    if result["failed"]:
+        sys.exit(1)
+    tokens = "the same" if result["same_tokens"] else "different"
+    console.print(f"{job.dtype}: the gradients differ by {result['gradient']:.1e}; {tokens} tokens in both")
+    if args.json is not None:
+        results = read_results(args.json)
+        put(results["gradients"], result)
+        write_results(args.json, results)
+
+
+JOB_OPTIONS = ("prompt", "completion", "completions", "pairs", "full", "cached_reference")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="pairs to train on; made-up ones of --prompt and --completion tokens without")
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--completion", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=1, help="turns of the two trainers; the fastest counts")
-    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--prompt", type=int, help="tokens of a made-up prompt (256)")
+    parser.add_argument("--completion", type=int, help="tokens of a made-up completion, end token included (64)")
+    parser.add_argument("--completions", type=int, help="completions a made-up prompt; the first is chosen (2)")
+    parser.add_argument("--pairs", type=int, help="pairs a step (4)")
+    parser.add_argument("--steps", type=int, help="steps of each process, the untimed first one included (4)")
+    parser.add_argument("--repeats", type=int, default=1, help="turns of the two trainers (1)")
+    parser.add_argument("--max_length", type=int, help="longest row of --data (512)")
     parser.add_argument("--model", help="a model folder or Hub name; the bundled one without")
-    parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
-    parser.add_argument("--cached_reference", action="store_true", help="precompute_ref_log_probs in both")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], help="float32, on a GPU bfloat16")
+    parser.add_argument("--full", action="store_true", default=None, help="train all weights instead of LoRA")
+    parser.add_argument("--cached_reference", action="store_true", default=None, help="precompute_ref_log_probs")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in both (TRL's default is on)")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--gradient", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.role:
-        args.out.write_text(json.dumps(measure(args.role, args)))
+    parser.add_argument("--threads", type=int, help="of the processor; all it has without")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--sweep", nargs="?", const="quick", choices=["quick", "full"], help="many jobs (quick)")
+    kinds.add_argument("--lengths", action="store_true", help="time per token of ours alone by length of row")
+    kinds.add_argument("--gradient_only", action="store_true", help="one step each, compare the gradients")
+    kinds.add_argument("--table", type=Path, metavar="JSON", help="print results as Markdown, measure nothing")
+    parser.add_argument("--json", type=Path, help="where results are kept")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw speed and memory of the jobs")
+    parser.add_argument("--again", action="store_true", help="measure anew what the JSON file has")
+    parser.add_argument("--verbose", action="store_true", help="show what the measuring processes print")
+    args = parser.parse_args(arguments)
+    if problem := problem_with(args):
+        parser.error(problem)
+    return args
+
+
+def problem_with(args: argparse.Namespace) -> str | None:
+    """What is wrong with the options, None if nothing is: one without effect is an error."""
+
+    def given(*names: str) -> str:
+        return ", ".join(f"--{name}" for name in names if getattr(args, name) not in (None, False))
+
+    many = given("sweep", "lengths")
+    if many and (extra := given(*JOB_OPTIONS)):
+        return f"{many} chooses its own jobs, so {extra} has no effect: leave it out"
+    if args.lengths and (extra := given("data", "max_length", "plot")):
+        return f"--lengths works on made-up rows and draws nothing, so {extra} has no effect: leave it out"
+    if args.data and (extra := given("prompt", "completion", "completions")):
+        return f"{extra} describes made-up pairs and has no effect on --data: leave one of them out"
+    if args.max_length is not None and not args.data:
+        return "--max_length is for --data; made-up pairs are never cut: leave it out"
+    if args.gradient_only and (extra := given("steps", "plot")):
+        return f"--gradient_only takes one step and draws nothing, so {extra} has no effect: leave it out"
+    if args.again and not many:
+        return "--again is for --sweep and --lengths; a single job is always measured"
+    if args.sweep and args.json is None:
+        return "--sweep needs --json, where each result is kept as soon as it is there"
+    if args.table and (extra := given("data", "json", "model", "steps", *JOB_OPTIONS)):
+        return f"--table measures nothing, so {extra} has no effect: leave it out"
+    if args.repeats < 1 or (args.steps is not None and args.steps < 2):
+        return "--repeats must be at least 1 and --steps at least 2, since the first step is not timed"
+    return None
+
+
+def job_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What every job of these arguments has in common."""
+    import torch
+
+    from prefopt.demo.model import resolve_demo_model
+
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "model": args.model or str(resolve_demo_model(say=console.print)),
+        "dtype": args.dtype or ("bfloat16" if torch.accelerator.is_available() else "float32"),
+        "threads": args.threads or processors,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        **({} if args.steps is None else {"steps": args.steps}),
+        **({"steps": 1} if args.gradient_only else {}),
+        **({} if args.max_length is None else {"max_length": args.max_length}),
+    }
+
+
+def show(path: Path, picture: Path | None) -> None:
+    """Print what has been measured as Markdown."""
+    if not path.exists():
+        raise ReportError(f"there is no {path}; measure with --json {path} first")
+    results = read_results(path)
+    print(markdown(results["jobs"]))
+    if results["lengths"]:
+        print("\n" + lengths_markdown(results["lengths"]))
+    if picture is not None:
+        draw(results["jobs"], picture)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.table is not None:
+        show(args.table, args.plot)
         return
-    result = compare(args)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    common = job_options(args)
+    if args.lengths:
+        measure_lengths(args, common)
+        return
+    if args.sweep:
+        measure_jobs(sweep_jobs(args.sweep, args.data, **common), args)
+        return
+    own = {name: getattr(args, name) for name in JOB_OPTIONS if getattr(args, name) is not None}
+    job = Job(data=args.data, **own, **common)
+    if args.gradient_only:
+        measure_gradient(job, args)
+    elif measure_jobs([job], args)[0]["failed"]:
+        sys.exit(1)
+
+
+def main() -> None:
+    args = parse()
+    try:
+        run(args)
+    except (ReportError, MeasurementError, ValueError) as error:
+        sys.exit(f"speed.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped" + ("; the same command goes on from here" if args.sweep or args.lengths else ""))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def _ratios(result: Result) -> list[str]:
 def terminal_table(results: Sequence[Result]) -> Table:
     note = "TRL / prefopt; medians over the steps of all turns, the first step of each process left out."
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption=note)
-    table.add_column("job; pairs a step", min_width=20)
+    table.add_column("job; pairs a step", min_width=18)
     for title in ("seconds\na step", "speed", "peak\nGiB", "memory", "of\nlimit", "gradient\ndiffers"):
         table.add_column(title, justify="right")
     for result in results:
@@ -155,7 +156,15 @@ def _panel(axes: Any, results: Sequence[Result], name: str, colour: str, label: 
 
 
 def _short(why: str) -> str:
-    return "out of memory" if why.startswith("out of memory") else "failed"
+    return "out of memory" if "out of memory" in why else "failed"
+
+
+def check_picture(path: Path) -> None:
+    """Raise `ReportError` if a picture could not be made, before hours of measuring for it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ReportError("a picture needs matplotlib: pip install 'prefopt[plot]'")
+    if not path.suffix:
+        raise ReportError(f"{path} has no ending that names a format; use .png")
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -164,14 +173,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
     Raises:
         ReportError: if matplotlib is missing, there is nothing to draw, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ReportError("a picture needs matplotlib: pip install 'prefopt[plot]'") from None
+    check_picture(path)
+    from matplotlib.figure import Figure
+
     if not any("prefopt" in result for result in results):
         raise ReportError("there is nothing to draw: no job has been measured")
-    if not path.suffix:
-        raise ReportError(f"{path} has no ending that names a format; use .png")
     figure = Figure(figsize=(9, 0.3 * len(results) + 1.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _panel(left, results, "speedup", SPEED, "speed relative to TRL\nlonger is faster")

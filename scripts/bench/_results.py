@@ -76,6 +76,7 @@ def read_results(path: Path | None) -> dict[str, list[dict[str, Any]]]:
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """All or nothing, so that an interruption leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from _job import ROLES, Job
-from _report import NAMES, describe, draw, lengths_markdown, lengths_table, markdown, terminal_table
+from _report import NAMES, check_picture, describe, draw, lengths_markdown, lengths_table, markdown, terminal_table
 from _results import ReportError, assemble, find, gradient_difference, put, read_results, summarise, write_results
 from rich.console import Console
 
@@ -98,9 +98,9 @@ def start(role: str, job: Job, folder: Path, verbose: bool) -> dict[str, Any]:
     log = folder / "log.txt"
     command = [sys.executable, str(Path(__file__).with_name("_job.py"))]
     command += [role, json.dumps(dataclasses.asdict(job)), str(folder)]
-    # Datasets of an earlier turn must not be found again, reference included.
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
-    with log.open("w", encoding="utf-8") as stream:
+    with log.open("w", encoding="utf-8") as stream, tempfile.TemporaryDirectory() as datasets:
+        # A dataset of an earlier process must not be found again: its reference would not be computed.
+        environment = {**os.environ, "HF_DATASETS_CACHE": datasets}
         output = None if verbose else stream
         code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
     if code != 0:
@@ -112,7 +112,7 @@ def start(role: str, job: Job, folder: Path, verbose: bool) -> dict[str, Any]:
 def reason(code: int, log: str) -> str:
     """Why a measuring process ended, from its exit status and what it printed."""
     if code == -9:
-        return "out of memory (killed)"
+        return "killed, most likely out of memory"
     last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), f"exit status {code}")
     if any(sign in last for sign in ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")):
         return "out of memory"
@@ -140,7 +140,7 @@ def compare(job: Job, repeats: int, verbose: bool) -> dict[str, Any]:
                 turns[role].append(run)
                 steps = run["seconds"][1:] or run["seconds"]
                 console.print(
-                    f"{name}: {statistics.median(steps):.3g} s a step ({len(steps)} steps), "
+                    f"{name}: {statistics.median(steps):.3g} s a step ({len(steps)} timed), "
                     f"{run['peak_bytes'] / 2**30:.1f} GiB", markup=False, soft_wrap=True,
                 )  # fmt: skip
         if not failed:
@@ -160,7 +160,7 @@ def measure_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> list[dict[str
     for number, job in enumerate(jobs):
         found = find(results["jobs"], job, args.repeats) if args.sweep and not args.again else None
         if len(jobs) > 1:
-            known = "" if found is None else ": measured before (--again measures anew)"
+            known = "" if found is None else ": measured before"
             console.rule(f"{number + 1} of {len(jobs)}: {describe(job.settings)}{known}", align="left")
         result = found or compare(job, args.repeats, args.verbose)
         made.append(result)
@@ -275,11 +275,13 @@ def job_options(args: argparse.Namespace) -> dict[str, Any]:
     """What every job of these arguments has in common."""
     import torch
 
-    from prefopt.demo.model import resolve_demo_model
+    if args.model is None:
+        from prefopt.demo.model import resolve_demo_model
 
+        args.model = str(resolve_demo_model(say=console.print))
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "model": args.model or str(resolve_demo_model(say=console.print)),
+        "model": args.model,
         "dtype": args.dtype or ("bfloat16" if torch.accelerator.is_available() else "float32"),
         "threads": args.threads or processors,
         "gradient_checkpointing": args.gradient_checkpointing,
@@ -302,6 +304,8 @@ def show(path: Path, picture: Path | None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.plot is not None:
+        check_picture(args.plot)
     if args.table is not None:
         show(args.table, args.plot)
         return

@@ -116,6 +116,7 @@ class Loss(nn.Module):
         paired: whether chosen and rejected must answer the same prompts row by row.
         columns: numeric data set columns that must be present in every scored role.
         top_k: how many of the largest log-probabilities `Need.TOP_K` asks for.
+        batchwise: whether examples act on one another, through a statistic or a mean over the batch's tokens.
     """
 
     name: ClassVar[str] = ""
@@ -127,6 +128,20 @@ class Loss(nn.Module):
     paired: bool = False
     columns: tuple[str, ...] = ()
     top_k: int = 0
+    batchwise: bool = False
+
+    @property
+    def separable(self) -> bool:
+        """Whether the loss of a batch of pairs is the mean of the losses of its examples, each on its own.
+
+        Not so where examples act on one another, where state moves on with every batch, or where completions are
+        drawn or moved to other prompts. What is separable may be computed in parts.
+        """
+        parts = [part for part in self.modules() if isinstance(part, Loss)]
+        return not (
+            any(part.batchwise or Need.MISMATCHED in part.needs or "sampled" in part.roles for part in parts)
+            or next(self.buffers(), None) is not None
+        )
 
     @abstractmethod
     def per_example(self, batch: PreferenceBatch) -> Tensor:

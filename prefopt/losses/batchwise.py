@@ -67,6 +67,7 @@ class AOT(ReferencePairLoss):
 
     formula = "-log sigmoid(beta*(sorted(p_w - p_l) - sorted(r_w - r_l)))"
     paper = "2406.05882"
+    batchwise = True
     trl_name = "aot"
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0):
@@ -102,6 +103,7 @@ class AOTUnpaired(Loss):
 
     formula = "-log sigmoid(beta*(sorted(u_w) - sorted(u_l)))"
     paper = "2406.05882"
+    batchwise = True
     trl_name = "aot_unpaired"
     needs = Need.REFERENCE
 

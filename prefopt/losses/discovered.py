@@ -72,6 +72,7 @@ class DBAQL(_Discovered):
     """
 
     formula = "c log(1 + e^(-x/0.9)) + (1-c) e^(-0.9x), c = sigmoid(var(x/0.05)), x = beta*d"
+    batchwise = True
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         x = self.scaled_margin(batch)
@@ -96,6 +97,7 @@ class AQL(_Discovered):
     """
 
     formula = "a log(1 + e^-x) + (1-a) relu(1 - x), a = sigmoid(q - x/0.05), q follows sigmoid(mean(x/0.05))"
+    batchwise = True
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         x = self.scaled_margin(batch)
@@ -120,6 +122,7 @@ class AQFL(_Discovered):
     """
 
     formula = "g log(1 + e^-x) + (1-g) relu(1 - x), g = sigmoid(0.1 |x/0.05 - q|), q from the batch"
+    batchwise = True
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         x = self.scaled_margin(batch)

@@ -66,6 +66,7 @@ class SFT(Loss):
         super().__init__()
         check_reduction("nll", nll)
         self.nll = nll
+        self.batchwise = nll == "token"
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         assert batch.chosen is not None

@@ -118,6 +118,7 @@ class KLPrior(Loss):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.reduction = reduction
+        self.batchwise = reduction == "sum"
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         assert batch.chosen is not None

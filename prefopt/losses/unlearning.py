@@ -114,6 +114,7 @@ class GradientAscent(ForgetLoss):
         super().__init__()
         check_reduction("nll", nll)
         self.nll = nll
+        self.batchwise = nll == "token"
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         scores = self.forget(batch)
@@ -152,6 +153,7 @@ class KLRetain(Loss):
         check_reduction("reduction", reduction)
         self.direction = direction
         self.reduction = reduction
+        self.batchwise = reduction == "token"
         self.needs = Need.FORWARD_KL if direction == "forward" else Need.REVERSE_KL
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
@@ -166,6 +168,7 @@ class _TokenWeightedAscent(ForgetLoss):
     """Gradient ascent whose tokens are weighted by how likely they are; the weights carry no gradient."""
 
     needs = Need.TOKENS
+    batchwise = True
 
     @abstractmethod
     def token_weights(self, token_logps: Tensor) -> Tensor:
@@ -247,6 +250,7 @@ class UNDIAL(ForgetLoss):
 
     formula = "mean_t CE(softmax(ref logits - beta*onehot(y_t)), pi) on rejected completions"
     paper = "2402.10052"
+    batchwise = True
     needs = Need.REFERENCE | Need.FORWARD_KL
 
     def __init__(self, beta: float = 10.0):
@@ -291,6 +295,7 @@ class KTOForget(ReferencePairLoss):
 
     formula = "1 - (2/beta) log sigmoid(z - beta*u_l), z = mean(u_w)"
     paper = "2404.05868"
+    batchwise = True
 
     def __init__(self, beta: float = 0.1, link: Literal["logsigmoid", "sigmoid"] = "logsigmoid"):
         super().__init__()

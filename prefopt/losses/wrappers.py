@@ -191,6 +191,7 @@ class Reweighted(Wrapper):
 
     formula = "w_i loss_i, w = N softmax(-loss/T) (trust='small') or N softmax(loss/T) ('large')"
     paper = "2007.01162"
+    batchwise = True
 
     def __init__(self, loss: Loss, trust: Literal["small", "large"] = "small", temperature: float = 1.0):
         super().__init__(loss)

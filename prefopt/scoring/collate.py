@@ -148,6 +148,20 @@ def select_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
     return {**batch, **kept}
 
 
+def select_examples(batch: Mapping[str, Any], examples: Sequence[int]) -> dict[str, Any]:
+    """The batch with some of its examples, in the order that they have in it.
+
+    Args:
+        batch: a batch of `PreferenceCollator`.
+        examples: which of them.
+    """
+    wanted = torch.tensor(sorted(examples), device=batch["examples"].device)
+    made = select_rows(batch, torch.isin(batch["examples"], wanted))
+    made["examples"] = torch.searchsorted(wanted, made["examples"])
+    of_examples = [name for name in batch if name in GIVEN_LOGPS or name.startswith(COLUMN_PREFIX)]
+    return {**made, **{name: batch[name][wanted] for name in of_examples}}
+
+
 def append_rows(
     batch: Mapping[str, Any], prompts: Sequence[Tensor], completions: Sequence[Tensor], pad_token_id: int
 ) -> dict[str, Any]:

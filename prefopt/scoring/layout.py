@@ -1,31 +1,35 @@
 """Which layout a model can be scored in, found out once and said in one line.
 
-The tree layout needs an attention that takes any mask, explicit positions, and a head that can be applied to the last
-positions only. What a model's code promises is not always what it does, so the first batch is scored in both layouts
-and the tree layout is used only if they agree.
+The tree layout needs an attention that takes any mask, explicit positions, and a head that can be applied to chosen
+positions only. What a model's code promises is not always what it does, so two examples of the first batch are scored
+in every way that is considered, and what is faster is used only if it gives the same numbers.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from prefopt.scoring import attention
+from prefopt.scoring.call import Call
 from prefopt.scoring.collate import select_rows
+from prefopt.scoring.frozen import FrozenLayers
 from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores
-from prefopt.scoring.padded import score_rows, unwrapped
-from prefopt.scoring.tree import score_trees
+from prefopt.scoring.model import unwrapped
+from prefopt.scoring.padded import score_rows
+from prefopt.scoring.tree import Masks, score_trees
 
 logger = logging.getLogger(__name__)
 
 LayoutName = Literal["auto", "tree", "padded"]
-TOKENS_ON_CPU = 512
-"""Tokens that go through the model at once on a CPU, where a larger product is no faster than two smaller ones, and
-padding costs as much as anything else."""
+TOKENS_ON_CPU = {True: 4096, False: 512}
+"""Tokens that go through the model at once on a CPU, where a larger product is no faster than two smaller ones: of
+trees packed in one row, and of trees in rows of their own, where padding costs as much as anything else."""
 
 
 class Layout:
@@ -34,15 +38,35 @@ class Layout:
     Args:
         name: "auto" uses the tree layout where the model gives the same numbers in it, "tree" insists on it, "padded"
             never uses it.
-        agree: joins the finding of every process, so that all take the same layout.
+        gather: what every process found, so that all take the same layout.
         one_call: whether the policy may be called only once per batch (DDP, DeepSpeed and FSDP count calls).
+        compiled: whether the model is compiled, so that nothing in it may be replaced for a call.
+        frozen: layers that policy and reference share.
+        tokens: how many go through the model at once, in trees; chosen for the device if None.
+
+    Attributes:
+        masks: how trees are scored, as in `score_trees`; None for the padded layout or while that is not known.
+        reason: why not in trees; "" if they are used or while that is not known.
     """
 
-    def __init__(self, name: LayoutName, agree: Callable[[str], str] = str, one_call: bool = False):
+    def __init__(
+        self,
+        name: LayoutName,
+        gather: Callable[[Any], Sequence[Any]] = lambda found: [found],
+        one_call: bool = False,
+        compiled: bool = False,
+        frozen: FrozenLayers | None = None,
+        tokens: int | None = None,
+    ):
         self.name = name
         self.one_call = one_call
-        self._agree = agree
-        self._found: str | None = None  # why not the tree layout; "" if it is fit
+        self.tokens = tokens
+        self.masks: Masks | None = None
+        self.reason = ""
+        self.call = Call(chunked_head=not compiled, frozen=frozen)
+        self._compiled = compiled
+        self._gather = gather
+        self._settled = False
 
     def score(
         self,
@@ -63,82 +87,139 @@ class Layout:
             model_inputs: what of it, and what else, the model takes.
             extras: what to compute besides log-probabilities.
             reference: the reference's scores of the same rows with their logits, for extras that compare.
-            keep_logits: hand the logits on with the scores.
+            keep_logits: hand on with the scores what it takes to have the logits again.
             all_logits: keep the logits of every position in the model's output, which only the padded layout can.
         """
         mask = inputs["completion_mask"]
-        if all_logits or not self._fits(model, inputs, model_inputs):
-            return score_rows(
-                model, model_inputs, mask,
-                extras=extras, reference=reference, keep_logits=keep_logits, all_logits=all_logits,
-            )  # fmt: skip
-        return self._in_trees(model, model_inputs, mask, extras=extras, reference=reference, keep_logits=keep_logits)
+        options: dict[str, Any] = {"extras": extras, "reference": reference, "keep_logits": keep_logits}
+        if not all_logits and self.in_trees(model, inputs, model_inputs):
+            assert self.masks is not None
+            return self._score_trees(model, model_inputs, mask, self.masks, self.call, **options)
+        return score_rows(model, model_inputs, mask, all_logits=all_logits, call=self.call, **options)
 
-    def _in_trees(
-        self, model: nn.Module, model_inputs: Mapping[str, Any], mask: Tensor, **options: Any
+    def in_trees(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> bool:
+        """Whether this batch is scored in trees; found out at the first batch that tells."""
+        if not bool(inputs["completion_mask"].any()):
+            return False
+        # Within the window of a sliding attention every token sees all before it, as a tree has it.
+        config: Any = unwrapped(model).config
+        window = getattr(config.get_text_config(), "sliding_window", None)
+        if self.name != "padded" and window is not None and int(inputs["attention_mask"].sum(-1).max()) > window:
+            return False
+        if not self._settled:
+            self._settle(model, inputs, model_inputs)
+        return self.masks is not None
+
+    def _score_trees(
+        self, model: nn.Module, model_inputs: Mapping[str, Any], mask: Tensor, masks: Masks, call: Call, **options: Any
     ) -> tuple[TokenScores, Any]:
-        config = unwrapped(model).config
-        eager = getattr(config, "_attn_implementation", "eager") == "eager"
-        on_cpu = model_inputs["input_ids"].device.type == "cpu"
+        inner: Any = unwrapped(model)
+        if masks == "packed" and inner.config._attn_implementation == "sdpa":
+            inner.set_attn_implementation(attention.NAME)
+        tokens = self.tokens
+        if tokens is None and model_inputs["input_ids"].device.type == "cpu":
+            tokens = TOKENS_ON_CPU[not isinstance(masks, torch.dtype)]
         return score_trees(
-            model, model_inputs, mask,
-            tokens=TOKENS_ON_CPU if on_cpu and not self.one_call else None,
-            mask_dtype=unwrapped(model).dtype if eager else torch.bool,  # type: ignore[arg-type]
+            model, model_inputs, mask, masks=masks, call=call,
+            tokens=None if self.one_call else tokens,
             # The load balancing of experts counts padded rows; asked for, it comes with the padded layout.
-            model_options={"output_router_logits": False} if hasattr(config, "output_router_logits") else None,
+            model_options={"output_router_logits": False} if hasattr(inner.config, "output_router_logits") else None,
             **options,
         )  # fmt: skip
 
-    def _fits(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> bool:
-        if self.name == "padded" or not bool(inputs["completion_mask"].any()):
-            return False
-        if self._found is None:
-            reason = self._unfit(model, inputs, model_inputs) or self._disagreement(model, inputs, model_inputs)
-            self._found = self._agree(reason)
-            if self._found and self.name == "tree":
-                raise ValueError(f"layout='tree' cannot be used here: {self._found}")
-            if self._found:
-                logger.warning("padded layout (each prompt once per completion): %s", self._found)
-        # Within the window of a sliding attention every token sees all before it, as the tree's mask has it.
-        config: Any = unwrapped(model).config
-        window = getattr(config.get_text_config(), "sliding_window", None)
-        return not self._found and (window is None or int(inputs["attention_mask"].sum(-1).max()) <= window)
+    # ---- what holds ------------------------------------------------------------------------------------------------
+
+    def _settle(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> None:
+        """Find out what gives the model's own numbers: the head on its own, and trees."""
+        self._settled = True
+        if "roles" not in inputs:
+            # Rows of other collators cannot be taken apart for a trial.
+            self.call.chunked_head = False
+            self.reason = "the batch comes from another collator"
+        else:
+            self._try_out(model, inputs, model_inputs)
+        if self.masks is not None or self.name == "padded":
+            return
+        if self.name == "tree":
+            raise ValueError(f"layout='tree' cannot be used here: {self.reason}")
+        logger.warning("padded layout (each prompt once per completion): %s", self.reason)
+
+    def _try_out(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> None:
+        few = select_rows(inputs, inputs["examples"] <= 1)
+        kept = {**model_inputs, **{name: few[name] for name in ("input_ids", "attention_mask")}}
+        mask, was_training = few["completion_mask"], model.training
+        model.eval()  # dropout would make any two passes differ
+        plain = Call(chunked_head=False)
+        try:
+            with torch.no_grad():
+                truth, _ = score_rows(model, kept, mask, call=plain)
+                if self.call.chunked_head:
+                    chunked = self._gap(truth, model, lambda call: score_rows(model, kept, mask, call=call)[0], Call())
+                    self.call.chunked_head = not any(self._gather(chunked))
+                if self.name == "padded":
+                    return
+                call = Call(chunked_head=self.call.chunked_head)
+                candidates = self._candidates(model, inputs, model_inputs)
+                for masks in candidates:
+
+                    def in_trees(call: Call, masks: Masks = masks) -> TokenScores:
+                        return self._score_trees(model, kept, mask, masks, call)[0]
+
+                    found = [reason for reason in self._gather(self._gap(truth, model, in_trees, call)) if reason]
+                    if not found:
+                        self.masks, self.reason = masks, ""
+                        return
+                    self.reason = found[0]
+                    inner: Any = unwrapped(model)
+                    if inner.config._attn_implementation == attention.NAME:
+                        inner.set_attn_implementation("sdpa")
+        finally:
+            model.train(was_training)
+
+    def _candidates(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> list[Masks]:
+        """The ways of scoring trees that are worth a trial, the fastest first; `reason` says why if there are none."""
+        inner: Any = unwrapped(model)
+        reasons = [reason for reason in self._gather(self._unfit(model, model_inputs)) if reason]
+        if reasons:
+            self.reason = reasons[0]
+            return []
+        kind = inner.config._attn_implementation
+        if kind == "eager":
+            return [inner.dtype]
+        if kind == "flex_attention":
+            return ["block"]
+        settable = getattr(inner, "_can_set_attn_implementation", lambda: False)()
+        return ["packed", torch.bool] if settable and not self._compiled else [torch.bool]
 
     @staticmethod
-    def _unfit(model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> str:
+    def _unfit(model: nn.Module, model_inputs: Mapping[str, Any]) -> str:
         """Why the tree layout is out of the question, from what can be read off; "" if it is not."""
-        inner = unwrapped(model)
+        inner: Any = unwrapped(model)
         parameters = inspect.signature(inner.forward).parameters
-        attention = getattr(inner.config, "_attn_implementation", None)
-        if "roles" not in inputs or set(model_inputs) - {"input_ids", "attention_mask", "output_router_logits"}:
-            return "the batch holds more than token ids, or comes from another collator"
+        kind = getattr(inner.config, "_attn_implementation", None)
+        if set(model_inputs) - {"input_ids", "attention_mask", "output_router_logits"}:
+            return "the batch holds more than token ids"
         if model_inputs.get("output_router_logits"):
             return "the load-balancing loss of experts is computed over padded rows"
         for name in ("position_ids", "logits_to_keep"):
             if name not in parameters:
                 return f"{type(inner).__name__} does not take {name}"
-        if attention not in ("sdpa", "eager"):
-            return f"the attention implementation {attention!r} does not take a mask of any shape"
+        if kind not in ("sdpa", "eager", "flex_attention", attention.NAME):
+            return f"the attention implementation {kind!r} does not take a mask of any shape"
         if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
             return "prompt learning puts tokens of its own before every row"
         return ""
 
-    def _disagreement(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> str:
-        """Score two examples in both layouts; what is different, or ""."""
-        few = select_rows(inputs, inputs["examples"] <= 1)
-        kept = {**model_inputs, **{name: few[name] for name in ("input_ids", "attention_mask")}}
-        mask, was_training = few["completion_mask"], model.training
-        model.eval()  # dropout would make any two passes differ
+    @staticmethod
+    def _gap(truth: TokenScores, model: nn.Module, score: Callable[[Call], TokenScores], call: Call) -> str:
+        """How other scores of the same rows differ; "" if they do not."""
+        name = type(unwrapped(model)).__name__
         try:
-            with torch.no_grad():
-                padded, _ = score_rows(model, kept, mask)
-                trees, _ = self._in_trees(model, kept, mask)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            return f"{type(unwrapped(model)).__name__} fails on it ({str(error).splitlines()[0][:120]})"
-        finally:
-            model.train(was_training)
-        half = unwrapped(model).dtype != torch.float32 or torch.is_autocast_enabled(mask.device.type)
-        gap = float((padded.logps - trees.logps).abs().max())
+            scores = score(call)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
+            return f"{name} fails on it ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
+        half = unwrapped(model).dtype != torch.float32 or torch.is_autocast_enabled(truth.mask.device.type)
+        gap = float((truth.logps - scores.logps).abs().max())
         if not gap <= (0.5 if half else 1e-3):
-            return f"{type(unwrapped(model)).__name__} gives other log-probabilities in it (by up to {gap:.2g} nats)"
+            return f"{name} gives other log-probabilities in it (by up to {gap:.2g} nats)"
         return ""

@@ -7,7 +7,8 @@ quantity comes from the same pass, and their gradients from one softmax.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -83,82 +84,177 @@ def _divergence(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(first == -torch.inf, torch.zeros_like(terms), terms).sum(-1)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is read off the logits of N positions; the fields of `TokenScores` of the same names, with N for (R, T)."""
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    top_logps: Tensor | None = None
+    top_ids: Tensor | None = None
+    collision: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    ref_entropy: Tensor | None = None
+
+
+DIFFERENTIABLE = ("logps", "top_logps", "forward_kl", "reverse_kl")
+MEASURED = tuple(part.name for part in fields(Measured))
+
+
+def measure(logits: Tensor, labels: Tensor, extras: Extras, ref_logits: Tensor | None = None) -> Measured:
+    """Everything that `extras` asks of the logits of N positions, without gradient.
+
+    Args:
+        logits: (N, V), at least float32.
+        labels: (N,) the tokens.
+        extras: what to compute besides log-probabilities.
+        ref_logits: (N, V) of the reference, in the same precision, for what compares the two distributions.
+    """
+    highest = logits.amax(-1, keepdim=True)
+    at_label = logits.gather(-1, labels.unsqueeze(-1))
+    powers = (logits - highest).exp_()
+    total = powers.sum(-1, keepdim=True)
+    normaliser = highest + total.log()
+    made: dict[str, Tensor] = {"logps": (at_label - normaliser).squeeze(-1)}
+    if extras.statistics:
+        made["is_top1"] = (at_label == highest).squeeze(-1)
+        entropy = (normaliser - torch.linalg.vecdot(powers, logits).unsqueeze(-1) / total).squeeze(-1)
+        # Tokens that are ruled out (-inf) have probability 0, and 0 * inf is no number.
+        ruled_out = entropy.isnan()
+        if bool(ruled_out.any()):
+            entropy[ruled_out] = torch.special.entr(powers[ruled_out] / total[ruled_out]).sum(-1)
+        made["entropy"] = entropy
+    if extras.top_k or extras.collision or extras.full_reference:
+        scores = logits - normaliser
+        if extras.top_k:
+            made["top_logps"], made["top_ids"] = scores.topk(extras.top_k, dim=-1)
+        if extras.collision:
+            made["collision"] = torch.logsumexp(2 * scores, dim=-1)
+        if extras.full_reference and ref_logits is not None:
+            reference = torch.log_softmax(ref_logits, dim=-1)
+            if extras.reverse_kl:
+                made["reverse_kl"] = _divergence(scores, reference)
+            if extras.forward_kl:
+                made["forward_kl"] = _divergence(reference, scores)
+                made["ref_entropy"] = torch.special.entr(reference.exp_()).sum(-1)
+    return Measured(**made)
+
+
+def pull_back(
+    logits: Tensor, labels: Tensor, measured: Measured, grads: Mapping[str, Tensor], ref_logits: Tensor | None = None
+) -> Tensor:
+    """(N, V) gradient of the logits, from one softmax for all quantities.
+
+    Args:
+        logits: (N, V), at least float32, as `measure` got them.
+        labels: (N,).
+        measured: what `measure` gave; its `top_ids` and `reverse_kl` are looked at.
+        grads: the gradient of each of `DIFFERENTIABLE` that has one.
+        ref_logits: (N, V) of the reference.
+    """
+    probs = torch.softmax(logits, dim=-1)
+    total = torch.zeros_like(probs)
+    share = torch.zeros_like(probs[:, :1])  # of the softmax, which every quantity but the reverse KL asks for
+    if "logps" in grads:
+        # d log p(y) / d logits = onehot(y) - softmax
+        upstream = grads["logps"].unsqueeze(-1)
+        total.scatter_add_(-1, labels.unsqueeze(-1), upstream)
+        share -= upstream
+    if "top_logps" in grads and measured.top_ids is not None:
+        total.scatter_add_(-1, measured.top_ids, grads["top_logps"])
+        share -= grads["top_logps"].sum(-1, keepdim=True)
+    if ("forward_kl" in grads or "reverse_kl" in grads) and ref_logits is not None:
+        reference = torch.log_softmax(ref_logits, dim=-1)
+        if "reverse_kl" in grads and measured.reverse_kl is not None:
+            # d KL(p || r) / d logits = p (log p - log r - KL)
+            gap = probs.log().sub_(reference).sub_(measured.reverse_kl.unsqueeze(-1))
+            gap.masked_fill_(probs == 0, 0.0)
+            total.addcmul_(gap.mul_(probs), grads["reverse_kl"].unsqueeze(-1))
+        if "forward_kl" in grads:
+            # d KL(r || p) / d logits = p - r
+            upstream = grads["forward_kl"].unsqueeze(-1)
+            total.addcmul_(reference.exp_(), upstream, value=-1)
+            share += upstream
+    return total.addcmul_(probs, share)
+
+
 class _TokenLogProbs(torch.autograd.Function):
-    """(R, T, V) logits, (R, T) labels and mask -> what `TokenScores` holds, in the order of the return statement."""
+    """(R, T, V) logits, (R, T) labels and mask -> (M, ...) values of the M positions in the mask, as `MEASURED`."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, mask: Tensor, ref_logits: Tensor | None, extras: Extras
     ) -> tuple[Tensor | None, ...]:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        logps = logits.new_zeros(labels.shape, dtype=dtype)
-        entropy = torch.zeros_like(logps)
-        is_top1 = torch.zeros_like(mask)
-        top_logps = logps.new_zeros((*labels.shape, extras.top_k)) if extras.top_k else None
-        top_ids = labels.new_zeros((*labels.shape, extras.top_k)) if extras.top_k else None
-        collision = torch.zeros_like(logps) if extras.collision else None
-        forward_kl, ref_entropy = (torch.zeros_like(logps) if extras.forward_kl else None for _ in range(2))
-        reverse_kl = torch.zeros_like(logps) if extras.reverse_kl else None
+        rows = []
         for row in range(logits.shape[0]):
             here = mask[row]
-            scores = torch.log_softmax(logits[row, here].to(dtype), dim=-1)
-            logps[row, here] = scores.gather(-1, labels[row, here].unsqueeze(-1)).squeeze(-1)
-            if top_logps is not None and top_ids is not None:
-                top_logps[row, here], top_ids[row, here] = scores.topk(extras.top_k, dim=-1)
-            if collision is not None:
-                collision[row, here] = torch.logsumexp(2 * scores, dim=-1)
-            if ref_logits is not None:
-                reference = torch.log_softmax(ref_logits[row, here].to(dtype), dim=-1)
-                if reverse_kl is not None:
-                    reverse_kl[row, here] = _divergence(scores, reference)
-                if forward_kl is not None and ref_entropy is not None:
-                    forward_kl[row, here] = _divergence(reference, scores)
-                    ref_entropy[row, here] = torch.special.entr(reference.exp_()).sum(-1)
-            if extras.statistics:
-                is_top1[row, here] = scores.argmax(-1) == labels[row, here]
-                # entr(p) = -p log p is 0 at p = 0, where p * log p would be NaN.
-                entropy[row, here] = torch.special.entr(scores.exp_()).sum(-1)
-        ctx.save_for_backward(logits, labels, mask, ref_logits, top_ids, reverse_kl)
-        ctx.mark_non_differentiable(*(t for t in (entropy, is_top1, top_ids, collision, ref_entropy) if t is not None))
-        ctx.set_materialize_grads(False)
-        return logps, entropy, is_top1, top_logps, top_ids, collision, forward_kl, reverse_kl, ref_entropy
+            reference = None if ref_logits is None else ref_logits[row, here].to(dtype)
+            rows.append(measure(logits[row, here].to(dtype), labels[row, here], extras, reference))
+        made = joined(rows)
+        ctx.save_for_backward(logits, labels, mask, ref_logits, made.top_ids, made.reverse_kl)
+        return detached_where_constant(ctx, made)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
         logits, labels, mask, ref_logits, top_ids, reverse_kl = ctx.saved_tensors
-        for_logps, for_top, for_forward, for_reverse = grads[0], grads[3], grads[6], grads[7]
+        given = gradients(grads)
         grad = torch.zeros_like(logits)
-        given = [upstream for upstream in (for_logps, for_top, for_forward, for_reverse) if upstream is not None]
-        if not given:
-            return grad, None, None, None, None
-        for row in range(logits.shape[0]):
+        start = 0
+        for row in range(logits.shape[0] if given else 0):
             here = mask[row]
-            probs = torch.softmax(logits[row, here].to(given[0].dtype), dim=-1)
-            total = torch.zeros_like(probs)
-            share = torch.zeros_like(probs[:, :1])  # of the softmax, which every quantity but the reverse KL asks for
-            if for_logps is not None:
-                # d log p(y) / d logits = onehot(y) - softmax
-                upstream = for_logps[row, here].unsqueeze(-1)
-                total.scatter_add_(-1, labels[row, here].unsqueeze(-1), upstream)
-                share -= upstream
-            if for_top is not None:
-                total.scatter_add_(-1, top_ids[row, here], for_top[row, here])
-                share -= for_top[row, here].sum(-1, keepdim=True)
-            if for_forward is not None or for_reverse is not None:
-                reference = torch.log_softmax(ref_logits[row, here].to(probs.dtype), dim=-1)
-                if for_reverse is not None:
-                    # d KL(p || r) / d logits = p (log p - log r - KL)
-                    gap = probs.log().sub_(reference).sub_(reverse_kl[row, here].unsqueeze(-1))
-                    gap.masked_fill_(probs == 0, 0.0)
-                    total.addcmul_(gap.mul_(probs), for_reverse[row, here].unsqueeze(-1))
-                if for_forward is not None:
-                    # d KL(r || p) / d logits = p - r
-                    upstream = for_forward[row, here].unsqueeze(-1)
-                    total.addcmul_(reference.exp_(), upstream, value=-1)
-                    share += upstream
-            grad[row, here] = total.addcmul_(probs, share).to(logits.dtype)
+            part = slice(start, start + int(here.sum()))
+            start = part.stop
+            dtype = next(iter(given.values())).dtype
+            measured = Measured(
+                logits, top_ids=None if top_ids is None else top_ids[part],
+                reverse_kl=None if reverse_kl is None else reverse_kl[part],
+            )  # fmt: skip
+            reference = None if ref_logits is None else ref_logits[row, here].to(dtype)
+            grad[row, here] = pull_back(
+                logits[row, here].to(dtype), labels[row, here], measured,
+                {name: value[part] for name, value in given.items()}, reference,
+            ).to(logits.dtype)  # fmt: skip
         return grad, None, None, None, None
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """The same quantities of the positions of all parts, in order."""
+    made: dict[str, Any] = {}
+    for name in MEASURED:
+        values = [getattr(part, name) for part in parts]
+        made[name] = None if values[0] is None else torch.cat(values)
+    return Measured(**made)
+
+
+def detached_where_constant(ctx: Any, measured: Measured) -> tuple[Tensor | None, ...]:
+    """What an autograd function returns for `measured`, in the order of `MEASURED`."""
+    values = {name: getattr(measured, name) for name in MEASURED}
+    ctx.mark_non_differentiable(*(v for name, v in values.items() if v is not None and name not in DIFFERENTIABLE))
+    ctx.set_materialize_grads(False)
+    return tuple(values.values())
+
+
+def gradients(grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Those of `MEASURED` that arrived in a backward pass, by name."""
+    named = zip(MEASURED, grads, strict=True)
+    return {name: grad for name, grad in named if grad is not None and name in DIFFERENTIABLE}
+
+
+def spread(measured: Measured, mask: Tensor, tokens: Tensor | None) -> TokenScores:
+    """The values of M positions at their places in (R, T): zero elsewhere."""
+    made: dict[str, Any] = {}
+    for name in MEASURED:
+        value = getattr(measured, name)
+        if value is not None:
+            made[name] = value.new_zeros((*mask.shape, *value.shape[1:])).index_put((mask,), value)
+    logps = made["logps"]
+    made.setdefault("entropy", torch.zeros_like(logps))
+    made.setdefault("is_top1", torch.zeros_like(mask))
+    return TokenScores(**made, mask=mask, tokens=tokens)
 
 
 def token_scores(
@@ -176,6 +272,19 @@ def token_scores(
     Raises:
         ValueError: if the shapes do not agree, or `ref_logits` is needed and missing.
     """
+    return spread(scores_of_logits(logits, labels, mask.bool(), extras, ref_logits), mask.bool(), labels)
+
+
+def scores_of_logits(
+    logits: Tensor, labels: Tensor, mask: Tensor, extras: Extras = NOTHING, ref_logits: Tensor | None = None
+) -> Measured:
+    """What `token_scores` computes, for the M positions in the mask alone, in order; same arguments, same errors."""
+    _check_shapes(logits, labels, mask, extras, ref_logits)
+    reference = ref_logits if extras.full_reference else None
+    return Measured(*_TokenLogProbs.apply(logits, labels, mask, reference, extras))  # type: ignore[no-untyped-call]
+
+
+def _check_shapes(logits: Tensor, labels: Tensor, mask: Tensor, extras: Extras, ref_logits: Tensor | None) -> None:
     if logits.shape[:2] != labels.shape or labels.shape != mask.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and mask {tuple(mask.shape)} must agree in "
@@ -186,10 +295,3 @@ def token_scores(
         raise ValueError(f"a KL needs ref_logits of the policy's shape {tuple(logits.shape)}, got {got}")
     if extras.top_k > logits.shape[-1]:
         raise ValueError(f"top_k={extras.top_k} exceeds the vocabulary of {logits.shape[-1]} tokens")
-    mask = mask.bool()
-    logps, entropy, is_top1, top_logps, top_ids, collision, forward_kl, reverse_kl, ref_entropy = _TokenLogProbs.apply(
-        logits, labels, mask, ref_logits if extras.full_reference else None, extras
-    )  # type: ignore[no-untyped-call]
-    return TokenScores(
-        logps, entropy, is_top1, mask, labels, top_logps, top_ids, collision, forward_kl, reverse_kl, ref_entropy
-    )

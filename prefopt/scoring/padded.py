@@ -6,29 +6,16 @@ through the wrapper it is given (DDP, DeepSpeed, PEFT); nothing reaches around i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores, token_scores
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DeepSpeed and PEFT wrappers, for looking at; it is called through them."""
-    while isinstance(getattr(model, "module", None), nn.Module):  # DDP, DeepSpeed
-        model = model.module  # type: ignore[assignment]
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()  # type: ignore[operator]
-    return model
-
-
-def takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the model can be told to compute logits for the last positions only."""
-    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+from prefopt.scoring.call import Call, Request
+from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores, spread
+from prefopt.scoring.model import takes_logits_to_keep
 
 
 def score_rows(
@@ -40,6 +27,7 @@ def score_rows(
     reference: TokenScores | None = None,
     keep_logits: bool = False,
     all_logits: bool = False,
+    call: Call | None = None,
 ) -> tuple[TokenScores, Any]:
     """Score the completion tokens of padded rows.
 
@@ -51,6 +39,7 @@ def score_rows(
         reference: the reference's scores of the same rows with their logits, for extras that compare distributions.
         keep_logits: hand the logits of the scored window on with the scores.
         all_logits: keep the logits of every position in the model's output (an evaluation metric may want them).
+        call: how the model is called; the default computes the head on completion tokens only.
 
     Returns:
         Token scores of shape (R, T - 1), position t standing for token t + 1, and the model's output.
@@ -63,19 +52,11 @@ def score_rows(
     window = mask.shape[1] - first
     if not all_logits and takes_logits_to_keep(model):
         kwargs["logits_to_keep"] = window + 1
-    outputs = model(**kwargs)
-    # From the right: prompt-learning adapters put virtual tokens before the row.
-    logits = outputs.logits[:, -(window + 1) : -1]
-    ref_logits = None if reference is None else reference.logits
-    scores = _pad_left(token_scores(logits, labels[:, first:], mask[:, first:], extras, ref_logits), first)
-    return replace(scores, mask=mask, tokens=labels, logits=logits if keep_logits else None), outputs
-
-
-def _pad_left(scores: TokenScores, count: int) -> TokenScores:
-    """The same scores with `count` unscored positions before them."""
-    padded: dict[str, Any] = {}
-    for part in fields(scores):
-        value = getattr(scores, part.name)
-        if isinstance(value, Tensor):
-            padded[part.name] = pad(value, (*(0, 0) * (value.dim() - 2), count, 0))
-    return replace(scores, **padded)
+    # From the right: prompt-learning adapters put virtual tokens before the row. The last position predicts nothing.
+    request = Request(
+        pad(labels[:, first:], (0, 1)), pad(mask[:, first:], (0, 1)), extras,
+        reference=None if reference is None or reference.logits is None else reference.logits[0], keep=keep_logits,
+    )  # fmt: skip
+    measured, outputs = (call or Call())(model, kwargs, request, whole_logits=all_logits)
+    scores = spread(measured, mask, labels)
+    return replace(scores, logits=[request.kept]) if keep_logits else scores, outputs

@@ -10,14 +10,17 @@ predicts exactly one completion token, and the head is applied to nothing else. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores, token_scores
+from prefopt.scoring.attention import Plan, Span, block_mask, encode
+from prefopt.scoring.call import Call, Request
+from prefopt.scoring.logprobs import MEASURED, NOTHING, Extras, Measured, TokenScores, joined, spread
 
+Masks = Literal["packed", "block"] | torch.dtype
 PADDING = -1
 TRUNK = 0
 
@@ -30,49 +33,55 @@ class Tree:
         tokens: the row; trunk first, then branch after branch.
         positions: position of each token in its own sequence.
         branches: 0 for the trunk, then 1, 2, ...
-        targets: (row of the batch, place in `TokenScores`, token) predicted by each branch position, in order.
+        targets: (rows of the batch, place in `TokenScores`, token) predicted by each branch position, in order.
     """
 
     tokens: list[int]
     positions: list[int]
     branches: list[int]
-    targets: list[tuple[int, int, int]] = field(default_factory=list)
+    targets: list[tuple[tuple[int, ...], int, int]] = field(default_factory=list)
 
     @property
     def trunk(self) -> int:
         return len(self.tokens) - len(self.targets)
 
-    def add(self, row: int, ids: list[int], start: int) -> None:
-        """Add the completion that begins at `start` of a row."""
+    def spans(self) -> list[Span]:
+        """Start and end of each branch."""
+        starts = [i for i in range(self.trunk, len(self.tokens)) if i == 0 or self.branches[i] != self.branches[i - 1]]
+        return list(zip(starts, [*starts[1:], len(self.tokens)], strict=True))
+
+    def add(self, rows: tuple[int, ...], ids: list[int], start: int) -> None:
+        """Add the completion that begins at `start` of these rows, which are the same."""
         number = self.branches[-1] + 1 if self.branches else 1
         self.tokens += ids[start - 1 : -1]
         self.positions += range(start - 1, len(ids) - 1)
         self.branches += [number] * (len(ids) - start)
-        self.targets += [(row, place, ids[place + 1]) for place in range(start - 1, len(ids) - 1)]
+        self.targets += [(rows, place, ids[place + 1]) for place in range(start - 1, len(ids) - 1)]
 
 
 def plant(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> list[Tree]:
-    """Trees of padded rows; rows with the same prompt become branches of one tree.
+    """Trees of padded rows; rows with the same prompt become branches of one tree, equal rows one branch.
 
     Args:
         input_ids: (R, T) prompt and completion, padded on the right.
         attention_mask: (R, T), true at real tokens.
         completion_mask: (R, T), true from a completion's first token to its last.
     """
-    trees: dict[tuple[int, ...], Tree] = {}
     lengths = attention_mask.sum(-1).tolist()
-    rows = input_ids.tolist()
     scored = completion_mask.bool().clone()
     scored[:, 0] = False  # nothing predicts a row's first token
     starts = [int(row.nonzero()[0]) if bool(row.any()) else None for row in scored]
-    for row, (ids, length, start) in enumerate(zip(rows, lengths, starts, strict=True)):
-        if start is None:
-            continue
-        prompt = tuple(ids[:start])
+    same: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for row, (ids, length, start) in enumerate(zip(input_ids.tolist(), lengths, starts, strict=True)):
+        if start is not None:
+            same.setdefault((tuple(ids[:length]), start), []).append(row)
+    trees: dict[tuple[int, ...], Tree] = {}
+    for (ids, start), rows in same.items():
+        prompt = ids[:start]
         if prompt not in trees:
             trunk = list(prompt[:-1])
             trees[prompt] = Tree(trunk, list(range(len(trunk))), [TRUNK] * len(trunk))
-        trees[prompt].add(row, ids[:length], start)
+        trees[prompt].add(tuple(rows), list(ids), start)
     return list(trees.values())
 
 
@@ -93,14 +102,55 @@ def group(trees: Sequence[Tree], tokens: int | None, waste: float = 0.1) -> list
     return groups
 
 
-def tree_inputs(
-    trees: Sequence[Tree], pad_token_id: int, device: torch.device, mask_dtype: torch.dtype
-) -> dict[str, Any]:
-    """Model inputs for trees side by side, padded on the left so that branches end at the last column.
+def pack(trees: Sequence[Tree], tokens: int | None) -> list[list[Tree]]:
+    """Trees that share one row: at most `tokens` of them together, unless one alone is longer; all if None."""
+    if tokens is None:
+        return [list(trees)] if trees else []
+    rows: list[list[Tree]] = []
+    room: list[int] = []
+    for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
+        length = len(tree.tokens)
+        place = next((row for row, left in enumerate(room) if left >= length), None)
+        if place is None:
+            rows.append([tree])
+            room.append(tokens - length)
+        else:
+            rows[place].append(tree)
+            room[place] -= length
+    return rows
+
+
+def tree_inputs(trees: Sequence[Tree], pad_token_id: int, device: torch.device, masks: Masks) -> dict[str, Any]:
+    """Model inputs for some trees: a row each, or one row for all, as the kind of mask asks for.
 
     Returns:
-        `input_ids` and `position_ids` (B, T), `attention_mask` (B, 1, T, T), boolean or additive as `mask_dtype` says.
+        `input_ids` and `position_ids` (B, T) and `attention_mask`; for one row also, as `logits_to_keep`, the places
+        of its branches, in the order of the trees' targets. Rows of their own are padded on the left, so that their
+        branches end at the last column.
     """
+    if isinstance(masks, torch.dtype):
+        return _rows_of_their_own(trees, pad_token_id, device, masks)
+    trunks: list[Span] = []
+    branches: list[tuple[Span, ...]] = []
+    kept: list[int] = []
+    offset = 0
+    for tree in trees:
+        trunks.append((offset, offset + tree.trunk))
+        branches.append(tuple((offset + start, offset + end) for start, end in tree.spans()))
+        kept += range(offset + tree.trunk, offset + len(tree.tokens))
+        offset += len(tree.tokens)
+    plan = Plan(tuple(trunks), tuple(branches))
+    return {
+        "input_ids": torch.tensor([[token for tree in trees for token in tree.tokens]], device=device),
+        "position_ids": torch.tensor([[place for tree in trees for place in tree.positions]], device=device),
+        "attention_mask": encode(plan) if masks == "packed" else block_mask(plan, device),
+        "logits_to_keep": torch.tensor(kept, device=device),
+    }
+
+
+def _rows_of_their_own(
+    trees: Sequence[Tree], pad_token_id: int, device: torch.device, mask_dtype: torch.dtype
+) -> dict[str, Any]:
     longest = max(len(tree.tokens) for tree in trees)
 
     def stacked(rows: list[list[int]], fill: int) -> Tensor:
@@ -130,72 +180,86 @@ def score_trees(
     reference: TokenScores | None = None,
     keep_logits: bool = False,
     tokens: int | None = None,
-    mask_dtype: torch.dtype = torch.bool,
+    masks: Masks = torch.bool,
     model_options: Mapping[str, Any] | None = None,
+    call: Call | None = None,
 ) -> tuple[TokenScores, Any]:
     """Score the completion tokens of padded rows in the tree layout.
 
     Args:
-        model: a causal language model, wrapped or not, that takes 4-D masks, position ids and `logits_to_keep`.
+        model: a causal language model, wrapped or not, that takes position ids, `logits_to_keep` and such masks.
         inputs: `input_ids` and `attention_mask` (R, T), padded on the right.
         completion_mask: (R, T), true at completion tokens.
         extras: what to compute besides log-probabilities.
         reference: the reference's scores of the same rows with their logits, for extras that compare distributions.
-        keep_logits: hand the logits on with the scores, in this layout's own form.
+        keep_logits: hand on with the scores what it takes to have the logits again, in this layout's own form.
         tokens: how many tokens go through the model at once; all of them if None.
-        mask_dtype: bool for SDPA, the model's own dtype for eager attention, which adds its mask.
+        masks: what the attention takes: "packed" (`prefopt.scoring.attention`) or "block" (FlexAttention) for many
+            trees in one row, or the type of a four-dimensional mask: bool for SDPA, the model's own for eager
+            attention, which adds its mask.
         model_options: further keyword arguments of the model.
+        call: how the model is called; the default computes the head on completion tokens only.
 
     Returns:
         Token scores of shape (R, T - 1), position t standing for token t + 1, and the last output of the model.
     """
     ids = inputs["input_ids"]
     trees = plant(ids, inputs["attention_mask"], completion_mask)
-    kept: list[Tensor] = []
-    parts: list[TokenScores] = []
-    rows: list[int] = []
-    places: list[int] = []
+    together = group(trees, tokens) if isinstance(masks, torch.dtype) else pack(trees, tokens)
+    parts: list[Measured] = []
+    kept: list[Any] = []
     outputs: Any = None
-    for number, together in enumerate(group(trees, tokens)):
-        arguments = tree_inputs(together, 0, ids.device, mask_dtype)
-        window = max(len(tree.targets) for tree in together)
-        outputs = model(**arguments, **(model_options or {}), logits_to_keep=window, use_cache=False)
-        # Branches end at the last column: the last len(targets) logits of each row are its own.
-        pieces = [outputs.logits[i, -len(tree.targets) :] for i, tree in enumerate(together)]
-        logits = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).unsqueeze(0)
-        targets = [target for tree in together for target in tree.targets]
-        labels = torch.tensor([[token for _, _, token in targets]], device=ids.device)
-        ref_logits = None if reference is None or reference.logits is None else reference.logits[number]
-        parts.append(token_scores(logits, labels, torch.ones_like(labels), extras, ref_logits))
-        rows += [row for row, _, _ in targets]
-        places += [place for _, place, _ in targets]
-        if keep_logits:
-            kept.append(logits)
-    where = (torch.tensor(rows, device=ids.device), torch.tensor(places, device=ids.device))
-    scores = _scatter(parts, where, (ids.shape[0], ids.shape[1] - 1), ids[:, 1:])
-    return (TokenScores(**scores, logits=kept) if keep_logits else TokenScores(**scores)), outputs
+    for number, some in enumerate(together):
+        arguments = tree_inputs(some, 0, ids.device, masks)
+        width = max(len(tree.targets) for tree in some) if isinstance(masks, torch.dtype) else None
+        labels, mask = _labels(some, width, ids.device)
+        before = None if reference is None or reference.logits is None else reference.logits[number]
+        request = Request(labels, mask, extras, before, keep_logits)
+        # Branches end at the last column of a row of their own; of a packed row their places are picked.
+        arguments["logits_to_keep"] = arguments.get("logits_to_keep", width)
+        measured, outputs = (call or Call())(
+            model, {**arguments, **(model_options or {}), "use_cache": False}, request
+        )
+        parts.append(measured)
+        kept.append(request.kept)
+    targets = [target for some in together for tree in some for target in tree.targets]
+    scores = _scatter(parts, targets, (ids.shape[0], ids.shape[1] - 1), ids[:, 1:])
+    return (replace(scores, logits=kept) if keep_logits else scores), outputs
 
 
-_SCATTERED = (
-    "logps", "entropy", "is_top1", "top_logps", "top_ids", "collision", "forward_kl", "reverse_kl", "ref_entropy",
-)  # fmt: skip
+def _labels(trees: Sequence[Tree], width: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, K) tokens that the kept positions predict, and which of them are targets.
+
+    Args:
+        trees: a row each, or all in one row if `width` is None.
+        width: of a row; its targets are at its end.
+        device: of the tensors.
+    """
+    if width is None:
+        labels = torch.tensor([[token for tree in trees for _, _, token in tree.targets]], device=device)
+        return labels, torch.ones_like(labels, dtype=torch.bool)
+    rows = [[PADDING] * (width - len(tree.targets)) + [token for _, _, token in tree.targets] for tree in trees]
+    labels = torch.tensor(rows, device=device)
+    return labels.clamp(min=0), labels != PADDING
 
 
 def _scatter(
-    parts: Sequence[TokenScores], where: tuple[Tensor, Tensor], shape: tuple[int, int], tokens: Tensor
-) -> dict[str, Any]:
-    """Values of packed tokens at their rows and places."""
-    made: dict[str, Any] = {"tokens": tokens}
-    mask = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
+    parts: Sequence[Measured],
+    targets: Sequence[tuple[tuple[int, ...], int, int]],
+    shape: tuple[int, int],
+    tokens: Tensor,
+) -> TokenScores:
+    """Values of the targets at their rows and places; a branch that several rows share goes to all of them."""
+    device = tokens.device
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
     if not parts:
-        zeros = torch.zeros(shape, device=tokens.device)
-        return made | {"logps": zeros, "entropy": zeros, "is_top1": mask, "mask": mask}
-    mask[where] = True
-    made["mask"] = mask
-    for name in _SCATTERED:
-        values = [getattr(part, name) for part in parts]
-        if values[0] is None:
-            continue
-        joined = torch.cat([value[0] for value in values])
-        made[name] = joined.new_zeros((*shape, *joined.shape[1:])).index_put(where, joined)
-    return made
+        zeros = torch.zeros(shape, device=device)
+        return TokenScores(zeros, zeros, mask, mask, tokens)
+    places = [(row, place, i) for i, (rows, place, _) in enumerate(targets) for row in rows]
+    rows, columns, sources = torch.tensor(places, device=device).unbind(1)
+    mask[rows, columns] = True
+    order = torch.zeros(shape, dtype=torch.long, device=device)
+    order[rows, columns] = sources
+    measured = joined(parts)
+    picked = {name: value[order[mask]] for name in MEASURED if (value := getattr(measured, name)) is not None}
+    return spread(Measured(**picked), mask, tokens)

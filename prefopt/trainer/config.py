@@ -54,6 +54,9 @@ class PreferenceConfig(DPOConfig):
             runs and losses: "off", "auto" (a folder in `PREFOPT_CACHE` or `~/.cache/prefopt`) or a folder.
         layout: how rows are scored: "auto" computes each prompt once for all its completions where the model gives the
             same numbers that way, "tree" insists on it, "padded" computes a row per completion.
+        token_budget: most tokens that a training batch puts through the model at once, prompts counted once. Batches
+            that hold more go through in parts; what a step learns stays the same, its memory does not grow with
+            `per_device_train_batch_size`. None puts no limit.
         sample_max_new_tokens: where completions that an online objective draws from the policy are cut off.
     """
 
@@ -94,6 +97,13 @@ class PreferenceConfig(DPOConfig):
             "choices": ["auto", "tree", "padded"],
         },
     )
+    token_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens that a training batch puts through the model at once (prompts counted once). Larger "
+            "batches go through in parts, with the same gradient. Not set: no limit."
+        },
+    )
     sample_max_new_tokens: int = field(
         default=64,
         metadata={"help": "Longest completion, in tokens, that objectives such as hypo draw from the policy."},
@@ -106,6 +116,8 @@ class PreferenceConfig(DPOConfig):
         super().__post_init__()
         if self.layout not in ("auto", "tree", "padded"):
             raise ValueError(f"layout must be 'auto', 'tree' or 'padded', got {self.layout!r}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"token_budget must be at least 1 token, got {self.token_budget}")
         if self.step0_check not in ("error", "warn", "off"):
             raise ValueError(f"step0_check must be 'error', 'warn' or 'off', got {self.step0_check!r}")
         if self.loss is not None:

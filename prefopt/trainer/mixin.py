@@ -31,6 +31,7 @@ from prefopt.scoring.collate import (
     groups_of,
 )
 from prefopt.scoring.layout import Layout
+from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.scoring import ScoringMixin
 from prefopt.trainer.state import ObjectiveState, restore
@@ -38,7 +39,7 @@ from prefopt.trainer.state import ObjectiveState, restore
 logger = logging.getLogger(__name__)
 
 
-class LossMixin(ScoringMixin):
+class LossMixin(TokenBudgetMixin, ScoringMixin):
     """Gives a `trl.DPOTrainer` subclass a `loss` argument: `class Mine(LossMixin, TheirTrainer): ...`.
 
     Args:
@@ -71,6 +72,7 @@ class LossMixin(ScoringMixin):
         self._own_collator: PreferenceCollator | None = None
         self._previous_model: Any = None
         self._layout = Layout("padded")
+        self._share = 1.0  # of its batch, that what is being scored is
         self._reference_cache: ReferenceCache | None = None
         data = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
         data = bound.get("train_dataset", data)
@@ -149,7 +151,8 @@ class LossMixin(ScoringMixin):
 
     def _after_trl(self, objective: Loss, own_reference: bool, sample: Mapping[str, Any]) -> None:
         objective.to(self.accelerator.device)
-        self._layout = self._make_layout()
+        self._check_budget(objective, self._own_collator is not None)
+        self._layout = self._make_layout(own_reference)
         self._reference_cache = self._open_cache(objective)
         self.add_callback(ObjectiveState(objective))  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
@@ -167,7 +170,8 @@ class LossMixin(ScoringMixin):
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         for model in (self.model, self.ref_model if own_reference else None):
             if model is not None and hasattr(model, "config"):
-                model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+                inner = self.accelerator.unwrap_model(model)  # a DeepSpeedEngine has a config of its own
+                inner.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
     # ---- data -----------------------------------------------------------------------------------------------------
 
@@ -230,7 +234,9 @@ class LossMixin(ScoringMixin):
         if getattr(self, "aux_loss_enabled", False):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss  # type: ignore[attr-defined]
             self._means.add("aux_loss", outputs.aux_loss.reshape(1))
-        self._means.add_all(batch_metrics(batch, output))
+        if self._share > 0:
+            self._means.add_all(batch_metrics(batch, output))
+        loss = loss * self._share
         return (loss, outputs) if return_outputs else loss
 
     def _check_start(self, batch: PreferenceBatch) -> None:

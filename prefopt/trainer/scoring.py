@@ -19,9 +19,11 @@ from trl.models.utils import unwrap_model_for_generation
 
 from prefopt.losses import Loss, Need, PreferenceBatch
 from prefopt.scoring import Extras, TokenScores, extras_for
+from prefopt.scoring.adapters import fuse_lora
 from prefopt.scoring.cache import ReferenceCache, cache_root
 from prefopt.scoring.collate import COLUMN_PREFIX, GIVEN_LOGPS, PreferenceCollator, select_rows
 from prefopt.scoring.fingerprint import fingerprint, is_sharded
+from prefopt.scoring.frozen import FrozenLayers, frozen_depth, same_below
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.logprobs import BARE
 from prefopt.scoring.sampling import with_samples
@@ -46,18 +48,35 @@ class ScoringMixin:
     _previous_model: Any
     _layout: Layout
     _reference_cache: ReferenceCache | None
+    _share: float
 
-    def _make_layout(self) -> Layout:
+    def _make_layout(self, own_reference: bool) -> Layout:
         name: Any = getattr(self.args, "layout", "auto")
         if getattr(self, "aux_loss_enabled", False) and name != "padded":
             logger.warning("padded layout: the load-balancing loss of experts is computed over padded rows")
             name = "padded"
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
+        compiled = bool(self.args.torch_compile)
+        if not sharded and not compiled and is_peft_model(self.model):
+            fuse_lora(self.model)
+        # A wrapper that shards weights follows which layers are called.
+        shared = 0 if sharded or compiled else self._shared_depth(own_reference)
         return Layout(
             name,
-            agree=lambda reason: next((found for found in gather_object([reason]) if found), ""),
+            gather=lambda found: gather_object([found]),
             one_call=sharded or self.accelerator.num_processes > 1,
+            compiled=compiled,
+            frozen=FrozenLayers(shared) if shared else None,
         )
+
+    def _shared_depth(self, own_reference: bool) -> int:
+        """How many of the first layers give the policy what they give the reference."""
+        assert self.objective is not None
+        if not own_reference or not self.objective.needs.compares or self.args.sync_ref_model:
+            return 0
+        depth = frozen_depth(self.model)
+        same = self.ref_model is None or (depth > 0 and same_below(self.model, self.ref_model, depth))
+        return depth if same else 0
 
     def _open_cache(self, objective: Loss) -> ReferenceCache | None:
         where = getattr(self.args, "reference_cache", "off")
@@ -186,13 +205,16 @@ class ScoringMixin:
         if not self.args.precompute_ref_log_probs:
             # Columns of an earlier run with another reference would be taken for this one's.
             inputs = {name: value for name, value in inputs.items() if name not in GIVEN_LOGPS[:2]}
+        if self._layout.call.frozen is not None:
+            self._layout.call.frozen.clear()
         models = Models(policy, reference, None if self._previous_model is None else self._previous_scores)
         if "sampled" in self.objective.roles:
             inputs = self._with_samples(model, inputs)
         batch, scores, scored = score_batch(
             inputs, self.objective, models, every_role=all_logits or not self.model.training
         )
-        self._record_tokens(scores, scored)  # type: ignore[attr-defined]
+        if self._share > 0:
+            self._record_tokens(scores, scored)  # type: ignore[attr-defined]
         return batch, outputs
 
     def _with_samples(self, model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

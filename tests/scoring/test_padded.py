@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from prefopt.scoring import score_rows
+from prefopt.scoring.call import Call
 from prefopt.scoring.collate import PreferenceCollator
-from prefopt.scoring.padded import takes_logits_to_keep
+from prefopt.scoring.model import takes_logits_to_keep
 from tests.tiny import make_model
 
 EXAMPLES = [
@@ -45,7 +46,7 @@ def test_logits_are_computed_from_the_first_completion_on():
     batch = PreferenceCollator(pad_token_id=0)([{**EXAMPLES[0], "prompt_ids": list(range(5, 45))}])
     inputs = {k: batch[k] for k in MODEL_INPUTS}
     assert takes_logits_to_keep(model)
-    _, windowed = score_rows(model, inputs, batch["completion_mask"])
+    _, windowed = score_rows(model, inputs, batch["completion_mask"], call=Call(chunked_head=False))
     _, full = score_rows(model, inputs, batch["completion_mask"], all_logits=True)
     assert windowed.logits.shape[1] == 4
     assert full.logits.shape[1] == 43

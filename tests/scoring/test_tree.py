@@ -53,13 +53,14 @@ def close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return float((mine - theirs).norm() / theirs.norm()) < 1e-5
 
 
+MASKS: dict[str, Any] = {"sdpa": torch.bool, "eager": torch.float32, "tree_sdpa": "packed"}
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "phi", "phi3", "gpt2", "neox", "moe"]
 
 
 @pytest.mark.parametrize(
     ("architecture", "attention"),
     # Gemma 2 caps its attention scores, which SDPA cannot.
-    [*((name, kind) for name in ARCHITECTURES for kind in ("sdpa", "eager")), ("gemma2", "eager")],
+    [*((name, kind) for name in ARCHITECTURES for kind in MASKS), ("gemma2", "eager")],
 )
 @pytest.mark.parametrize("tokens", [None, 1])
 def test_equals_the_padded_layout(architecture, attention, tokens):
@@ -69,10 +70,7 @@ def test_equals_the_padded_layout(architecture, attention, tokens):
     inputs, mask = model_inputs(batch), batch["completion_mask"]
     options = {"output_router_logits": False} if architecture == "moe" else {}
     padded, _ = score_rows(model, {**inputs, **options}, mask)
-    trees, _ = score_trees(
-        model, inputs, mask, tokens=tokens, model_options=options,
-        mask_dtype=torch.float32 if attention == "eager" else torch.bool,
-    )  # fmt: skip
+    trees, _ = score_trees(model, inputs, mask, tokens=tokens, model_options=options, masks=MASKS[attention])
     assert torch.equal(trees.mask, padded.mask)
     torch.testing.assert_close(trees.logps, padded.logps, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(trees.entropy, padded.entropy, rtol=1e-5, atol=2e-5)
@@ -159,7 +157,7 @@ def chosen_layout(model: torch.nn.Module, name: Any = "auto", **options: Any) ->
 
 def test_auto_takes_the_tree_layout_where_it_holds():
     scores, layout = chosen_layout(make_model().eval())
-    assert layout._found == ""
+    assert layout.masks == "packed"
     batch = collate()
     expected, _ = score_rows(make_model().eval(), model_inputs(batch), batch["completion_mask"])
     torch.testing.assert_close(scores.logps, expected.logps, rtol=1e-5, atol=2e-5)
@@ -173,7 +171,7 @@ def test_models_with_a_state_fall_back_and_say_why(architecture, why, caplog):
     model = make_model(architecture).eval()
     with caplog.at_level(logging.WARNING):
         scores, layout = chosen_layout(model)
-    assert layout._found
+    assert layout.masks is None
     assert "padded layout" in caplog.text
     batch = collate()
     expected, _ = score_rows(model, model_inputs(batch), batch["completion_mask"])
@@ -195,7 +193,7 @@ def test_a_model_that_ignores_its_mask_is_found_out():
             return self.inner(input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep)
 
     _, layout = chosen_layout(Forgetful())
-    assert "gives other log-probabilities" in layout._found
+    assert "gives other log-probabilities" in layout.reason
 
 
 def test_rows_beyond_a_sliding_window_are_padded():
@@ -208,9 +206,11 @@ def test_rows_beyond_a_sliding_window_are_padded():
         scores, _ = layout.score(model, batch, model_inputs(batch))
         expected, _ = score_rows(model, model_inputs(batch), batch["completion_mask"])
         torch.testing.assert_close(scores.logps, expected.logps, rtol=1e-5, atol=2e-5)
-    assert layout._found == ""
+    assert layout.masks == "packed"
 
 
 def test_every_process_takes_the_layout_that_all_can():
-    _, layout = chosen_layout(make_model().eval(), agree=lambda reason: reason or "another process cannot")
-    assert layout._found == "another process cannot"
+    _, layout = chosen_layout(make_model().eval(), gather=lambda found: [found, "another process cannot"])
+    assert layout.masks is None
+    assert layout.reason == "another process cannot"
+    assert not layout.call.chunked_head

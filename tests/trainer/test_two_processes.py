@@ -42,3 +42,12 @@ def test_two_processes_equal_one(tmp_path, loss):
         for name in set(reference) - differs:
             loose = loss.startswith("kto") and name not in ("num_tokens", "lengths/chosen", "lengths/rejected")
             assert mine[name] == pytest.approx(reference[name], rel=5e-2 if loose else 1e-4, abs=1e-5), name
+
+
+def test_a_token_budget_changes_nothing_on_two_processes(tmp_path):
+    """The two processes cut their batches in different numbers of parts, and exchange gradients once a step."""
+    parts, whole = launch(tmp_path, 2, "dpo + 0.1*sft", "4", "50"), launch(tmp_path, 1, "dpo + 0.1*sft", "8")
+    assert parts["wrapped"] == "DistributedDataParallel"
+    for mine, reference in zip(parts["log"], whole["log"], strict=True):
+        for name in set(reference) - {"epoch", "learning_rate"}:
+            assert mine[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-5), name

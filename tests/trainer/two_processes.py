@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tests.trainer.runs import make_labelled, make_trainer
 
 
-def main(folder: Path, loss: str, per_device: int) -> None:
+def main(folder: Path, loss: str, per_device: int, budget: int | None) -> None:
     trainer = make_trainer(
         folder,
         loss=loss,
@@ -20,6 +20,7 @@ def main(folder: Path, loss: str, per_device: int) -> None:
         train_dataset=make_labelled(16) if loss.startswith("kto") else None,
         per_device_train_batch_size=per_device,
         max_steps=3,
+        token_budget=budget,
         seed=1,
         ddp_backend="gloo",
         output_dir=str(folder / f"run-{loss}-{per_device}"),
@@ -39,4 +40,4 @@ def main(folder: Path, loss: str, per_device: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else None)

@@ -1,0 +1,76 @@
+"""A batch cut into parts of at most so many tokens, each of examples that go well together.
+
+Examples with one prompt stay together, so that it is computed once; examples of like length share a part, so that rows
+are filled up as little as possible. Which examples a step learns from is decided before, and stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefopt.scoring.tree import plant
+
+
+def cut(batch: Mapping[str, Any], tokens: int, in_trees: bool) -> list[list[int]]:
+    """The examples of each part, the longest first; every example is in one of them.
+
+    Args:
+        batch: a batch of `PreferenceCollator`.
+        tokens: at most so many in a part, as the layout counts them: each prompt once in trees, else rows filled up to
+            the longest. An example that is longer is a part of its own.
+        in_trees: which layout.
+    """
+    if in_trees:
+        parts: list[list[int]] = []
+        room: list[int] = []
+        for size, examples in sorted(_bundles(batch), key=lambda bundle: -bundle[0]):
+            place = next((number for number, left in enumerate(room) if left >= size), None)
+            if place is None:
+                parts.append(examples)
+                room.append(tokens - size)
+            else:
+                parts[place] += examples
+                room[place] -= size
+        return parts
+    return _rows_of_like_length(batch, tokens)
+
+
+def _bundles(batch: Mapping[str, Any]) -> list[tuple[int, list[int]]]:
+    """Tokens and examples of what hangs together by its prompts."""
+    examples = batch["examples"].tolist()
+    joined = list(range(max(examples) + 1))
+
+    def root(example: int) -> int:
+        while joined[example] != example:
+            example = joined[example]
+        return example
+
+    trees = plant(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    members = [sorted({examples[row] for rows, _, _ in tree.targets for row in rows}) for tree in trees]
+    for first, *others in members:
+        for other in others:
+            joined[max(root(first), root(other))] = min(root(first), root(other))
+    sizes = dict.fromkeys((root(example) for example in joined), 0)
+    for tree, (first, *_) in zip(trees, members, strict=True):
+        sizes[root(first)] += len(tree.tokens)
+    return [(size, [e for e in range(len(joined)) if root(e) == top]) for top, size in sizes.items()]
+
+
+def _rows_of_like_length(batch: Mapping[str, Any], tokens: int) -> list[list[int]]:
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    longest: dict[int, int] = {}
+    rows: dict[int, int] = {}
+    for example, length in zip(batch["examples"].tolist(), lengths, strict=True):
+        longest[example] = max(longest.get(example, 0), length)
+        rows[example] = rows.get(example, 0) + 1
+    parts: list[list[int]] = []
+    count = width = 0
+    for example in sorted(longest, key=lambda example: -longest[example]):
+        if parts and (count + rows[example]) * width <= tokens:
+            parts[-1].append(example)
+            count += rows[example]
+        else:
+            parts.append([example])
+            count, width = rows[example], longest[example]
+    return parts

@@ -1,0 +1,205 @@
+"""The language-model head on completion tokens, a chunk at a time, so that the logits never exist as a whole.
+
+While a model is called inside `replaced_head`, its head returns the quantities of `measure` instead of logits. The
+model is called as it is, wrappers and all; what changes is the forward method of one linear layer, for that call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from prefopt.scoring.logprobs import (
+    Extras,
+    Measured,
+    detached_where_constant,
+    gradients,
+    joined,
+    measure,
+    pull_back,
+)
+
+CHUNK_BYTES = {"cpu": 2**25}
+"""Size of a chunk's logits: on a CPU what stays in its caches, elsewhere enough to keep the device busy."""
+CHUNK_BYTES_ELSEWHERE = 2**28
+KEPT_BYTES = 2**27
+"""Logits up to this size are kept for the backward pass where it needs them; larger ones are computed again."""
+
+UNSUPPORTED = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""What models multiply their logits with after the head."""
+
+
+@dataclass
+class Head:
+    """The head of a model and what follows it.
+
+    Attributes:
+        linear: from hidden states to logits.
+        softcap: logits are squashed to (-softcap, softcap); None if not.
+    """
+
+    linear: nn.Linear
+    softcap: float | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its weights are here only while the model is called (ZeRO-3, FSDP)."""
+        return hasattr(self.linear.weight, "ds_id") or hasattr(self.linear.weight, "device_mesh")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V) logits of (N, H) hidden states, at least float32."""
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        weight, bias = self.linear.weight, self.linear.bias
+        with torch.autocast(hidden.device.type, enabled=False):
+            made = nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+            made = made.to(torch.promote_types(dtype, torch.float32))
+        return made if self.softcap is None else made.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def chunks(self, hidden: Tensor) -> list[slice]:
+        size = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
+        rows = max(size // (4 * self.linear.weight.shape[0]), 1)
+        return [slice(start, start + rows) for start in range(0, max(hidden.shape[0], 1), rows)]
+
+
+@dataclass
+class Kept:
+    """The logits of N positions, or what it takes to have them again.
+
+    Attributes:
+        values: (N, V) logits; with a `head`, (N, H) hidden states.
+        head: of the model that they come from.
+    """
+
+    values: Tensor
+    head: Head | None = None
+
+    def logits(self, part: slice) -> Tensor:
+        with torch.no_grad():
+            return self.values[part] if self.head is None else self.head.logits(self.values[part])
+
+
+def head_of(model: nn.Module) -> Head | None:
+    """The head of an unwrapped model, if it is a plain linear layer whose logits are the model's own."""
+    get = getattr(model, "get_output_embeddings", None)
+    linear = get() if callable(get) else None
+    if type(linear) is not nn.Linear:
+        return None
+    config: Any = model.config
+    for part in (config, config.get_text_config()):
+        if any(getattr(part, name, None) not in (None, 1.0) for name in UNSUPPORTED):
+            return None
+    return Head(linear, getattr(config.get_text_config(), "final_logit_softcapping", None))
+
+
+@contextlib.contextmanager
+def replaced_head(model: nn.Module, head: Head, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """In here the head of `model` (unwrapped) computes `forward`, and what follows the head does nothing."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    head.linear.forward = forward  # type: ignore[method-assign, assignment]
+    if head.softcap is not None:
+        config.final_logit_softcapping = None
+    try:
+        yield
+    finally:
+        del head.linear.forward
+        if head.softcap is not None:
+            config.final_logit_softcapping = head.softcap
+
+
+def measured_by_head(
+    head: Head, hidden: Tensor, labels: Tensor, extras: Extras, reference: Kept | None = None
+) -> Measured:
+    """What `measure` reads off the logits of (N, H) hidden states, with gradient for them and for the head."""
+    weight, bias = head.linear.weight, head.linear.bias
+    values = _HeadScores.apply(hidden, weight, bias, labels, head, extras, reference)  # type: ignore[no-untyped-call]
+    return Measured(*values)
+
+
+class _HeadScores(torch.autograd.Function):
+    """Hidden states -> values as `MEASURED`.
+
+    The gradient of log p(y) with respect to a hidden state is W[y] - sum_v p(v) W[v], which is known when the logits
+    are; where nothing else asks for a gradient it is computed at once, and the logits are gone before the next chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head,
+        extras: Extras, reference: Kept | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        differs = bool(extras.top_k) or extras.full_reference or head.softcap is not None
+        needed = ctx.needs_input_grad[0] or trained
+        at_once = needed and not trained and not differs
+        keeps = needed and not at_once and 4 * hidden.shape[0] * weight.shape[0] <= KEPT_BYTES
+        parts, directions, kept = [], [], []
+        for part in head.chunks(hidden):
+            logits = head.logits(hidden[part])
+            parts.append(measure(logits, labels[part], extras, None if reference is None else reference.logits(part)))
+            if at_once:
+                directions.append(_direction(logits, labels[part], weight))
+            if keeps:
+                kept.append(logits)
+        made = joined(parts)
+        ctx.save_for_backward(
+            hidden, labels, made.top_ids, made.reverse_kl, torch.cat(directions) if at_once else None, *kept
+        )
+        ctx.head, ctx.reference, ctx.at_once, ctx.dtype = head, reference, at_once, hidden.dtype
+        ctx.autocast = (
+            torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+        )
+        return detached_where_constant(ctx, made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = gradients(grads)
+        hidden, labels, top_ids, reverse_kl, directions, *kept = ctx.saved_tensors
+        if not given:
+            return (None,) * 7
+        if ctx.at_once:
+            return ((given["logps"].unsqueeze(-1) * directions).to(ctx.dtype), *(None,) * 6)
+        head: Head = ctx.head
+        weight, bias = head.linear.weight, head.linear.bias
+        for_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        device = hidden.device.type
+        for number, part in enumerate(head.chunks(hidden)):
+            with torch.autocast(device, dtype=ctx.autocast, enabled=ctx.autocast is not None):
+                logits = kept[number] if kept else head.logits(hidden[part])
+            measured = Measured(
+                logits, top_ids=None if top_ids is None else top_ids[part],
+                reverse_kl=None if reverse_kl is None else reverse_kl[part],
+            )  # fmt: skip
+            grad = pull_back(
+                logits, labels[part], measured, {name: value[part] for name, value in given.items()},
+                None if ctx.reference is None else ctx.reference.logits(part),
+            )  # fmt: skip
+            if head.softcap is not None:
+                grad.mul_(1 - (logits / head.softcap) ** 2)
+            grad = grad.to(hidden.dtype if ctx.autocast is None else ctx.autocast)
+            if for_hidden is not None:
+                for_hidden[part] = (grad @ weight.to(grad.dtype)).to(hidden.dtype)
+            if for_weight is not None:
+                for_weight += (grad.T @ hidden[part].to(grad.dtype)).to(weight.dtype)
+            if for_bias is not None:
+                for_bias += grad.sum(0).to(bias.dtype)
+        return for_hidden, for_weight, for_bias, None, None, None, None
+
+
+def _direction(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """(N, H) gradient of the labels' log-probabilities with respect to the hidden states; uses the logits up."""
+    probs = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    total = probs.sum(-1, keepdim=True)
+    with torch.autocast(logits.device.type, enabled=False):
+        expected = (probs.to(weight.dtype) @ weight).to(logits.dtype) / total
+    return weight[labels].to(logits.dtype) - expected

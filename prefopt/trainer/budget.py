@@ -1,0 +1,106 @@
+"""Training steps within a budget of tokens: a batch goes through the model in parts, its gradient stays the same."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from prefopt.losses import Loss
+from prefopt.scoring.budget import cut
+from prefopt.scoring.collate import groups_of, select_examples
+from prefopt.scoring.layout import Layout
+
+
+class TokenBudgetMixin:
+    """The part of `LossMixin` that cuts batches where `token_budget` is set.
+
+    Where the loss is a mean over examples, each part has its forward and backward pass, its loss weighted by its share
+    of the examples. Where examples act on one another the loss needs all of them at once: then parts are scored one
+    after the other, keeping nothing but their log-probabilities, and scored again in the backward pass.
+    """
+
+    objective: Loss | None
+    args: Any
+    model: Any
+    accelerator: Any
+    _layout: Layout
+    _share: float
+
+    @property
+    def _budget(self) -> int | None:
+        return getattr(self.args, "token_budget", None)
+
+    def _check_budget(self, objective: Loss, own_collator: bool) -> None:
+        """Refuse what a budget cannot be kept in."""
+        if self._budget is None:
+            return
+        if not own_collator:
+            raise ValueError("token_budget is for text: this run has a collator of its own")
+        if not objective.separable and self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"token_budget={self._budget} cannot be kept on several processes with {objective}, whose examples "
+                "act on one another: lower per_device_train_batch_size, or use gradient_checkpointing=True"
+            )
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        if self.objective is None or self._budget is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        model.train()
+        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        in_trees = self._layout.in_trees(model, inputs, self._model_inputs(inputs))  # type: ignore[attr-defined]
+        if not self.objective.separable or not groups_of(inputs).paired:
+            if not in_trees:
+                raise ValueError(
+                    f"token_budget={self._budget} cannot be kept with {self.objective} in the padded layout "
+                    f"({self._layout.reason or 'asked for'}): its examples act on one another. Lower "
+                    "per_device_train_batch_size, or use gradient_checkpointing=True"
+                )
+            with self._in_parts(self._budget):
+                return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        total: Any = 0.0
+        parts = self._parts(inputs, self._budget, in_trees)
+        for number, (part, share) in enumerate(parts):
+            with self._accumulating(model) if number < len(parts) - 1 else contextlib.nullcontext():
+                self._share = share
+                try:
+                    total = total + super().training_step(model, part, num_items_in_batch)  # type: ignore[misc]
+                finally:
+                    self._share = 1.0
+        return total
+
+    def _parts(self, inputs: Mapping[str, Any], budget: int, in_trees: bool) -> list[tuple[Any, float]]:
+        """The parts of a batch and their shares of its examples; as many on every process."""
+        examples = cut(inputs, budget, in_trees)
+        count = sum(len(some) for some in examples)
+        parts = [(select_examples(inputs, some), len(some) / count) for some in examples]
+        if self.accelerator.num_processes > 1:
+            most = max(gather_object([len(parts)]))
+            # A part of no weight, for a process that is done before the others.
+            parts = [(parts[-1][0], 0.0)] * (most - len(parts)) + parts
+        return parts
+
+    @contextlib.contextmanager
+    def _in_parts(self, budget: int) -> Iterator[None]:
+        tokens, self._layout.tokens, self._layout.call.recompute = self._layout.tokens, budget, True
+        try:
+            yield
+        finally:
+            self._layout.tokens, self._layout.call.recompute = tokens, False
+
+    @contextlib.contextmanager
+    def _accumulating(self, model: Any) -> Iterator[None]:
+        """Backward passes in here are not the last of the step: nothing is exchanged or updated yet."""
+        state = self.accelerator.gradient_state
+        syncs = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+                yield
+            else:
+                with self.accelerator.no_sync(model):
+                    yield
+        finally:
+            state._set_sync_gradients(syncs)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from prefopt.scoring.logprobs import (
     Extras,
     Measured,
+    Softmax,
     detached_where_constant,
     gradients,
     joined,
@@ -25,7 +26,7 @@ from prefopt.scoring.logprobs import (
     pull_back,
 )
 
-CHUNK_BYTES = {"cpu": 2**25}
+CHUNK_BYTES = {"cpu": 2**24}
 """Size of a chunk's logits: on a CPU what stays in its caches, elsewhere enough to keep the device busy."""
 CHUNK_BYTES_ELSEWHERE = 2**28
 KEPT_BYTES = 2**27
@@ -52,15 +53,19 @@ class Head:
         """Whether its weights are here only while the model is called (ZeRO-3, FSDP)."""
         return hasattr(self.linear.weight, "ds_id") or hasattr(self.linear.weight, "device_mesh")
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, V) logits of (N, H) hidden states, at least float32."""
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-        weight, bias = self.linear.weight, self.linear.bias
-        with torch.autocast(hidden.device.type, enabled=False):
-            made = nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-            made = made.to(torch.promote_types(dtype, torch.float32))
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N, V) logits of (N, H) hidden states, at least float32; written into `out` where it is given and fits."""
+        dtype, device = hidden.dtype, hidden.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        weight = self.linear.weight.detach().to(dtype)
+        bias: Tensor | None = self.linear.bias
+        with torch.autocast(device, enabled=False):
+            if out is not None and bias is None and out.dtype == dtype:
+                made = torch.mm(hidden.to(dtype), weight.T, out=out[: len(hidden)])
+            else:
+                made = nn.functional.linear(hidden.to(dtype), weight, None if bias is None else bias.to(dtype))
+                made = made.to(torch.promote_types(dtype, torch.float32))
         return made if self.softcap is None else made.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def chunks(self, hidden: Tensor) -> list[slice]:
@@ -141,11 +146,15 @@ class _HeadScores(torch.autograd.Function):
         at_once = needed and not trained and not differs
         keeps = needed and not at_once and 4 * hidden.shape[0] * weight.shape[0] <= KEPT_BYTES
         parts, directions, kept = [], [], []
-        for part in head.chunks(hidden):
-            logits = head.logits(hidden[part])
-            parts.append(measure(logits, labels[part], extras, None if reference is None else reference.logits(part)))
+        chunks = head.chunks(hidden)
+        space = _workspace(head, hidden, chunks[0]) if not keeps else (None, None)
+        for part in chunks:
+            logits = head.logits(hidden[part], space[0])
+            softmax = Softmax.of(logits, space[1])
+            theirs = None if reference is None else reference.logits(part)
+            parts.append(measure(logits, labels[part], extras, theirs, softmax))
             if at_once:
-                directions.append(_direction(logits, labels[part], weight))
+                directions.append(_direction(softmax, labels[part], weight))
             if keeps:
                 kept.append(logits)
         made = joined(parts)
@@ -196,10 +205,16 @@ class _HeadScores(torch.autograd.Function):
         return for_hidden, for_weight, for_bias, None, None, None, None
 
 
-def _direction(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """(N, H) gradient of the labels' log-probabilities with respect to the hidden states; uses the logits up."""
-    probs = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    total = probs.sum(-1, keepdim=True)
-    with torch.autocast(logits.device.type, enabled=False):
-        expected = (probs.to(weight.dtype) @ weight).to(logits.dtype) / total
-    return weight[labels].to(logits.dtype) - expected
+def _workspace(head: Head, hidden: Tensor, first: slice) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the logits of a chunk and their powers: fresh memory for every chunk costs more than the arithmetic."""
+    if hidden.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(hidden.device.type):
+        return None, None
+    shape = (len(hidden[first]), head.linear.weight.shape[0])
+    return hidden.new_empty(shape), hidden.new_empty(shape)
+
+
+def _direction(softmax: Softmax, labels: Tensor, weight: Tensor) -> Tensor:
+    """(N, H) gradient of the labels' log-probabilities with respect to the hidden states."""
+    with torch.autocast(weight.device.type, enabled=False):
+        expected = (softmax.powers.to(weight.dtype) @ weight).to(softmax.total.dtype) / softmax.total
+    return weight[labels].to(expected.dtype) - expected

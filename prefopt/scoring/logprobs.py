@@ -103,7 +103,35 @@ DIFFERENTIABLE = ("logps", "top_logps", "forward_kl", "reverse_kl")
 MEASURED = tuple(part.name for part in fields(Measured))
 
 
-def measure(logits: Tensor, labels: Tensor, extras: Extras, ref_logits: Tensor | None = None) -> Measured:
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax in pieces: `powers` / `total` are the probabilities of N positions.
+
+    Attributes:
+        highest: (N, 1) the largest logit.
+        powers: (N, V) exp(logit - highest).
+        total: (N, 1) their sum.
+    """
+
+    highest: Tensor
+    powers: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, out: Tensor | None = None) -> Softmax:
+        """Of (N, V) logits; the powers are written into `out` where it is given."""
+        highest = logits.amax(-1, keepdim=True)
+        powers = torch.sub(logits, highest, out=None if out is None else out[: len(logits)]).exp_()
+        return cls(highest, powers, powers.sum(-1, keepdim=True))
+
+
+def measure(
+    logits: Tensor,
+    labels: Tensor,
+    extras: Extras,
+    ref_logits: Tensor | None = None,
+    softmax: Softmax | None = None,
+) -> Measured:
     """Everything that `extras` asks of the logits of N positions, without gradient.
 
     Args:
@@ -111,16 +139,18 @@ def measure(logits: Tensor, labels: Tensor, extras: Extras, ref_logits: Tensor |
         labels: (N,) the tokens.
         extras: what to compute besides log-probabilities.
         ref_logits: (N, V) of the reference, in the same precision, for what compares the two distributions.
+        softmax: of the logits, where it is known.
     """
-    highest = logits.amax(-1, keepdim=True)
+    softmax = Softmax.of(logits) if softmax is None else softmax
+    highest, powers, total = softmax.highest, softmax.powers, softmax.total
     at_label = logits.gather(-1, labels.unsqueeze(-1))
-    powers = (logits - highest).exp_()
-    total = powers.sum(-1, keepdim=True)
     normaliser = highest + total.log()
     made: dict[str, Tensor] = {"logps": (at_label - normaliser).squeeze(-1)}
     if extras.statistics:
         made["is_top1"] = (at_label == highest).squeeze(-1)
-        entropy = (normaliser - torch.linalg.vecdot(powers, logits).unsqueeze(-1) / total).squeeze(-1)
+        # A product of rows and columns, because elementwise products would fill a tensor of the logits' size.
+        expected = torch.bmm(powers.unsqueeze(1), logits.unsqueeze(2)).squeeze(-1) / total
+        entropy = (normaliser - expected).squeeze(-1)
         # Tokens that are ruled out (-inf) have probability 0, and 0 * inf is no number.
         ruled_out = entropy.isnan()
         if bool(ruled_out.any()):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,38 +17,62 @@ from tests.trainer.runs import save_model
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, processes: int, *arguments: str) -> dict:
+def launch(
+    folder: Path,
+    processes: int,
+    loss: str,
+    per_device: int,
+    engine: str = "ddp",
+    kind: str = "full",
+    budget: Any = None,
+) -> dict[str, Any]:
     save_model(folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    arguments = [str(folder), loss, str(per_device), engine, kind, str(budget)]
     done = subprocess.run(
-        [*command, "-m", "tests.trainer.two_processes", str(folder), *arguments],
+        [*command, "-m", "tests.trainer.two_processes", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / f"{processes}.json").read_text())
+    found: dict[str, Any] = json.loads((folder / f"{processes}.json").read_text())
+    assert found["world"] == processes
+    if processes > 1:
+        assert found["wrapped"] == ("DistributedDataParallel" if engine == "ddp" else "DeepSpeedEngine")
+    # What the numbers below are equal in: packed trees, and a head that never holds whole logits.
+    assert (found["masks"], found["chunked"]) == ("packed", True)
+    return found
 
 
-@pytest.mark.parametrize("loss", ["dpo + 0.1*sft(nll='token')", "kto(beta=0.5) + 0.1*sft(nll='sum')"])
-def test_two_processes_equal_one(tmp_path, loss):
-    together, alone = launch(tmp_path, 2, loss, "4"), launch(tmp_path, 1, loss, "8")
-    assert together["world"] == 2
-    assert together["wrapped"] == "DistributedDataParallel"
-    # The moved completions of KTO's baseline come from other prompts in smaller batches: its estimate differs.
-    differs = {"epoch", "learning_rate", "mismatched_ratios", "kto/mismatched_ratios"}
+def assert_same(together: dict[str, Any], alone: dict[str, Any], loose: tuple[str, ...] = ()) -> None:
     for mine, reference in zip(together["log"], alone["log"], strict=True):
-        for name in set(reference) - differs:
-            loose = loss.startswith("kto") and name not in ("num_tokens", "lengths/chosen", "lengths/rejected")
-            assert mine[name] == pytest.approx(reference[name], rel=5e-2 if loose else 1e-4, abs=1e-5), name
+        for name in set(reference) - {"epoch", "learning_rate", "mismatched_ratios", "kto/mismatched_ratios"}:
+            rel = 5e-2 if name in loose else 1e-4
+            assert mine[name] == pytest.approx(reference[name], rel=rel, abs=1e-5), name
 
 
-def test_a_token_budget_changes_nothing_on_two_processes(tmp_path):
-    """The two processes cut their batches in different numbers of parts, and exchange gradients once a step."""
-    parts, whole = launch(tmp_path, 2, "dpo + 0.1*sft", "4", "50"), launch(tmp_path, 1, "dpo + 0.1*sft", "8")
-    assert parts["wrapped"] == "DistributedDataParallel"
-    for mine, reference in zip(parts["log"], whole["log"], strict=True):
-        for name in set(reference) - {"epoch", "learning_rate"}:
-            assert mine[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-5), name
+def test_two_processes_equal_one(tmp_path):
+    loss = "dpo + 0.1*sft(nll='token')"
+    assert_same(launch(tmp_path, 2, loss, 4), launch(tmp_path, 1, loss, 8))
+
+
+def test_two_processes_estimate_kto_as_one_does(tmp_path):
+    # The moved completions of its baseline come from other prompts in smaller batches: the estimate differs.
+    loss = "kto(beta=0.5) + 0.1*sft(nll='sum')"
+    together, alone = launch(tmp_path, 2, loss, 4), launch(tmp_path, 1, loss, 8)
+    exact = {"num_tokens", "lengths/chosen", "lengths/rejected"}
+    assert_same(together, alone, loose=tuple(set(alone["log"][0]) - exact))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_engines_and_token_budgets_change_nothing(tmp_path, engine, kind):
+    """The two processes cut their batches into different numbers of parts, and exchange gradients once a step."""
+    if engine != "ddp":
+        pytest.importorskip("deepspeed")
+    loss = "dpo + 0.1*sft + 0.1*tdpo"
+    alone = launch(tmp_path, 1, loss, 8, kind=kind)
+    assert_same(launch(tmp_path, 2, loss, 4, engine, kind, budget=50), alone)

@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+from peft import LoraConfig
 
 from tests.trainer.runs import make_labelled, make_trainer
 
 
-def main(folder: Path, loss: str, per_device: int, budget: int | None) -> None:
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    # Its faster all-reduce within one machine would be compiled for more than a minute first. The module is hidden
+    # behind PyTorch's name in its package.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        # So small a model would otherwise stay whole on every process.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        # DeepSpeed's own would compile an extension.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def main(folder: Path, loss: str, per_device: int, engine: str, kind: str, budget: int | None) -> None:
+    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if kind == "lora" else None
     trainer = make_trainer(
         folder,
         loss=loss,
         model=str(folder / "llama-0"),
         train_dataset=make_labelled(16) if loss.startswith("kto") else None,
+        trainer_options={"peft_config": adapter},
         per_device_train_batch_size=per_device,
         max_steps=3,
         token_budget=budget,
         seed=1,
         ddp_backend="gloo",
+        deepspeed=deepspeed_config(int(engine[-1])) if engine.startswith("zero") else None,
         output_dir=str(folder / f"run-{loss}-{per_device}"),
     )
     trainer.train()
     if trainer.is_world_process_zero():
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
-        wrapped = type(trainer.model_wrapped).__name__
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        (folder / f"{world}.json").write_text(json.dumps({"world": world, "wrapped": wrapped, "log": log}))
+        found = {
+            "world": dist.get_world_size() if dist.is_initialized() else 1,
+            "wrapped": type(trainer.model_wrapped).__name__,
+            "masks": str(trainer._layout.masks),
+            "chunked": trainer._layout.call.chunked_head,
+            "log": log,
+        }
+        (folder / f"{found['world']}.json").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.barrier()
         # Taking a gloo group down can deadlock with the interpreter's lock (torch joins its threads while holding it),
@@ -40,4 +66,5 @@ def main(folder: Path, loss: str, per_device: int, budget: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else None)
+    _, place, expression, batch, engine, kind, budget = sys.argv
+    main(Path(place), expression, int(batch), engine, kind, int(budget) if budget != "None" else None)

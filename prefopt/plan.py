@@ -22,7 +22,9 @@ from prefopt.data import tokenize_dataset
 from prefopt.losses import Loss, Need, parse
 from prefopt.models import adapter_base, adapter_settings
 from prefopt.scoring import ROLES
-from prefopt.scoring.collate import PreferenceCollator
+from prefopt.scoring.collate import ROW_TENSORS, PreferenceCollator
+from prefopt.scoring.head import chunk_bytes
+from prefopt.scoring.tree import plant
 from prefopt.trainer import PreferenceConfig, expression_from_trl_options
 
 _MAIN = {"output_dir", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "seed", "max_length"}
@@ -194,23 +196,30 @@ def _memory(
     width = {"bfloat16": 2, "float16": 2}.get(model.dtype or "float32", 4)
     rows, length = batch["input_ids"].shape
     scored = int(batch["completion_mask"].sum())
+    # Where the tree layout does not fit the model, the padded one takes its place, and every row counts in full.
+    trees = [] if training.layout == "padded" else plant(*(batch[name] for name in ROW_TENSORS))
+    tokens = sum(len(tree.tokens) for tree in trees) or rows * length
+    if training.token_budget is not None:
+        tokens = min(tokens, max(training.token_budget, max((len(tree.tokens) for tree in trees), default=2 * length)))
     adapter = trainable < total
     needs = parse(expression).needs if expression else Need.REFERENCE
     extra_reference = needs.compares and not adapter and not training.precompute_ref_log_probs
     half = training.bf16 or training.fp16
+    on_cpu = not torch.accelerator.is_available() or training.use_cpu
     # About 16 hidden-sized and 3 MLP-sized tensors a layer and token are kept for the backward pass.
     kept = (
         1
         if training.gradient_checkpointing
         else 16 + 3 * getattr(text, "intermediate_size", 4 * text.hidden_size) / text.hidden_size
     )
+    per_token = text.num_hidden_layers * text.hidden_size * kept * (2 if half else 4)
     parts = {
         f"weights, {total / 1e6:.0f}M": total * width,
         "reference model": total * width if extra_reference else 0,
         f"gradients, {trainable / 1e6:.1f}M": trainable * 4,
         "optimizer (AdamW)": trainable * 8,
-        "activations": rows * length * text.num_hidden_layers * text.hidden_size * kept * (2 if half else 4),
-        "logits and their gradient": rows * (length + 1) * text.vocab_size * (2 if half else 4) * 2,
+        f"activations of {tokens} tokens": tokens * per_token,
+        "logits, a chunk at a time": 2 * min(scored * text.vocab_size * 4, chunk_bytes("cpu" if on_cpu else "")),
     }
     table = Table(title=f"Memory per process for rows like these ({rows} x {length}, {scored} scored), rough")
     table.add_column("part")

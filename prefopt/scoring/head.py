@@ -26,9 +26,8 @@ from prefopt.scoring.logprobs import (
     pull_back,
 )
 
-CHUNK_BYTES = {"cpu": 2**24}
+CHUNK_BYTES = {"cpu": 2**24, "elsewhere": 2**28}
 """Size of a chunk's logits: on a CPU what stays in its caches, elsewhere enough to keep the device busy."""
-CHUNK_BYTES_ELSEWHERE = 2**28
 KEPT_BYTES = 2**27
 """Logits up to this size are kept for the backward pass where it needs them; larger ones are computed again."""
 
@@ -69,9 +68,14 @@ class Head:
         return made if self.softcap is None else made.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def chunks(self, hidden: Tensor) -> list[slice]:
-        size = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
+        size = chunk_bytes(hidden.device.type)
         rows = max(size // (4 * self.linear.weight.shape[0]), 1)
         return [slice(start, start + rows) for start in range(0, max(hidden.shape[0], 1), rows)]
+
+
+def chunk_bytes(device: str) -> int:
+    """How large a chunk's logits are on a kind of device."""
+    return CHUNK_BYTES["cpu" if device == "cpu" else "elsewhere"]
 
 
 @dataclass

@@ -116,7 +116,8 @@ class Loss(nn.Module):
         paired: whether chosen and rejected must answer the same prompts row by row.
         columns: numeric data set columns that must be present in every scored role.
         top_k: how many of the largest log-probabilities `Need.TOP_K` asks for.
-        batchwise: whether examples act on one another, through a statistic or a mean over the batch's tokens.
+        batchwise: whether examples act on one another, through a statistic or a mean over the batch's tokens; None is
+            taken as yes for losses from outside this package.
     """
 
     name: ClassVar[str] = ""
@@ -128,7 +129,7 @@ class Loss(nn.Module):
     paired: bool = False
     columns: tuple[str, ...] = ()
     top_k: int = 0
-    batchwise: bool = False
+    batchwise: bool | None = None
 
     @property
     def separable(self) -> bool:
@@ -138,8 +139,10 @@ class Loss(nn.Module):
         drawn or moved to other prompts. What is separable may be computed in parts.
         """
         parts = [part for part in self.modules() if isinstance(part, Loss)]
+        foreign = [part for part in parts if not type(part).__module__.startswith("prefopt.losses.")]
         return not (
-            any(part.batchwise or Need.MISMATCHED in part.needs or "sampled" in part.roles for part in parts)
+            any(part.batchwise is None for part in foreign)
+            or any(part.batchwise or Need.MISMATCHED in part.needs or "sampled" in part.roles for part in parts)
             or next(self.buffers(), None) is not None
         )
 

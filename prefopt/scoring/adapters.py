@@ -43,7 +43,8 @@ def _forward(self: Any, x: Tensor, *arguments: Any, **options: Any) -> Any:
     active = [name for name in self.active_adapters if name in self.lora_A]
     if (
         arguments or options or self.disable_adapters or self.merged or len(active) != 1
-        or active[0] in self.lora_variant or base.weight.requires_grad or not torch.is_grad_enabled()
+        or active[0] in self.lora_variant or any(p.requires_grad for p in base.parameters())
+        or not torch.is_grad_enabled()
         or torch.is_autocast_enabled(x.device.type)
     ):  # fmt: skip
         return type(self).forward(self, x, *arguments, **options)
@@ -63,7 +64,9 @@ def fuse_lora(model: nn.Module) -> int:
 
     Not for weights that live on other processes (ZeRO-3, FSDP): hooks of the inner modules would not be called.
     """
-    layers = [m for m in model.modules() if type(m) is LoraLinear and type(m.base_layer) is nn.Linear]
+    plain = [m for m in model.modules() if type(m) is LoraLinear and type(m.base_layer) is nn.Linear]
+    # One that has a forward of its own belongs to somebody else: accelerate moves weights between devices so.
+    layers = [layer for layer in plain if "forward" not in vars(layer) and "forward" not in vars(layer.base_layer)]
     for layer in layers:
         layer.forward = types.MethodType(_forward, layer)
     return len(layers)

@@ -63,13 +63,18 @@ class Plan:
         return self.masks[key]
 
 
-def encode(plan: Plan) -> Tensor:
-    """The plan as a four-dimensional tensor of integers, which models hand to their attention as they got it."""
+def encode(plan: Plan, device: torch.device | None = None) -> Tensor:
+    """The plan as a four-dimensional tensor of integers, which models hand to their attention as they got it.
+
+    Args:
+        plan: of a row.
+        device: the model's, so that no wrapper has to move the tensor and lose what hangs on it.
+    """
     rows = []
     for (start, end), branches in zip(plan.trunks, plan.branches, strict=True):
         rows.append([start, end, 0])
         rows += [[*branch, 1] for branch in branches]
-    code = torch.tensor(rows)[None, None]
+    code = torch.tensor(rows, device=device)[None, None]
     code.plan = plan  # type: ignore[attr-defined]  # saves the decoding where the very tensor arrives
     return code
 

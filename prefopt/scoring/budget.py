@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.scoring.tree import plant
+from prefopt.scoring.tree import first_fit, plant
 
 
 def cut(batch: Mapping[str, Any], tokens: int, in_trees: bool) -> list[list[int]]:
@@ -22,17 +22,9 @@ def cut(batch: Mapping[str, Any], tokens: int, in_trees: bool) -> list[list[int]
         in_trees: which layout.
     """
     if in_trees:
-        parts: list[list[int]] = []
-        room: list[int] = []
-        for size, examples in sorted(_bundles(batch), key=lambda bundle: -bundle[0]):
-            place = next((number for number, left in enumerate(room) if left >= size), None)
-            if place is None:
-                parts.append(examples)
-                room.append(tokens - size)
-            else:
-                parts[place] += examples
-                room[place] -= size
-        return parts
+        bundles = _bundles(batch)
+        parts = first_fit([size for size, _ in bundles], tokens)
+        return [[example for i in part for example in bundles[i][1]] for part in parts]
     return _rows_of_like_length(batch, tokens)
 
 

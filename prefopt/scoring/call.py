@@ -124,7 +124,10 @@ class Call:
                 continue
             width = value.shape[1] if value.dim() == 2 else 1
             column = carried[:, start : start + width].reshape(value.shape)
-            values[name] = value.detach() + (column - column.detach()).to(value.dtype)
+            if column.dtype == value.dtype:
+                values[name] = column
+            else:
+                values[name] = value.detach() + (column - column.detach()).to(value.dtype)
             start += width
         return replace(measured, **values), outputs
 

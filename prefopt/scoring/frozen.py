@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from prefopt.scoring.model import unwrapped
+from prefopt.scoring.model import replaced_forward, unwrapped
 
 BEHIND = ("norm", "ln_f", "final_layer")
 """What modules that follow the last layer are called."""
@@ -39,7 +39,10 @@ def frozen_depth(model: nn.Module) -> int:
     layers = decoder_layers(inner)
     inside = set(inner.parameters())
     # Trained parameters of the wrapping are tokens or keys of prompt learning, which every layer sees.
-    if layers is None or _drops(inner) or any(p.requires_grad and p not in inside for p in model.parameters()):
+    outside = any(p.requires_grad and p not in inside for p in model.parameters())
+    # Hooks in the layers' own forward methods move what goes from device to device.
+    spread = len(getattr(inner, "hf_device_map", None) or {}) > 1
+    if layers is None or outside or spread or _drops(inner):
         return 0
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     behind_head = set() if head is None else set(head.parameters())
@@ -91,7 +94,9 @@ def same_below(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
 
 
 class FrozenLayers:
-    """Keeps what the shared layers gave the reference, for the policy's call with the same tokens.
+    """Keeps what the shared layers gave in a call without a gradient, for the next call with the same tokens.
+
+    Whoever owns it clears it when a batch is done, and keeps it away from models that do not share the layers.
 
     Args:
         depth: how many of the first layers are shared.
@@ -114,35 +119,40 @@ class FrozenLayers:
         if found is None or not isinstance(ids, Tensor):
             yield
             return
-        # Only what runs without a gradient is kept: the policy takes it, and nothing takes the policy's.
-        key = ids.cpu().numpy().tobytes() + str(tuple(ids.shape)).encode()
+        positions = arguments.get("position_ids")
+        parts = [part.cpu().numpy().tobytes() for part in (ids, positions) if isinstance(part, Tensor)]
+        key = b"|".join([str(tuple(ids.shape)).encode(), *parts])
         layers = list(found[1])[: self.depth]
-        if key not in self._kept and torch.is_grad_enabled():
+        if any(parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+            yield  # unfrozen since the depth was found out
+            return
+        if key in self._kept:
+            self.reused += 1
+            with self._passing_on(self._kept[key], layers):
+                yield
+            return
+        if torch.is_grad_enabled():
             yield
             return
-        if key not in self._kept:
 
-            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-                self._kept[key] = output[0].detach() if isinstance(output, tuple) else output.detach()
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._kept[key] = output
 
-            handle = layers[-1].register_forward_hook(keep)
-            try:
-                yield
-            finally:
-                handle.remove()
-            return
-        kept = self._kept[key]
-        self.reused += 1
-        # With reentrant checkpointing a layer without an input that wants a gradient would get none.
-        given = kept.detach().requires_grad_(torch.is_grad_enabled())
-
-        def pass_on(*inputs: Any, **options: Any) -> Any:
-            return given
-
-        for layer in layers:
-            layer.forward = pass_on
+        handle = layers[-1].register_forward_hook(keep)
         try:
             yield
         finally:
+            handle.remove()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _passing_on(kept: Any, layers: list[nn.Module]) -> Iterator[None]:
+        """In here layers give what the last of them gave, whatever they get."""
+        hidden, *others = kept if isinstance(kept, tuple) else (kept,)
+        # With reentrant checkpointing a layer without an input that wants a gradient would get none.
+        hidden = hidden.detach().requires_grad_(torch.is_grad_enabled())
+        given = (hidden, *others) if isinstance(kept, tuple) else hidden
+        with contextlib.ExitStack() as stack:
             for layer in layers:
-                del layer.forward
+                stack.enter_context(replaced_forward(layer, lambda *_, **__: given))
+            yield

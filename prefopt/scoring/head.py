@@ -25,6 +25,7 @@ from prefopt.scoring.logprobs import (
     measure,
     pull_back,
 )
+from prefopt.scoring.model import replaced_forward
 
 CHUNK_BYTES = {"cpu": 2**24, "elsewhere": 2**28}
 """Size of a chunk's logits: on a CPU what stays in its caches, elsewhere enough to keep the device busy."""
@@ -52,19 +53,28 @@ class Head:
         """Whether its weights are here only while the model is called (ZeRO-3, FSDP)."""
         return hasattr(self.linear.weight, "ds_id") or hasattr(self.linear.weight, "device_mesh")
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """(N, V) logits of (N, H) hidden states, at least float32; written into `out` where it is given and fits."""
-        dtype, device = hidden.dtype, hidden.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        weight = self.linear.weight.detach().to(dtype)
+    def weight_for(self, hidden: Tensor) -> Tensor:
+        """The weight in the precision of the product with (N, H) hidden states, which autocast may set."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        return self.linear.weight.detach().to(dtype)
+
+    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N, V) logits, at least float32.
+
+        Args:
+            hidden: (N, H) hidden states.
+            weight: what `weight_for` gave.
+            out: (M, V), M >= N, to write them into if their precision is its own.
+        """
         bias: Tensor | None = self.linear.bias
-        with torch.autocast(device, enabled=False):
-            if out is not None and bias is None and out.dtype == dtype:
-                made = torch.mm(hidden.to(dtype), weight.T, out=out[: len(hidden)])
+        with torch.autocast(hidden.device.type, enabled=False):
+            if out is not None and bias is None and out.dtype == weight.dtype:
+                made = torch.mm(hidden.to(weight.dtype), weight.T, out=out[: len(hidden)])
             else:
-                made = nn.functional.linear(hidden.to(dtype), weight, None if bias is None else bias.to(dtype))
-                made = made.to(torch.promote_types(dtype, torch.float32))
+                bias = None if bias is None else bias.to(weight.dtype)
+                made = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+                made = made.to(torch.promote_types(weight.dtype, torch.float32))
         return made if self.softcap is None else made.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def chunks(self, hidden: Tensor) -> list[slice]:
@@ -91,15 +101,18 @@ class Kept:
     head: Head | None = None
 
     def logits(self, part: slice) -> Tensor:
+        if self.head is None:
+            return self.values[part]
         with torch.no_grad():
-            return self.values[part] if self.head is None else self.head.logits(self.values[part])
+            return self.head.logits(self.values[part], self.head.weight_for(self.values))
 
 
 def head_of(model: nn.Module) -> Head | None:
     """The head of an unwrapped model, if it is a plain linear layer whose logits are the model's own."""
     get = getattr(model, "get_output_embeddings", None)
     linear = get() if callable(get) else None
-    if type(linear) is not nn.Linear:
+    # One with a forward of its own is in somebody's care: accelerate moves weights between devices so.
+    if type(linear) is not nn.Linear or "forward" in vars(linear):
         return None
     config: Any = model.config
     for part in (config, config.get_text_config()):
@@ -112,13 +125,12 @@ def head_of(model: nn.Module) -> Head | None:
 def replaced_head(model: nn.Module, head: Head, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """In here the head of `model` (unwrapped) computes `forward`, and what follows the head does nothing."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    head.linear.forward = forward  # type: ignore[method-assign, assignment]
     if head.softcap is not None:
         config.final_logit_softcapping = None
     try:
-        yield
+        with replaced_forward(head.linear, forward):
+            yield
     finally:
-        del head.linear.forward
         if head.softcap is not None:
             config.final_logit_softcapping = head.softcap
 
@@ -150,10 +162,10 @@ class _HeadScores(torch.autograd.Function):
         at_once = needed and not trained and not differs
         keeps = needed and not at_once and 4 * hidden.shape[0] * weight.shape[0] <= KEPT_BYTES
         parts, directions, kept = [], [], []
-        chunks = head.chunks(hidden)
+        chunks, cast = head.chunks(hidden), head.weight_for(hidden)
         space = _workspace(head, hidden, chunks[0]) if not keeps else (None, None)
         for part in chunks:
-            logits = head.logits(hidden[part], space[0])
+            logits = head.logits(hidden[part], cast, space[0])
             softmax = Softmax.of(logits, space[1])
             theirs = None if reference is None else reference.logits(part)
             parts.append(measure(logits, labels[part], extras, theirs, softmax))
@@ -183,30 +195,33 @@ class _HeadScores(torch.autograd.Function):
         head: Head = ctx.head
         weight, bias = head.linear.weight, head.linear.bias
         for_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        exact = torch.promote_types(weight.dtype, torch.float32)  # to add chunks up in
+        for_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         for_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        device = hidden.device.type
+        device, cast = hidden.device.type, None
         for number, part in enumerate(head.chunks(hidden)):
             with torch.autocast(device, dtype=ctx.autocast, enabled=ctx.autocast is not None):
-                logits = kept[number] if kept else head.logits(hidden[part])
+                cast = head.weight_for(hidden) if cast is None else cast
+                logits = kept[number] if kept else head.logits(hidden[part], cast)
+                theirs = None if ctx.reference is None else ctx.reference.logits(part)
             measured = Measured(
                 logits, top_ids=None if top_ids is None else top_ids[part],
                 reverse_kl=None if reverse_kl is None else reverse_kl[part],
             )  # fmt: skip
             grad = pull_back(
-                logits, labels[part], measured, {name: value[part] for name, value in given.items()},
-                None if ctx.reference is None else ctx.reference.logits(part),
+                logits, labels[part], measured, {name: value[part] for name, value in given.items()}, theirs
             )  # fmt: skip
             if head.softcap is not None:
                 grad.mul_(1 - (logits / head.softcap) ** 2)
-            grad = grad.to(hidden.dtype if ctx.autocast is None else ctx.autocast)
+            grad = grad.to(cast.dtype)
             if for_hidden is not None:
-                for_hidden[part] = (grad @ weight.to(grad.dtype)).to(hidden.dtype)
+                for_hidden[part] = (grad @ cast).to(hidden.dtype)
             if for_weight is not None:
-                for_weight += (grad.T @ hidden[part].to(grad.dtype)).to(weight.dtype)
+                for_weight += grad.T @ hidden[part].to(grad.dtype)
             if for_bias is not None:
-                for_bias += grad.sum(0).to(bias.dtype)
-        return for_hidden, for_weight, for_bias, None, None, None, None
+                for_bias += grad.sum(0)
+        made = None if for_weight is None else for_weight.to(weight.dtype)
+        return for_hidden, made, for_bias, None, None, None, None
 
 
 def _workspace(head: Head, hidden: Tensor, first: slice) -> tuple[Tensor | None, Tensor | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,7 @@ class Layout:
         compiled: whether the model is compiled, so that nothing in it may be replaced for a call.
         frozen: layers that policy and reference share.
         tokens: how many go through the model at once, in trees; chosen for the device if None.
+        half: whether the model is run in half precision, whatever its weights are kept in.
 
     Attributes:
         masks: how trees are scored, as in `score_trees`; None for the padded layout or while that is not known.
@@ -57,6 +59,7 @@ class Layout:
         compiled: bool = False,
         frozen: FrozenLayers | None = None,
         tokens: int | None = None,
+        half: bool = False,
     ):
         self.name = name
         self.one_call = one_call
@@ -65,6 +68,7 @@ class Layout:
         self.reason = ""
         self.call = Call(chunked_head=not compiled, frozen=frozen)
         self._compiled = compiled
+        self._half = half
         self._gather = gather
         self._settled = False
 
@@ -78,6 +82,7 @@ class Layout:
         reference: TokenScores | None = None,
         keep_logits: bool = False,
         all_logits: bool = False,
+        shares_layers: bool = True,
     ) -> tuple[TokenScores, Any]:
         """Token scores of shape (R, T - 1), position t standing for token t + 1, and the model's output.
 
@@ -89,26 +94,38 @@ class Layout:
             reference: the reference's scores of the same rows with their logits, for extras that compare.
             keep_logits: hand on with the scores what it takes to have the logits again.
             all_logits: keep the logits of every position in the model's output, which only the padded layout can.
+            shares_layers: whether this is the policy or its own reference, which have the frozen layers in common.
         """
         mask = inputs["completion_mask"]
+        call = self.call if shares_layers else replace(self.call, frozen=None)
         options: dict[str, Any] = {"extras": extras, "reference": reference, "keep_logits": keep_logits}
         if not all_logits and self.in_trees(model, inputs, model_inputs):
             assert self.masks is not None
-            return self._score_trees(model, model_inputs, mask, self.masks, self.call, **options)
-        return score_rows(model, model_inputs, mask, all_logits=all_logits, call=self.call, **options)
+            return self._score_trees(model, model_inputs, mask, self.masks, call, **options)
+        inner: Any = unwrapped(model)
+        # Some models ask for "sdpa" by name. Checkpointed layers of trees before may yet be computed again.
+        if not getattr(inner, "is_gradient_checkpointing", False):
+            self.release(model)
+        return score_rows(model, model_inputs, mask, all_logits=all_logits, call=call, **options)
+
+    @staticmethod
+    def release(model: nn.Module) -> None:
+        """Give a model that has scored packed trees its own attention back."""
+        inner: Any = unwrapped(model)
+        if getattr(getattr(inner, "config", None), "_attn_implementation", None) == attention.NAME:
+            inner.set_attn_implementation("sdpa")
 
     def in_trees(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> bool:
         """Whether this batch is scored in trees; found out at the first batch that tells."""
         if not bool(inputs["completion_mask"].any()):
             return False
+        if not self._settled:
+            self._settle(model, inputs, model_inputs)
         # Within the window of a sliding attention every token sees all before it, as a tree has it.
         config: Any = unwrapped(model).config
         window = getattr(config.get_text_config(), "sliding_window", None)
-        if self.name != "padded" and window is not None and int(inputs["attention_mask"].sum(-1).max()) > window:
-            return False
-        if not self._settled:
-            self._settle(model, inputs, model_inputs)
-        return self.masks is not None
+        fits = window is None or int(inputs["attention_mask"].sum(-1).max()) <= window
+        return self.masks is not None and fits
 
     def _score_trees(
         self, model: nn.Module, model_inputs: Mapping[str, Any], mask: Tensor, masks: Masks, call: Call, **options: Any
@@ -145,7 +162,7 @@ class Layout:
         logger.warning("padded layout (each prompt once per completion): %s", self.reason)
 
     def _try_out(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> None:
-        few = select_rows(inputs, inputs["examples"] <= 1)
+        few = select_rows(inputs, _shortest(inputs, 2))
         kept = {**model_inputs, **{name: few[name] for name in ("input_ids", "attention_mask")}}
         mask, was_training = few["completion_mask"], model.training
         model.eval()  # dropout would make any two passes differ
@@ -156,6 +173,7 @@ class Layout:
                 if self.call.chunked_head:
                     chunked = self._gap(truth, model, lambda call: score_rows(model, kept, mask, call=call)[0], Call())
                     self.call.chunked_head = not any(self._gather(chunked))
+                self._try_frozen(truth, model, lambda call: score_rows(model, kept, mask, call=call)[0])
                 if self.name == "padded":
                     return
                 call = Call(chunked_head=self.call.chunked_head)
@@ -170,11 +188,18 @@ class Layout:
                         self.masks, self.reason = masks, ""
                         return
                     self.reason = found[0]
-                    inner: Any = unwrapped(model)
-                    if inner.config._attn_implementation == attention.NAME:
-                        inner.set_attn_implementation("sdpa")
+                    self.release(model)
         finally:
             model.train(was_training)
+
+    def _try_frozen(self, truth: TokenScores, model: nn.Module, score: Callable[[Call], TokenScores]) -> None:
+        """Use shared layers only where leaving them out gives the same numbers."""
+        if self.call.frozen is None:
+            return
+        call = Call(chunked_head=self.call.chunked_head, frozen=FrozenLayers(self.call.frozen.depth))
+        found = [self._gap(truth, model, score, call) for _ in range(2)]  # the second takes what the first kept
+        if any(reason for both in self._gather(found) for reason in both):
+            self.call.frozen = None
 
     def _candidates(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> list[Masks]:
         """The ways of scoring trees that are worth a trial, the fastest first; `reason` says why if there are none."""
@@ -210,16 +235,24 @@ class Layout:
             return "prompt learning puts tokens of its own before every row"
         return ""
 
-    @staticmethod
-    def _gap(truth: TokenScores, model: nn.Module, score: Callable[[Call], TokenScores], call: Call) -> str:
+    def _gap(self, truth: TokenScores, model: nn.Module, score: Callable[[Call], TokenScores], call: Call) -> str:
         """How other scores of the same rows differ; "" if they do not."""
         name = type(unwrapped(model)).__name__
         try:
             scores = score(call)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
             return f"{name} fails on it ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
-        half = unwrapped(model).dtype != torch.float32 or torch.is_autocast_enabled(truth.mask.device.type)
+        autocast = torch.is_autocast_enabled(truth.mask.device.type)
+        half = self._half or autocast or unwrapped(model).dtype != torch.float32
         gap = float((truth.logps - scores.logps).abs().max())
         if not gap <= (0.5 if half else 1e-3):
             return f"{name} gives other log-probabilities in it (by up to {gap:.2g} nats)"
         return ""
+
+
+def _shortest(inputs: Mapping[str, Any], count: int) -> Tensor:
+    """(R,) bool, the rows of the examples with the shortest rows."""
+    lengths, examples = inputs["attention_mask"].sum(-1), inputs["examples"]
+    longest = lengths.new_zeros(int(examples.max()) + 1).scatter_reduce(0, examples, lengths, "amax")
+    present = examples.unique()
+    return torch.isin(examples, present[longest[present].argsort(stable=True)[:count]])

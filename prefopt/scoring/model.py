@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -24,3 +27,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def takes_logits_to_keep(model: nn.Module) -> bool:
     """Whether the model can be told to compute logits for the last positions only."""
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """In here a module computes `forward`; its hooks, and those that wrappers put on it, are called as ever."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

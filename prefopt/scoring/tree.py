@@ -102,22 +102,30 @@ def group(trees: Sequence[Tree], tokens: int | None, waste: float = 0.1) -> list
     return groups
 
 
+def first_fit(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Which of some things go together so that their sizes add up to at most `most`, the largest first.
+
+    Returns:
+        Their numbers. One that is larger is alone.
+    """
+    together: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        place = next((place for place, left in enumerate(room) if left >= sizes[number]), None)
+        if place is None:
+            together.append([number])
+            room.append(most - sizes[number])
+        else:
+            together[place].append(number)
+            room[place] -= sizes[number]
+    return together
+
+
 def pack(trees: Sequence[Tree], tokens: int | None) -> list[list[Tree]]:
     """Trees that share one row: at most `tokens` of them together, unless one alone is longer; all if None."""
     if tokens is None:
         return [list(trees)] if trees else []
-    rows: list[list[Tree]] = []
-    room: list[int] = []
-    for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
-        length = len(tree.tokens)
-        place = next((row for row, left in enumerate(room) if left >= length), None)
-        if place is None:
-            rows.append([tree])
-            room.append(tokens - length)
-        else:
-            rows[place].append(tree)
-            room[place] -= length
-    return rows
+    return [[trees[i] for i in some] for some in first_fit([len(tree.tokens) for tree in trees], tokens)]
 
 
 def tree_inputs(trees: Sequence[Tree], pad_token_id: int, device: torch.device, masks: Masks) -> dict[str, Any]:
@@ -143,7 +151,7 @@ def tree_inputs(trees: Sequence[Tree], pad_token_id: int, device: torch.device, 
     return {
         "input_ids": torch.tensor([[token for tree in trees for token in tree.tokens]], device=device),
         "position_ids": torch.tensor([[place for tree in trees for place in tree.positions]], device=device),
-        "attention_mask": encode(plan) if masks == "packed" else block_mask(plan, device),
+        "attention_mask": encode(plan, device) if masks == "packed" else block_mask(plan, device),
         "logits_to_keep": torch.tensor(kept, device=device),
     }
 

@@ -39,19 +39,31 @@ class TokenBudgetMixin:
             return
         if not own_collator:
             raise ValueError("token_budget is for text: this run has a collator of its own")
-        if not objective.separable and self.accelerator.num_processes > 1:
+        if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
-                f"token_budget={self._budget} cannot be kept on several processes with {objective}, whose examples "
-                "act on one another: lower per_device_train_batch_size, or use gradient_checkpointing=True"
+                f"token_budget={self._budget} cannot be kept with a load-balancing loss of experts, which is no mean "
+                "over examples: lower per_device_train_batch_size, or set the model's router_aux_loss_coef to 0"
             )
+        if not objective.separable and self._layout.one_call:
+            raise ValueError(self._together(f"{objective}, whose examples act on one another,"))
+
+    def _together(self, what: str) -> str:
+        return (
+            f"token_budget={self._budget} cannot be kept for {what} where the model may be called only once a step "
+            "(on several processes, with DeepSpeed or FSDP): lower per_device_train_batch_size, or use "
+            "gradient_checkpointing=True"
+        )
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         if self.objective is None or self._budget is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         model.train()
         inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-        in_trees = self._layout.in_trees(model, inputs, self._model_inputs(inputs))  # type: ignore[attr-defined]
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            in_trees = self._layout.in_trees(model, inputs, self._model_inputs(inputs))  # type: ignore[attr-defined]
         if not self.objective.separable or not groups_of(inputs).paired:
+            if self._layout.one_call:
+                raise ValueError(self._together("single completions"))
             if not in_trees:
                 raise ValueError(
                     f"token_budget={self._budget} cannot be kept with {self.objective} in the padded layout "
@@ -89,6 +101,8 @@ class TokenBudgetMixin:
             yield
         finally:
             self._layout.tokens, self._layout.call.recompute = tokens, False
+            if self._layout.call.frozen is not None:
+                self._layout.call.frozen.clear()
 
     @contextlib.contextmanager
     def _accumulating(self, model: Any) -> Iterator[None]:

@@ -97,7 +97,7 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
                 "ahead: pass loss=... as well"
             )
         self._after_trl(self.objective, bound.get("ref_model") is None, sample)
-        self._previous_model = self._frozen(self.objective, previous_model)
+        self._previous_model = self._make_previous(self.objective, previous_model)
 
     def _before_trl(self, objective: Loss, args: Any, sample: Mapping[str, Any]) -> None:
         """Refuse options that cannot go together, and settle what TRL's constructor already uses."""
@@ -151,8 +151,8 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
 
     def _after_trl(self, objective: Loss, own_reference: bool, sample: Mapping[str, Any]) -> None:
         objective.to(self.accelerator.device)
-        self._check_budget(objective, self._own_collator is not None)
         self._layout = self._make_layout(own_reference)
+        self._check_budget(objective, self._own_collator is not None)
         self._reference_cache = self._open_cache(objective)
         self.add_callback(ObjectiveState(objective))  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
@@ -316,7 +316,12 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
         if self.objective is not None:
             restore(self.objective, resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, *arguments, **keywords)  # type: ignore[misc]
+        try:
+            return super().train(resume_from_checkpoint, *arguments, **keywords)  # type: ignore[misc]
+        finally:
+            for model in (self.model, self.ref_model, self._previous_model):
+                if model is not None:
+                    self._layout.release(model)
 
     def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
         super().create_model_card(*arguments, **keywords)  # type: ignore[misc]

@@ -67,12 +67,16 @@ class ScoringMixin:
             one_call=sharded or self.accelerator.num_processes > 1,
             compiled=compiled,
             frozen=FrozenLayers(shared) if shared else None,
+            half=self.accelerator.mixed_precision != "no",
         )
 
     def _shared_depth(self, own_reference: bool) -> int:
         """How many of the first layers give the policy what they give the reference."""
         assert self.objective is not None
         if not own_reference or not self.objective.needs.compares or self.args.sync_ref_model:
+            return 0
+        # Routers of skipped layers would be missing from the load-balancing loss.
+        if self.args.precompute_ref_log_probs or getattr(self, "aux_loss_enabled", False):
             return 0
         depth = frozen_depth(self.model)
         same = self.ref_model is None or (depth > 0 and same_below(self.model, self.ref_model, depth))
@@ -105,7 +109,7 @@ class ScoringMixin:
         self.add_callback(CacheWriter(cache, self.accelerator.wait_for_everyone))  # type: ignore[attr-defined]
         return cache
 
-    def _frozen(self, objective: Loss, previous_model: Any) -> Any:
+    def _make_previous(self, objective: Loss, previous_model: Any) -> Any:
         if previous_model is None:
             return None
         if Need.PREVIOUS not in objective.needs:
@@ -158,7 +162,9 @@ class ScoringMixin:
 
     def _previous_scores(self, inputs: Mapping[str, Any]) -> TokenScores:
         with torch.no_grad(), self.accelerator.autocast():
-            scores, _ = self._layout.score(self._previous_model, inputs, self._model_inputs(inputs), extras=BARE)
+            scores, _ = self._layout.score(
+                self._previous_model, inputs, self._model_inputs(inputs), extras=BARE, shares_layers=False
+            )
         return scores
 
     @contextlib.contextmanager
@@ -205,14 +211,15 @@ class ScoringMixin:
         if not self.args.precompute_ref_log_probs:
             # Columns of an earlier run with another reference would be taken for this one's.
             inputs = {name: value for name, value in inputs.items() if name not in GIVEN_LOGPS[:2]}
-        if self._layout.call.frozen is not None:
-            self._layout.call.frozen.clear()
         models = Models(policy, reference, None if self._previous_model is None else self._previous_scores)
         if "sampled" in self.objective.roles:
             inputs = self._with_samples(model, inputs)
         batch, scores, scored = score_batch(
             inputs, self.objective, models, every_role=all_logits or not self.model.training
         )
+        # Calls that are made again in the backward pass take from it once more.
+        if self._layout.call.frozen is not None and not self._layout.call.recompute:
+            self._layout.call.frozen.clear()
         if self._share > 0:
             self._record_tokens(scores, scored)  # type: ignore[attr-defined]
         return batch, outputs

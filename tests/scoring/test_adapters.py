@@ -24,9 +24,10 @@ def outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)])
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True, "r": 3}, {"lora_dropout": 0.5}, {"use_dora": True}], ids=str
-)
+OPTIONS = [{}, {"use_rslora": True, "r": 3}, {"lora_dropout": 0.5}, {"use_dora": True}, {"bias": "lora_only"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_same_numbers(options):
     model = make_policy(**options)
     torch.manual_seed(1)
@@ -69,3 +70,11 @@ def test_a_fused_layer_is_used(monkeypatch):
         names.append(type(node).__name__)
         todo += [inner for inner, _ in node.next_functions]
     assert sum("LoraProduct" in name for name in names) == 14
+
+
+def test_a_layer_in_somebody_elses_care_is_left_alone():
+    model = make_policy()
+    layer = next(m for m in model.modules() if type(m).__name__ == "Linear" and hasattr(m, "lora_A"))
+    own = layer.forward = lambda x: layer.base_layer(x)
+    assert fuse_lora(model) == 13
+    assert layer.forward is own

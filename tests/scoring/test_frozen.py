@@ -7,8 +7,11 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from prefopt.scoring.frozen import FrozenLayers, frozen_depth, same_below
+from prefopt.scoring.layout import Layout
+from tests.scoring.test_tree import collate, model_inputs
 from tests.tiny import make_model
 
 
@@ -94,3 +97,48 @@ def test_the_second_call_takes_what_the_first_computed(checkpointing):
     with torch.no_grad():
         logits()
     assert len(calls) == 2
+
+
+def test_layers_that_are_unfrozen_later_are_computed():
+    model, shared = with_lora([1], init_lora_weights=False), FrozenLayers(1)
+    inner, arguments = model.get_base_model(), {"input_ids": torch.arange(5, 29).reshape(2, 12)}
+    with torch.no_grad(), shared.around(inner, arguments):
+        model(**arguments)
+    inner.model.layers[0].requires_grad_(True)
+    with shared.around(inner, arguments):
+        model(**arguments).logits.sum().backward()
+    assert shared.reused == 0
+    assert inner.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_layers_that_give_tuples():
+    config = GPTJConfig(
+        vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPTJForCausalLM(config).eval()
+    model.requires_grad_(False)
+    shared, arguments = FrozenLayers(1), {"input_ids": torch.arange(5, 29).reshape(2, 12)}
+    with torch.no_grad():
+        expected = model(**arguments).logits
+        for _ in range(2):
+            with shared.around(model, arguments):
+                torch.testing.assert_close(model(**arguments).logits, expected)
+    assert shared.reused == 1
+
+
+class Wrong(FrozenLayers):
+    """Hands on something else than was kept."""
+
+    @staticmethod
+    def _passing_on(kept, layers):
+        return FrozenLayers._passing_on(kept + 1, layers)
+
+
+@pytest.mark.parametrize(("kind", "holds"), [(FrozenLayers, True), (Wrong, False)])
+def test_what_does_not_hold_is_found_out(kind, holds, monkeypatch):
+    monkeypatch.setattr("prefopt.scoring.layout.FrozenLayers", kind)
+    layout, batch = Layout("auto", frozen=kind(1)), collate()
+    layout.score(make_model().eval().requires_grad_(False), batch, model_inputs(batch))
+    assert (layout.call.frozen is not None) == holds

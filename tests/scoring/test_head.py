@@ -140,3 +140,24 @@ def test_autocast():
             gradients.append((scores.logps.detach(), gradient(model, scores)))
     torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=1e-2, atol=3e-2)
     assert float((gradients[0][1] - gradients[1][1]).norm() / gradients[1][1].norm()) < 0.05
+
+
+def test_a_divergence_of_equals_has_no_gradient_in_half_precision_either(chunk):
+    torch.manual_seed(0)
+    made = Head(nn.Linear(H, V, bias=False).requires_grad_(False))
+    states = torch.randn(N, H, requires_grad=True)
+    extras = Extras(forward_kl=True, reverse_kl=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        measured = measured_by_head(made, states, torch.randint(0, V, (N,)), extras, Kept(states.detach(), made))
+    assert float(measured.forward_kl.abs().max()) < 1e-5
+    (measured.forward_kl.sum() + measured.reverse_kl.sum()).backward()
+    assert float(states.grad.abs().max()) < 1e-4
+
+
+def test_a_head_with_a_forward_of_its_own_keeps_it():
+    model = make_model()
+    own = model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, model.lm_head.weight)
+    assert head_of(model) is None
+    batch = collate()
+    score_rows(model, model_inputs(batch), batch["completion_mask"])
+    assert model.lm_head.forward is own

@@ -201,11 +201,13 @@ def test_rows_beyond_a_sliding_window_are_padded():
     window = model.config.sliding_window
     layout = Layout("auto")
     long = [{"prompt_ids": [5 + i % 300 for i in range(window + 5)], "chosen_ids": [9, 2], "rejected_ids": [11, 2]}]
-    for examples in (EXAMPLES[:2], long):
+    for examples in ([*long, *EXAMPLES[:2]], EXAMPLES[:2], long):
         batch = collate(examples)
         scores, _ = layout.score(model, batch, model_inputs(batch))
         expected, _ = score_rows(model, model_inputs(batch), batch["completion_mask"])
         torch.testing.assert_close(scores.logps, expected.logps, rtol=1e-5, atol=2e-5)
+        # Some models ask for their attention by name; what it is in trees is not left behind.
+        assert model.config._attn_implementation == ("tree_sdpa" if len(examples) == 2 else "sdpa")
     assert layout.masks == "packed"
 
 

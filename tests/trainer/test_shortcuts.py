@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.tiny import make_model
 from tests.trainer.runs import make_trainer
 
 
@@ -39,3 +40,27 @@ def test_adapters_on_upper_layers_share_the_lower_ones_with_the_reference(tmp_pa
         runs.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
     for mine, theirs in zip(*runs, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_previous_model_shares_nothing(tmp_path):
+    """Its lower layers are its own, whatever policy and reference have in common."""
+    previous = make_model(seed=5)
+    runs = []
+    for layout in ("tree", "padded"):
+        adapter = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", layers_to_transform=[1])
+        options = {"peft_config": adapter, "previous_model": previous}
+        trainer = make_trainer(tmp_path, loss="inpo", max_steps=2, layout=layout, trainer_options=options)
+        if layout == "padded":
+            trainer._layout.call.frozen = None
+        trainer.train()
+        runs.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
+    for mine, theirs in zip(*runs, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_trained_model_has_its_own_attention_again(tmp_path):
+    trainer = make_trainer(tmp_path, loss="dpo", max_steps=1)
+    trainer.train()
+    assert trainer._layout.masks == "packed"
+    assert trainer.model.config._attn_implementation == "sdpa"
+    assert trainer.ref_model.config._attn_implementation == "sdpa"

@@ -6,7 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.trainer.runs import make_labelled, make_pairs, make_trainer
+from prefopt.losses import PairLoss, parse
+from prefopt.scoring.layout import Layout
+from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model
 
 LOSSES = ["dpo + 0.1*sft", "ipo(beta=0.5)", "simpo", "tdpo", "ld_dpo(alpha=0.5)"]
 ACTING_ON_ONE_ANOTHER = ["aot", "sft(nll='token')", "bco", "beta_dpo(keep=0.8)", "kl_retain + dpo", "reweighted(dpo)"]
@@ -105,3 +107,39 @@ def test_what_cannot_be_kept_is_said(tmp_path):
     trainer = make_trainer(tmp_path, loss="aot", token_budget=100, layout="padded")
     with pytest.raises(ValueError, match=r"in the padded layout \(asked for\): its examples act on one another"):
         trainer.train()
+
+
+def test_what_cannot_be_kept_on_several_processes_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(Layout, "one_call", property(lambda self: True, lambda self, value: None), raising=False)
+    with pytest.raises(ValueError, match=r"cannot be kept for aot.*the model may be called only once a step"):
+        make_trainer(tmp_path, loss="aot", token_budget=100)
+    trainer = make_trainer(tmp_path, loss="sft", token_budget=100, train_dataset=make_labelled(8))
+    with pytest.raises(ValueError, match="cannot be kept for single completions"):
+        trainer.train()
+
+
+def test_experts_that_balance_their_load_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="load-balancing loss of experts"):
+        make_trainer(tmp_path, loss="dpo", token_budget=100, model=save_model(tmp_path, "moe"))
+
+
+def test_half_precision_is_scored_in_trees_too(tmp_path):
+    trainer = make_trainer(tmp_path, loss="dpo", token_budget=100, max_steps=1, bf16=True, layout="tree")
+    trainer.train()
+    assert trainer._layout.masks == "packed"
+
+
+def test_a_loss_from_elsewhere_is_not_taken_apart_unless_it_says_so():
+    class Centred(PairLoss):
+        def per_example(self, batch):
+            return batch.chosen.logps - batch.chosen.logps.mean()
+
+    class Plain(PairLoss):
+        batchwise = False
+
+        def per_example(self, batch):
+            return -batch.chosen.logps
+
+    assert not Centred().separable
+    assert not (Centred() + parse("sft")).separable
+    assert (Plain() + parse("sft")).separable

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.cache_processes import run
-from tests.trainer.runs import make_pairs, save_model
+from tests.trainer.runs import make_pairs, require, save_model
 
 ROOT = Path(__file__).parents[2]
 WRAPPER = {"ddp": "DistributedDataParallel", "zero3": "DeepSpeedEngine"}
@@ -21,8 +21,7 @@ ROWS = 32  # two completions of each of the 16 examples
 
 def launch(folder: Path, engine: str, kind: str, *caches: str) -> list[dict]:
     """Runs one after the other, each with the cache of that name."""
-    if engine == "zero3":
-        pytest.importorskip("deepspeed")
+    require(engine)
     save_model(folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with socket.socket() as free:
@@ -57,7 +56,7 @@ def test_each_row_is_computed_by_one_process_in_one_epoch_of_one_run(tmp_path, e
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_what_one_process_computed_serves_sharded_weights(tmp_path, kind):
-    pytest.importorskip("deepspeed")
+    require("zero3")
     save_model(tmp_path)
     whole = run(tmp_path, "plain", kind, "whole", per_device_train_batch_size=8)
     assert whole["misses"] == [ROWS]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.runs import save_model
+from tests.trainer.runs import require, save_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,8 +71,7 @@ def test_two_processes_estimate_kto_as_one_does(tmp_path):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_engines_and_token_budgets_change_nothing(tmp_path, engine, kind):
     """The two processes cut their batches into different numbers of parts, and exchange gradients once a step."""
-    if engine != "ddp":
-        pytest.importorskip("deepspeed")
+    require(engine)
     loss = "dpo + 0.1*sft + 0.1*tdpo"
     alone = launch(tmp_path, 1, loss, 8, kind=kind)
     assert_same(launch(tmp_path, 2, loss, 4, engine, kind, budget=50), alone)

@@ -4,7 +4,7 @@
 
 Each branch sees the trunk and itself, and its positions go on from the trunk's, so a token's log-probability is what
 it is in a row of its own. A branch starts with its own copy of the last prompt token, so every branch position
-predicts exactly one completion token, and the head is applied to nothing else. Imports torch alone.
+predicts exactly one completion token, and the head is applied to nothing else.
 """
 
 from __future__ import annotations

@@ -43,10 +43,10 @@ class Layout:
         one_call: whether the policy may be called only once per batch (DDP, DeepSpeed and FSDP count calls).
         compiled: whether the model is compiled, so that nothing in it may be replaced for a call.
         frozen: layers that policy and reference share.
-        tokens: how many go through the model at once, in trees; chosen for the device if None.
         half: whether the model is run in half precision, whatever its weights are kept in.
 
     Attributes:
+        tokens: how many go through the model at once, in trees; chosen for the device if None.
         masks: how trees are scored, as in `score_trees`; None for the padded layout or while that is not known.
         reason: why not in trees; "" if they are used or while that is not known.
     """
@@ -58,12 +58,11 @@ class Layout:
         one_call: bool = False,
         compiled: bool = False,
         frozen: FrozenLayers | None = None,
-        tokens: int | None = None,
         half: bool = False,
     ):
         self.name = name
         self.one_call = one_call
-        self.tokens = tokens
+        self.tokens: int | None = None
         self.masks: Masks | None = None
         self.reason = ""
         self.call = Call(chunked_head=not compiled, frozen=frozen)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from prefopt.scoring.fingerprint import fingerprint, is_sharded
+from tests.processes import torchrun
 from tests.tiny import make_model
-
-ROOT = Path(__file__).parents[2]
 
 
 def continued(alpha: float = 8, seed: int = 0, trained_seed: int = 0):
@@ -65,16 +59,7 @@ def test_weights_that_are_nowhere_are_refused():
 
 
 def test_weights_sharded_by_fsdp_have_the_fingerprint_of_whole_ones(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.scoring.shard_processes", str(tmp_path / "found.json")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("tests.scoring.shard_processes", str(tmp_path / "found.json"), timeout=200)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["world"] == 2
     assert found["plain"] == found["adapter"] == fingerprint(make_model())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -13,28 +12,8 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from peft import LoraConfig
 
+from tests.processes import deepspeed_config
 from tests.trainer.runs import make_pairs, make_trainer
-
-ZERO3 = {
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "zero_optimization": {
-        "stage": 3,
-        # So small a model would otherwise stay whole on every process.
-        "stage3_param_persistence_threshold": 0,
-    },
-    # DeepSpeed's own would compile an extension.
-    "zero_force_ds_cpu_optimizer": False,
-}
-
-
-def prepare(engine: str) -> None:
-    """Set up what has to be set up before the first trainer."""
-    if engine == "zero3":
-        # A faster all-reduce within one machine, which would be compiled for more than a minute first. The module is
-        # hidden behind PyTorch's name in its package.
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def run(folder: Path, engine: str, kind: str, cache: str, **options: Any) -> dict[str, Any]:
@@ -52,7 +31,7 @@ def run(folder: Path, engine: str, kind: str, cache: str, **options: Any) -> dic
         trainer_options={"peft_config": adapter},
         **{
             "reference_cache": cache if cache == "off" else str(folder / cache),
-            "deepspeed": ZERO3 if engine == "zero3" else None,
+            "deepspeed": deepspeed_config(3) if engine == "zero3" else None,
             "ddp_backend": None if engine == "plain" else "gloo",
             "train_dataset": make_pairs(16),
             "num_train_epochs": 2,
@@ -78,7 +57,6 @@ def run(folder: Path, engine: str, kind: str, cache: str, **options: Any) -> dic
 
 
 def main(folder: Path, engine: str, kind: str, caches: list[str]) -> None:
-    prepare(engine)
     results = [run(folder, engine, kind, cache, per_device_train_batch_size=4) for cache in caches]
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import torchrun
 from tests.trainer.cache_processes import run
 from tests.trainer.runs import make_pairs, require, save_model
 
-ROOT = Path(__file__).parents[2]
 WRAPPER = {"ddp": "DistributedDataParallel", "zero3": "DeepSpeedEngine"}
 ROWS = 32  # two completions of each of the 16 examples
 
@@ -23,16 +19,7 @@ def launch(folder: Path, engine: str, kind: str, *caches: str) -> list[dict]:
     """Runs one after the other, each with the cache of that name."""
     require(engine)
     save_model(folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.trainer.cache_processes", str(folder), engine, kind, *caches],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("tests.trainer.cache_processes", str(folder), engine, kind, *caches, timeout=300)
     results = json.loads((folder / "results.json").read_text())
     for result in results:
         assert (result["world"], result["wrapped"]) == (2, WRAPPER[engine])

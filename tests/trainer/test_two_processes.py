@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.processes import torchrun
 from tests.trainer.runs import require, save_model
-
-ROOT = Path(__file__).parents[2]
 
 
 def launch(
@@ -27,17 +22,8 @@ def launch(
     budget: Any = None,
 ) -> dict[str, Any]:
     save_model(folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    arguments = [str(folder), loss, str(per_device), engine, kind, str(budget)]
-    done = subprocess.run(
-        [*command, "-m", "tests.trainer.two_processes", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = (str(folder), loss, str(per_device), engine, kind, str(budget))
+    torchrun("tests.trainer.two_processes", *arguments, processes=processes)
     found: dict[str, Any] = json.loads((folder / f"{processes}.json").read_text())
     assert found["world"] == processes
     if processes > 1:

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from peft import LoraConfig
 
+from tests.processes import deepspeed_config
 from tests.trainer.runs import make_labelled, make_trainer
-
-
-def deepspeed_config(stage: int) -> dict[str, Any]:
-    # Its faster all-reduce within one machine would be compiled for more than a minute first. The module is hidden
-    # behind PyTorch's name in its package.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        # So small a model would otherwise stay whole on every process.
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        # DeepSpeed's own would compile an extension.
-        "zero_force_ds_cpu_optimizer": False,
-    }
 
 
 def main(folder: Path, loss: str, per_device: int, engine: str, kind: str, budget: int | None) -> None:

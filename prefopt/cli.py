@@ -62,7 +62,7 @@ def losses(
 
 FAMILIES = (
     "direct", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary", "tokenwise", "reference-free",
-    "cringe", "likelihood", "online", "unlearning", "wrappers",
+    "cringe", "likelihood", "online", "unlearning", "logic", "wrappers",
 )  # fmt: skip
 """Families in reading order; those of other packages follow."""
 
@@ -291,6 +291,36 @@ BAR = r"\|"
 
 
 # ---- the other commands ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def logic(
+    name: Annotated[str | None, typer.Argument(help="A loss, a preset or an expression to decompile.")] = None,
+    formula: Annotated[str | None, typer.Option(help="Or compile one: what the models should predict.")] = None,
+    given: Annotated[str, typer.Option(help="The condition of --formula; rows where it is false are ruled out.")] = "",
+    also: Annotated[str, typer.Option(help="What counts on both sides of --formula.")] = "",
+    lattice: Annotated[Path | None, typer.Option(help="Draw the order of structures (.png, .svg, .pdf).")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="With --lattice: all 256, not the named ones.")] = False,
+) -> None:
+    """Explain what a loss asks the models to predict, as a formula; or make a loss from one."""
+    from prefopt.logic import FormulaError, decompile, from_formula
+    from prefopt.logic.decompile import NoStructure
+    from prefopt.logic.lattice import LatticeError, draw
+    from prefopt.logic.show import explain
+    from prefopt.losses import LossSyntaxError, parse
+
+    if (name is not None) + (formula is not None) + (lattice is not None) != 1:
+        _fail("give a loss's NAME, a --formula or a --lattice file, and one of them alone")
+    if formula is None and (given or also):
+        _fail("--given and --also belong to a --formula")
+    try:
+        if lattice is not None:
+            _console().print(Text(draw(lattice, everything)), soft_wrap=True)
+            return
+        loss = from_formula(formula, given, also) if formula is not None else parse(str(name))
+        _console().print(explain(decompile(loss), formula or str(loss)))
+    except (FormulaError, NoStructure, LatticeError, LossSyntaxError, ValueError) as error:
+        _fail(str(error))
 
 
 @app.command(context_settings={"allow_extra_args": True})

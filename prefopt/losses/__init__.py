@@ -17,6 +17,7 @@ from prefopt.losses.cringe import Cringe, PairwiseCringe
 from prefopt.losses.direct import DPO, EXO, HDPO, IPO, Hinge, MarginDPO, NormalizedDPO, Robust
 from prefopt.losses.discovered import AQFL, AQL, CELL, DBAQL, PADLL, PFL, DiscoPOP
 from prefopt.losses.likelihood import SFT
+from prefopt.losses.logic import Logic
 from prefopt.losses.online import INPO, KLOnline, KLPrior
 from prefopt.losses.parse import LossSyntaxError, parse
 from prefopt.losses.penalised import DPOP, FDPO, LDDPO, RDPO, ChiPO
@@ -79,6 +80,7 @@ __all__ = [
     "KLRetain",
     "KTOForget",
     "LengthNormalized",
+    "Logic",
     "Loss",
     "LossOutput",
     "LossSyntaxError",

@@ -26,6 +26,7 @@ import hdpo  # noqa: E402
 import hypo  # noqa: E402
 import inpo  # noqa: E402
 import ipo  # noqa: E402
+import logic  # noqa: E402
 import npo  # noqa: E402
 import orpo_asft  # noqa: E402
 import rpo  # noqa: E402
@@ -207,3 +208,14 @@ def test_sums_of_a_tiny_model_are_its_log_probabilities():
     logps = torch.log_softmax(model(tokens[:, :-1]), -1)
     expected = logps[0, 1, 2] + logps[0, 2, 3]
     torch.testing.assert_close(_tiny_lm.sums(model, _tiny_lm.Rows(tokens, mask))[0], expected)
+
+
+# ---- the logic of preference losses ---------------------------------------------------------------------------------
+
+
+def test_known_losses_are_odds_of_formulas_and_structures_are_ordered():
+    assert hold([logic.identities(points=200), logic.order(points=50)]) == []
+
+
+def test_what_asks_for_less_leaves_the_chosen_response_less_likely():
+    assert hold([logic.spare_arms(steps=1000)]) == []

@@ -29,6 +29,19 @@ def odds(a: float) -> float:
     return a - math.log(-math.expm1(a))
 
 
+def odds_of_rows(true: str, false: str, *log_probabilities: float) -> float:
+    """Log of the odds that independent propositions fall on a row of `true` rather than on one of `false`."""
+
+    def count(rows: str) -> float:
+        chances = [math.exp(a) for a in log_probabilities]
+        return sum(
+            math.prod(p if digit == "1" else 1 - p for p, digit in zip(chances, row, strict=True))
+            for row in rows.split(",")
+        )
+
+    return math.log(count(true)) - math.log(count(false))
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What is known about the tokens of one completion besides their sum; plain numbers."""
@@ -550,6 +563,23 @@ CASES = [
     # tokenwise
     Case("tdpo(beta=0.1)", lambda r: (softplus(-0.1 * (r.d - 0.5 * (drift(r.l) - drift(r.w)))),), held=True),
     Case("tdpo(beta=0.1, variant=1)", lambda r: (softplus(-0.1 * (r.d - (drift(r.l) - drift(r.w)))),)),
+    # logic, its rows counted one by one
+    Case("logic", lambda r: (softplus(-odds_of_rows("11,10", "01", r.aw, r.al)),), 0.886075),
+    Case(
+        "logic(T='10,00', B='11,01', beta=0.7, gamma=0.3)",
+        lambda r: (softplus(0.3 - 0.7 * odds_of_rows("10,00", "11,01", r.aw, r.al)),),
+    ),
+    Case(
+        "logic(T='11,10', B='11,01', over='M(w)&Ref(l), M(l)&Ref(w)', beta=0.1, average=False)",
+        lambda r: (softplus(-0.1 * r.d),),
+        0.620957,
+        LOG2,
+    ),
+    Case(
+        "logic(T='11', B='10,01', over='M(w), Prev(l)', link='hinge')",
+        lambda r: (max(0.0, 1 - odds_of_rows("11", "10,01", r.aw, (r.rl if r.ql is None else r.ql) / r.nl)),),
+    ),
+    Case("logic(T='10', B='01', link='squared')", lambda r: ((odds_of_rows("10", "01", r.aw, r.al) - 0.5) ** 2,)),
     # reference-free
     Case("simpo(beta=2.5, gamma=1.25)", lambda r: (softplus(1.25 - 2.5 * (r.aw - r.al)),), 2.578890),
     Case("cpo(beta=0.1)", lambda r: (softplus(-0.1 * (r.pw - r.pl)),), 0.598139),

@@ -13,6 +13,7 @@ from prefopt.losses import presets as _presets  # noqa: F401  (registers them)
 from prefopt.losses.base import Loss, LossOutput, Need, PairLoss, WeightedSum
 from prefopt.losses.batchwise import AOT, AlphaDPO, AOTUnpaired, BetaDPO
 from prefopt.losses.binary import KTO
+from prefopt.losses.conflict import ConflictFree
 from prefopt.losses.cringe import Cringe, PairwiseCringe
 from prefopt.losses.direct import DPO, EXO, HDPO, IPO, Hinge, MarginDPO, NormalizedDPO, Robust
 from prefopt.losses.discovered import AQFL, AQL, CELL, DBAQL, PADLL, PFL, DiscoPOP
@@ -71,6 +72,7 @@ __all__ = [
     "BetaDPO",
     "CalDPO",
     "ChiPO",
+    "ConflictFree",
     "Cringe",
     "DiscoPOP",
     "GradientAscent",

@@ -81,11 +81,13 @@ class LossOutput:
             chosen then rejected. None for a sum whose terms score different numbers of examples.
         metrics: detached per-example values by name, (M,) each, M may differ between names and may be 0. Average them
             over as many batches and processes as wanted: `mean_metrics` does so for one.
+        terms: of a sum, the weighted value of each term, with gradient; they add up to `loss`.
     """
 
     loss: Tensor
     per_example: Tensor | None
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    terms: tuple[Tensor, ...] = ()
 
     def mean_metrics(self) -> dict[str, float]:
         """Averages over this batch of every metric that has at least one value."""
@@ -118,6 +120,7 @@ class Loss(nn.Module):
         top_k: how many of the largest log-probabilities `Need.TOP_K` asks for.
         batchwise: whether examples act on one another, through a statistic or a mean over the batch's tokens; None is
             taken as yes for losses from outside this package.
+        outermost: whether it cannot be a term of a sum, nor stand inside another loss.
     """
 
     name: ClassVar[str] = ""
@@ -130,6 +133,7 @@ class Loss(nn.Module):
     columns: tuple[str, ...] = ()
     top_k: int = 0
     batchwise: bool | None = None
+    outermost: bool = False
 
     @property
     def separable(self) -> bool:
@@ -285,6 +289,8 @@ class WeightedSum(Loss):
         self.losses = nn.ModuleList(loss for _, loss in terms)
         members = [loss for _, loss in terms]
         for loss in members:
+            if loss.outermost:
+                raise ValueError(f"{loss.name} must be the outermost loss: move what is added to it inside")
             self.needs = self.needs | loss.needs
         self.roles = tuple(role for role in ROLES if any(role in loss.roles for loss in members))
         self.paired = any(loss.paired for loss in members)
@@ -316,9 +322,11 @@ class WeightedSum(Loss):
         per_example: Tensor | None = None
         metrics: dict[str, Tensor] = {}
         same_size = True
+        parts = []
         for weight, label, loss in self.terms():
             output = loss(batch)
-            total = total + weight * output.loss
+            parts.append(weight * output.loss)
+            total = total + parts[-1]
             values = output.per_example
             same_size = same_size and values is not None and (per_example is None or values.shape == per_example.shape)
             if same_size and values is not None:
@@ -329,7 +337,7 @@ class WeightedSum(Loss):
                 metrics.setdefault(name, value)
                 metrics[f"{label}/{name}"] = value
         assert isinstance(total, Tensor)
-        return LossOutput(total, per_example if same_size else None, metrics)
+        return LossOutput(total, per_example if same_size else None, metrics, tuple(parts))
 
     def hyperparameters(self) -> dict[str, Any]:
         return {label: loss.hyperparameters() for _, label, loss in self.terms()}

@@ -57,6 +57,8 @@ class PreferenceConfig(DPOConfig):
         token_budget: most tokens that a training batch puts through the model at once, prompts counted once. Batches
             that hold more go through in parts; what a step learns stays the same, its memory does not grow with
             `per_device_train_batch_size`. None puts no limit.
+        loss_learning_rate: for parameters inside the loss, where it has any; on the model's schedule. None: as
+            `learning_rate`.
         sample_max_new_tokens: where completions that an online objective draws from the policy are cut off.
     """
 
@@ -104,6 +106,12 @@ class PreferenceConfig(DPOConfig):
             "batches go through in parts, with the same gradient. Not set: no limit."
         },
     )
+    loss_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of parameters inside the loss (a kernel mixture's weights). Not set: learning_rate."
+        },
+    )
     sample_max_new_tokens: int = field(
         default=64,
         metadata={"help": "Longest completion, in tokens, that objectives such as hypo draw from the policy."},
@@ -118,6 +126,8 @@ class PreferenceConfig(DPOConfig):
             raise ValueError(f"layout must be 'auto', 'tree' or 'padded', got {self.layout!r}")
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(f"token_budget must be at least 1 token, got {self.token_budget}")
+        if self.loss_learning_rate is not None and not self.loss_learning_rate >= 0:
+            raise ValueError(f"loss_learning_rate must be 0 or more, got {self.loss_learning_rate}")
         if self.step0_check not in ("error", "warn", "off"):
             raise ValueError(f"step0_check must be 'error', 'warn' or 'off', got {self.step0_check!r}")
         if self.loss is not None:

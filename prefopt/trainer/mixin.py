@@ -20,7 +20,7 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from prefopt.data import drop_overlong, kind, normalise, tokenize_dataset
-from prefopt.losses import Loss, LossOutput, Need, PreferenceBatch
+from prefopt.losses import ConflictFree, Loss, LossOutput, Need, PreferenceBatch
 from prefopt.metrics import RunningMeans, batch_metrics, describe_non_finite
 from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
@@ -33,13 +33,15 @@ from prefopt.scoring.collate import (
 from prefopt.scoring.layout import Layout
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.config import resolve_objective
+from prefopt.trainer.conflict import ConflictFreeMixin
+from prefopt.trainer.learned import LearnedLoss
 from prefopt.trainer.scoring import ScoringMixin
 from prefopt.trainer.state import ObjectiveState, restore
 
 logger = logging.getLogger(__name__)
 
 
-class LossMixin(TokenBudgetMixin, ScoringMixin):
+class LossMixin(TokenBudgetMixin, ConflictFreeMixin, ScoringMixin):
     """Gives a `trl.DPOTrainer` subclass a `loss` argument: `class Mine(LossMixin, TheirTrainer): ...`.
 
     Args:
@@ -73,6 +75,8 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
         self._previous_model: Any = None
         self._layout = Layout("padded")
         self._share = 1.0  # of its batch, that what is being scored is
+        self._terms, self._term_gradients = (), []
+        self._learned: LearnedLoss | None = None
         self._reference_cache: ReferenceCache | None = None
         data = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
         data = bound.get("train_dataset", data)
@@ -102,8 +106,6 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
     def _before_trl(self, objective: Loss, args: Any, sample: Mapping[str, Any]) -> None:
         """Refuse options that cannot go together, and settle what TRL's constructor already uses."""
         precomputes = getattr(args, "precompute_ref_log_probs", False)
-        if list(objective.parameters()):
-            raise ValueError(f"{objective} has parameters of its own, which this trainer does not train")
         if Need.MISMATCHED in objective.needs:
             for option in ("per_device_train_batch_size", "per_device_eval_batch_size"):
                 if getattr(args, option, 2) < 2:
@@ -153,8 +155,12 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
         objective.to(self.accelerator.device)
         self._layout = self._make_layout(own_reference)
         self._check_budget(objective, self._own_collator is not None)
+        self._check_conflict_free(objective)
+        if any(parameter.requires_grad for parameter in objective.parameters()):
+            self._learned = self._make_learned(objective)
+            self.add_callback(self._learned)  # type: ignore[attr-defined]
         self._reference_cache = self._open_cache(objective)
-        self.add_callback(ObjectiveState(objective))  # type: ignore[attr-defined]
+        self.add_callback(ObjectiveState(objective, self._learned))  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
         if own_reference and not objective.needs.compares and not self.args.sync_ref_model:
@@ -164,6 +170,12 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
             self.data_collator = self._own_collator
         elif objective.columns or "weight" in sample:
             self.data_collator = WithColumns(self.data_collator, objective.columns)
+
+    def _make_learned(self, objective: Loss) -> LearnedLoss:
+        if self.accelerator.mixed_precision == "fp16":
+            raise ValueError(f"{objective} has parameters of its own, which are not trained in fp16: use bf16")
+        rate = getattr(self.args, "loss_learning_rate", None)
+        return LearnedLoss(objective, self.args.learning_rate if rate is None else rate)
 
     def _align_padding(self, own_reference: bool) -> None:
         """One padding token for policy and reference: some multimodal models embed images by way of it."""
@@ -237,6 +249,8 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
         if self._share > 0:
             self._means.add_all(batch_metrics(batch, output))
         loss = loss * self._share
+        if isinstance(self.objective, ConflictFree):
+            self._terms = [term * self._share for term in output.terms]
         return (loss, outputs) if return_outputs else loss
 
     def _check_start(self, batch: PreferenceBatch) -> None:
@@ -308,6 +322,8 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
                 prefix, means = "", self._train_means.drain()
             else:
                 prefix, means = prefix or "eval_", self._eval_means.drain()
+            if means and self._learned is not None and not prefix:
+                means |= self._learned.logs()
             if means:
                 means["num_tokens"] = sum(gather_object([int(self._tokens_seen)]))
             logs.update({f"{prefix}{name}": value for name, value in means.items()})
@@ -315,7 +331,7 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
         if self.objective is not None:
-            restore(self.objective, resume_from_checkpoint, self.args.output_dir)
+            restore(self.objective, resume_from_checkpoint, self.args.output_dir, self._learned)
         try:
             return super().train(resume_from_checkpoint, *arguments, **keywords)  # type: ignore[misc]
         finally:

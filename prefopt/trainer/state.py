@@ -13,23 +13,35 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.losses import Loss
 from prefopt.scoring.cache import ReferenceCache
+from prefopt.trainer.learned import LearnedLoss
 
 FILE = "objective.safetensors"
+OPTIMIZER_FILE = "objective_optimizer.safetensors"
 
 
 class ObjectiveState(TrainerCallback):
-    """Writes the objective's buffers into each checkpoint folder; a stateless objective leaves no file."""
+    """Writes the objective's buffers and parameters into each checkpoint; a stateless objective leaves no file.
 
-    def __init__(self, objective: Loss):
+    Args:
+        objective: of this run.
+        learned: what trains its parameters, if it has any.
+    """
+
+    def __init__(self, objective: Loss, learned: LearnedLoss | None = None):
         self._objective = objective
+        self._learned = learned
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self._objective.state_dict().items()}
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if tensors and state.is_world_process_zero and folder.is_dir():
-            unfinished = folder / f"{FILE}.unfinished"
-            save_file(tensors, unfinished)
-            os.replace(unfinished, folder / FILE)
+        if not state.is_world_process_zero or not folder.is_dir():
+            return
+        optimizer = {} if self._learned is None else self._learned.state_dict()
+        for file, state_dict in ((FILE, self._objective.state_dict()), (OPTIMIZER_FILE, optimizer)):
+            tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+            if tensors:
+                unfinished = folder / f"{file}.unfinished"
+                save_file(tensors, unfinished)
+                os.replace(unfinished, folder / file)
 
 
 class CacheWriter(TrainerCallback):
@@ -60,7 +72,9 @@ class CacheWriter(TrainerCallback):
         self._cache.write()
 
 
-def restore(objective: Loss, resume_from: str | bool | None, output_dir: str) -> None:
+def restore(
+    objective: Loss, resume_from: str | bool | None, output_dir: str, learned: LearnedLoss | None = None
+) -> None:
     """Read an objective's state back from the checkpoint that a run resumes from.
 
     Raises:
@@ -76,3 +90,5 @@ def restore(objective: Loss, resume_from: str | bool | None, output_dir: str) ->
             "another objective. Start anew, or resume with the objective that it was trained with"
         )
     objective.load_state_dict(load_file(path))
+    if learned is not None:
+        learned.load_state_dict(load_file(Path(folder) / OPTIMIZER_FILE))

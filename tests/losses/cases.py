@@ -674,6 +674,12 @@ CASES = [
     Case("kl_online(baseline='none')", lambda r: (r.ps - r.rs,), held=True),
     Case("kl_prior(reduction='mean')", lambda r: (sum(r.w.forward_kl) / r.nw,)),
     Case("kl_prior", batch_values=lambda rows: [len(rows) * sum(r.w.forward_kl) / r.nw for r in rows]),
+    # conflict: the value is the sum's, what changes is how gradients are added up
+    Case("conflict_free(dpo(beta=0.1) + 0.5*sft(nll='mean'))", lambda r: (softplus(-0.1 * r.d) - 0.5 * r.aw,)),
+    Case(
+        "conflict_free(cpo(beta=0.1) + simpo(beta=2.5, gamma=1.25), method='pcgrad')",
+        lambda r: (softplus(-0.1 * (r.pw - r.pl)) + softplus(1.25 - 2.5 * (r.aw - r.al)),),
+    ),
     # wrappers
     Case("wpo(dpo(beta=0.1))", lambda r: (aligned(r.w) * aligned(r.l) * softplus(-0.1 * r.d),), held=True),
     Case(

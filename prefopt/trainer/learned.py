@@ -1,0 +1,82 @@
+"""Parameters inside a loss, such as a kernel's weights: trained beside the model, at a learning rate of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback
+
+from prefopt.losses import Loss
+
+SHOWN = 8
+"""Parameters of at most so many elements are logged one by one, larger ones by mean and spread."""
+
+
+class LearnedLoss(TrainerCallback):
+    """Steps an optimizer over a loss's own parameters whenever the model's is about to step.
+
+    The loss belongs to no wrapped model: whether the model is whole, under DDP or sharded, its parameters are whole on
+    every process, and their gradients are averaged here. The learning rate follows the model's schedule.
+
+    Args:
+        objective: a loss with parameters, on its device.
+        learning_rate: at the schedule's height.
+    """
+
+    def __init__(self, objective: Loss, learning_rate: float):
+        self._named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self._learning_rate = learning_rate
+        # They are few, and weight decay would pull them to whatever 0 stands for.
+        self._optimizer = torch.optim.AdamW(self._named.values(), lr=learning_rate, weight_decay=0.0)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for parameter in self._named.values():
+                dist.broadcast(parameter.data, 0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        parameters = list(self._named.values())
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for parameter in parameters:
+                # A process whose batch left it without a gradient counts as zero, and takes part.
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+        scale = given["optimizer"].param_groups[0]["lr"] / args.learning_rate if args.learning_rate > 0 else 1.0
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate * scale
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def logs(self) -> dict[str, float]:
+        """The parameters as they are now, under `learned/`."""
+        found: dict[str, float] = {}
+        for name, parameter in self._named.items():
+            values = parameter.detach().float().flatten()
+            if len(values) == 1:
+                found[f"learned/{name}"] = float(values)
+            elif len(values) <= SHOWN:
+                found |= {f"learned/{name}/{i}": float(value) for i, value in enumerate(values)}
+            else:
+                found |= {f"learned/{name}/mean": float(values.mean()), f"learned/{name}/std": float(values.std())}
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The optimizer's tensors by parameter, flat; the parameters themselves are the loss's own state."""
+        return {
+            f"{name}.{key}": value.detach()
+            for name, parameter in self._named.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self._named.items():
+            mine = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+            # The step count stays where the optimizer keeps it, on the CPU.
+            self._optimizer.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                for key, value in mine.items()
+            }

@@ -1,0 +1,39 @@
+"""`conflict_free` and learned losses on two processes step as one process does with the same global batch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.processes import torchrun
+from tests.trainer.runs import save_model
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own-gradients")
+    save_model(folder)
+    for processes, per_device in ((1, 8), (2, 4)):
+        torchrun("tests.trainer.own_gradients_processes", str(folder), str(per_device), processes=processes)
+    return [json.loads((folder / f"{processes}.json").read_text()) for processes in (1, 2)]
+
+
+@pytest.mark.parametrize("name", ["config", "pcgrad", "batchwise", "learned"])
+def test_two_processes_step_as_one(runs, name):
+    alone, together = (found[name] for found in runs)
+    assert (together["world"], together["wrapped"], together["same"]) == (2, "DistributedDataParallel", True)
+    assert alone["world"] == 1
+    assert alone["moved"] > 0.05
+    ours, theirs = torch.tensor(together["weights"]), torch.tensor(alone["weights"])
+    assert float((ours - theirs).abs().max()) < 1e-4 * alone["moved"]
+    for mine, reference in zip(together["log"], alone["log"], strict=True):
+        for key in set(reference) - {"epoch", "learning_rate"}:
+            assert mine[key] == pytest.approx(reference[key], rel=1e-4, abs=1e-5), key
+    if name == "learned":
+        assert alone["log"][-1]["learned/log_beta"] != 0
+    else:
+        assert any(key.startswith("conflict/") for key in alone["log"][0])

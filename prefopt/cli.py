@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from prefopt.losses import DPO, Loss, Need, Preset, available, presets
+from prefopt.losses import DPO, SFT, Loss, Need, Preset, available, presets
 from prefopt.losses.registry import describe_arguments
 from prefopt.losses.wrappers import Wrapper
 
@@ -62,7 +62,7 @@ def losses(
 
 FAMILIES = (
     "direct", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary", "tokenwise", "reference-free",
-    "cringe", "likelihood", "online", "unlearning", "logic", "wrappers",
+    "cringe", "likelihood", "online", "unlearning", "logic", "wrappers", "conflict",
 )  # fmt: skip
 """Families in reading order; those of other packages follow."""
 
@@ -109,7 +109,7 @@ class Facts:
 def facts(cls: type[Loss]) -> Facts:
     """What holds for a loss with its default arguments."""
     if issubclass(cls, Wrapper):
-        inner = DPO()
+        inner = DPO() + SFT()  # of which each can be made
         own = cls(inner).needs & ~inner.needs
         return Facts(cls.formula, "as its loss", "as its loss", own.words if own else "", cls.trl_name, cls.paper)
     try:

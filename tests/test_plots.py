@@ -102,7 +102,7 @@ class TestCurves:
 
     def test_every_registered_loss_and_preset_is_a_curve(self, monkeypatch):
         monkeypatch.setattr(plots, "POINTS", 11)
-        names = [f"{name}(dpo)" if issubclass(cls, Wrapper) else name for name, cls in available().items()]
+        names = [f"{name}(dpo + sft)" if issubclass(cls, Wrapper) else name for name, cls in available().items()]
         lines = trace([*names, *presets()])
         assert sum(len(line.names) for line in lines) == len(names) + len(presets())
         for line in lines:
@@ -194,7 +194,7 @@ class TestPage:
 
     def test_every_family_has_a_picture_or_a_reason(self):
         drawn = {Path(words[2]).stem.removeprefix("objectives-") for words in self.COMMANDS}
-        assert {family.name for family in families()} - drawn == {"batchwise", "likelihood"}
+        assert {family.name for family in families()} - drawn == {"batchwise", "likelihood", "conflict"}
         assert "presets" in drawn
 
     @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: Path(words[2]).stem)

@@ -31,8 +31,11 @@ from prefopt.demo.data import load_demo
 from prefopt.demo.model import resolve_demo_model
 from prefopt.losses import available, parse, presets
 
-WRAPPERS = ("wpo", "length_normalized", "noise_robust", "reweighted")
-"""Taken around dpo."""
+WRAPPERS = {
+    "conflict_free": "dpo + sft",
+    **dict.fromkeys(("wpo", "length_normalized", "noise_robust", "reweighted"), "dpo"),
+}
+"""What they are taken around."""
 EVERY = 10
 """DPO is measured again after so many objectives."""
 
@@ -54,7 +57,7 @@ class Stopwatch(TrainerCallback):
 def expressions(only: list[str] | None) -> dict[str, str]:
     """What to train by name."""
     names = only or [*available(), *presets()]
-    return {name: f"{name}(dpo)" if name in WRAPPERS else name for name in names}
+    return {name: f"{name}({WRAPPERS[name]})" if name in WRAPPERS else name for name in names}
 
 
 def measure(expression: str, model: Any, tokenizer: Any, pairs: Any, args: argparse.Namespace) -> dict[str, Any]:

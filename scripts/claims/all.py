@@ -1,4 +1,4 @@
-"""Every claim script in turn, and one table of what holds. The script on the 135M model runs with --lm only.
+"""Every claim script in turn, and one table of what holds. Those on the 135M model run with --lm only.
 
 python scripts/claims/all.py --json claims.json
 """
@@ -17,12 +17,12 @@ from typing import Any
 from _common import Claim, show
 
 HERE = Path(__file__).parent
-SLOW = "lm"
+SLOW = ("lm", "conflict_lm")
 
 
 def names() -> list[str]:
     found = sorted(file.stem for file in HERE.glob("*.py") if not file.stem.startswith("_"))
-    return [name for name in found if name not in ("all", SLOW)]
+    return [name for name in found if name not in ("all", *SLOW)]
 
 
 def escaped(text: str) -> str:
@@ -48,10 +48,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes here as well")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables of docs/claims.md here")
-    parser.add_argument("--lm", action="store_true", help="run the script on the bundled 135M model too")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"scripts to run: {', '.join([*names(), SLOW])}")
+    parser.add_argument("--lm", action="store_true", help="run the scripts on the bundled 135M model too")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"scripts to run: {', '.join([*names(), *SLOW])}")
     args = parser.parse_args()
-    chosen = args.only or [*names(), *([SLOW] if args.lm else [])]
+    chosen = args.only or [*names(), *(SLOW if args.lm else [])]
     reports, failed, started = {}, [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen:

@@ -1,4 +1,4 @@
-"""The `prefopt` command: look objectives up, check data, run the bundled job."""
+"""The `prefopt` command: look objectives up, check data, plan a run, run the bundled job."""
 
 from __future__ import annotations
 
@@ -405,6 +405,20 @@ def demo(context: typer.Context) -> None:
     from prefopt.recipe import main as run_recipe
 
     run_recipe("dpo(beta=0.1)", context.args)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="--model NAME [OPTIONS; --help lists them]",
+)
+def plan(context: typer.Context) -> None:
+    """Estimate the memory of every way to train a model, and say which to take on given GPUs."""
+    from prefopt.scaling import main as show_plan
+
+    try:
+        show_plan(context.args)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
 
 
 def _console() -> Console:

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from trl import ModelConfig, ScriptArguments
 
+from prefopt.activations import Rows, activations, causal_model
 from prefopt.data import tokenize_dataset
 from prefopt.losses import Loss, Need, parse
+from prefopt.memory import ENGINES, FOUR_BIT, FOUR_BIT_PLAIN, Setting, count, estimate
 from prefopt.models import adapter_base, adapter_settings
 from prefopt.scoring import ROLES
 from prefopt.scoring.collate import ROW_TENSORS, PreferenceCollator
-from prefopt.scoring.head import chunk_bytes
 from prefopt.scoring.tree import plant
 from prefopt.trainer import PreferenceConfig, expression_from_trl_options
 
@@ -176,56 +177,63 @@ def _steps(training: PreferenceConfig, train: Any) -> str:
 def _memory(
     training: PreferenceConfig, model: ModelConfig, expression: str | None, batch: dict[str, torch.Tensor]
 ) -> Table:
-    """A rough estimate per process: what is stored is counted, activations are a rule of thumb."""
+    """The parts of `prefopt.memory` for this batch, on the engine that this process was started under."""
     name = str(model.model_name_or_path)
     config = AutoConfig.from_pretrained(
         adapter_base(name) or name, revision=model.model_revision, trust_remote_code=training.trust_remote_code
     )
-    text = config.get_text_config()
-    kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], AutoModelForCausalLM)
+    adapter = adapter_settings(model)
     with torch.device("meta"):
-        network: Any = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
-    total = sum(p.numel() for p in network.parameters())
-    trainable = total
-    if (peft_config := adapter_settings(model)) is not None:
-        from peft import get_peft_model
-
-        with torch.device("meta"):
-            adapted = get_peft_model(network, peft_config)
-        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    width = {"bfloat16": 2, "float16": 2}.get(model.dtype or "float32", 4)
-    rows, length = batch["input_ids"].shape
-    scored = int(batch["completion_mask"].sum())
-    # Where the tree layout does not fit the model, the padded one takes its place, and every row counts in full.
-    trees = [] if training.layout == "padded" else plant(*(batch[name] for name in ROW_TENSORS))
-    tokens = sum(len(tree.tokens) for tree in trees) or rows * length
-    if training.token_budget is not None:
-        tokens = min(tokens, max(training.token_budget, max((len(tree.tokens) for tree in trees), default=2 * length)))
-    adapter = trainable < total
+        sizes = count(causal_model(config), adapter)
+    engine, half = _engine(training), bool(training.bf16 or training.fp16)
+    named = config.dtype if model.dtype == "auto" else model.dtype
+    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named or "float32"))
+    rows = _rows(training, batch).within(training.token_budget)
+    whole = engine == "ddp"
+    kept = activations(
+        config, rows, dtype=torch.bfloat16 if half and not whole else dtype, autocast=half, adapter=adapter,
+        fused=whole,
+    )  # fmt: skip
     needs = parse(expression).needs if expression else Need.REFERENCE
-    extra_reference = needs.compares and not adapter and not training.precompute_ref_log_probs
-    half = training.bf16 or training.fp16
-    on_cpu = not torch.accelerator.is_available() or training.use_cpu
-    # About 16 hidden-sized and 3 MLP-sized tensors a layer and token are kept for the backward pass.
-    kept = (
-        1
-        if training.gradient_checkpointing
-        else 16 + 3 * getattr(text, "intermediate_size", 4 * text.hidden_size) / text.hidden_size
-    )
-    per_token = text.num_hidden_layers * text.hidden_size * kept * (2 if half else 4)
-    parts = {
-        f"weights, {total / 1e6:.0f}M": total * width,
-        "reference model": total * width if extra_reference else 0,
-        f"gradients, {trainable / 1e6:.1f}M": trainable * 4,
-        "optimizer (AdamW)": trainable * 8,
-        f"activations of {tokens} tokens": tokens * per_token,
-        "logits, a chunk at a time": 2 * min(scored * text.vocab_size * 4, chunk_bytes("cpu" if on_cpu else "")),
+    quantized = FOUR_BIT if model.use_bnb_nested_quant else FOUR_BIT_PLAIN
+    setting = Setting(
+        dtype=dtype, half=half, checkpointed=bool(training.gradient_checkpointing),
+        accumulates=training.gradient_accumulation_steps > 1,
+        reference=needs.compares and not training.precompute_ref_log_probs,
+        quantized=quantized if model.load_in_4bit else None, processes=PartialState().num_processes,
+        device="cpu" if not torch.accelerator.is_available() or training.use_cpu else "accelerator",
+    )  # fmt: skip
+    need = estimate(sizes, kept, kept.rows.scored, setting, engine)
+    labels = {
+        "weights": f"weights, {sizes.total / 1e6:.0f}M",
+        "gradients": f"gradients, {sizes.trainable / 1e6:.1f}M",
+        "activations": f"activations of {kept.rows.tokens} tokens" + ("" if kept.counted else ", a rule of thumb"),
     }
-    table = Table(title=f"Memory per process for rows like these ({rows} x {length}, {scored} scored), rough")
+    shape = f"{rows.count} x {rows.length}, {rows.scored} scored"
+    table = Table(title=f"Memory per process for rows like these ({shape}), {engine}")
     table.add_column("part")
     table.add_column("GB", justify="right")
-    for name, size in parts.items():
-        if size:
-            table.add_row(name, f"{size / 1e9:.2f}")
-    table.add_row("sum", f"{sum(parts.values()) / 1e9:.2f}", style="bold")
+    for part, size in need.parts.items():
+        table.add_row(labels.get(part, part), f"{size / 1e9:.2f}")
+    table.add_row("sum", f"{need.total / 1e9:.2f}", style="bold")
     return table
+
+
+def _rows(training: PreferenceConfig, batch: dict[str, torch.Tensor]) -> Rows:
+    """The batch's rows, planted as trees unless the padded layout is asked for."""
+    count, length = batch["input_ids"].shape
+    trees = None if training.layout == "padded" else tuple(plant(*(batch[name] for name in ROW_TENSORS)))
+    return Rows(trees or None, count, length, int(batch["completion_mask"].sum()))
+
+
+def _engine(training: PreferenceConfig) -> str:
+    """What `accelerate launch` set this process up for, by its name in `prefopt.memory.ENGINES`."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" or training.deepspeed:
+        plugin = training.deepspeed_plugin
+        stage = 2 if plugin is None else plugin.zero_stage
+        offloads = plugin is not None and str(plugin.offload_param_device) == "cpu"
+        name = f"zero{stage}" + ("_offload" if offloads else "")
+        return name if name in ENGINES else "ddp"
+    # On a CPU accelerate takes DDP in FSDP's place.
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and torch.accelerator.is_available()
+    return "fsdp2" if sharded else "ddp"

@@ -1,0 +1,314 @@
+"""`prefopt plan`: which way of training fits on which GPUs, what it needs by part, and the command that starts it.
+
+Reads a model's configuration, never its weights. The numbers are those of `prefopt.memory`; what is chosen is the
+simplest engine that fits.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, HfArgumentParser, LlamaConfig
+
+from prefopt.activations import Activations, Rows, activations, causal_model, made_up_rows
+from prefopt.losses import Loss, parse
+from prefopt.memory import ENGINES, FOUR_BIT, Estimate, Setting, Sizes, count, estimate
+from prefopt.models import adapter_base
+
+METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+TITLES = {
+    "ddp": "DDP",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "fsdp2": "FSDP2",
+    "zero3": "ZeRO-3",
+    "zero3_offload": "ZeRO-3 + offload",
+}
+USABLE = 0.92
+"""Share of a GPU's memory that tensors may take; the CUDA context, NCCL and fragmentation take the rest."""
+
+FAMILIES = {
+    "1B": ("meta-llama/Llama-3.2-1B-Instruct", 2048, 8192, 16, 32, 8, True),
+    "3B": ("meta-llama/Llama-3.2-3B-Instruct", 3072, 8192, 28, 24, 8, True),
+    "8B": ("meta-llama/Llama-3.1-8B-Instruct", 4096, 14336, 32, 32, 8, False),
+    "70B": ("meta-llama/Llama-3.3-70B-Instruct", 8192, 28672, 80, 64, 8, False),
+}
+"""Llama's shapes: name, hidden and MLP width, layers, heads of queries and of keys, whether the head is tied."""
+
+
+RECIPE_DEFAULTS = {
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_length": 1024, "token_budget": None,
+    "layout": "auto", "dtype": "float32", "bf16": True, "gradient_checkpointing": True,
+    "precompute_ref_log_probs": False,
+}  # fmt: skip
+"""What a command need not say; a test compares it with the recipes' own."""
+
+
+@dataclass
+class Job:
+    """What is to be trained, on what."""
+
+    model: str = field(metadata={"help": f"A Hub name, a folder, or without either a size: {', '.join(FAMILIES)}."})
+    loss: str = field(default="dpo(beta=0.1)", metadata={"help": "Loss expression; says whether a reference is kept."})
+    gpus: int = field(default=1, metadata={"help": "GPUs of all machines together."})
+    nodes: int = field(default=1, metadata={"help": "Machines they are in."})
+    memory: float = field(default=80.0, metadata={"help": "Memory of a GPU in GB (1e9 bytes)."})
+    method: str = field(default="all", metadata={"help": "What trains.", "choices": ["all", *METHODS]})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs, or completions, a GPU."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches a step."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a prompt with a completion."})
+    prompt_length: int | None = field(default=None, metadata={"help": "Of those, the prompt's. Not set: half."})
+    token_budget: int | None = field(default=None, metadata={"help": "The recipes' option of this name."})
+    layout: str = field(
+        default="auto", metadata={"help": "The recipes' option.", "choices": ["auto", "tree", "padded"]}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "That weights are loaded in. Not set: float32 where they train, bfloat16 where adapters do.",
+            "choices": ["float32", "bfloat16"],
+        },
+    )
+    bf16: bool = field(default=True, metadata={"help": "bfloat16 mixed precision."})
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "Compute activations again."})
+    precompute_ref_log_probs: bool = field(default=False, metadata={"help": "Drops the reference before training."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Layers that get one."}
+    )
+
+    def __post_init__(self) -> None:
+        least = {"gpus": 1, "nodes": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+                 "max_length": 2, "lora_r": 1}  # fmt: skip
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"--{name} must be at least {smallest}, got {getattr(self, name)}")
+        if self.memory <= 0:
+            raise ValueError(f"--memory is in GB and must be more than 0, got {self.memory}")
+        if self.gpus % self.nodes:
+            raise ValueError(f"--gpus {self.gpus} cannot be spread evenly over --nodes {self.nodes}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"--token_budget must be at least 1 token, got {self.token_budget}")
+        if not 0 < self.prompt < self.max_length:
+            raise ValueError(
+                f"--prompt_length must leave room for a completion within --max_length {self.max_length}, "
+                f"got {self.prompt_length}"
+            )
+
+    @property
+    def prompt(self) -> int:
+        return self.max_length // 2 if self.prompt_length is None else self.prompt_length
+
+    def dtype_of(self, method: str) -> str:
+        return self.dtype or ("float32" if method == "full" else "bfloat16")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One method on one engine."""
+
+    method: str
+    engine: str
+    need: Estimate
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the plan for the options of a command line.
+
+    Raises:
+        ValueError: an option or the loss makes no sense; says which.
+        OSError: there is no such model here and the Hub cannot be asked.
+    """
+    parser = HfArgumentParser(Job, prog="prefopt plan", description="Which way of training fits, and its command.")
+    (job,) = parser.parse_args_into_dataclasses(list(argv))
+    loss = parse(job.loss)
+    name, config, built_in = model_config(job.model)
+    rows = made_up_rows(
+        job.per_device_train_batch_size, job.prompt, job.max_length - job.prompt, 2 if loss.paired else 1,
+        job.layout == "padded",
+    ).within(job.token_budget)  # fmt: skip
+    found = ways(job, loss, config, rows)
+    console = Console()
+    for line in _head(job, loss, name, built_in, rows, found[0][1]):
+        console.print(Text(line), soft_wrap=True)
+    console.print(_table(job, [way for way, _, _ in found]))
+    for line in _advice(job, name, [way for way, _, _ in found]):
+        console.print(Text(line), soft_wrap=True)
+
+
+def model_config(model: str) -> tuple[str, Any, bool]:
+    """A model's name, its configuration, and whether that is a built-in shape of its size.
+
+    Raises:
+        OSError: naming the sizes that go without the Hub.
+    """
+    if model.upper() in FAMILIES:
+        name, hidden, inner, layers, heads, groups, tied = FAMILIES[model.upper()]
+        made = LlamaConfig(
+            vocab_size=128256, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=tied,
+            max_position_embeddings=131072, architectures=["LlamaForCausalLM"],
+        )  # fmt: skip
+        return name, made, True
+    try:
+        return model, AutoConfig.from_pretrained(adapter_base(model) or model), False
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise OSError(
+            f"--model {model}: {first} Name a folder or a model of the Hub, or a size with built-in shapes: "
+            f"{', '.join(FAMILIES)}"
+        ) from error
+
+
+def ways(job: Job, loss: Loss, config: Any, rows: Rows) -> list[tuple[Way, Sizes, Activations]]:
+    """Every method on every engine that it goes with, the simplest engine first."""
+    found = []
+    with torch.device("meta"):
+        network = causal_model(config)
+    for method in METHODS if job.method == "all" else [job.method]:
+        adapter = None
+        if method != "full":
+            target: Any = job.lora_target_modules
+            target = target[0] if target == ["all-linear"] else target
+            adapter = LoraConfig(r=job.lora_r, target_modules=target, task_type="CAUSAL_LM")
+        with torch.device("meta"):
+            sizes = count(causal_model(config) if adapter is not None else network, adapter)
+        dtype = getattr(torch, job.dtype_of(method))
+        setting = Setting(
+            dtype=dtype, half=job.bf16, checkpointed=job.gradient_checkpointing,
+            accumulates=job.gradient_accumulation_steps > 1,
+            reference=loss.needs.compares and not job.precompute_ref_log_probs,
+            quantized=FOUR_BIT if method == "qlora" else None, processes=job.gpus, nodes=job.nodes,
+        )  # fmt: skip
+        whole = activations(config, rows, dtype=dtype, autocast=job.bf16, adapter=adapter)
+        # Sharded engines compute with weights that are in half precision already, and with PEFT's own layers.
+        half = torch.bfloat16 if job.bf16 else dtype
+        sharded = activations(config, rows, dtype=half, autocast=job.bf16, adapter=adapter, fused=False)
+        for engine in _engines(job, method):
+            kept = whole if engine == "ddp" else sharded
+            way = Way(method, engine, estimate(sizes, kept, kept.rows.scored, setting, engine))
+            found.append((way, sizes, kept))
+    return found
+
+
+def _engines(job: Job, method: str) -> list[str]:
+    """Sharding over one GPU is none; 4-bit weights are sharded by FSDP2 only."""
+    if method == "qlora":
+        return ["ddp"] if job.gpus == 1 else ["ddp", "fsdp2"]
+    return ["ddp", "zero3_offload"] if job.gpus == 1 else list(ENGINES)
+
+
+def fits(job: Job, way: Way) -> bool:
+    return way.need.total <= USABLE * job.memory * 1e9
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------------
+
+
+def _head(job: Job, loss: Loss, name: str, built_in: bool, rows: Rows, sizes: Sizes) -> list[str]:
+    base = sizes.total - (sizes.trainable if sizes.adapters else 0)
+    source = f"{name} ({'its shapes are built in; the Hub was not asked' if built_in else 'from its configuration'})"
+    shape = (
+        f"{rows.tokens} tokens at once on a GPU: prompts of {job.prompt}, completions of {job.max_length - job.prompt}"
+    )
+    if not loss.needs.compares:
+        reference = f"no reference model, since {job.loss} compares with none"
+    elif job.precompute_ref_log_probs:
+        reference = "no reference model while training, since its log-probabilities are computed before"
+    else:
+        reference = "a reference model for full fine-tuning; with adapters it is the model without them"
+    return [f"{source}: {base / 1e9:.2f} billion parameters", f"{shape}; {reference}."]
+
+
+def _title(job: Job, engine: str) -> str:
+    return "one process" if job.gpus == 1 and engine == "ddp" else TITLES[engine]
+
+
+COLUMNS = {
+    "weights": ("weights",),
+    "reference": ("reference model",),
+    "gradients": ("gradients",),
+    "optimizer": ("optimizer (AdamW)",),
+    "activations": ("activations", "gradients of a layer's activations", "freed as gradients come"),
+    "logits": ("logits, a chunk at a time",),
+    "buffers": ("buffers",),
+}
+"""A column of the table and the parts of an estimate that it adds up."""
+
+
+def _table(job: Job, found: list[Way]) -> Table:
+    gpus = f"{job.gpus} GPU{'s' * (job.gpus > 1)} of {job.memory:g} GB"
+    table = Table(title=f"GB on each of {gpus}; up to {USABLE * job.memory:.0f} GB fit")
+    for heading in ("", "", *COLUMNS, "sum", "fits", "main memory"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    previous = None
+    for way in found:
+        parts = way.need.parts
+        sums = [sum(parts.get(part, 0) for part in group) for group in COLUMNS.values()]
+        cells = [f"{size / 1e9:.1f}" if size else "-" for size in sums]
+        shown = METHODS[way.method] if way.method != previous else ""
+        if previous not in (None, way.method):
+            table.add_section()
+        previous = way.method
+        host = f"{way.need.host / 1e9:.0f}" if way.need.host else ""
+        good = Text("yes", style="green") if fits(job, way) else Text("no", style="red")
+        table.add_row(shown, _title(job, way.engine), *cells, f"{way.need.total / 1e9:.1f}", good, host)
+    return table
+
+
+def _advice(job: Job, name: str, found: list[Way]) -> list[str]:
+    """For every method: the simplest engine that fits and why, with its command; or what would help."""
+    lines = []
+    for method in dict.fromkeys(way.method for way in found):
+        own = [way for way in found if way.method == method]
+        chosen = next((way for way in own if fits(job, way)), None)
+        if chosen is None:
+            least = min(own, key=lambda way: way.need.total)
+            lines.append(
+                f"\n{METHODS[method]}: nothing fits; {_title(job, least.engine)} needs least, "
+                f"{least.need.total / 1e9:.0f} GB. More GPUs, a smaller --per_device_train_batch_size or a "
+                "--token_budget would lower it."
+            )
+            continue
+        simpler = own[: own.index(chosen)]
+        reason = "nothing is simpler"
+        if simpler:
+            least = min(simpler, key=lambda way: way.need.total)
+            reason = f"the simplest that fits: what is simpler needs {least.need.total / 1e9:.0f} GB or more"
+        lines.append(f"\n{METHODS[method]}: {_title(job, chosen.engine)}, {reason}.")
+        if not (job.gpus == 1 and chosen.engine == "ddp"):
+            lines.append(f"  settings: configs/accelerate/{chosen.engine}.yaml")
+        if job.nodes > 1:
+            lines.append(
+                "  on every machine, by scripts/slurm/multi_node.sbatch or with --machine_rank and --main_process_ip:"
+            )
+        lines.append(f"  {_command(job, name, chosen)}")
+    return lines
+
+
+def _command(job: Job, name: str, way: Way) -> str:
+    launch = ["accelerate", "launch"]
+    if job.gpus > 1 or way.engine != "ddp":
+        launch += ["--config_file", f"configs/accelerate/{way.engine}.yaml"]
+    launch += ["--num_processes", str(job.gpus)]
+    if job.nodes > 1:
+        launch += ["--num_machines", str(job.nodes)]
+    words = [*launch, "recipes/dpo.py", "--model_name_or_path", name, "--dataset_name", "PAIRS", "--loss", job.loss]
+    given = vars(job) | {"dtype": job.dtype_of(way.method)}
+    for option, usual in RECIPE_DEFAULTS.items():
+        value = given[option]
+        if value != usual:
+            words += [f"--{option}", str(value).lower() if isinstance(value, bool) else str(value)]
+    if way.method != "full":
+        words += ["--use_peft", "--lora_r", str(job.lora_r), "--lora_target_modules", *job.lora_target_modules]
+    if way.method == "qlora":
+        words += ["--load_in_4bit", "--use_bnb_nested_quant", "--bnb_4bit_quant_storage", "bfloat16"]
+    return shlex.join(words)

@@ -1,0 +1,275 @@
+"""Estimated against measured memory: trains small random models and compares the peak of a step with `prefopt.memory`.
+
+    python scripts/bench/memory.py                 # every case, one after the other
+    python scripts/bench/memory.py full lora       # those whose names contain one of the words
+    python scripts/bench/memory.py --json FILE     # also write what was measured
+
+Each case runs in a process of its own (two for DDP), on one thread. On a CPU the peak is the resident size in the
+second step, less what the process held before it made a model; small blocks are mapped, so that the size falls when
+memory is freed. On a GPU it is PyTorch's own count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is trained.
+
+    Attributes:
+        hidden, inner, layers, heads, groups, vocabulary: of the Llama that is made.
+        prompt, completion: tokens.
+        pairs: in a batch.
+        accumulated: batches a step.
+        processes: that train together, through DDP if more than one.
+    """
+
+    name: str
+    hidden: int = 512
+    inner: int = 1536
+    layers: int = 8
+    heads: int = 8
+    groups: int = 4
+    vocabulary: int = 16384
+    prompt: int = 256
+    completion: int = 64
+    pairs: int = 2
+    accumulated: int = 2
+    lora: bool = False
+    loss: str = "dpo"
+    checkpointed: bool = False
+    bf16: bool = False
+    dtype: str = "float32"
+    layout: str = "auto"
+    tied: bool = True
+    token_budget: int | None = None
+    processes: int = 1
+
+
+CASES = (
+    Case("full"),
+    Case("full, not accumulated", accumulated=1),
+    Case("full, checkpointed", checkpointed=True),
+    Case("full, reference-free", loss="simpo"),
+    Case("full, long rows", prompt=1024, completion=256, pairs=1),
+    Case("full, padded", layout="padded"),
+    Case("full, large vocabulary", vocabulary=65536, tied=False, layers=4),
+    Case("full, token budget", pairs=4, token_budget=800),
+    Case("full, bf16 autocast", bf16=True, layers=6),
+    Case("full, DDP of two", processes=2),
+    Case("lora", lora=True),
+    Case("lora, checkpointed", lora=True, checkpointed=True),
+    Case("lora, wide", lora=True, hidden=1024, inner=4096, layers=4, heads=16),
+    Case("lora, bf16 weights", lora=True, bf16=True, dtype="bfloat16", layers=6),
+    Case("lora, DDP of two", lora=True, processes=2),
+)
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def config_of(case: Case) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=case.hidden, intermediate_size=case.inner, num_hidden_layers=case.layers,
+        num_attention_heads=case.heads, num_key_value_heads=case.groups, vocab_size=case.vocabulary,
+        max_position_embeddings=4096, tie_word_embeddings=case.tied, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+
+
+def estimated(case: Case) -> Any:
+    """What `prefopt.memory` says, without a weight."""
+    import torch
+    from peft import LoraConfig
+
+    from prefopt.activations import activations, causal_model, made_up_rows
+    from prefopt.memory import Setting, count, estimate
+
+    config, adapter = config_of(case), LoraConfig(**LORA) if case.lora else None
+    dtype = getattr(torch, case.dtype)
+    with torch.device("meta"):
+        sizes = count(causal_model(config), adapter)
+    rows = made_up_rows(case.pairs, case.prompt, case.completion, 2, case.layout == "padded").within(case.token_budget)
+    kept = activations(config, rows, dtype=dtype, autocast=case.bf16, adapter=adapter)
+    setting = Setting(
+        dtype=dtype, half=case.bf16, checkpointed=case.checkpointed, accumulates=case.accumulated > 1,
+        reference=case.loss == "dpo", processes=case.processes, device=_device(),
+    )  # fmt: skip
+    return estimate(sizes, kept, rows.scored, setting)
+
+
+# ---- the process that trains ----------------------------------------------------------------------------------------
+
+
+def tokenizer_of(case: Case) -> Any:
+    """One word, one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {"<pad>": 0, "<end>": 1, "<unknown>": 2} | {f"w{i}": i for i in range(3, case.vocabulary)}
+    words = Tokenizer(models.WordLevel(known, unk_token="<unknown>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>")
+
+
+def pairs_of(case: Case, count: int) -> list[dict[str, str]]:
+    """Random words; the end of a completion is a token of its own."""
+    rng = random.Random(0)
+
+    def text(tokens: int) -> str:
+        return " ".join(f"w{rng.randrange(3, case.vocabulary)}" for _ in range(tokens))
+
+    # A space, since texts are tokenised joined.
+    return [
+        {
+            "prompt": text(case.prompt),
+            "chosen": " " + text(case.completion - 1),
+            "rejected": " " + text(case.completion - 1),
+        }
+        for _ in range(count)
+    ]
+
+
+def train(case: Case, folder: Path) -> None:
+    """Two steps; the peak of the second goes to `folder`, one file a process."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+
+    from prefopt import PreferenceConfig, PreferenceTrainer
+    from prefopt.scoring.tree import plant
+
+    torch.set_num_threads(1)
+    rows = Dataset.from_list(pairs_of(case, case.pairs * case.accumulated * case.processes * 2))
+    tokenizer = tokenizer_of(case)
+    before = resident("VmRSS")
+    trainer = PreferenceTrainer(
+        str(folder / "model"),
+        args=PreferenceConfig(
+            output_dir=str(folder / "out"), loss=case.loss, per_device_train_batch_size=case.pairs, max_steps=2,
+            gradient_accumulation_steps=case.accumulated, max_length=None, report_to="none", save_strategy="no",
+            gradient_checkpointing=case.checkpointed, bf16=case.bf16, use_cpu=_device() == "cpu", disable_tqdm=True,
+            layout=case.layout, token_budget=case.token_budget, step0_check="off", ddp_backend=_backend(case),
+            model_init_kwargs={"dtype": case.dtype},
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**LORA) if case.lora else None,
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    trees = plant(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    found = {(tree.trunk + 1, *(end - start for start, end in tree.spans())) for tree in trees}
+    if found != {(case.prompt, case.completion, case.completion)}:
+        raise ValueError(f"{case.name}: prompts and completions have {found} tokens")
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                forget_peak()
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    rank = int(os.environ.get("RANK", 0))
+    (folder / f"peak-{rank}.json").write_text(json.dumps(peak(before)), encoding="utf-8")
+
+
+def _backend(case: Case) -> str | None:
+    return "gloo" if case.processes > 1 and _device() == "cpu" else None
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resident(name: str) -> int:
+    """Bytes: VmRSS, the resident size now, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def peak(before: int) -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM") - before
+
+
+# ---- all cases ------------------------------------------------------------------------------------------------------
+
+
+def measured(case: Case) -> int:
+    """The largest peak of the processes of a case."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+        # Freed blocks go back to the system, so that the resident size is what is in use.
+        "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576",
+    }  # fmt: skip
+    command = [sys.executable]
+    if case.processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={case.processes}", f"--master_port={port}"]
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config_of(case)).save_pretrained(f"{folder}/model")
+        command += [__file__, "--train", json.dumps(dataclasses.asdict(case)), folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        found = [json.loads(file.read_text()) for file in Path(folder).glob("peak-*.json")]
+    if len(found) != case.processes:
+        raise SystemExit(f"{case.name}: {done.stderr[-3000:]}")
+    return max(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="run the cases whose names contain one of these")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--train", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train:
+        train(Case(**json.loads(options.train[0])), Path(options.train[1]))
+        return
+    cases = [case for case in CASES if not options.words or any(word in case.name for word in options.words)]
+    if not cases:
+        raise SystemExit(f"no case is named like {' or '.join(options.words)}: {', '.join(c.name for c in CASES)}")
+    results = []
+    print("| case | tokens | estimate, MB | measured, MB | estimate / measured |\n|---|---|---|---|---|", flush=True)
+    for case in cases:
+        said, found = estimated(case), measured(case)
+        tokens = case.pairs * (case.prompt - 1 + 2 * case.completion)
+        results.append({**dataclasses.asdict(case), "parts": said.parts, "estimate": said.total, "measured": found})
+        print(
+            f"| {case.name} | {tokens} | {said.total / 1e6:.0f} | {found / 1e6:.0f} | {said.total / found:.2f} |",
+            flush=True,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -35,12 +35,20 @@ class RunningMeans:
         for name, values in metrics.items():
             self.add(name, values)
 
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """This process's sums and counts by name."""
+        return {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+
+    def load(self, sums: Mapping[str, Any]) -> None:
+        """Go on from sums and counts of before, in place of those that are there."""
+        self._sums = {name: [total, count] for name, (total, count) in sums.items()}
+
     def drain(self) -> dict[str, float]:
         """Means over everything added on every process since the last call, which every process must make.
 
         Processes may know different names: a batch of binary feedback can lack a role.
         """
-        local = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+        local = self.sums()
         self._sums = {}
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for process in gather_object([local]):

@@ -31,12 +31,14 @@ from prefopt.data import (
 )
 from prefopt.demo.data import heldout_prompts, load_demo
 from prefopt.demo.model import HUB_ID, HUB_TIMEOUT_S, resolve_demo_model
-from prefopt.demo.report import PairMetrics, greedy_answers, side_by_side, summarize
+from prefopt.demo.report import Answer, PairMetrics, greedy_answers, side_by_side, summarize
+from prefopt.files import write_whole
 from prefopt.losses import parse
 from prefopt.models import adapter_base, load_model, load_tokenizer
 from prefopt.plan import show_batch, show_settings
 from prefopt.progress import RunProgress
 from prefopt.trainer import PreferenceTrainer
+from prefopt.trainer.disk import check_writable
 
 __all__ = ["Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_trainer", "parse_arguments", "run"]
 
@@ -49,8 +51,11 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
 
     Raises:
         DataError: naming the problem, the rows and the remedy.
+        CheckpointError: where nothing can be written into the output folder.
     """
     script = recipe.script
+    if not script.dry_run and PartialState().is_main_process:
+        check_writable(Path(recipe.training.output_dir))
     if recipe.model.model_name_or_path is None:
         with PartialState().main_process_first():
             path = resolve_demo_model(say=lambda line: recipe.console.print(line, soft_wrap=True))
@@ -217,6 +222,9 @@ def _compared_with(name: str | None, options: dict[str, Any]) -> Any:
 def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     """Evaluate, train, evaluate, save; on the bundled data also answer held-out prompts before and after.
 
+    A run that is stopped by a signal ends in `train`, after its checkpoint: it is not evaluated or saved as if it had
+    finished. What it found before training is kept in `before.json` for the run that goes on with it.
+
     Returns:
         What `results.json` in the output folder holds.
     """
@@ -224,10 +232,23 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     has_heldout = trainer.eval_dataset is not None
     # A resumed policy is not where the run began, and sharded engines are set up by train() only.
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    can_look_first = has_heldout and training.resume_from_checkpoint is None and not sharded
-    before = trainer.evaluate() if can_look_first and recipe.script.evaluate_first else None
-    answers_before = _answers(recipe, trainer) if can_look_first and recipe.bundled_data else None
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    checkpoint = trainer.checkpoint_to_resume(training.resume_from_checkpoint)
+    if training.resume_from_checkpoint is not None:
+        where = "No checkpoint yet: from the start" if checkpoint is None else f"Resuming from {checkpoint}"
+        console.print(where, soft_wrap=True)
+    kept = Path(training.output_dir) / "before.json"
+    if checkpoint is None:
+        can_look_first = has_heldout and not sharded
+        before = trainer.evaluate() if can_look_first and recipe.script.evaluate_first else None
+        answers_before = _answers(recipe, trainer) if can_look_first and recipe.bundled_data else None
+        if trainer.is_world_process_zero():
+            said = None if answers_before is None else [vars(answer) for answer in answers_before]
+            _save_results(kept, {"before": before, "answers": said})
+    else:
+        first = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        before, said = first.get("before"), first.get("answers")
+        answers_before = None if said is None else [Answer(**answer) for answer in said]
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     after = trainer.evaluate() if has_heldout else None
     answers_after = None if answers_before is None else _answers(recipe, trainer)
@@ -236,7 +257,7 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         if answers is not None:
             results[name] = vars(summarize(answers))
     if trainer.is_world_process_zero():
-        _save_results(Path(training.output_dir), results)
+        _save_results(Path(training.output_dir) / "results.json", results)
     if answers_before is not None and answers_after is not None:
         old, new = (None if logs is None else PairMetrics.from_logs(logs) for logs in (before, after))
         console.print(side_by_side(heldout_prompts(), answers_before, answers_after, old, new))
@@ -262,10 +283,9 @@ def _comparison(before: dict[str, float] | None, after: dict[str, float]) -> Tab
     return table
 
 
-def _save_results(folder: Path, results: dict[str, Any]) -> None:
-    path, unfinished = folder / "results.json", folder / "results.json.unfinished"
-    unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+def _save_results(path: Path, results: dict[str, Any]) -> None:
+    text = json.dumps(results, indent=2) + "\n"
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 # ---- the plan -----------------------------------------------------------------------------------------------------

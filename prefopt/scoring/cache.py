@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prefopt.files import UNFINISHED, write_whole
+
 logger = logging.getLogger(__name__)
 
 DIGEST_BYTES = 16
@@ -80,7 +82,7 @@ class ReferenceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         card = self.folder / "reference.json"
         if not card.exists():
-            _write_whole(card, lambda path: path.write_text(json.dumps(self._about, indent=1) + "\n"))
+            write_whole(card, lambda path: path.write_text(json.dumps(self._about, indent=1) + "\n"))
 
     def read_new_files(self) -> None:
         """Take in what other processes have written since."""
@@ -157,7 +159,7 @@ class ReferenceCache:
             }
             try:
                 self._make_folder()  # it may have been pruned meanwhile
-                _write_whole(self.folder / f"{uuid.uuid4().hex}.safetensors", lambda path: save_file(tensors, path))
+                write_whole(self.folder / f"{uuid.uuid4().hex}.safetensors", lambda path: save_file(tensors, path))
             except (OSError, SafetensorError) as error:
                 logger.warning(
                     "%d new entries of the reference cache stay in memory: %s cannot be written to (%s)",
@@ -185,19 +187,6 @@ def row_keys(inputs: Mapping[str, Any]) -> Iterable[bytes]:
         yield hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
-    try:
-        write(unfinished)
-        # Else a machine that goes down may leave a file with the final name and nothing in it.
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except Exception:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
 def _read_file(path: Path) -> tuple[list[bytes], list[int], Any]:
     """A file's keys, where the values of each end, and the values: mapped, to be read entry by entry."""
     with safe_open(path, framework="pt") as file:
@@ -219,7 +208,7 @@ def _rows_in(path: Path) -> int:
 
 
 def _remove_stale(folder: Path) -> None:
-    for path in folder.glob("*.unfinished"):
+    for path in folder.glob(f"*{UNFINISHED}"):
         with contextlib.suppress(OSError):  # its writer may finish it yet, or another process be faster
             if time.time() - path.stat().st_mtime > STALE_AFTER:
                 path.unlink()

@@ -35,13 +35,13 @@ from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.conflict import ConflictFreeMixin
 from prefopt.trainer.learned import LearnedLoss
+from prefopt.trainer.saving import CheckpointMixin
 from prefopt.trainer.scoring import ScoringMixin
-from prefopt.trainer.state import ObjectiveState, restore
 
 logger = logging.getLogger(__name__)
 
 
-class LossMixin(TokenBudgetMixin, ConflictFreeMixin, ScoringMixin):
+class LossMixin(CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, ScoringMixin):
     """Gives a `trl.DPOTrainer` subclass a `loss` argument: `class Mine(LossMixin, TheirTrainer): ...`.
 
     Args:
@@ -92,6 +92,7 @@ class LossMixin(TokenBudgetMixin, ConflictFreeMixin, ScoringMixin):
                     bound["data_collator"] = self._own_collator
         super().__init__(**bound)
         if self.objective is None:
+            self._set_up_checkpoints()
             if "weight" in sample:
                 logger.warning("the weight column has no effect: TRL computes this objective itself")
             return
@@ -102,6 +103,7 @@ class LossMixin(TokenBudgetMixin, ConflictFreeMixin, ScoringMixin):
             )
         self._after_trl(self.objective, bound.get("ref_model") is None, sample)
         self._previous_model = self._make_previous(self.objective, previous_model)
+        self._set_up_checkpoints()
 
     def _before_trl(self, objective: Loss, args: Any, sample: Mapping[str, Any]) -> None:
         """Refuse options that cannot go together, and settle what TRL's constructor already uses."""
@@ -160,7 +162,6 @@ class LossMixin(TokenBudgetMixin, ConflictFreeMixin, ScoringMixin):
             self._learned = self._make_learned(objective)
             self.add_callback(self._learned)  # type: ignore[attr-defined]
         self._reference_cache = self._open_cache(objective)
-        self.add_callback(ObjectiveState(objective, self._learned))  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
         if own_reference and not objective.needs.compares and not self.args.sync_ref_model:
@@ -330,10 +331,8 @@ class LossMixin(TokenBudgetMixin, ConflictFreeMixin, ScoringMixin):
         super().log(logs, start_time)  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
-        if self.objective is not None:
-            restore(self.objective, resume_from_checkpoint, self.args.output_dir, self._learned)
         try:
-            return super().train(resume_from_checkpoint, *arguments, **keywords)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *arguments, **keywords)
         finally:
             for model in (self.model, self.ref_model, self._previous_model):
                 if model is not None:

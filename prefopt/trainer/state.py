@@ -1,51 +1,35 @@
-"""An objective's own state (a running mean, say) saved with every checkpoint and read back when a run resumes."""
+"""What a run keeps between its steps beside the model and the optimizer, saved with every checkpoint and read back.
+
+That is the objective's own state (a running mean, say), the token count, the means and the loss that have been
+gathered since the last log line, and an evaluation that is still due. And what the run is: its loss, data and batches.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.losses import Loss
 from prefopt.scoring.cache import ReferenceCache
+from prefopt.trainer.checkpoints import CheckpointError
 from prefopt.trainer.learned import LearnedLoss
+
+logger = logging.getLogger(__name__)
 
 FILE = "objective.safetensors"
 OPTIMIZER_FILE = "objective_optimizer.safetensors"
 
 
-class ObjectiveState(TrainerCallback):
-    """Writes the objective's buffers and parameters into each checkpoint; a stateless objective leaves no file.
-
-    Args:
-        objective: of this run.
-        learned: what trains its parameters, if it has any.
-    """
-
-    def __init__(self, objective: Loss, learned: LearnedLoss | None = None):
-        self._objective = objective
-        self._learned = learned
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not state.is_world_process_zero or not folder.is_dir():
-            return
-        optimizer = {} if self._learned is None else self._learned.state_dict()
-        for file, state_dict in ((FILE, self._objective.state_dict()), (OPTIMIZER_FILE, optimizer)):
-            tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-            if tensors:
-                unfinished = folder / f"{file}.unfinished"
-                save_file(tensors, unfinished)
-                os.replace(unfinished, folder / file)
-
-
 class CacheWriter(TrainerCallback):
-    """Writes what a reference cache has gathered with every checkpoint, after evaluations and epochs, and at the end.
+    """Writes what a reference cache has gathered after evaluations and epochs, and at the end.
+
+    Checkpoints have it written before they are complete, as a resumed run must find what later epochs would find.
 
     Args:
         cache: of this process.
@@ -55,9 +39,6 @@ class CacheWriter(TrainerCallback):
     def __init__(self, cache: ReferenceCache, wait: Callable[[], None]):
         self._cache = cache
         self._wait = wait
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        self._cache.write()
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         self._cache.write()
@@ -72,18 +53,30 @@ class CacheWriter(TrainerCallback):
         self._cache.write()
 
 
-def restore(
-    objective: Loss, resume_from: str | bool | None, output_dir: str, learned: LearnedLoss | None = None
-) -> None:
+def save_objective(objective: Loss, folder: Path, learned: LearnedLoss | None = None) -> None:
+    """Write an objective's buffers and parameters into a checkpoint; a stateless objective leaves no file.
+
+    Args:
+        objective: of this run.
+        folder: of the checkpoint.
+        learned: what trains the objective's parameters, if it has any.
+    """
+    optimizer = {} if learned is None else learned.state_dict()
+    for file, state in ((FILE, objective.state_dict()), (OPTIMIZER_FILE, optimizer)):
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        if tensors:
+            save_file(tensors, os.fspath(folder / file))
+
+
+def restore(objective: Loss, folder: Path, learned: LearnedLoss | None = None) -> None:
     """Read an objective's state back from the checkpoint that a run resumes from.
 
     Raises:
         FileNotFoundError: if the objective has state and the checkpoint holds none.
     """
-    folder = get_last_checkpoint(output_dir) if resume_from is True else resume_from
-    if not folder or not objective.state_dict():
+    if not objective.state_dict():
         return
-    path = Path(folder) / FILE
+    path = folder / FILE
     if not path.exists():
         raise FileNotFoundError(
             f"{objective} keeps state between steps, but {path} does not exist: the checkpoint was written with "
@@ -91,4 +84,63 @@ def restore(
         )
     objective.load_state_dict(load_file(path))
     if learned is not None:
-        learned.load_state_dict(load_file(Path(folder) / OPTIMIZER_FILE))
+        learned.load_state_dict(load_file(folder / OPTIMIZER_FILE))
+
+
+# ---- what the run is ---------------------------------------------------------------------------------------------
+
+
+def describe(objective: Loss | None, args: Any, rows: int | None, batch: int) -> dict[str, Any]:
+    """What a resumed run must have in common with the one it goes on with, or will be told about.
+
+    Args:
+        rows: of the training data; None for a stream.
+        batch: examples of one optimizer step, over all processes.
+    """
+    loss_type = getattr(args, "loss_type", None)
+    return {
+        "loss": str(loss_type if objective is None else objective),
+        "rows": rows,
+        "batch": batch,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optim": str(getattr(args.optim, "value", args.optim)),
+        "max_steps": args.max_steps,
+        "num_train_epochs": args.num_train_epochs,
+    }
+
+
+_WORDS = {"rows": "training rows", "batch": "examples a step", "loss": "the loss"}
+_POSITION = ("rows", "batch", "seed")
+"""What the place in the data depends on at which a run goes on."""
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, skips_data: bool) -> None:
+    """Hold the run that a checkpoint was written in against the one that resumes from it.
+
+    Args:
+        saved, now: as `describe` makes them; `saved` is empty for checkpoints of plain TRL.
+        folder: the checkpoint.
+        skips_data: whether the run goes on where it was in the data, rather than at its start (`ignore_data_skip`).
+
+    Raises:
+        CheckpointError: where going on would not be going on: another loss, or another place in the data.
+    """
+    changed = {name: (saved[name], now[name]) for name in saved if name in now and saved[name] != now[name]}
+    if "loss" in changed:
+        raise CheckpointError(
+            f"{folder} was trained with the loss {changed['loss'][0]}, this run has {changed['loss'][1]}: its "
+            "optimizer and schedule are of another objective. Resume with the same loss, or start a new run from the "
+            "weights in that folder (model_name_or_path)"
+        )
+    moved = [name for name in _POSITION if name in changed] if skips_data else []
+    if moved:
+        listed = ", ".join(f"{_WORDS.get(n, n)}: {changed[n][0]} then, {changed[n][1]} now" for n in moved)
+        raise CheckpointError(
+            f"{folder} cannot be gone on from at the same place in the data ({listed}): some rows would be seen twice "
+            "and others not at all. Set them back (on fewer processes, raise gradient_accumulation_steps), or pass "
+            "ignore_data_skip=True to begin the epoch anew"
+        )
+    for name, (before, after) in changed.items():
+        logger.warning("%s: %s was %s when it was written and is %s now", folder, name, before, after)

@@ -1,0 +1,44 @@
+"""Files that appear whole or not at all. Imports the standard library alone."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+UNFINISHED = ".unfinished"
+"""How the names of files end that are still being written, or that a killed process left behind."""
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` make a file under another name, and give it its own once it is on the disk.
+
+    A process or a machine that goes down meanwhile leaves the file as it was before.
+
+    Raises:
+        Whatever `write` raises; then nothing is left of the attempt.
+    """
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
+    try:
+        write(unfinished)
+        # Else a machine that goes down may leave a file with the final name and nothing in it.
+        to_disk(unfinished)
+        os.replace(unfinished, path)
+    except Exception:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def to_disk(path: Path) -> None:
+    """Return once what was written to a file, or the names in a folder, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some file systems cannot do this for folders.
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,340 @@
+"""How a trainer saves, stops and goes on: complete checkpoints only, the same weights as if nothing had happened.
+
+The files themselves are `prefopt.trainer.checkpoints`' affair, signals `prefopt.trainer.stops`'. Overrides `train`,
+`evaluate`, `save_model` and `_save_checkpoint` of transformers' trainer, of which the last is the one private method
+that TRL overrides as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from transformers.trainer_utils import TrainOutput
+
+from prefopt.files import to_disk
+from prefopt.losses import Loss
+from prefopt.metrics import RunningMeans
+from prefopt.scoring.cache import ReferenceCache
+from prefopt.trainer import checkpoints, disk
+from prefopt.trainer.checkpoints import CheckpointError
+from prefopt.trainer.learned import LearnedLoss
+from prefopt.trainer.state import compare, describe, restore, save_objective
+from prefopt.trainer.stops import AlreadyTrained, RunFlow, Stopped, StopSignals
+
+logger = logging.getLogger(__name__)
+
+_ASIDE = ".unfinished-model"
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+
+
+class CheckpointMixin:
+    """The part of `LossMixin` that saves checkpoints, resumes from them, and stops on a signal."""
+
+    objective: Loss | None
+    args: Any
+    model: Any
+    accelerator: Any
+    state: Any
+    control: Any
+    train_dataset: Any
+    callback_handler: Any
+    _train_means: RunningMeans
+    _tokens_seen: Any
+    _reference_cache: ReferenceCache | None
+    _learned: LearnedLoss | None
+
+    def _set_up_checkpoints(self) -> None:
+        self._signals = StopSignals(says=self.accelerator.is_main_process)
+        self._flow = RunFlow(self)
+        self._in_checkpoint = self._listens = False
+        self._last_written: Path | None = None
+        self._resumed: dict[str, Any] = {}
+        self._resumed_from: Path | None = None
+        # Added last, as it has the last word on what a step ends with.
+        self.add_callback(self._flow)  # type: ignore[attr-defined]
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
+        """The folder to resume from, the same on every process; None for a start from the beginning.
+
+        Args:
+            asked: a folder; True for the newest whole checkpoint of the output folder; "auto" for the same, or a fresh
+                start where there is none.
+
+        Raises:
+            CheckpointError: if the named folder is not whole, or True finds none; it says what is missing.
+        """
+        answer: list[Any] = [None, [], None]
+        if self.accelerator.is_main_process:
+            try:
+                folder, passed = checkpoints.choose(asked, Path(self.args.output_dir))
+                answer = [None if folder is None else str(folder), passed, None]
+            except CheckpointError as error:
+                answer = [None, [], str(error)]
+        answer = broadcast_object_list(answer)
+        for line in answer[1]:
+            logger.warning(line)
+        if answer[2] is not None:
+            raise CheckpointError(answer[2])
+        found: str | None = answer[0]
+        return found
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
+        folder = self.checkpoint_to_resume(resume_from_checkpoint)
+        self._prepare_disk(folder)
+        self._resume_state(None if folder is None else Path(folder))
+        # transformers' own way of stopping is left alone if it was asked for; without checkpoints there is nothing
+        # that a signal could have saved.
+        self._listens = self._saves and not getattr(self.args, "enable_jit_checkpoint", False)
+        with self._signals.noted() if self._listens else contextlib.nullcontext():
+            try:
+                result = super().train(folder, *arguments, **keywords)  # type: ignore[misc]
+            except AlreadyTrained:
+                result = self._nothing_left()
+        if self._flow.stopped:
+            raise self._stopped(self._flow.stopped)
+        return result
+
+    @property
+    def _saves(self) -> bool:
+        return str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
+
+    def _prepare_disk(self, resumed_from: str | None) -> None:
+        """Before any step: a folder that can be written to, room in it, nothing half-done in it."""
+        if not (self._saves and self.args.should_save):
+            return
+        output_dir = Path(self.args.output_dir)
+        disk.check_writable(output_dir)
+        for folder in checkpoints.remove_unfinished(output_dir):
+            logger.warning("%s was not finished by an earlier run and has been deleted", folder)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
+        disk.check_room(output_dir, self.accelerator.unwrap_model(self.model), self.args, sharded)
+        if resumed_from is None and (found := checkpoints.find(output_dir)):
+            logger.warning(
+                "%s holds checkpoints of an earlier run (%s), which this run, started anew, does not go on from",
+                *(output_dir, ", ".join(sorted(checkpoint.folder.name for checkpoint in found))),
+            )
+
+    def _resume_state(self, folder: Path | None) -> None:
+        self._flow.stopped, self._last_written = 0, folder
+        self._resumed_from = folder
+        self._resumed = {} if folder is None else checkpoints.read_state(folder)
+        if folder is None:
+            return
+        compare(self._resumed.get("run", {}), self._description(), folder, not self.args.ignore_data_skip)
+        if self.objective is not None:
+            restore(self.objective, folder, self._learned)
+        first = self.accelerator.is_main_process
+        # Sums over all processes, which the first one goes on with: others may be more or fewer by now.
+        self._tokens_seen = self._resumed.get("tokens", 0) if first else 0
+        self._train_means.load(self._resumed.get("means", {}) if first else {})
+
+    def _description(self) -> dict[str, Any]:
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return describe(self.objective, args, rows, batch)
+
+    def _stopped(self, signum: int) -> Stopped:
+        folder = str(self._last_written)
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "%s after step %d; %s is complete. To go on, run the same command with --resume_from_checkpoint auto "
+                "(in Python: trainer.train(resume_from_checkpoint='auto'))",
+                *(signal.Signals(signum).name, self.state.global_step, folder),
+            )
+        return Stopped(signum, folder)
+
+    def _nothing_left(self) -> TrainOutput:
+        """What `train` returns where the checkpoint is the last: transformers would train a step too many."""
+        logger.info("%s is of the last step: nothing is left to train", self._resumed_from)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()  # type: ignore[attr-defined]
+        self.is_in_train = False
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> Any:
+        """As transformers has it, but what is trained does not depend on when or whether it is called: the random
+        numbers that follow are those that would have followed without it."""
+        with _same_random_numbers(self.accelerator.device):
+            return super().evaluate(*arguments, **keywords)  # type: ignore[misc]
+
+    def _evaluate_what_is_due(self) -> None:
+        """The evaluation that the stopped run had no time for."""
+        with _same_random_numbers(self.accelerator.device):
+            # An online objective draws completions: those that it would have drawn.
+            self._load_rng_state(str(self._resumed_from))  # type: ignore[attr-defined]
+            metrics = self._evaluate(None, None)  # type: ignore[attr-defined]
+        self._determine_best_metric(metrics=metrics, trial=None)  # type: ignore[attr-defined]
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that is complete or does not count.
+
+        Raises:
+            CheckpointError: if it cannot be written, as on a full disk: what there is of it is deleted, checkpoints
+                before it stay, and the run ends, as the next would fail as well.
+        """
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
+        if self._last_written is not None and folder.resolve() == self._last_written.resolve():
+            return  # a step's weights are written once
+        try:
+            state = self._gathered_state()
+            if self._reference_cache is not None:
+                self._reference_cache.write()
+            if self.args.should_save:
+                checkpoints.begin(folder, state)
+            self.accelerator.wait_for_everyone()
+            with self._as_part_of_checkpoint():
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            if self.objective is not None and self.args.should_save:
+                save_objective(self.objective, folder, self._learned)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.complete(folder)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not _is_of_the_disk(error):
+                raise
+            raise self._unwritten(folder, error) from error
+        self._last_written = folder
+        if self.args.should_save:
+            checkpoints.rotate(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))  # type: ignore[attr-defined]
+
+    def _gathered_state(self) -> dict[str, Any]:
+        """What `_resume_state` reads; every process must call it."""
+        loss = getattr(self, "_tr_loss", None)
+        own = (int(self._tokens_seen), self._train_means.sums(), None if loss is None else float(loss))
+        everyone = gather_object([own])
+        means: dict[str, list[float]] = {}
+        for _, sums, _ in everyone:
+            for name, (total, count) in sums.items():
+                entry = means.setdefault(name, [0.0, 0.0])
+                entry[0], entry[1] = entry[0] + total, entry[1] + count
+        losses = [loss for _, _, loss in everyone if loss is not None]
+        return {
+            "run": self._description(),
+            "tokens": sum(tokens for tokens, _, _ in everyone),
+            "means": means,
+            "loss": sum(losses) / len(losses) if losses else None,
+            "logged_at": getattr(self, "_globalstep_last_logged", None),
+            "evaluation_due": self._flow.evaluation_due,
+        }
+
+    @contextlib.contextmanager
+    def _as_part_of_checkpoint(self) -> Iterator[None]:
+        """Keep transformers from deleting older checkpoints and from pushing before the new one is complete."""
+        args = self.args
+        kept = args.save_total_limit, args.push_to_hub
+        self._in_checkpoint = True
+        args.save_total_limit, args.push_to_hub = None, False
+        try:
+            yield
+        finally:
+            args.save_total_limit, args.push_to_hub = kept
+            self._in_checkpoint = False
+
+    def _unwritten(self, folder: Path, error: BaseException) -> CheckpointError:
+        if self.args.should_save:
+            with contextlib.suppress(OSError):
+                checkpoints.discard(folder)
+        before = next((found.folder for found in checkpoints.find(folder.parent) if not found.problem), None)
+        older = "there is none before it" if before is None else f"{before} is untouched"
+        free = shutil.disk_usage(folder.parent).free / 1e9 if folder.parent.exists() else 0.0
+        return CheckpointError(
+            f"{folder} could not be written ({error}); the disk has {free:.3g} GB left. What there was of it has been "
+            f"deleted; {older}. The run stops here, as later checkpoints would fail too: make room, then run the same "
+            "command with --resume_from_checkpoint auto"
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers has it; weights of an earlier save stay until the new ones are on the disk."""
+        if self._in_checkpoint:
+            super().save_model(output_dir, _internal_call=_internal_call)  # type: ignore[misc]
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        aside = folder / _ASIDE
+        try:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                if (folder / "README.md").exists():
+                    # peft writes its own lines into a card that is there, and a bare one where there is none.
+                    shutil.copyfile(folder / "README.md", aside / "README.md")
+            self.accelerator.wait_for_everyone()
+            super().save_model(str(aside), _internal_call=True)  # type: ignore[misc]
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                _move_into(aside, folder)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not _is_of_the_disk(error):
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(
+                f"the model could not be saved to {folder} ({error}); weights that were there before are untouched. "
+                "Make room, then save again, or run the same command with --resume_from_checkpoint auto"
+            ) from error
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+
+
+# ---- on the disk and in memory -------------------------------------------------------------------------------------
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether an error comes of writing a file rather than of the run. torch raises RuntimeError for full disks."""
+    if isinstance(error, CheckpointError):
+        return False
+    return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
+
+
+def _move_into(aside: Path, folder: Path) -> None:
+    """Give every file of a folder its place in another, what says which weights there are last."""
+    files = [path for path in aside.rglob("*") if path.is_file()]
+    for path in files:
+        to_disk(path)
+    whole = [path for path in files if path.suffix == ".safetensors" or path.name.endswith(".index.json")]
+    for path in sorted(files, key=lambda path: (path in whole, path.name.endswith(".index.json"), path)):
+        target = folder / path.relative_to(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    if whole:
+        # Of an earlier save in more parts.
+        names = {path.name for path in whole}
+        for path in folder.iterdir():
+            if _SHARD.fullmatch(path.name) and path.name not in names:
+                path.unlink()
+        if "model.safetensors" in names:
+            (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    to_disk(folder)
+    shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, what is drawn afterwards is what would have been drawn without it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    own = device.type not in ("cpu", "mps")
+    try:
+        with torch.random.fork_rng(devices=[device] if own else [], device_type=device.type if own else "cuda"):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,172 @@
+"""What a run does when it is told to stop: finish the step, save a checkpoint, end with the signal's exit status.
+
+SIGTERM is what schedulers send before they kill, SIGINT what Ctrl-C sends. Handlers only note the signal; what follows
+happens between two steps, on all processes at the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGAIN_AFTER_S = 1.0
+"""A second Ctrl-C within it is the same: a terminal sends it to every process, and torchrun passes it on as well."""
+
+
+class Stopped(SystemExit):
+    """Training was told to stop and has saved a checkpoint; left alone, it ends the process with 128 + the signal.
+
+    Attributes:
+        signum: the signal.
+        checkpoint: the folder of the checkpoint.
+    """
+
+    def __init__(self, signum: int, checkpoint: str):
+        super().__init__(128 + signum)
+        self.signum = signum
+        self.checkpoint = checkpoint
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT while it is entered; a second Ctrl-C quits at once.
+
+    Args:
+        says: whether to tell at once, on standard error, what the signal has set going.
+
+    Attributes:
+        received: the first signal that this process got, 0 while there is none.
+    """
+
+    def __init__(self, says: bool = True) -> None:
+        self.received = 0
+        self._says = says
+        self._at = 0.0
+        self._before: dict[int, Any] = {}
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """While it lasts, signals are noted; afterwards the handlers are those of before."""
+        self.received = 0
+        # Python allows handlers in the main thread only. In another one signals keep the meaning they have.
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signum, handler = self._before.popitem()
+            # None: a handler that was not set from Python, which cannot be set again from here.
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._at = signum, now
+            if self._says:
+                more = "; Ctrl-C again quits at once, without" if signum == signal.SIGINT else ""
+                line = f"\n{signal.Signals(signum).name}: saving a checkpoint at the end of this step{more}\n"
+                # Nothing that buffers: the signal may have come in the middle of a write to it.
+                os.write(2, line.encode())
+        elif signum == signal.SIGINT and now - self._at > AGAIN_AFTER_S:
+            self._restore()
+            signal.raise_signal(signum)
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any process got; every process must call it at the same point."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            seen = torch.tensor([self.received], device=device)
+            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+            self.received = int(seen)
+        return self.received
+
+
+class AlreadyTrained(Exception):
+    """The checkpoint that was resumed from is that of the last step."""
+
+
+class RunFlow(TrainerCallback):
+    """Decides when a step ends with a checkpoint, and when the run ends for a signal.
+
+    Args:
+        trainer: whose it is.
+
+    Attributes:
+        stopped: the signal that the run was stopped for; 0 if it was not.
+        evaluation_due: whether an evaluation was put off, to have the checkpoint written before the process is killed.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self._saves_at_end = self._at_epoch_end = False
+        self.stopped = 0
+        self.evaluation_due = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, saved = self._trainer, self._trainer._resumed
+        self._saves_at_end = self._at_epoch_end = self.evaluation_due = False
+        if trainer._resumed_from is None:
+            return
+        # Before transformers 5.1 or so the sum is a local variable, which cannot be set.
+        if saved.get("loss") is not None and hasattr(trainer, "_tr_loss"):
+            trainer._tr_loss.fill_(saved["loss"])
+            trainer._globalstep_last_logged = saved["logged_at"]
+        if saved.get("evaluation_due"):
+            trainer._evaluate_what_is_due()
+        if state.global_step >= state.max_steps:
+            raise AlreadyTrained
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._heed(control)
+        if self.stopped:
+            # A checkpoint first: an evaluation may take longer than the process is given.
+            self.evaluation_due, control.should_evaluate = control.should_evaluate, False
+            control.should_save = True
+        if control.should_save and (control.should_training_stop or _ends_epoch(state)):
+            # The epoch's end, where more may be logged and evaluated, follows at once: the checkpoint holds that too.
+            control.should_save, self._saves_at_end = False, True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._trainer.is_in_train:
+            self._heed(control)
+            # Between steps, what follows the stop is the epoch's end, which saves.
+            control.should_save = control.should_save or (self._at_epoch_end and bool(self.stopped))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._at_epoch_end = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._at_epoch_end = True
+        if self.stopped:
+            over = _ends_epoch(state) or state.global_step >= state.max_steps
+            control.should_log = control.should_log and over
+            self.evaluation_due = self.evaluation_due or (control.should_evaluate and over)
+            control.should_evaluate = False
+            control.should_save = True
+        control.should_save = control.should_save or self._saves_at_end
+        self._saves_at_end = False
+
+    def _heed(self, control: Any) -> None:
+        if not self.stopped and self._trainer._listens:
+            self.stopped = self._trainer._signals.agreed(self._trainer.accelerator.device)
+        if self.stopped:
+            control.should_training_stop = True
+
+
+def _ends_epoch(state: Any) -> bool:
+    return bool(state.epoch == int(state.epoch))

@@ -1,0 +1,297 @@
+"""Runs that are killed: where, how, and what is left of them. Shared by the tests and `scripts/bench/chaos.py`.
+
+A run is a forked child, since importing everything takes longer than a run does. A fault is set before it starts: a
+place in the code at whose n-th visit the child kills itself, or a time after which its parent kills it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate.optimizer
+import datasets
+import datasets.arrow_writer
+import peft.peft_model
+import torch
+import transformers.modeling_utils
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerState
+
+import prefopt.files
+import prefopt.scoring.cache
+from prefopt import LossMixin
+from prefopt.data import load_preferences, normalise
+from prefopt.trainer import checkpoints
+from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model
+
+TIMINGS = ("runtime", "per_second")
+"""What is in the names of logged values that no two runs have in common."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kill.
+
+    Attributes:
+        place: a name in `PLACES`, or "time".
+        visit: which visit of the place it is, from 1.
+        signum: SIGKILL, or SIGTERM as a scheduler sends it.
+        seconds: after the start of training, for "time".
+    """
+
+    place: str
+    visit: int = 1
+    signum: int = signal.SIGKILL
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A small training run; options are those of `PreferenceConfig`."""
+
+    loss: str = "dpo"
+    kind: str = "full"
+    labelled: bool = False
+    cache: bool = False
+    rows: int = 14
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# ---- a run -------------------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, job: Job) -> None:
+    """The model and the data of a job, on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(folder)
+    for name, seed, rows in (("train", 0, job.rows), ("heldout", 1, 4)):
+        made = make_labelled(rows, seed) if job.labelled else make_pairs(rows, seed)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+
+
+def train(folder: Path, job: Job, resume: str | bool | None = "auto") -> Any:
+    """Train to the end, from where an earlier attempt got to; leaves `run/` and `done.json`."""
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    datasets.disable_progress_bars()
+    rows = {
+        name: normalise(load_preferences(str(folder / f"{name}.jsonl"), split="train"))
+        for name in ("train", "heldout")
+    }
+    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    trainer = make_trainer(
+        folder,
+        loss=job.loss,
+        model=str(folder / "llama-0"),
+        train_dataset=rows["train"],
+        trainer_options={
+            "eval_dataset": rows["heldout"],
+            "peft_config": adapter if job.kind == "lora" else None,
+        },
+        **{
+            "reference_cache": str(folder / "cache") if job.cache else "off",
+            "num_train_epochs": 3,
+            "max_steps": -1,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "save_total_limit": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            # Out of step with the checkpoints, so that these fall between two log lines.
+            "logging_steps": 3,
+            "step0_check": "off",
+            **job.options,
+        },
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    log = [{k: v for k, v in entry.items() if not any(t in k for t in TIMINGS)} for entry in trainer.state.log_history]
+    # transformers' sum over this process's own steps.
+    log = [entry for entry in log if "train_loss" not in entry]
+    state = {name: value.tolist() for name, value in trainer.objective.state_dict().items()}
+    done = {"log": log, "objective": state}
+    prefopt.files.write_whole(folder / "done.json", lambda path: path.write_text(json.dumps(done)))
+    return trainer
+
+
+def result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Final weights, and what was logged."""
+    found = [folder / "run" / name for name in ("model.safetensors", "adapter_model.safetensors")]
+    return load_file(next(path for path in found if path.exists())), json.loads((folder / "done.json").read_text())
+
+
+def forked(work: Callable[[], Any], fault: Fault | None = None, output: Path | None = None) -> int:
+    """Do something in a child process, and wait for it.
+
+    Returns:
+        Its exit status, negative for the signal that ended it, as `subprocess` has it.
+    """
+    started_read, started_write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(started_read)
+        _be_the_child(work, fault, output, started_write)
+    os.close(started_write)
+    if fault is not None and fault.place == "time":
+        # Until training starts, or the child is gone.
+        os.read(started_read, 1)
+        time.sleep(fault.seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, fault.signum)
+    _, status = os.waitpid(child, 0)
+    os.close(started_read)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _be_the_child(work: Callable[[], Any], fault: Fault | None, output: Path | None, started: int) -> None:
+    code = 1
+    try:
+        if output is not None:
+            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+        _tell_start(started)
+        if fault is not None and fault.place != "time":
+            PLACES[fault.place](functools.partial(_die, fault.signum), fault.visit)
+        work()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # What pytest or the parent would do at its end is not for the child.
+        os._exit(code)
+
+
+def _tell_start(pipe: int) -> None:
+    train_begins = LossMixin.train
+
+    def told(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        os.write(pipe, b"x")
+        return train_begins(self, *arguments, **keywords)
+
+    LossMixin.train = told
+
+
+def _die(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+    if signum == signal.SIGKILL:
+        time.sleep(60)
+
+
+# ---- places ------------------------------------------------------------------------------------------------------
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace a function by `around(its nth call, the function, *its arguments)`."""
+    original, calls = getattr(owner, name), 0
+
+    @functools.wraps(original)
+    def replaced(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return around(calls, original, *arguments, **keywords)
+
+    setattr(owner, name, replaced)
+
+
+def before(owner: Any, name: str) -> Callable[[Callable[[], None], int], None]:
+    """Kill as the function is entered."""
+
+    def install(die: Callable[[], None], visit: int) -> None:
+        def around(call: int, original: Any, *arguments: Any, **keywords: Any) -> Any:
+            if call == visit:
+                die()
+            return original(*arguments, **keywords)
+
+        _wrap(owner, name, around)
+
+    return install
+
+
+def half_written(owners: tuple[Any, ...], name: str) -> Callable[[Callable[[], None], int], None]:
+    """Kill when half of the bytes of a file are there; the path is the function's second argument."""
+
+    def install(die: Callable[[], None], visit: int) -> None:
+        calls = 0
+
+        def around(_: int, original: Any, what: Any, path: Any, *arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            done = original(what, path, *arguments, **keywords)
+            if calls == visit:
+                os.truncate(path, os.path.getsize(path) // 2)
+                die()
+                original(what, path, *arguments, **keywords)
+            return done
+
+        for owner in owners:
+            _wrap(owner, name, around)
+
+    return install
+
+
+def half_deleted(die: Callable[[], None], visit: int) -> None:
+    """Kill when half of the files of a checkpoint that makes room are gone."""
+
+    def around(call: int, original: Any, folder: Any, *arguments: Any, **keywords: Any) -> Any:
+        if call == visit:
+            for path in sorted(Path(folder).iterdir())[::2]:
+                path.unlink() if path.is_file() else original(path)
+            die()
+        return original(folder, *arguments, **keywords)
+
+    # A namespace of its own, as others delete folders too.
+    checkpoints.shutil = type("shutil", (), {"rmtree": staticmethod(shutil.rmtree)})
+    _wrap(checkpoints.shutil, "rmtree", around)
+
+
+PLACES: dict[str, Callable[[Callable[[], None], int], None]] = {
+    "preparing the data": before(datasets.arrow_writer.ArrowWriter, "write"),
+    "finishing the data": before(datasets.arrow_writer.ArrowWriter, "finalize"),
+    "within a step": before(LossMixin, "compute_loss"),
+    "before the optimizer": before(accelerate.optimizer.AcceleratedOptimizer, "step"),
+    "evaluating": before(LossMixin, "prediction_step"),
+    "beginning a checkpoint": before(checkpoints, "begin"),
+    "saving weights": half_written((transformers.modeling_utils, peft.peft_model), "safe_save_file"),
+    "saving the optimizer": half_written((torch,), "save"),
+    "saving the trainer's state": before(TrainerState, "save_to_json"),
+    "completing a checkpoint": before(checkpoints, "complete"),
+    "naming a finished file": before(prefopt.files.os, "replace"),
+    "deleting an old checkpoint": half_deleted,
+    "writing the reference cache": half_written((prefopt.scoring.cache,), "save_file"),
+}
+
+
+def draw(count: int, seed: int, terms: int, cache: bool) -> list[Fault]:
+    """Faults at random places; `terms` of them are SIGTERM at a random time of training."""
+    rng = random.Random(seed)
+    places = [place for place in PLACES if cache or "cache" not in place]
+    # Data is prepared in the first attempt only: later ones find it.
+    first, others = places[0], [place for place in places if "the data" not in place]
+    kinds = [first, *(rng.choice([*others, "time"]) for _ in range(count - terms - 1))]
+    faults = []
+    for place in kinds:
+        visit = {"preparing the data": 20, "saving the optimizer": rng.randint(1, 6)}.get(place, rng.randint(1, 3))
+        faults.append(Fault(place, visit, seconds=rng.uniform(0.0, 0.6)))
+    term = [Fault("time", signum=signal.SIGTERM, seconds=rng.uniform(0.0, 0.4)) for _ in range(terms)]
+    for fault in term:
+        faults.insert(rng.randint(1, len(faults)), fault)
+    return faults

@@ -7,22 +7,27 @@ its place, the command line. Imports TRL's argument parser and our configuration
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from accelerate import PartialState
 from rich.console import Console
+from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+from prefopt.config_file import check_values, read_config, set_environment
 from prefopt.data.errors import did_you_mean
+from prefopt.losses import LossSyntaxError
 from prefopt.models import adapter_base
+from prefopt.short_errors import show_short_errors
 from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.config import TRL_LOSS_OPTIONS
 
@@ -84,6 +89,10 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
     evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
 
 
+_OPTIONS = (RecipeArguments, PreferenceConfig, ModelConfig)
+"""What a command line or a config fills."""
+
+
 @dataclass
 class Recipe:
     """The resolved arguments of one run.
@@ -110,15 +119,21 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     `--dataset_name` the bundled preference pairs are used.
     """
     _quiet_libraries()
+    show_short_errors()
     argv = list(sys.argv[1:] if argv is None else argv)
-    config = _take_config(argv)
+    config, path = _take_config(argv)
     paper = config.pop("paper", {})
     words = {word[2:].split("=", 1)[0].replace("-", "_") for word in argv if word.startswith("--")}
-    parser = TrlParser((RecipeArguments, PreferenceConfig, ModelConfig))
-    _refuse_unknown(config, parser)
-    demo = bool(parser.parse_known_args(argv)[0].demo or config.get("demo", False))
+    # No short forms: what was asked for is looked up by name below.
+    parser = _Parser(_OPTIONS, allow_abbrev=False)
+    check_values(config, parser._actions, _OPTIONS, path)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise SystemExit(_no_option(unknown[0], parser))
+    demo = bool(known.demo or _is_on(config.get("demo", False)))
     parser.set_defaults_with_config(**_defaults(loss, config, words, demo))
-    script, training, model = parser.parse_args_and_config(argv)
+    script, training, model = _filled(parser, argv)
+    _refuse_out_of_range(training)
     _refuse_what_is_ignored(script, model, words)
     console = Console(quiet=not PartialState().is_main_process)
     if demo:
@@ -126,26 +141,99 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     return Recipe(script, training, model, console, paper)
 
 
-def _take_config(argv: list[str]) -> dict[str, Any]:
-    """The `--config` file's mapping, its `env` put into effect; both words leave `argv`."""
-    if "--config" not in argv:
-        return {}
-    position = argv.index("--config")
-    path = Path(argv[position + 1]) if position + 1 < len(argv) else None
-    del argv[position : position + 2]
-    if path is None or not path.is_file():
-        raise SystemExit(f"--config {path or ''}: there is no such file")
+def _filled(parser: TrlParser, argv: Sequence[str]) -> tuple[RecipeArguments, PreferenceConfig, ModelConfig]:
+    """The three groups of options; what their own classes refuse ends the program with the words that they have."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SystemExit(f"--config {path}: not valid YAML: {error}") from None
-    if not isinstance(loaded, dict):
-        raise SystemExit(f"--config {path}: must be a mapping of option names to values")
-    for name in ("env", "paper"):
-        if not isinstance(loaded.get(name, {}), dict):
-            raise SystemExit(f"--config {path}: {name!r} must be a mapping")
-    os.environ.update({name: str(value) for name, value in loaded.pop("env", {}).items()})
-    return loaded
+        script, training, model = parser.parse_args_and_config(argv)
+    except LossSyntaxError as error:
+        raise SystemExit(f"--loss: {error}") from None
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, OSError) as error:
+        raise SystemExit(f"These options cannot be used: {_short(str(error))}") from error
+    return script, training, model
+
+
+class _Parser(TrlParser):  # type: ignore[misc]
+    """Says what is wrong with a word, without the 200 options that argparse would list before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(f"{_short(message)}. --help lists the options")
+
+
+def _no_option(word: str, parser: TrlParser) -> str:
+    if not word.startswith("-"):
+        return f"the word {_short(ascii(word))} belongs to no option before it. --help lists the options"
+    name = word.partition("=")[0]
+    return (
+        f"there is no option {_short(name)}.{did_you_mean(name[:80], parser._option_string_actions)} --help lists them"
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+def _is_on(value: Any) -> bool:
+    return string_to_bool(value) if isinstance(value, str) else bool(value)
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "num_train_epochs": (0, math.inf),
+    "per_device_train_batch_size": (1, 2**31),
+    "per_device_eval_batch_size": (1, 2**31),
+    "gradient_accumulation_steps": (1, 2**31),
+    "dataloader_num_workers": (0, 2**31),
+    "dataset_num_proc": (1, 2**31),
+    "max_length": (2, 2**31),
+    "pad_to_multiple_of": (1, 2**31),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+    "step0_tolerance": (0, math.inf),
+    "sample_max_new_tokens": (1, 2**31),
+}
+"""Least and largest value of options that would otherwise fail only once the model is loaded."""
+
+
+def _refuse_out_of_range(training: PreferenceConfig) -> None:
+    for name, (least, most) in _RANGES.items():
+        value = getattr(training, name, None)
+        # `inf` as a learning rate or a norm is a slip too, and nan is in no range.
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
+            limits = f"of at least {least}" if math.isinf(most) else f"from {least} to {most}"
+            raise SystemExit(f"--{name} must be a finite number {limits}, got {value}")
+
+
+def _take_config(argv: list[str]) -> tuple[dict[str, Any], Path | None]:
+    """The `--config` file's mapping, its `env` put into effect, and the file; its words leave `argv`."""
+    given = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
+    if not given:
+        return {}, None
+    if len(given) > 1:
+        raise SystemExit("--config is given twice: name one file")
+    position = given[0]
+    _, joined, name = argv[position].partition("=")
+    if not joined:
+        name = argv[position + 1] if position + 1 < len(argv) else ""
+    del argv[position : position + (1 if joined else 2)]
+    path = Path(name)
+    if not _is_file(path):
+        raise SystemExit(f"--config {name}: there is no such file")
+    config = read_config(path)
+    set_environment(config.pop("env", {}), path)
+    return config, path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _defaults(loss: str, config: dict[str, Any], words: set[str], demo: bool) -> dict[str, Any]:
@@ -172,13 +260,6 @@ def _swapped(config: dict[str, Any], words: set[str], loss: str) -> str:
     settings = "the bundled job's settings"
     parts.append(f"{settings} in place of the config's" if set(config) - _OBJECTIVE else settings)
     return f"--demo: {', '.join(parts)}; the loss stays {loss}."
-
-
-def _refuse_unknown(config: dict[str, Any], parser: TrlParser) -> None:
-    known = {action.dest for action in parser._actions}
-    for name in config:
-        if name not in known:
-            raise SystemExit(f"--config: there is no option {name!r}.{did_you_mean(str(name), known)}")
 
 
 def _refuse_what_is_ignored(script: RecipeArguments, model: ModelConfig, words: set[str]) -> None:

@@ -18,6 +18,7 @@ from rich.text import Text
 from prefopt.losses import DPO, SFT, Loss, Need, Preset, available, presets
 from prefopt.losses.registry import describe_arguments
 from prefopt.losses.wrappers import Wrapper
+from prefopt.short_errors import short_errors
 
 app = typer.Typer(help="Preference optimization for language models.", no_args_is_help=True, add_completion=False)
 
@@ -337,6 +338,8 @@ def check(
 
     if max_length is not None and model is None:
         _fail("--max-length counts tokens: name the tokenizer with --model")
+    if max_length is not None and max_length < 2:
+        _fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
     try:
         # What follows the first pair of --columns arrives as extra words.
         words = [word for given in columns or [] for word in given.split()]
@@ -347,11 +350,11 @@ def check(
         dataset = mix(loaded) if len(loaded) > 1 else next(iter(loaded.values()))
         tokenizer = None
         if model is not None:
-            from transformers import AutoTokenizer
+            from prefopt.models import load_tokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = load_tokenizer(model)
         report = validate(dataset, tokenizer=tokenizer, max_length=max_length)
-    except DataError as error:
+    except (DataError, OSError) as error:
         _fail(str(error))
     if report.problems:
         _console().print(report.table())
@@ -404,7 +407,8 @@ def demo(context: typer.Context) -> None:
     """Train the bundled model on the bundled pairs; takes every option of recipes/dpo.py."""
     from prefopt.recipe import main as run_recipe
 
-    run_recipe("dpo(beta=0.1)", context.args)
+    with short_errors():
+        run_recipe("dpo(beta=0.1)", context.args)
 
 
 @app.command(

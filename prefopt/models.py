@@ -1,6 +1,7 @@
 """The models and tokenizers that a recipe names: whole models, saved adapters, frozen models to compare with.
 
-Imports transformers and peft; what is trained on what is decided elsewhere.
+Weights are read from safetensors alone, and code that comes with a model runs only where `trust_remote_code` asks for
+it. Imports transformers and peft; what is trained on what is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -10,19 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config
+
+from prefopt.data.templates import check_template
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+"""Names under which weights are pickled. Unpickling can run any code."""
 
 
 def adapter_base(name: str) -> str | None:
     """The model that a folder with a saved adapter belongs to; None where `name` is no such folder."""
     settings = Path(name) / "adapter_config.json"
-    if not settings.is_file():
+    if not _is_file(settings):
         return None
-    base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    try:
+        base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise SystemExit(f"{settings} cannot be read: {error}. Save the adapter again") from None
+    if not isinstance(base, str) or not base:
         raise SystemExit(f"{settings} does not say which model the adapter belongs to (base_model_name_or_path)")
-    return str(base)
+    return base
 
 
 def adapter_settings(model: ModelConfig) -> Any:
@@ -34,6 +44,46 @@ def adapter_settings(model: ModelConfig) -> Any:
     return get_peft_config(model)
 
 
+def check_weights(name: str) -> None:
+    """Refuse what cannot or must not be loaded, by looking at a local folder's files; Hub names are let through.
+
+    Raises:
+        ValueError: for a folder (or, for an adapter, its model's) that holds pickled weights alone, or weights that
+            are no safetensors.
+    """
+    folder = Path(name)
+    base = adapter_base(name)
+    if base is not None:
+        _check_folder(folder, "adapter_model.safetensors")
+        check_weights(base)
+    elif _is_file(folder / "config.json"):
+        _check_folder(folder, "*.safetensors")
+
+
+def _check_folder(folder: Path, wanted: str) -> None:
+    found = sorted(folder.glob(wanted))
+    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    if not found and pickled:
+        raise ValueError(
+            f"{folder} holds pickled weights alone ({', '.join(pickled[:3])}), which can run code when they are read: "
+            f"only safetensors are loaded. Load them where you trust them and save them again with "
+            "save_pretrained, which writes safetensors"
+        )
+    for path in found:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no whole safetensors file ({error}): copy or download it again") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
 def load_model(name: str, options: dict[str, Any], trainable: bool = False) -> Any:
     """A model, or a saved adapter on its model.
 
@@ -41,22 +91,50 @@ def load_model(name: str, options: dict[str, Any], trainable: bool = False) -> A
         name: a Hub name, a model's folder or an adapter's.
         options: of `from_pretrained`.
         trainable: keep the adapter's weights trainable; a whole model's are left as they are.
+
+    Raises:
+        ValueError: for pickled or damaged weights.
     """
+    check_weights(name)
     base = adapter_base(name)
-    loaded = AutoModelForCausalLM.from_pretrained(base or name, **options)
+    safe = {"trust_remote_code": False, **options, "use_safetensors": True}
+    loaded = AutoModelForCausalLM.from_pretrained(base or name, **safe)
     return loaded if base is None else PeftModel.from_pretrained(loaded, name, is_trainable=trainable)
 
 
 def load_tokenizer(
     name: str, *, revision: str = "main", trust_remote_code: bool = False, chat_template: str | None = None
 ) -> Any:
-    """The tokenizer that belongs to a model or an adapter, with `chat_template` (Jinja, or a file) over its own."""
+    """The tokenizer that belongs to a model or an adapter, with `chat_template` (Jinja, or a file) over its own.
+
+    Raises:
+        OSError: if there is none, naming the model.
+        ValueError: for a chat template that is no Jinja, or a file with one that cannot be read.
+    """
     base = adapter_base(name)
     if base is not None and not (Path(name) / "tokenizer_config.json").is_file():
         name = base
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # Whatever a broken file makes a library say, the model's name has to be in it.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise OSError(f"no tokenizer can be loaded from {name!r}: {reason}") from error
     if chat_template is not None:
-        # A template of one line may be longer than the system lets a file name be.
-        is_template = "{" in chat_template
-        tokenizer.chat_template = chat_template if is_template else Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = _template(chat_template)
+    check_template(tokenizer, name if chat_template is None else "--chat_template")
     return tokenizer
+
+
+def _template(given: str) -> str:
+    # A template of one line may be longer than the system lets a file name be.
+    if "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--chat_template {given}: byte {error.start} is not UTF-8 text; save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--chat_template {given}: neither a template (it holds no {{) nor a file that can be read ({error})"
+        ) from None

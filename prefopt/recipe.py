@@ -34,7 +34,7 @@ from prefopt.demo.model import HUB_ID, HUB_TIMEOUT_S, resolve_demo_model
 from prefopt.demo.report import Answer, PairMetrics, greedy_answers, side_by_side, summarize
 from prefopt.files import write_whole
 from prefopt.losses import parse
-from prefopt.models import adapter_base, load_model, load_tokenizer
+from prefopt.models import adapter_base, check_weights, load_model, load_tokenizer
 from prefopt.plan import show_batch, show_settings
 from prefopt.progress import RunProgress
 from prefopt.trainer import PreferenceTrainer
@@ -60,6 +60,13 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
         with PartialState().main_process_first():
             path = resolve_demo_model(say=lambda line: recipe.console.print(line, soft_wrap=True))
         recipe.model.model_name_or_path = str(path)
+    for name in (
+        recipe.model.model_name_or_path,
+        script.ref_model_name_or_path,
+        script.previous_model_name_or_path,
+    ):
+        if name is not None:
+            check_weights(name)
     if recipe.bundled_data:
         return load_demo("train"), load_demo("heldout") if script.eval_rows else None
     assert script.dataset_name is not None
@@ -208,6 +215,8 @@ def _model_options(recipe: Recipe) -> dict[str, Any]:
         options.setdefault("attn_implementation", model.attn_implementation)
     if model.dtype is not None:
         options.setdefault("dtype", model.dtype)
+    if options.setdefault("use_safetensors", True) is not True:
+        raise SystemExit("--model_init_kwargs: use_safetensors cannot be turned off: pickled weights can run code")
     return options
 
 

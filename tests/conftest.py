@@ -14,6 +14,14 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# For tests/fuzz, whose examples take from a millisecond to half a second each. `--hypothesis-profile=thorough` makes
+# twenty-five times as many.
+_SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
+settings.register_profile("small", max_examples=40, deadline=10_000, suppress_health_check=_SLOW)
+settings.register_profile("thorough", settings.get_profile("small"), max_examples=1000)
+settings.load_profile("small")
 
 
 @pytest.fixture(autouse=True, scope="session")

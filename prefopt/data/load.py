@@ -47,7 +47,16 @@ def load_preferences(
     A path that exists always wins over a Hub name. `columns` maps our name to the dataset's own, as in
     `{"prompt": "question"}`. A single file holds one split, `train`; slices such as `train[:100]` work.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # a name on the Hub, or a slip that is told of below
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise DataError(
+            f"{name[:200]!a} cannot be opened: {reason}. Check the name, and that it may be read."
+        ) from error
     if path.is_dir() and _is_saved_folder(path):
         dataset = _load_saved(path, split, streaming)
     elif path.is_file():
@@ -56,7 +65,19 @@ def load_preferences(
         raise DataError(f"No file at {name!r} (looked in {path.parent.resolve()}).{_near_files(path)}")
     else:
         dataset = _load_hub(name, config, split, streaming)
+    _check_readable(dataset, name)
     return rename_columns(dataset, columns) if columns else dataset
+
+
+def _check_readable(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Some names of fields (empty ones, twice the same) can be stored but not read again."""
+    try:
+        next(iter(dataset), None)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise DataError(
+            f"{name}: its rows cannot be read ({reason}). Look for fields without a name, or twice of one name."
+        ) from error
 
 
 def parse_columns(pairs: Sequence[str] | str | None) -> dict[str, str]:
@@ -110,7 +131,13 @@ def _is_saved_folder(path: Path) -> bool:
 
 
 def _load_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(
+            f"{path}: could not be read as a save_to_disk folder: {_first_line(error)}. Check that it was written or "
+            "copied to the end, or save it again."
+        ) from error
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
             raise DataError(
@@ -150,12 +177,26 @@ def _load_file(path: Path, split: str, streaming: bool) -> Dataset | IterableDat
     try:
         dataset = datasets.load_dataset(builder, data_files=str(path), split=split, streaming=streaming)
     except Exception as error:
-        cause = error.__cause__ or error.__context__ or error
-        raise DataError(
-            f"{path}: could not be read as {builder}: {cause or type(error).__name__}. "
-            "Check that the file is complete and that its ending names its format."
-        ) from error
+        raise DataError(f"{path}: {_file_trouble(error, str(builder))}") from error
     return dataset
+
+
+def _file_trouble(error: Exception, builder: str) -> str:
+    cause = error.__cause__ or error.__context__ or error
+    said = _first_line(cause)
+    if "corresponds to no data" in said or "BatchSize must be greater than 0" in said:
+        return "it holds no rows. Check that it was written or downloaded to the end."
+    if isinstance(cause, UnicodeDecodeError):
+        return f"it is not UTF-8 text ({said}). Save it in the encoding UTF-8."
+    return (
+        f"could not be read as {builder}: {said}. "
+        "Check that the file is complete and that its ending names its format."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without the pages that some libraries add."""
+    return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
 
 
 def _load_compressed_parquet(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
@@ -164,7 +205,9 @@ def _load_compressed_parquet(path: Path, split: str, streaming: bool) -> Dataset
         with _open_binary(path) as stream:
             dataset = Dataset(pq.read_table(io.BytesIO(stream.read())))
     except Exception as error:
-        raise DataError(f"{path}: could not be read as compressed parquet: {error}.") from error
+        raise DataError(
+            f"{path}: could not be read as compressed parquet: {_first_line(error)}. Fetch it again, or decompress it."
+        ) from error
     if "[" in split:
         raise DataError(f"{path}: the slice {split!r} does not work on compressed parquet. Decompress the file first.")
     return dataset.to_iterable_dataset() if streaming else dataset
@@ -197,11 +240,13 @@ def _check_json(path: Path) -> None:
     if first == b"[":
         _check_whole_json(path)
         return
+    if first in (b"\xff", b"\xfe", b"\0"):
+        raise DataError(f"{path}, line 1: not UTF-8 text (it begins as UTF-16 or UTF-32 does). Save it as UTF-8.")
     for number, line in _lines(path):
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            if number == 1 and line.strip() in (b"{", b"{}"):
+            row = _parsed(line)
+        except (ValueError, RecursionError) as error:
+            if number == 1 and line.strip() in (b"{", b"{}") and isinstance(error, json.JSONDecodeError):
                 _check_whole_json(path)
                 return
             raise DataError(
@@ -229,20 +274,43 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
+def _parsed(text: bytes) -> Any:
+    """What JSON text holds.
+
+    Raises:
+        ValueError: for text that is no JSON, also where Python would let it pass: halves of characters.
+        RecursionError: where it is nested beyond reading.
+    """
+    value = json.loads(text.decode("utf-8-sig"))
+    if b"\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _check_whole_json(path: Path) -> None:
     with _open_binary(path) as stream:
         text = stream.read()
     try:
-        json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = _parsed(text)
+    except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{path}{where}: not valid JSON ({_json_reason(error)}). Repair the file there.") from error
+    for number, row in enumerate(rows if isinstance(rows, list) else ()):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}, row {number} (from 0): a JSON {type(row).__name__} where an object with named columns is "
+                'needed. Write each row as {"prompt": ..., "chosen": ..., "rejected": ...}.'
+            )
 
 
-def _json_reason(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
+def _json_reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return f"not UTF-8 text at byte {error.start}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text at byte {error.start}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"half of a character, {error.object[error.start]!a}, stands alone"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
 def _excerpt(line: bytes, limit: int = 80) -> str:
@@ -265,3 +333,9 @@ def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Dat
     except ValueError as error:
         # An unknown split or a configuration that has to be chosen: `datasets` already lists the valid ones.
         raise DataError(f"{name!r} (config {config!r}, split {split!r}): {error}") from error
+    except Exception as error:
+        cause = error.__cause__ or error.__context__ or error
+        raise DataError(
+            f"{name!r} (config {config!r}, split {split!r}): its files could not be read: {_first_line(cause)}. Name "
+            "one file, or repair it."
+        ) from error

@@ -75,15 +75,50 @@ def _whole_row_kinds() -> dict[str, Kind]:
         "chosen equals rejected": Kind(
             "error", "Both sides are the same, so there is no preference to learn.", "Delete the row."
         ),
+        "wrong type: tools": Kind(
+            "error",
+            "Column 'tools' is neither a list of functions' descriptions nor the JSON text of one.",
+            'Write [{"type": "function", "function": {...}}], or null.',
+        ),
+        "wrong type: chat_template_kwargs": Kind(
+            "error",
+            "Column 'chat_template_kwargs' is no mapping, or sets what is not the template's (tools, tokenize, ...).",
+            "Write a mapping of the template's own variables, or null.",
+        ),
+        "wrong type: ids": Kind(
+            "error",
+            "The row's token ids are no list of whole numbers, or hold numbers beyond the tokenizer's vocabulary.",
+            "Remove the columns that end in _ids to have the texts tokenized, or make them with this tokenizer.",
+        ),
+        "bad log-probability": Kind(
+            "error",
+            "A column of given log-probabilities (ref_chosen_logps, ref_rejected_logps, prev_chosen_logps, "
+            "prev_rejected_logps) is missing, or not a finite number.",
+            "Compute it, or remove these columns to have them computed.",
+        ),
         "bad weight": Kind(
             "error",
-            "Column 'weight' is missing, not a number, not finite or negative.",
+            "Column 'weight' is missing, not a number, not finite, negative or above 1e9.",
             "Write a number of 0 or more (1 is neutral).",
         ),
         "refused by the chat template": Kind(
             "error",
             "The tokenizer's chat template raised an error on this conversation.",
             "Templates may want alternating roles or no system message; rewrite the row or choose another template.",
+        ),
+        "refused by the tokenizer": Kind(
+            "error", "The tokenizer raised an error on this text.", "Look at the row's characters."
+        ),
+        "no tokens": Kind(
+            "error",
+            "The prompt or a completion comes out without a token: the tokenizer or the chat template drops it.",
+            "Look at the row, or at what the template does with its messages.",
+        ),
+        "same tokens": Kind(
+            "error",
+            "'chosen' and 'rejected' differ, but come out as the same tokens, so there is no preference to learn: the "
+            "chat template drops what differs (parts of a content that is a list, say), or the tokenizer does.",
+            "Write contents as plain text, or choose another template.",
         ),
         "no room for a completion": Kind(
             "error",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+from pyarrow.lib import ArrowException  # type: ignore[import-untyped]
 
 from prefopt.data.columns import (
     PAIR_COLUMNS,
@@ -32,6 +33,7 @@ Style = Literal["text", "messages"]
 UNPARSED = "unparsed transcript"
 
 _PEEKED_ROWS = 64
+_MESSAGE = '{"role", "content"}'
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 
 
@@ -145,10 +147,10 @@ def _normalise_unpaired(dataset: Dataset | IterableDataset) -> Dataset | Iterabl
     names = column_names(dataset)
     rows = first_rows(dataset, _PEEKED_ROWS)
     if not set(UNPAIRED_COLUMNS) <= set(names):
-        if _style(rows, "messages") == "text":
-            raise DataError(
-                'Column \'messages\' holds plain text. It must hold lists of {"role", "content"} messages.'
-            )
+        if _style(rows, "messages") != "messages":
+            plain = _style(rows, "messages") == "text"
+            found = "plain text" if plain else f"no list of messages in its first {len(rows)} rows"
+            raise DataError(f"Column 'messages' holds {found}. It must hold lists of {_MESSAGE} messages.")
         # Removed only after the map, so that nothing of `messages` is lost if it fails.
         features = _copied(dataset, "messages", ("prompt", "completion"))
         return _map(dataset, _from_messages, features, "Separating prompts").remove_columns("messages")
@@ -167,9 +169,16 @@ def _map(
     if dataset.features is None or any(feature is None for feature in changed.values()):
         return dataset.map(function)
     features = Features({**dataset.features, **changed})
-    if isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset):
+        return dataset.map(function, features=features)
+    try:
         return dataset.map(function, features=features, desc=desc)
-    return dataset.map(function, features=features)
+    except (TypeError, ValueError, ArrowException) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{desc}: the columns {', '.join(changed)} do not hold one kind of value throughout: {said}. Write every "
+            f"text as a string, or every one as a list of {_MESSAGE} messages."
+        ) from error
 
 
 def _copied(

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from prefopt.data.columns import column_names
 from prefopt.data.errors import DataError
+from prefopt.data.templates import time_limit
 
 Row = Mapping[str, Any]
 Processing: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
@@ -100,6 +101,13 @@ def _tokenize_text(
 
 
 def _tokenize_messages(
+    example: Row, names: Sequence[str], processing_class: Processing
+) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    with time_limit("the chat template"):
+        return _render_messages(example, names, processing_class)
+
+
+def _render_messages(
     example: Row, names: Sequence[str], processing_class: Processing
 ) -> tuple[list[int], list[tuple[list[int], bool]]]:
     prompt = example["prompt"]

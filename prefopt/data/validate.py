@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,17 +14,42 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateSyntaxError
+from jinja2.exceptions import SecurityError
 
 from prefopt.data.columns import column_names
 from prefopt.data.errors import DataError
 from prefopt.data.problems import KINDS
 from prefopt.data.report import Problem, Report
 from prefopt.data.schema import UNPARSED, kind, same_texts, without_nulls
-from prefopt.data.tokenize import Processing, tokenize_row
+from prefopt.data.templates import template_trouble
+from prefopt.data.tokenize import Processing, text_tokenizer, tokenize_row
 
 Row = Mapping[str, Any]
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+GIVEN_LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "prev_chosen_logps", "prev_rejected_logps")
+"""Columns that take the place of a reference's or a previous model's log-probabilities."""
+
+MAX_WEIGHT = 1e9
+"""Largest weight of a row: beyond it other rows do not count, and float32 does not reach far."""
+
+_NOT_THE_TEMPLATES = frozenset(
+    {
+        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *(
+            "continue_final_message",
+            "tokenize",
+            "return_dict",
+            "return_tensors",
+            "padding",
+            "truncation",
+            "max_length",
+        ),
+    }
+)
+"""Arguments of `apply_chat_template` that a row may not set: they decide what is tokenized, not how it reads."""
+
 _ANSWERING = frozenset({"assistant", "tool", "function", "ipython"})
 
 
@@ -41,10 +65,11 @@ def validate(
     sides = ("chosen", "rejected") if kind(dataset) == "pair" else ("completion",)
     if max_length is not None and tokenizer is None and "prompt_ids" not in names:
         raise ValueError("max_length needs a tokenizer, or a dataset that is tokenized already.")
+    _refuse_partial_ids(names, sides)
     needed = ("prompt", *sides) if len(sides) == 2 else ("prompt", *sides, "label")
     found: dict[str, list[int]] = {}
     origins: dict[int, str] = {}
-    repeats = _Repeats(sides)
+    repeats, tokens = _Repeats(sides), _Tokens(sides, tokenizer, max_length)
     total = 0
     for index, given in enumerate(dataset):
         total += 1
@@ -54,7 +79,7 @@ def validate(
         # Rows with broken texts cannot be compared or tokenized.
         if not any(problem in _UNREADABLE for problem in problems):
             problems.extend(repeats.problems(row))
-            problems.extend(_length_problems(row, sides, tokenizer, max_length))
+            problems.extend(tokens.problems(row, told=any(problem in _TOLD for problem in problems)))
         for problem in problems:
             found.setdefault(problem, []).append(index)
         if problems and "source" in names and "row" in names:
@@ -62,7 +87,7 @@ def validate(
     if total == 0:
         raise DataError("The dataset has no rows. Check the file and the split.")
     problems_in_order = [
-        Problem(name, spec.severity, found[name], spec.explanation, spec.advice)
+        Problem(name, spec.severity, found[name], spec.explanation + tokens.said.get(name, ""), spec.advice)
         for name, spec in KINDS.items()
         if name in found
     ]
@@ -126,6 +151,7 @@ def _write_dropped(dataset: Dataset | IterableDataset, report: Report, bad: list
         partial.unlink(missing_ok=True)
 
 
+_TOLD = frozenset(name for name in KINDS if name.startswith(("empty", "chosen equals")))
 _UNREADABLE = frozenset(name for name in KINDS if name.startswith(("unparseable", "wrong type", "null", "wrong role")))
 
 
@@ -146,6 +172,13 @@ def _row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterato
         yield "chosen equals rejected"
     if "weight" in names and not _is_weight(row.get("weight")):
         yield "bad weight"
+    if any(name in names and not _is_finite(row.get(name)) for name in GIVEN_LOGPS):
+        yield "bad log-probability"
+    if isinstance(row["prompt"], list):
+        if not _are_tools(row.get("tools")):
+            yield "wrong type: tools"
+        if not _are_template_arguments(row.get("chat_template_kwargs")):
+            yield "wrong type: chat_template_kwargs"
 
 
 def _is_unparsed(value: Any) -> bool:
@@ -207,7 +240,37 @@ def _is_empty(message: Mapping[str, Any]) -> bool:
 def _is_weight(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return math.isfinite(value) and float(value) >= 0
+    number: Any = value  # a comparison with nan is false
+    return bool(0 <= number <= MAX_WEIGHT)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _are_tools(value: Any) -> bool:
+    """A list of functions' descriptions, or the JSON text of one."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return not value or (isinstance(value, list) and all(isinstance(tool, dict) for tool in value))
+
+
+def _are_template_arguments(value: Any) -> bool:
+    return not value or (isinstance(value, dict) and not _NOT_THE_TEMPLATES.intersection(without_nulls(value)))
+
+
+def _refuse_partial_ids(names: list[str], sides: tuple[str, ...]) -> None:
+    """Ids come all together or not at all."""
+    wanted = ("prompt_ids", *(f"{side}_ids" for side in sides))
+    found = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids") if name in names]
+    if found and set(found) != set(wanted):
+        raise DataError(
+            f"The data has the columns {' and '.join(found)}, so its rows are taken for tokenized ones, which have "
+            f"{', '.join(wanted)}. Add what is missing, or remove them all to have the texts tokenized."
+        )
 
 
 class _Repeats:
@@ -238,25 +301,66 @@ def _digest(value: Any) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()
 
 
-def _length_problems(
-    row: Row, sides: tuple[str, ...], tokenizer: Processing | None, max_length: int | None
-) -> Iterator[str]:
-    if "prompt_ids" in row:
+class _Tokens:
+    """What only tokens show, from a row's own ids or the tokenizer's: nothing to learn from, no room, refusals.
+
+    Attributes:
+        said: what the first refusal of each kind said, to stand behind its explanation.
+    """
+
+    def __init__(self, sides: tuple[str, ...], tokenizer: Processing | None, max_length: int | None) -> None:
+        self._sides = sides
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._vocabulary = None if tokenizer is None else len(text_tokenizer(tokenizer))
+        self.said: dict[str, str] = {}
+
+    def problems(self, row: Row, told: bool = False) -> Iterator[str]:
+        """`told`: the texts are known to be empty or equal, so that their tokens are as well."""
         ids: Mapping[str, Any] = row
-    elif tokenizer is not None:
-        try:
-            ids = tokenize_row(row, tokenizer)
-        except DataError:
-            raise
-        except Exception:
-            yield "refused by the chat template"
+        if "prompt_ids" in row:
+            if not all(self._are_ids(row.get(f"{name}_ids")) for name in ("prompt", *self._sides)):
+                yield "wrong type: ids"
+                return
+        elif self._tokenizer is not None:
+            try:
+                ids = tokenize_row(row, self._tokenizer)
+            except DataError:
+                raise
+            except Exception as error:
+                yield self._refused(error, isinstance(row["prompt"], list))
+                return
+        else:
             return
-    else:
-        return
-    if ids.get("boundary"):
-        yield "prompt is no token prefix"
-    if max_length is not None:
-        if len(ids["prompt_ids"]) >= max_length:
-            yield "no room for a completion"
-        elif any(len(ids["prompt_ids"]) + len(ids[f"{side}_ids"]) > max_length for side in sides):
-            yield "truncated completion"
+        prompt, *completions = (ids[f"{name}_ids"] for name in ("prompt", *self._sides))
+        if told:
+            pass
+        elif not prompt or not all(completions):
+            yield "no tokens"
+        elif len(completions) == 2 and completions[0] == completions[1]:
+            yield "same tokens"
+        if ids.get("boundary"):
+            yield "prompt is no token prefix"
+        if self._max_length is not None:
+            if len(prompt) >= self._max_length:
+                yield "no room for a completion"
+            elif any(len(prompt) + len(completion) > self._max_length for completion in completions):
+                yield "truncated completion"
+
+    def _are_ids(self, value: Any) -> bool:
+        whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        return whole and (self._vocabulary is None or max(value, default=0) < self._vocabulary)
+
+    def _refused(self, error: Exception, by_template: bool) -> str:
+        kind = "refused by the chat template" if by_template else "refused by the tokenizer"
+        if by_template:
+            if not getattr(self._tokenizer, "chat_template", None):
+                raise DataError(
+                    "The rows are conversations, but the tokenizer has no chat template. Pass one with "
+                    "--chat_template, or give prompt and completions as plain text."
+                ) from error
+            if isinstance(error, TemplateSyntaxError | SecurityError):
+                raise DataError(template_trouble(error)) from error
+        reason = str(error).strip().partition("\n")[0][:200].rstrip(".") or type(error).__name__
+        self.said.setdefault(kind, f" The first said: {reason}.")
+        return kind

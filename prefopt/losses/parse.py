@@ -20,6 +20,9 @@ from prefopt.losses.registry import Preset, arguments_of, available, describe_ar
 MAX_LENGTH = 2000
 """Longest accepted expression, in characters; real ones are a tenth of it."""
 
+MAX_NUMBER = 10**300
+"""Largest whole number in an expression, well within what a float can hold."""
+
 
 class LossSyntaxError(ValueError):
     """A loss expression that cannot be read.
@@ -33,6 +36,7 @@ class LossSyntaxError(ValueError):
         self.text = text
         self.column = column
         shown = text if len(text) <= 200 else text[:200] + "..."
+        shown = shown.encode("utf-8", "replace").decode()  # half a character cannot be printed
         marker = " " * (column - 1) + "^" * max(1, width) if column <= 200 else ""
         super().__init__(f"in the loss expression, column {column}: {message}\n  {shown}\n  {marker}".rstrip())
 
@@ -55,6 +59,13 @@ def parse(text: str) -> Loss:
     text = text.replace("\r", " ").replace("\n", " ").replace("\t", " ")
     if not text.strip():
         raise LossSyntaxError(f"the expression is empty; registered losses: {', '.join(available())}", text, 1)
+    if not text.isprintable():
+        column = next(i for i, character in enumerate(text, start=1) if not character.isprintable())
+        raise LossSyntaxError(
+            f"the character {text[column - 1]!a} does not belong here: delete it or type a space",
+            text,
+            column,
+        )
     if len(text) > MAX_LENGTH:
         raise LossSyntaxError(f"the expression has {len(text)} characters, at most {MAX_LENGTH} are read", text, 1)
     indent = len(text) - len(text.lstrip())
@@ -102,7 +113,7 @@ class _Reader:
                 divisor = self.number(node.right)
                 if divisor == 0:
                     self.fail(node.right, "a loss cannot be divided by zero")
-                return self.loss(node.left) * (1 / divisor)
+                return self.times(node, self.loss(node.left), 1 / divisor)
             case ast.UnaryOp(op=ast.USub()):
                 return self.loss(node.operand) * -1.0
             case ast.UnaryOp(op=ast.UAdd()):
@@ -120,8 +131,14 @@ class _Reader:
     def scaled(self, node: ast.BinOp) -> WeightedSum:
         for weight, loss in ((node.left, node.right), (node.right, node.left)):
             if self.is_number(weight):
-                return self.loss(loss) * self.number(weight)
+                return self.times(node, self.loss(loss), self.number(weight))
         self.fail(node, "one side of * must be a number, as in 0.2*sft")
+
+    def times(self, node: ast.BinOp, loss: Loss, weight: float) -> WeightedSum:
+        try:
+            return loss * weight
+        except ValueError:
+            self.fail(node, "the factors multiply to more than a number can hold")
 
     def is_number(self, node: ast.expr) -> bool:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
@@ -144,6 +161,8 @@ class _Reader:
         """An argument: a constant, a signed number, or a loss."""
         match node:
             case ast.Constant(value=bool() | int() | float() | str() | None):
+                if isinstance(node.value, int) and abs(node.value) > MAX_NUMBER:
+                    self.fail(node, "the number is too large")
                 return node.value
             case ast.UnaryOp(op=ast.USub() | ast.UAdd()) if self.is_number(node):
                 inner = self.value(node.operand)

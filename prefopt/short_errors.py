@@ -1,0 +1,59 @@
+"""How a program ends that cannot go on: our own errors as a message, those of other libraries with their traceback.
+
+Only command lines use it. Inside Python, in a notebook or a test, the errors themselves are raised as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from types import TracebackType
+
+_OURS = (ValueError, TypeError, OSError, ArithmeticError)
+
+
+def show_short_errors() -> None:
+    """From now on this process ends with the message alone where the error is ours.
+
+    An error is ours if prefopt raised it, with words that say what was wrong, where, and what to do. One from deep
+    inside another library is a defect of ours or theirs, and its traceback is what a report of it needs.
+    `PREFOPT_VERBOSE=1` shows every traceback.
+    """
+    previous = sys.excepthook
+    if getattr(previous, "of_prefopt", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if is_ours(error) and not os.environ.get("PREFOPT_VERBOSE"):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, traceback)
+
+    hook.of_prefopt = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+
+
+@contextlib.contextmanager
+def short_errors() -> Iterator[None]:
+    """The same for a part of a program.
+
+    Raises:
+        SystemExit: with the message, in place of an error of ours.
+    """
+    try:
+        yield
+    except _OURS as error:
+        if not is_ours(error) or os.environ.get("PREFOPT_VERBOSE"):
+            raise
+        raise SystemExit(f"error: {error}") from error
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether the frame that raised an error is in prefopt."""
+    module, traceback = "", error.__traceback__
+    while traceback is not None:
+        module = str(traceback.tb_frame.f_globals.get("__name__", ""))
+        traceback = traceback.tb_next
+    return isinstance(error, _OURS) and module.startswith("prefopt.")

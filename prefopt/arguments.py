@@ -23,6 +23,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from prefopt.data.errors import did_you_mean
 from prefopt.models import adapter_base
+from prefopt.redaction import command_line, guard_process, redact, remember
 from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.config import TRL_LOSS_OPTIONS
 
@@ -90,6 +91,9 @@ class Recipe:
 
     Attributes:
         paper: what a paper's config says about its source (`paper:`); `--dry_run` shows it, training ignores it.
+        command: the command line without secrets, for the model card.
+        base_model: the name that the model card gives the model, where that is not `model.model_name_or_path`.
+        heldout_split: where the held-out rows come from; known once the data is loaded.
     """
 
     script: RecipeArguments
@@ -97,6 +101,9 @@ class Recipe:
     model: ModelConfig
     console: Console
     paper: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
+    base_model: str | None = None
+    heldout_split: str = ""
 
     @property
     def bundled_data(self) -> bool:
@@ -111,6 +118,8 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     """
     _quiet_libraries()
     argv = list(sys.argv[1:] if argv is None else argv)
+    command = f"accelerate launch {command_line([_script(), *argv])}"
+    guard_process()
     config = _take_config(argv)
     paper = config.pop("paper", {})
     words = {word[2:].split("=", 1)[0].replace("-", "_") for word in argv if word.startswith("--")}
@@ -119,11 +128,25 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     demo = bool(parser.parse_known_args(argv)[0].demo or config.get("demo", False))
     parser.set_defaults_with_config(**_defaults(loss, config, words, demo))
     script, training, model = parser.parse_args_and_config(argv)
+    remember(training.hub_token)
     _refuse_what_is_ignored(script, model, words)
-    console = Console(quiet=not PartialState().is_main_process)
+    console = _Console(quiet=not PartialState().is_main_process)
     if demo:
         console.print(_swapped(config, words, str(training.loss or training.loss_type)), soft_wrap=True, markup=False)
-    return Recipe(script, training, model, console, paper)
+    return Recipe(script, training, model, console, paper, command)
+
+
+class _Console(Console):
+    """Prints texts without the secrets in them; tables and the like are redacted where they are made."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(redact(part) if isinstance(part, str) else part for part in objects), **options)
+
+
+def _script() -> str:
+    """The recipe that runs, as a command names it: `recipes/dpo.py`."""
+    script = Path(sys.argv[0])
+    return f"recipes/{script.name}" if script.parent.name == "recipes" else "recipes/dpo.py"
 
 
 def _take_config(argv: list[str]) -> dict[str, Any]:
@@ -138,7 +161,7 @@ def _take_config(argv: list[str]) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise SystemExit(f"--config {path}: not valid YAML: {error}") from None
+        raise SystemExit(redact(f"--config {path}: not valid YAML: {error}")) from None
     if not isinstance(loaded, dict):
         raise SystemExit(f"--config {path}: must be a mapping of option names to values")
     for name in ("env", "paper"):

@@ -21,6 +21,7 @@ from trl import ModelConfig, ScriptArguments
 from prefopt.data import tokenize_dataset
 from prefopt.losses import Loss, Need, parse
 from prefopt.models import adapter_base, adapter_settings
+from prefopt.redaction import redacted
 from prefopt.scoring import ROLES
 from prefopt.scoring.collate import ROW_TENSORS, PreferenceCollator
 from prefopt.scoring.head import chunk_bytes
@@ -119,7 +120,7 @@ def _settings(
             # Settings that transformers derives by itself say nothing about the run.
             hidden = option.name in _DERIVED or option.name.endswith("token") or value in (None, [], "")
             if option.name in _MAIN or (value != default and not hidden):
-                table.add_row(option.name, Text(str(getattr(value, "value", value))))
+                table.add_row(option.name, Text(str(redacted(getattr(value, "value", value), option.name))))
     return table
 
 

@@ -386,10 +386,11 @@ def merge(
         merged = fold(adapter, output, base, dtype)
     except MergeError as error:
         _fail(str(error))
+    precision = str(merged.dtype).removeprefix("torch.")
     _console().print(
-        f"Merged into {merged.base} ({str(merged.dtype).removeprefix('torch.')}). On {merged.tokens} tokens the "
-        f"merged model differs from the adapter by {merged.largest:.2g} nats at most, {merged.mean:.2g} on average; the "
-        f"adapter moves the base by up to {merged.moved:.2g}.",
+        f"Merged into {merged.base} ({precision}). On {merged.tokens} tokens the merged model differs from the "
+        f"adapter by {merged.largest:.2g} nats at most, {merged.mean:.2g} on average; the adapter moves the base by "
+        f"up to {merged.moved:.2g}.",
         soft_wrap=True,
     )
     if merged.moved == 0:

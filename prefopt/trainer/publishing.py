@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -256,14 +258,17 @@ class PublishingMixin:
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder, message = Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}"
+        folder = _linked(Path(checkpoint_folder), Path(self.args.output_dir) / f"_push-{self.state.global_step}")
+        message = f"Training in progress, step {self.state.global_step}"
         jobs = [self._upload(folder, message, (*NOT_PUBLISHED, *ONLY_TO_RESUME), run_as_future=True)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            place = "last-checkpoint" if strategy is HubStrategy.CHECKPOINT else folder.name
+            place = "last-checkpoint" if strategy is HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
             whole = self._upload(
                 folder, f"{message}, checkpoint", NOT_PUBLISHED, path_in_repo=place, run_as_future=True
             )
             jobs.append(whole)
+        # One after the other, so the last is done when all are.
+        jobs[-1].add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
         if busy:
             self.push_in_progress.jobs.extend(jobs)
         else:
@@ -293,6 +298,18 @@ class PublishingMixin:
                 _one_line(failed[-1]),
             )
         self.push_in_progress = None
+
+
+def _linked(folder: Path, target: Path) -> Path:
+    """The files of a checkpoint under another name, where its rotation does not delete them while they are pushed."""
+    for file in filter(Path.is_file, folder.rglob("*")):
+        place = target / file.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, place)
+        except OSError:  # a file system without hard links
+            shutil.copy2(file, place)
+    return target
 
 
 def upload_command(repository: str, folder: str) -> str:

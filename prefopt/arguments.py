@@ -27,6 +27,7 @@ from prefopt.config_file import check_values, read_config, set_environment
 from prefopt.data.errors import did_you_mean
 from prefopt.losses import LossSyntaxError
 from prefopt.models import adapter_base
+from prefopt.redaction import command_line, guard_process, redact, remember
 from prefopt.short_errors import show_short_errors
 from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.config import TRL_LOSS_OPTIONS
@@ -99,6 +100,9 @@ class Recipe:
 
     Attributes:
         paper: what a paper's config says about its source (`paper:`); `--dry_run` shows it, training ignores it.
+        command: the command line without secrets, for the model card.
+        base_model: the name that the model card gives the model, where that is not `model.model_name_or_path`.
+        heldout_split: where the held-out rows come from; known once the data is loaded.
     """
 
     script: RecipeArguments
@@ -106,6 +110,9 @@ class Recipe:
     model: ModelConfig
     console: Console
     paper: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
+    base_model: str | None = None
+    heldout_split: str = ""
 
     @property
     def bundled_data(self) -> bool:
@@ -121,6 +128,8 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     _quiet_libraries()
     show_short_errors()
     argv = list(sys.argv[1:] if argv is None else argv)
+    command = f"accelerate launch {command_line([_script(), *argv])}"
+    guard_process()
     config, path = _take_config(argv)
     paper = config.pop("paper", {})
     words = {word[2:].split("=", 1)[0].replace("-", "_") for word in argv if word.startswith("--")}
@@ -134,11 +143,25 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     parser.set_defaults_with_config(**_defaults(loss, config, words, demo))
     script, training, model = _filled(parser, argv)
     _refuse_out_of_range(training)
+    remember(training.hub_token)
     _refuse_what_is_ignored(script, model, words)
-    console = Console(quiet=not PartialState().is_main_process)
+    console = _Console(quiet=not PartialState().is_main_process)
     if demo:
         console.print(_swapped(config, words, str(training.loss or training.loss_type)), soft_wrap=True, markup=False)
-    return Recipe(script, training, model, console, paper)
+    return Recipe(script, training, model, console, paper, command)
+
+
+class _Console(Console):
+    """Prints texts without the secrets in them; tables and the like are redacted where they are made."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(redact(part) if isinstance(part, str) else part for part in objects), **options)
+
+
+def _script() -> str:
+    """The recipe that runs, as a command names it: `recipes/dpo.py`."""
+    script = Path(sys.argv[0])
+    return f"recipes/{script.name}" if script.parent.name == "recipes" else "recipes/dpo.py"
 
 
 def _filled(parser: TrlParser, argv: Sequence[str]) -> tuple[RecipeArguments, PreferenceConfig, ModelConfig]:

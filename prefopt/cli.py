@@ -1,4 +1,4 @@
-"""The `prefopt` command: look objectives up, check data, plan a run, run the bundled job."""
+"""The `prefopt` command: look objectives up, check data, plan a run, run the bundled job, merge adapters."""
 
 from __future__ import annotations
 
@@ -400,6 +400,35 @@ def cache(
         about = (Text(str(entry.about.get(key, ""))) for key in ("model", "precision"))
         table.add_row(entry.name, *about, str(entry.rows), f"{entry.size / 1e6:.1f}", written)
     _console().print(table)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The folder of a saved adapter.")],
+    output: Annotated[
+        str | None, typer.Option(help="Where to save the merged model; the adapter's name and -merged.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The model to fold into, if not the one the adapter names.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the merged weights: float32, bfloat16, float16.")] = None,
+) -> None:
+    """Fold an adapter into its base model, and compare the two."""
+    from prefopt.merge import MergeError
+    from prefopt.merge import merge as fold
+
+    try:
+        merged = fold(adapter, output, base, dtype)
+    except MergeError as error:
+        _fail(str(error))
+    precision = str(merged.dtype).removeprefix("torch.")
+    _console().print(
+        f"Merged into {merged.base} ({precision}). On {merged.tokens} tokens the merged model differs from the "
+        f"adapter by {merged.largest:.2g} nats at most, {merged.mean:.2g} on average; the adapter moves the base by "
+        f"up to {merged.moved:.2g}.",
+        soft_wrap=True,
+    )
+    if merged.moved == 0:
+        _console().print("The adapter changes nothing: is it the one you meant?")
+    _console().print(f"Saved to {merged.folder}", soft_wrap=True)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

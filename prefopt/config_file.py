@@ -17,6 +17,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 
 from prefopt.data.errors import did_you_mean
+from prefopt.redaction import redact, redacted
 
 MAX_VALUES = 10_000
 """Most values that a config may hold once its aliases are written out; real ones hold about fifty."""
@@ -35,7 +36,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"--config {path}: byte {error.start} is not UTF-8 text: save the file in the encoding UTF-8"
         ) from None
     except yaml.YAMLError as error:
-        raise SystemExit(f"--config {path}: not valid YAML: {error}") from None
+        raise SystemExit(redact(f"--config {path}: not valid YAML: {error}")) from None
     except RecursionError:
         raise SystemExit(f"--config {path}: nested too deeply; options are written one a line, NAME: VALUE") from None
     except (ValueError, OverflowError) as error:  # a number or date that Python cannot hold
@@ -91,7 +92,7 @@ def check_values(
             if not all(item in choices for item in (value if isinstance(value, list) else [value])):
                 reason = f"must be one of {', '.join(map(str, choices))}"
         if reason is not None:
-            raise SystemExit(f"{where}: {name}: {reason}, got {_shown(value)}")
+            raise SystemExit(f"{where}: {name}: {reason}, got {_shown(redacted(value, name))}")
 
 
 def _refusal(convert: Callable[[str], Any], value: str, hint: Any) -> str | None:

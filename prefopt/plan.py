@@ -23,6 +23,7 @@ from prefopt.data import tokenize_dataset
 from prefopt.losses import Loss, Need, parse
 from prefopt.memory import ENGINES, FOUR_BIT, FOUR_BIT_PLAIN, Setting, count, estimate
 from prefopt.models import adapter_base, adapter_settings
+from prefopt.redaction import redacted
 from prefopt.scoring import ROLES
 from prefopt.scoring.collate import ROW_TENSORS, PreferenceCollator
 from prefopt.scoring.tree import plant
@@ -120,7 +121,7 @@ def _settings(
             # Settings that transformers derives by itself say nothing about the run.
             hidden = option.name in _DERIVED or option.name.endswith("token") or value in (None, [], "")
             if option.name in _MAIN or (value != default and not hidden):
-                table.add_row(option.name, Text(str(getattr(value, "value", value))))
+                table.add_row(option.name, Text(str(redacted(getattr(value, "value", value), option.name))))
     return table
 
 

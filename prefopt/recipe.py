@@ -7,6 +7,7 @@ in the package.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from prefopt.plan import show_batch, show_settings
 from prefopt.progress import RunProgress
 from prefopt.trainer import PreferenceTrainer
 from prefopt.trainer.disk import check_writable
+from prefopt.trainer.publishing import PushError, RunNotes, changed_settings
 
 __all__ = ["Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_trainer", "parse_arguments", "run"]
 
@@ -59,7 +61,7 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
     if recipe.model.model_name_or_path is None:
         with PartialState().main_process_first():
             path = resolve_demo_model(say=lambda line: recipe.console.print(line, soft_wrap=True))
-        recipe.model.model_name_or_path = str(path)
+        recipe.model.model_name_or_path, recipe.base_model = str(path), HUB_ID
     for name in (
         recipe.model.model_name_or_path,
         script.ref_model_name_or_path,
@@ -72,6 +74,7 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
     assert script.dataset_name is not None
     train = _load_sources(recipe, script.dataset_train_split)
     heldout = _load_test_split(recipe)
+    recipe.heldout_split = f"of {script.dataset_train_split}" if heldout is None else script.dataset_test_split
     if script.dataset_streaming:
         return _mixed(recipe, train), None if heldout is None else _mixed(recipe, heldout, weighted=False)
     # Row numbers in the reports are those of the files, so rows are checked before anything is split or mixed; and
@@ -186,23 +189,44 @@ def make_trainer(recipe: Recipe, train: Any, heldout: Any) -> PreferenceTrainer:
         policy = load_model(name, options | {"quantization_config": get_quantization_config(model)}, trainable=True)
         training.model_init_kwargs = None
     keeps_tokenizer = base is not None or script.chat_template is not None
-    trainer = PreferenceTrainer(
-        policy,
-        ref_model=_compared_with(script.ref_model_name_or_path, options),
-        previous_model=_compared_with(script.previous_model_name_or_path, options),
-        args=training,
-        train_dataset=train,
-        eval_dataset=heldout,
-        processing_class=_tokenizer(recipe) if keeps_tokenizer else None,
-        quantization_config=get_quantization_config(model) if base is None else None,
-        peft_config=get_peft_config(model) if base is None else None,
-    )
+    if "trackio" in training.report_to and training.run_name is None:
+        # trackio would name the evaluation after training as a run of its own.
+        training.run_name = f"{Path(training.output_dir).absolute().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        trainer = PreferenceTrainer(
+            policy,
+            ref_model=_compared_with(script.ref_model_name_or_path, options),
+            previous_model=_compared_with(script.previous_model_name_or_path, options),
+            args=training,
+            train_dataset=train,
+            eval_dataset=heldout,
+            processing_class=_tokenizer(recipe) if keeps_tokenizer else None,
+            quantization_config=get_quantization_config(model) if base is None else None,
+            peft_config=get_peft_config(model) if base is None else None,
+        )
+    except PushError as error:
+        raise SystemExit(f"{error}. Nothing was trained") from None
+    trainer.notes = _notes(recipe, base or name)
     # Ours replaces the two ways in which transformers prints the same numbers.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if not training.disable_tqdm:
         trainer.add_callback(RunProgress(recipe.console))
     return trainer
+
+
+def _notes(recipe: Recipe, base: str) -> RunNotes:
+    """What the model card says that only the command line knows."""
+    script = recipe.script
+    data = "the pairs bundled with prefopt" if recipe.bundled_data else str(script.dataset_name)
+    return RunNotes(
+        base_model=recipe.base_model or base,
+        sources=tuple(source for source, _ in parse_sources(data)),
+        splits=("", "") if recipe.bundled_data else (script.dataset_train_split, recipe.heldout_split),
+        expression=str(recipe.training.loss or ""),
+        command=recipe.command,
+        settings={**changed_settings(script), **changed_settings(recipe.model)},
+    )
 
 
 def _model_options(recipe: Recipe) -> dict[str, Any]:
@@ -257,8 +281,9 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         first = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         before, said = first.get("before"), first.get("answers")
         answers_before = None if said is None else [Answer(**answer) for answer in said]
+        trainer.started_from(before)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed below, with a card that has the numbers
     after = trainer.evaluate() if has_heldout else None
     answers_after = None if answers_before is None else _answers(recipe, trainer)
     results: dict[str, Any] = {"loss": str(trainer.objective or training.loss_type), "before": before, "after": after}
@@ -266,6 +291,7 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         if answers is not None:
             results[name] = vars(summarize(answers))
     if trainer.is_world_process_zero():
+        trainer.create_model_card()
         _save_results(Path(training.output_dir) / "results.json", results)
     if answers_before is not None and answers_after is not None:
         old, new = (None if logs is None else PairMetrics.from_logs(logs) for logs in (before, after))
@@ -273,7 +299,20 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     elif after is not None:
         console.print(_comparison(before, after))
     console.print(f"Saved to {training.output_dir}")
+    _publish(recipe, trainer)
     return results
+
+
+def _publish(recipe: Recipe, trainer: PreferenceTrainer) -> None:
+    """Push what was saved, where that was asked for. A Hub that fails costs nobody a trained model."""
+    if not recipe.training.push_to_hub:
+        return
+    try:
+        trainer.push_to_hub()
+    except PushError as error:
+        recipe.console.print(f"{error}", soft_wrap=True, markup=False)
+    else:
+        recipe.console.print(f"Pushed to {trainer.hub_model_id}", soft_wrap=True)
 
 
 def _answers(recipe: Recipe, trainer: PreferenceTrainer) -> Any:

@@ -1,7 +1,7 @@
 """The overridden methods: those of `trl.DPOTrainer` that have kept still between releases.
 
 They are `compute_loss`, `log`, dataset preparation, the collator and `compute_ref_log_probs`. Scoring lives in
-`prefopt.scoring`, objectives in `prefopt.losses`; nothing here computes either.
+`prefopt.scoring`, objectives in `prefopt.losses`, saving in `publishing`; nothing here computes either.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,13 +34,15 @@ from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.conflict import ConflictFreeMixin
 from prefopt.trainer.learned import LearnedLoss
+from prefopt.trainer.publishing import PublishingMixin
 from prefopt.trainer.saving import CheckpointMixin
 from prefopt.trainer.scoring import ScoringMixin
+from prefopt.trainer.trackers import TrackedObjective
 
 logger = logging.getLogger(__name__)
 
 
-class LossMixin(CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, ScoringMixin):
+class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, ScoringMixin):
     """Gives a `trl.DPOTrainer` subclass a `loss` argument: `class Mine(LossMixin, TheirTrainer): ...`.
 
     Args:
@@ -162,6 +163,7 @@ class LossMixin(CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, ScoringMix
             self._learned = self._make_learned(objective)
             self.add_callback(self._learned)  # type: ignore[attr-defined]
         self._reference_cache = self._open_cache(objective)
+        self.add_callback(TrackedObjective(objective, lambda: self.callback_handler.callbacks))  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
         if own_reference and not objective.needs.compares and not self.args.sync_ref_model:
@@ -328,7 +330,7 @@ class LossMixin(CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, ScoringMix
             if means:
                 means["num_tokens"] = sum(gather_object([int(self._tokens_seen)]))
             logs.update({f"{prefix}{name}": value for name, value in means.items()})
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
         try:
@@ -337,17 +339,6 @@ class LossMixin(CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, ScoringMix
             for model in (self.model, self.ref_model, self._previous_model):
                 if model is not None:
                     self._layout.release(model)
-
-    def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
-        super().create_model_card(*arguments, **keywords)  # type: ignore[misc]
-        card = Path(self.args.output_dir) / "README.md"
-        if self.objective is None or not card.exists() or not self.accelerator.is_main_process:
-            return
-        papers = [f"[{p}](https://huggingface.co/papers/{p})" for _, _, t in self.objective.terms() if (p := t.paper)]
-        lines = ["", "## Objective", "", f"Trained with prefopt; loss expression: `{self.objective}`."]
-        if papers:
-            lines.append(f"Papers: {', '.join(dict.fromkeys(papers))}.")
-        card.write_text(card.read_text(encoding="utf-8") + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 class PreferenceTrainer(LossMixin, DPOTrainer):

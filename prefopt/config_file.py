@@ -62,7 +62,9 @@ def set_environment(variables: Mapping[Any, Any], path: Path) -> None:
         try:
             os.environ[name] = str(value)
         except (TypeError, ValueError) as error:
-            raise SystemExit(f"--config {path}: env: {name!r} cannot be set to {str(value)[:80]!r}: {error}") from None
+            raise SystemExit(
+                f"--config {path}: env: {name!r} cannot be set to {_shown(redacted(str(value), str(name)))}: {error}"
+            ) from None
 
 
 def check_values(

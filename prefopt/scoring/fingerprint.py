@@ -1,4 +1,4 @@
-"""A digest of a reference's weights: what its cached log-probabilities are filed under.
+"""A digest of a reference's weights and settings: what its cached log-probabilities are filed under.
 
 It is the same however the weights are spread over processes, so what one process computed serves a sharded run of the
 same model. Imports torch, and DeepSpeed only where a weight is DeepSpeed's.
@@ -20,10 +20,15 @@ _WITHOUT_EFFECT = {
     "task_type",
 }  # fmt: skip
 """Settings of a trained adapter that its output does not depend on."""
+_NOT_OF_THE_NETWORK = {
+    "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id", "dtype", "eos_token_id",
+    "id2label", "label2id", "pad_token_id", "quantization_config", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+"""Settings of a model that say what it is called, or what stands elsewhere in the digest."""
 
 
 def fingerprint(model: nn.Module, trained_adapter: str | None = None, about: str = "") -> str:
-    """A digest of a reference's weights, 16 hex digits.
+    """A digest of a reference's weights and of the settings they are used with, 16 hex digits.
 
     Where weights are sharded (DeepSpeed ZeRO-3, FSDP2, tensor parallelism), every process must call this at the same
     point; each weight is gathered by itself, so no more than one is whole at a time.
@@ -38,6 +43,9 @@ def fingerprint(model: nn.Module, trained_adapter: str | None = None, about: str
     """
     _refuse_flat(model)
     digest = hashlib.blake2b(about.encode(), digest_size=8)
+    # The same weights with another rotary base, window or soft cap are another reference.
+    if (config := getattr(model, "config", None)) is not None:
+        digest.update(json.dumps(_of_the_network(config), sort_keys=True, default=str).encode())
     for adapter, config in sorted(getattr(model, "peft_config", {}).items()):
         # The same adapter weights at another lora_alpha are another reference.
         if adapter != trained_adapter:
@@ -59,6 +67,15 @@ def fingerprint(model: nn.Module, trained_adapter: str | None = None, about: str
             data = whole.cpu().contiguous().flatten().view(torch.uint8).numpy()
             digest.update(data)  # type: ignore[arg-type]
     return digest.hexdigest()
+
+
+def _of_the_network(config: Any) -> Any:
+    """The settings of a model that its output depends on, those of its parts included."""
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(values, dict):
+        return values
+    kept = {name: value for name, value in values.items() if name not in _NOT_OF_THE_NETWORK}
+    return {name: _of_the_network(value) for name, value in kept.items()}
 
 
 def is_sharded(model: nn.Module) -> bool:

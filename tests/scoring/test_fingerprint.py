@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from prefopt.scoring.fingerprint import fingerprint, is_sharded
 from tests.processes import torchrun
@@ -32,6 +33,17 @@ def test_a_fingerprint_is_of_the_weights_that_make_the_reference():
     adapted = get_peft_model(make_model(seed=0), LoraConfig(target_modules="all-linear", init_lora_weights=False))
     assert fingerprint(adapted, trained_adapter="default") == base
     assert fingerprint(adapted) != base
+
+
+def test_settings_that_change_the_numbers_count_and_names_do_not(tmp_path):
+    base = fingerprint(make_model())
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    assert fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path)) == base
+    model.config.use_cache, model.config.pad_token_id = False, 3
+    assert fingerprint(model) == base
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5e5}
+    assert fingerprint(model) != base
 
 
 def test_whole_weights_keep_their_fingerprint():

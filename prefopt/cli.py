@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +12,9 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from prefopt.losses import DPO, SFT, Loss, Need, Preset, available, presets
+from prefopt.catalogue import data_of, facts, families, losses_table, objectives_table, reference_of
+from prefopt.losses import Loss, Preset, available, presets
 from prefopt.losses.registry import describe_arguments
-from prefopt.losses.wrappers import Wrapper
 from prefopt.short_errors import short_errors
 
 app = typer.Typer(help="Preference optimization for language models.", no_args_is_help=True, add_completion=False)
@@ -57,78 +54,6 @@ def losses(
             _explain(name)
     else:
         _list()
-
-
-# ---- facts from the registry -------------------------------------------------------------------------------------
-
-FAMILIES = (
-    "direct", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary", "tokenwise", "reference-free",
-    "cringe", "likelihood", "online", "unlearning", "logic", "wrappers", "conflict",
-)  # fmt: skip
-"""Families in reading order; those of other packages follow."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """The losses of one module.
-
-    Attributes:
-        name: the module's.
-        about: the first line of its docstring.
-        losses: in alphabetical order.
-    """
-
-    name: str
-    about: str
-    losses: list[type[Loss]]
-
-
-def families() -> list[Family]:
-    """The registered losses by family."""
-    by_module: dict[str, list[type[Loss]]] = {}
-    for cls in available().values():
-        by_module.setdefault(cls.__module__, []).append(cls)
-    found = []
-    for module, members in by_module.items():
-        about = (inspect.getdoc(sys.modules.get(module)) or "").partition("\n")[0]
-        found.append(Family(module.rpartition(".")[2].replace("_", "-"), about, members))
-    return sorted(found, key=lambda family: (*FAMILIES, family.name).index(family.name))
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the tables say of a loss, in words."""
-
-    formula: str
-    data: str
-    reference: str
-    needs: str
-    trl_name: str
-    paper: str
-
-
-def facts(cls: type[Loss]) -> Facts:
-    """What holds for a loss with its default arguments."""
-    if issubclass(cls, Wrapper):
-        inner = DPO() + SFT()  # of which each can be made
-        own = cls(inner).needs & ~inner.needs
-        return Facts(cls.formula, "as its loss", "as its loss", own.words if own else "", cls.trl_name, cls.paper)
-    try:
-        # Some declare their needs only when they are made.
-        made: Loss | type[Loss] = cls()
-    except TypeError:
-        made = cls
-    others = [str(need.name).lower() for need in Need if need in made.needs and need != Need.REFERENCE]
-    needs = ", ".join([*others, *(f"column {name}" for name in made.columns)])
-    return Facts(cls.formula, _data(made), _reference(made), needs, cls.trl_name, cls.paper)
-
-
-def _data(loss: Loss | type[Loss]) -> str:
-    return "pairs" if loss.paired else " and ".join(loss.roles)
-
-
-def _reference(loss: Loss | type[Loss]) -> str:
-    return "yes" if loss.needs.compares else "no"
 
 
 # ---- on the terminal ---------------------------------------------------------------------------------------------
@@ -208,14 +133,14 @@ def _account(loss: Loss, words: list[str]) -> None:
     """An expression with every argument, and what it asks for; `words` may name presets that it came from."""
     console = _console()
     console.print(Text(str(loss), style="bold"))
-    console.print(Text(f"\nData: {_data(loss)}"))
+    console.print(Text(f"\nData: {data_of(loss)}"))
     for role in (*loss.roles, "mismatched"):
         needs = loss.needs_of(role)
         if needs or role in loss.roles:
             console.print(Text(f"Needs of the scorer for {role} completions: {needs.words}"))
     if loss.columns:
         console.print(Text(f"Columns of the data: {', '.join(loss.columns)}"))
-    console.print(Text(f"Reference model: {_reference(loss)}"))
+    console.print(Text(f"Reference model: {reference_of(loss)}"))
     papers = {name: presets()[name].paper for name in words if name in presets()}
     papers |= {part.name: part.paper for part in loss.modules() if isinstance(part, Loss)}
     for name, paper in papers.items():
@@ -235,60 +160,6 @@ def _plot(path: Path, names: list[str], vary: list[str] | None, span: float | No
     for hint in scale_hints(lines):
         _console().print(Text(hint))
     _console().print(Text(f"{path}: {len(lines)} curves"), soft_wrap=True)
-
-
-# ---- as Markdown -------------------------------------------------------------------------------------------------
-
-
-def losses_table() -> str:
-    """The families and the names of their objectives, for the README."""
-    rows = []
-    for family in families():
-        names = []
-        for cls in family.losses:
-            fact = facts(cls)
-            marks = "ᵀ" * bool(fact.trl_name) + "°" * (fact.reference == "no")
-            names.append(_link(f"`{cls.name}`", fact.paper) + marks)
-        rows.append((f"[{family.name}](docs/objectives.md#{family.name})", family.about, ", ".join(names)))
-    named = ", ".join(_link(f"`{preset.name}`", preset.paper) for preset in presets().values())
-    rows.append(("[presets](docs/objectives.md#presets)", "Sums of the above that papers train with.", named))
-    return _markdown(("family", "what it holds", "objectives"), rows)
-
-
-def objectives_table(members: list[type[Loss]]) -> str:
-    """Everything the registry knows of some objectives, for docs/objectives.md."""
-    rows = []
-    for cls in members:
-        fact = facts(cls)
-        title = f"`{cls.name}({describe_arguments(cls)})`"
-        trl = fact.trl_name and f"`{fact.trl_name}`"
-        rows.append((title, f"`{fact.formula}`", fact.data, fact.reference, fact.needs, trl, _link(fact.paper)))
-    return _markdown(("objective", "formula", "data", "reference", "also needs", "in TRL", "paper"), rows)
-
-
-def presets_table() -> str:
-    """The presets and what they expand to, for docs/objectives.md."""
-    rows = [
-        (f"`{preset.name}({describe_arguments(preset)})`", f"`{preset.build()}`", _link(preset.paper))
-        for preset in presets().values()
-    ]
-    return _markdown(("preset", "with its defaults", "paper"), rows)
-
-
-def _link(text: str, paper: str | None = None) -> str:
-    paper = text if paper is None else paper
-    return f"[{text}](https://arxiv.org/abs/{paper})" if paper else text
-
-
-def _markdown(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(headings)} |", "|" + " --- |" * len(headings)]
-    # A bar would end the cell, in code too.
-    lines += [f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-BAR = r"\|"
-"""A vertical bar inside a Markdown table cell."""
 
 
 # ---- the other commands ------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from prefopt.cli import app, families, losses_table, objectives_table, presets_table
+from prefopt.catalogue import families, losses_table, objectives_table, presets_table
+from prefopt.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "objectives.md")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from prefopt.cli import FAMILIES, app, facts, families, losses_table, objectives_table, presets_table
+from prefopt.catalogue import FAMILIES, facts, families, losses_table, objectives_table, presets_table
+from prefopt.cli import app
 from prefopt.losses import Loss, available, presets, register
 from prefopt.losses.registry import _LOSSES
 

@@ -13,7 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from prefopt import plots
-from prefopt.cli import app, families
+from prefopt.catalogue import families
+from prefopt.cli import app
 from prefopt.losses import Loss, Need, available, parse, presets, register
 from prefopt.losses.registry import _LOSSES
 from prefopt.losses.wrappers import Wrapper

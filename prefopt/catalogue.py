@@ -77,10 +77,12 @@ def facts(cls: type[Loss]) -> Facts:
 
 
 def data_of(loss: Loss | type[Loss]) -> str:
+    """What data an objective takes, in words."""
     return "pairs" if loss.paired else " and ".join(loss.roles)
 
 
 def reference_of(loss: Loss | type[Loss]) -> str:
+    """Whether an objective runs the reference model."""
     return "yes" if loss.needs.compares else "no"
 
 

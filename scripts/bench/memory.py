@@ -70,6 +70,7 @@ CASES = (
     Case("full, large vocabulary", vocabulary=49152, tied=False, layers=3),
     Case("full, token budget", pairs=4, token_budget=800),
     Case("full, bf16 autocast", bf16=True, layers=4),
+    Case("full, bf16 autocast, checkpointed", bf16=True, checkpointed=True, layers=4),
     Case("full, DDP of two", processes=2),
     Case("lora", lora=True),
     Case("lora, checkpointed", lora=True, checkpointed=True),

@@ -6,6 +6,7 @@ DeepSpeed and FSDP2 keep. `--dry_run` and `prefopt plan` both read their numbers
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ def count(model: Any, adapter: Any = None) -> Sizes:
         from peft import get_peft_model
 
         with torch.device("meta"):
-            model = get_peft_model(model, adapter)
+            model = get_peft_model(model, copy.deepcopy(adapter))  # PEFT writes into what it is given
     inner = model.get_base_model() if adapter is not None else model
     found = decoder_layers(inner)
     layers = list(found[1]) if found is not None else [inner]
@@ -203,24 +204,38 @@ def estimate(sizes: Sizes, kept: Activations, scored: int, setting: Setting, eng
         "activations": saved,
         "gradients of a layer's activations": kept.layer,
         "freed as gradients come": -freed,
+        "autocast's copies of weights": _copies(sizes, kept, setting, engine),
         "logits, a chunk at a time": _head(sizes, scored, setting, engine),
         "buffers": states.buffers + (sizes.largest_linear * HALF if setting.quantized else 0),
     }
     return Estimate({name: round(size) for name, size in parts.items() if size}, round(states.host))
 
 
+def _copies(sizes: Sizes, kept: Activations, setting: Setting, engine: str) -> float:
+    """What autocast holds of trained weights in half precision until the forward pass is over, beyond its backward.
+
+    torch.autocast keeps its casts of leaves that want a gradient, the reference's as well as the policy's, until its
+    outermost context ends. Without checkpointing the policy's are in `kept`, since layers keep them anyway.
+    """
+    if engine != "ddp" or sizes.adapters or not setting.half or setting.dtype != torch.float32:
+        return 0
+    models = int(setting.reference) + int(setting.checkpointed)
+    # When they are gone a layer's activations get their gradients, and with checkpointing are made again before.
+    return max(models * sizes.linear * HALF - kept.layer * (2 if setting.checkpointed else 1), 0)
+
+
 def _head(sizes: Sizes, scored: int, setting: Setting, engine: str) -> float:
     """Logits and their gradient in chunks (`prefopt.scoring.head`), and what a trained head's own gradient costs."""
     logits = scored * sizes.vocabulary * SINGLE
     chunk = min(logits, chunk_bytes(setting.device))
-    copy = sizes.head * HALF if setting.half and setting.dtype == torch.float32 and engine == "ddp" else 0
+    cast = sizes.head * HALF if setting.half and setting.dtype == torch.float32 and engine == "ddp" else 0
     if not sizes.head_trains:
-        return 2 * chunk + copy
+        return 2 * chunk + cast
     # Small logits are kept for the backward pass, where their gradient stands beside them.
     kept = logits if logits <= KEPT_BYTES else 0
     # Its gradient is added up in float32; a tied embedding's own, of the same size, joins it at the end.
     added_up = sizes.head * SINGLE if sizes.tied or (setting.computed == HALF and engine != "ddp") else 0
-    return kept + 2 * chunk + copy + added_up
+    return kept + 2 * chunk + cast + added_up
 
 
 # ---- what the engines keep ------------------------------------------------------------------------------------------

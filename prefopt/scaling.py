@@ -238,6 +238,7 @@ COLUMNS = {
     "gradients": ("gradients",),
     "optimizer": ("optimizer (AdamW)",),
     "activations": ("activations", "gradients of a layer's activations", "freed as gradients come"),
+    "copies": ("autocast's copies of weights",),
     "logits": ("logits, a chunk at a time",),
     "buffers": ("buffers",),
 }
@@ -246,7 +247,7 @@ COLUMNS = {
 
 def _table(job: Job, found: list[Way]) -> Table:
     gpus = f"{job.gpus} GPU{'s' * (job.gpus > 1)} of {job.memory:g} GB"
-    table = Table(title=f"GB on each of {gpus}; up to {USABLE * job.memory:.0f} GB fit")
+    table = Table(title=f"GB on {'each of ' * (job.gpus > 1)}{gpus}; up to {USABLE * job.memory:.0f} GB fit")
     for heading in ("", "", *COLUMNS, "sum", "fits", "main memory"):
         table.add_column(heading, justify="left" if not heading else "right")
     previous = None
@@ -278,12 +279,7 @@ def _advice(job: Job, name: str, found: list[Way]) -> list[str]:
                 "--token_budget would lower it."
             )
             continue
-        simpler = own[: own.index(chosen)]
-        reason = "nothing is simpler"
-        if simpler:
-            least = min(simpler, key=lambda way: way.need.total)
-            reason = f"the simplest that fits: what is simpler needs {least.need.total / 1e9:.0f} GB or more"
-        lines.append(f"\n{METHODS[method]}: {_title(job, chosen.engine)}, {reason}.")
+        lines.append(f"\n{METHODS[method]}: {_title(job, chosen.engine)}, {_reason(job, own[: own.index(chosen)])}")
         if not (job.gpus == 1 and chosen.engine == "ddp"):
             lines.append(f"  settings: configs/accelerate/{chosen.engine}.yaml")
         if job.nodes > 1:
@@ -292,6 +288,20 @@ def _advice(job: Job, name: str, found: list[Way]) -> list[str]:
             )
         lines.append(f"  {_command(job, name, chosen)}")
     return lines
+
+
+def _reason(job: Job, simpler: list[Way]) -> str:
+    """Why not one of these."""
+    if not simpler:
+        return "nothing is simpler."
+    least = min(way.need.total for way in simpler)
+    text = f"the simplest that fits: what is simpler needs {least / 1e9:.0f} GB or more."
+    without = [
+        w for w in simpler if w.need.total - w.need.parts.get("reference model", 0) <= USABLE * job.memory * 1e9
+    ]
+    if without:
+        text += f" {_title(job, without[0].engine)} would fit with --precompute_ref_log_probs."
+    return text
 
 
 def _command(job: Job, name: str, way: Way) -> str:

@@ -5,7 +5,7 @@
     python scripts/bench/memory.py --json FILE     # also write what was measured
 
 Each case runs in a process of its own (two for DDP), on one thread. On a CPU the peak is the resident size in the
-second step, less what the process held before it made a model; small blocks are mapped, so that the size falls when
+second step, less what the process held before it made the model; small blocks are mapped, so that the size falls when
 memory is freed. On a GPU it is PyTorch's own count.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -38,12 +39,12 @@ class Case:
     """
 
     name: str
-    hidden: int = 512
-    inner: int = 1536
-    layers: int = 8
-    heads: int = 8
-    groups: int = 4
-    vocabulary: int = 16384
+    hidden: int = 384
+    inner: int = 1024
+    layers: int = 6
+    heads: int = 6
+    groups: int = 3
+    vocabulary: int = 8192
     prompt: int = 256
     completion: int = 64
     pairs: int = 2
@@ -66,14 +67,15 @@ CASES = (
     Case("full, reference-free", loss="simpo"),
     Case("full, long rows", prompt=1024, completion=256, pairs=1),
     Case("full, padded", layout="padded"),
-    Case("full, large vocabulary", vocabulary=65536, tied=False, layers=4),
+    Case("full, large vocabulary", vocabulary=49152, tied=False, layers=3),
     Case("full, token budget", pairs=4, token_budget=800),
-    Case("full, bf16 autocast", bf16=True, layers=6),
+    Case("full, bf16 autocast", bf16=True, layers=4),
+    Case("full, bf16 autocast, checkpointed", bf16=True, checkpointed=True, layers=4),
     Case("full, DDP of two", processes=2),
     Case("lora", lora=True),
     Case("lora, checkpointed", lora=True, checkpointed=True),
-    Case("lora, wide", lora=True, hidden=1024, inner=4096, layers=4, heads=16),
-    Case("lora, bf16 weights", lora=True, bf16=True, dtype="bfloat16", layers=6),
+    Case("lora, wide", lora=True, hidden=768, inner=3072, layers=3, heads=12),
+    Case("lora, bf16 weights", lora=True, bf16=True, dtype="bfloat16", layers=4),
     Case("lora, DDP of two", lora=True, processes=2),
 )
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -143,47 +145,85 @@ def pairs_of(case: Case, count: int) -> list[dict[str, str]]:
 
 
 def train(case: Case, folder: Path) -> None:
-    """Two steps; the peak of the second goes to `folder`, one file a process."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
+    """Two steps of a model that takes next to no memory, then two of the case's; the second's peak goes to `folder`.
 
-    from prefopt import PreferenceConfig, PreferenceTrainer
-    from prefopt.scoring.tree import plant
+    What libraries load when they are first used is in memory after the first, and is no part of the second.
+    """
+    import torch
 
     torch.set_num_threads(1)
-    rows = Dataset.from_list(pairs_of(case, case.pairs * case.accumulated * case.processes * 2))
-    tokenizer = tokenizer_of(case)
+    trainer = make_trainer(small(case), folder / "small")
+    trainer.train()
+    del trainer
+    gc.collect()
     before = resident("VmRSS")
-    trainer = PreferenceTrainer(
-        str(folder / "model"),
+    trainer = make_trainer(case, folder / "model")
+    batch = next(iter(trainer.get_train_dataloader()))
+    check_lengths(case, batch)
+    del batch
+    trainer.add_callback(watch())
+    trainer.train()
+    rank = int(os.environ.get("RANK", 0))
+    (folder / f"peak-{rank}.json").write_text(json.dumps(peak(before)), encoding="utf-8")
+
+
+def small(case: Case) -> Case:
+    """The same way to train, on a model and rows that take next to no memory."""
+    return dataclasses.replace(
+        case,
+        hidden=32,
+        inner=64,
+        layers=2,
+        heads=2,
+        groups=1,
+        vocabulary=64,
+        prompt=8,
+        completion=4,
+        token_budget=None,
+    )
+
+
+def make_trainer(case: Case, model: Path) -> Any:
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from prefopt import PreferenceConfig, PreferenceTrainer
+
+    return PreferenceTrainer(
+        str(model),
         args=PreferenceConfig(
-            output_dir=str(folder / "out"), loss=case.loss, per_device_train_batch_size=case.pairs, max_steps=2,
+            output_dir=str(model.parent / "out"), loss=case.loss, per_device_train_batch_size=case.pairs, max_steps=2,
             gradient_accumulation_steps=case.accumulated, max_length=None, report_to="none", save_strategy="no",
             gradient_checkpointing=case.checkpointed, bf16=case.bf16, use_cpu=_device() == "cpu", disable_tqdm=True,
             layout=case.layout, token_budget=case.token_budget, step0_check="off", ddp_backend=_backend(case),
             model_init_kwargs={"dtype": case.dtype},
         ),
-        train_dataset=rows,
-        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(pairs_of(case, case.pairs * case.accumulated * case.processes * 2)),
+        processing_class=tokenizer_of(case),
         peft_config=LoraConfig(**LORA) if case.lora else None,
     )  # fmt: skip
-    batch = next(iter(trainer.get_train_dataloader()))
+
+
+def check_lengths(case: Case, batch: Any) -> None:
+    """That rows have the lengths that the estimate was made for."""
+    from prefopt.scoring.tree import plant
+
     trees = plant(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     found = {(tree.trunk + 1, *(end - start for start, end in tree.spans())) for tree in trees}
     if found != {(case.prompt, case.completion, case.completion)}:
         raise ValueError(f"{case.name}: prompts and completions have {found} tokens")
+
+
+def watch() -> Any:
+    """A callback that forgets the peak of the first step, when the optimizer has no state yet."""
+    from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 1:
                 forget_peak()
 
-    trainer.add_callback(Watch())
-    trainer.train()
-    rank = int(os.environ.get("RANK", 0))
-    (folder / f"peak-{rank}.json").write_text(json.dumps(peak(before)), encoding="utf-8")
+    return Watch()
 
 
 def _backend(case: Case) -> str | None:
@@ -236,7 +276,8 @@ def measured(case: Case) -> int:
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config_of(case)).save_pretrained(f"{folder}/model")
+        for name, made in (("small", small(case)), ("model", case)):
+            AutoModelForCausalLM.from_config(config_of(made)).save_pretrained(f"{folder}/{name}")
         command += [__file__, "--train", json.dumps(dataclasses.asdict(case)), folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         found = [json.loads(file.read_text()) for file in Path(folder).glob("peak-*.json")]

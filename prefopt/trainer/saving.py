@@ -289,7 +289,7 @@ class CheckpointMixin:
                     # peft writes its own lines into a card that is there, and a bare one where there is none.
                     shutil.copyfile(folder / "README.md", aside / "README.md")
             self.accelerator.wait_for_everyone()
-            super().save_model(str(aside), _internal_call=True)  # type: ignore[misc]
+            self._write_model(str(aside))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 _move_into(aside, folder)
@@ -301,8 +301,13 @@ class CheckpointMixin:
                 f"the model could not be saved to {folder} ({error}); weights that were there before are untouched. "
                 "Make room, then save again, or run the same command with --resume_from_checkpoint auto"
             ) from error
+        # Pushed from its final place, not by what has written it aside.
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+
+    def _write_model(self, folder: str) -> None:
+        """Write the model into an empty folder, as every process must be asked to."""
+        super().save_model(folder, _internal_call=True)  # type: ignore[misc]
 
 
 # ---- on the disk and in memory -------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from prefopt.trainer.stops import AlreadyTrained, RunFlow, Stopped, StopSignals
 logger = logging.getLogger(__name__)
 
 _ASIDE = ".unfinished-model"
+_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -59,7 +60,8 @@ class CheckpointMixin:
     def _set_up_checkpoints(self) -> None:
         self._signals = StopSignals(says=self.accelerator.is_main_process)
         self._flow = RunFlow(self)
-        self._in_checkpoint = self._listens = False
+        self._listens = False
+        self._put_aside: dict[str, Any] | None = None
         self._last_written: Path | None = None
         self._resumed: dict[str, Any] = {}
         self._resumed_from: Path | None = None
@@ -241,15 +243,23 @@ class CheckpointMixin:
     @contextlib.contextmanager
     def _as_part_of_checkpoint(self) -> Iterator[None]:
         """Keep transformers from deleting older checkpoints and from pushing before the new one is complete."""
-        args = self.args
-        kept = args.save_total_limit, args.push_to_hub
-        self._in_checkpoint = True
-        args.save_total_limit, args.push_to_hub = None, False
+        with self._with_arguments(save_total_limit=None, push_to_hub=False) as kept:
+            self._put_aside = kept
+            try:
+                yield
+            finally:
+                self._put_aside = None
+
+    @contextlib.contextmanager
+    def _with_arguments(self, **values: Any) -> Iterator[dict[str, Any]]:
+        kept = {name: getattr(self.args, name) for name in values}
+        for name, value in values.items():
+            setattr(self.args, name, value)
         try:
-            yield
+            yield kept
         finally:
-            args.save_total_limit, args.push_to_hub = kept
-            self._in_checkpoint = False
+            for name, value in kept.items():
+                setattr(self.args, name, value)
 
     def _unwritten(self, folder: Path, error: BaseException) -> CheckpointError:
         if self.args.should_save:
@@ -266,8 +276,10 @@ class CheckpointMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers has it; weights of an earlier save stay until the new ones are on the disk."""
-        if self._in_checkpoint:
-            super().save_model(output_dir, _internal_call=_internal_call)  # type: ignore[misc]
+        if self._put_aside is not None:
+            # Within a checkpoint, which is whole or does not count. The arguments are saved with the model.
+            with self._with_arguments(**self._put_aside):
+                super().save_model(output_dir, _internal_call=_internal_call)  # type: ignore[misc]
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         aside = folder / _ASIDE
@@ -279,7 +291,7 @@ class CheckpointMixin:
                     # peft writes its own lines into a card that is there, and a bare one where there is none.
                     shutil.copyfile(folder / "README.md", aside / "README.md")
             self.accelerator.wait_for_everyone()
-            super().save_model(str(aside), _internal_call=True)  # type: ignore[misc]
+            self._write_model(str(aside))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 _move_into(aside, folder)
@@ -291,18 +303,24 @@ class CheckpointMixin:
                 f"the model could not be saved to {folder} ({error}); weights that were there before are untouched. "
                 "Make room, then save again, or run the same command with --resume_from_checkpoint auto"
             ) from error
+        # Pushed from its final place, not by what has written it aside.
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+
+    def _write_model(self, folder: str) -> None:
+        """Write the model into an empty folder, as every process must be asked to."""
+        super().save_model(folder, _internal_call=True)  # type: ignore[misc]
 
 
 # ---- on the disk and in memory -------------------------------------------------------------------------------------
 
 
 def _is_of_the_disk(error: BaseException) -> bool:
-    """Whether an error comes of writing a file rather than of the run. torch raises RuntimeError for full disks."""
+    """Whether an error comes of writing a file rather than of the run."""
     if isinstance(error, CheckpointError):
         return False
-    return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
+    # torch.save raises RuntimeError, which also stands for whatever goes wrong on a device.
+    return isinstance(error, (OSError, SafetensorError)) or any(words in str(error) for words in _TORCH_SAVE)
 
 
 def _move_into(aside: Path, folder: Path) -> None:

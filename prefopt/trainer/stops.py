@@ -126,6 +126,8 @@ class RunFlow(TrainerCallback):
         if saved.get("loss") is not None and hasattr(trainer, "_tr_loss"):
             trainer._tr_loss.fill_(saved["loss"])
             trainer._globalstep_last_logged = saved["logged_at"]
+            # transformers' last line tells the mean over the steps of this process alone.
+            trainer._total_loss_scalar = -saved["loss"]
         if saved.get("evaluation_due"):
             trainer._evaluate_what_is_due()
         if state.global_step >= state.max_steps:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
@@ -33,7 +34,7 @@ from transformers import TrainerState
 
 import prefopt.files
 import prefopt.scoring.cache
-from prefopt import LossMixin
+from prefopt import LossMixin, PreferenceTrainer
 from prefopt.data import load_preferences, normalise
 from prefopt.trainer import checkpoints
 from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model
@@ -163,6 +164,7 @@ def _be_the_child(work: Callable[[], Any], fault: Fault | None, output: Path | N
             file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, 1)
             os.dup2(file, 2)
+            sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
         _tell_start(started)
         if fault is not None and fault.place != "time":
             PLACES[fault.place](functools.partial(_die, fault.signum), fault.visit)
@@ -173,9 +175,6 @@ def _be_the_child(work: Callable[[], Any], fault: Fault | None, output: Path | N
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
         # What pytest or the parent would do at its end is not for the child.
         os._exit(code)
 
@@ -268,7 +267,7 @@ PLACES: dict[str, Callable[[Callable[[], None], int], None]] = {
     "finishing the data": before(datasets.arrow_writer.ArrowWriter, "finalize"),
     "within a step": before(LossMixin, "compute_loss"),
     "before the optimizer": before(accelerate.optimizer.AcceleratedOptimizer, "step"),
-    "evaluating": before(LossMixin, "prediction_step"),
+    "evaluating": before(PreferenceTrainer, "prediction_step"),
     "beginning a checkpoint": before(checkpoints, "begin"),
     "saving weights": half_written((transformers.modeling_utils, peft.peft_model), "safe_save_file"),
     "saving the optimizer": half_written((torch,), "save"),
@@ -281,17 +280,90 @@ PLACES: dict[str, Callable[[Callable[[], None], int], None]] = {
 
 
 def draw(count: int, seed: int, terms: int, cache: bool) -> list[Fault]:
-    """Faults at random places; `terms` of them are SIGTERM at a random time of training."""
+    """Faults at random places and times, in the order in which one run can meet all of them.
+
+    Args:
+        terms: how many are SIGTERM at a random time of training; the others are SIGKILL.
+        cache: whether the run has a reference cache.
+    """
     rng = random.Random(seed)
-    places = [place for place in PLACES if cache or "cache" not in place]
-    # Data is prepared in the first attempt only: later ones find it.
-    first, others = places[0], [place for place in places if "the data" not in place]
-    kinds = [first, *(rng.choice([*others, "time"]) for _ in range(count - terms - 1))]
-    faults = []
-    for place in kinds:
-        visit = {"preparing the data": 20, "saving the optimizer": rng.randint(1, 6)}.get(place, rng.randint(1, 3))
-        faults.append(Fault(place, visit, seconds=rng.uniform(0.0, 0.6)))
-    term = [Fault("time", signum=signal.SIGTERM, seconds=rng.uniform(0.0, 0.4)) for _ in range(terms)]
-    for fault in term:
-        faults.insert(rng.randint(1, len(faults)), fault)
-    return faults
+    # Later attempts find what the first have prepared and cached.
+    first = ["preparing the data", "finishing the data", *(["writing the reference cache"] if cache else [])]
+    others = [place for place in PLACES if place not in first and "cache" not in place]
+    others += [*others, "time", "time", "time"]
+    places = [rng.choice(others) for _ in range(count - terms - len(first))]
+    visits = {"preparing the data": 20, "saving the optimizer": 6}
+    faults = [Fault(place, rng.randint(1, visits.get(place, 2)), seconds=rng.uniform(0.0, 0.3)) for place in places]
+    for _ in range(terms):
+        fault = Fault("time", signum=signal.SIGTERM, seconds=rng.uniform(0.0, 0.3))
+        faults.insert(rng.randint(0, len(faults)), fault)
+    return [*(Fault(place, visits.get(place, 1)) for place in first), *faults]
+
+
+# ---- one run, many faults ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """What came of a run that was killed again and again.
+
+    Attributes:
+        hits: the faults that took effect; the others' places were not visited again before the end of the run.
+        steps: optimizer steps that were taken, those of killed attempts included.
+        differing: weights and log entries that are not those of an undisturbed run, bit for bit.
+        whole: optimizer steps of the undisturbed run.
+    """
+
+    hits: list[Fault]
+    steps: int
+    differing: list[str]
+    whole: int
+
+
+def chaos(folder: Path, job: Job, faults: list[Fault]) -> Chaos:
+    """Train undisturbed; train again, each attempt with the next fault and from where the one before got to.
+
+    Raises:
+        RuntimeError: if an attempt ends in any other way than its fault has it.
+    """
+    prepare(folder / "whole", job)
+    _attempt(folder / "whole", job, None, (0,))
+    killed = folder / "killed"
+    prepare(killed, job)
+    hits = []
+    for fault in faults:
+        code = _attempt(killed, job, fault, (0, -9 if fault.signum == signal.SIGKILL else 128 + signal.SIGTERM, -15))
+        if code == 0:
+            break
+        hits.append(fault)
+    _attempt(killed, job, None, (0,))
+    (weights, log), (again, log_again) = result(folder / "whole"), result(killed)
+    differing = [name for name in weights if name not in again or not torch.equal(weights[name], again[name])]
+    differing += [f"log entry {i}" for i, (a, b) in enumerate(_padded(log["log"], log_again["log"])) if a != b]
+    differing += [name for name, value in log["objective"].items() if log_again["objective"].get(name) != value]
+    return Chaos(hits, _steps(killed), differing, _steps(folder / "whole"))
+
+
+def _padded(one: list[Any], other: list[Any]) -> list[tuple[Any, Any]]:
+    return list(itertools.zip_longest(one, other))
+
+
+def _attempt(folder: Path, job: Job, fault: Fault | None, expected: tuple[int, ...]) -> int:
+    def work() -> None:
+        _wrap(accelerate.optimizer.AcceleratedOptimizer, "step", count)
+        train(folder, job)
+
+    def count(_: int, step: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        with (folder / "steps").open("a") as file:
+            file.write("x")
+        return step(*arguments, **keywords)
+
+    code = forked(work, fault, folder / "output.txt")
+    if code not in expected:
+        said = (folder / "output.txt").read_text()[-3000:]
+        raise RuntimeError(f"the attempt with {fault} ended with {code}:\n{said}")
+    return code
+
+
+def _steps(folder: Path) -> int:
+    return len((folder / "steps").read_text())

@@ -1,0 +1,192 @@
+"""Signals: a checkpoint at the end of the step, 128 + the signal, nothing that looks finished; and their handlers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from prefopt.recipe import main
+from prefopt.trainer import checkpoints
+from prefopt.trainer.stops import Stopped, StopSignals
+from tests.reliability.faults import Fault, forked
+from tests.trainer.runs import make_pairs, make_trainer, save_model
+
+SAVED = {"save_strategy": "steps", "save_steps": 100, "max_steps": 6, "loss": "dpo"}
+
+
+class Sends(TrainerCallback):
+    """Signals to this process when a step begins."""
+
+    def __init__(self, step: int, *signums: int, pause: float = 0.0):
+        self.step, self.signums, self.pause = step, signums, pause
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            for signum in self.signums:
+                os.kill(os.getpid(), signum)
+                time.sleep(self.pause)
+
+
+def make(tmp_path: Path, callback: TrainerCallback, **options):
+    trainer = make_trainer(tmp_path, **{"train_dataset": make_pairs(16), **SAVED, **options})
+    trainer.add_callback(callback)
+    return trainer
+
+
+def handlers():
+    return [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_with_a_checkpoint(tmp_path, signum, caplog, capfd):
+    before = handlers()
+    trainer = make(tmp_path, Sends(2, signum))
+    with pytest.raises(Stopped) as stopped:
+        trainer.train()
+    assert handlers() == before
+    folder = tmp_path / "run" / "checkpoint-3"
+    assert stopped.value.code == 128 + signum
+    assert stopped.value.checkpoint == str(folder)
+    assert checkpoints.problem(folder) == ""
+    name = signal.Signals(signum).name
+    assert f"{name} after step 3; {folder} is complete. To go on, run the same command" in caplog.text
+    assert f"{name}: saving a checkpoint at the end of this step" in capfd.readouterr().err
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("signums", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)])
+def test_a_signal_that_is_passed_on_twice_is_one(tmp_path, signums):
+    # A terminal or srun reaches every process, and torchrun passes on what it got.
+    with pytest.raises(Stopped):
+        make(tmp_path, Sends(2, *signums)).train()
+    assert checkpoints.problem(tmp_path / "run" / "checkpoint-3") == ""
+
+
+def test_a_second_ctrl_c_quits_at_once(tmp_path):
+    before = handlers()
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Sends(2, signal.SIGINT, signal.SIGINT, pause=1.1)).train()
+    assert handlers() == before
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_without_checkpoints_signals_keep_their_meaning(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Sends(2, signal.SIGINT), save_strategy="no").train()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_transformers_own_way_is_left_alone(tmp_path):
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        trainer = make(tmp_path, TrainerCallback(), enable_jit_checkpoint=True, max_steps=1)
+        theirs = signal.getsignal(signal.SIGTERM)
+        seen = []
+        trainer._signals._note = lambda *_: seen.append(1)
+        trainer.train()
+        assert theirs != own
+        assert not seen
+        assert not trainer._listens
+    finally:
+        signal.signal(signal.SIGTERM, own)
+
+
+def test_training_in_a_thread_sets_no_handlers(tmp_path):
+    before, during, failed = handlers(), [], []
+
+    class Looks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            during.append(handlers())
+
+    def work():
+        try:
+            make(tmp_path, Looks(), max_steps=1).train()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failed == []
+    assert during == [before]
+
+
+def test_an_evaluation_that_is_running_is_finished_and_then_saved(tmp_path):
+    class Evaluating(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **_):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make(
+        tmp_path, Evaluating(), eval_strategy="steps", eval_steps=2, trainer_options={"eval_dataset": make_pairs(4)}
+    )
+    with pytest.raises(Stopped) as stopped:
+        trainer.train()
+    assert stopped.value.checkpoint.endswith("checkpoint-2")
+    state = json.loads((Path(stopped.value.checkpoint) / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2]
+
+
+def test_a_handler_that_was_there_is_put_back():
+    def mine(*_):
+        pass
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        signals = StopSignals(says=False)
+        with signals.noted():
+            assert signal.getsignal(signal.SIGTERM) == signals._note
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------------
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    rows = "\n".join(json.dumps(row) for row in make_pairs(30))
+    (folder / "pairs.jsonl").write_text(rows)
+    return [
+        "--model_name_or_path", save_model(folder), "--dataset_name", str(folder / "pairs.jsonl"),
+        "--output_dir", str(folder / "out"), "--max_steps", "4", "--per_device_train_batch_size", "4",
+        "--logging_steps", "1", "--save_steps", "1", "--gradient_checkpointing", "false", "--resume_from_checkpoint",
+        "auto", *more,
+    ]  # fmt: skip
+
+
+def test_a_recipe_that_is_stopped_has_not_finished_and_goes_on(tmp_path):
+    words, output, out = arguments(tmp_path), tmp_path / "output.txt", tmp_path / "out"
+    code = forked(lambda: main("dpo", words), Fault("within a step", 3, signal.SIGTERM), output)
+    said = output.read_text()
+    assert code == 143, said
+    assert "No checkpoint yet: from the start" in said
+    assert "SIGTERM: saving a checkpoint at the end of this step" in said
+    assert not (out / "results.json").exists()
+    assert not (out / "model.safetensors").exists()
+    assert forked(lambda: main("dpo", words), None, output) == 0, output.read_text()
+    assert "Resuming from" in output.read_text()
+    results = json.loads((out / "results.json").read_text())
+    assert results["before"]["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert results["after"]["eval_loss"] != results["before"]["eval_loss"]
+    # What has been trained to the end is evaluated and saved again, nothing more.
+    assert forked(lambda: main("dpo", words), None, output) == 0, output.read_text()
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize("word", ["true", "True"])
+def test_a_recipe_takes_true_for_the_newest_checkpoint(tmp_path, word):
+    words = arguments(tmp_path)
+    words[words.index("auto")] = word
+    with pytest.raises(checkpoints.CheckpointError, match="holds no checkpoint to resume from"):
+        main("dpo", words)
+    assert main("dpo", [*words[:-2], "--eval_rows", "0"])["after"] is None
+    assert main("dpo", [*words, "--eval_rows", "0"])["after"] is None

@@ -227,7 +227,7 @@ class PublishingMixin:
         Raises:
             PushError: if the Hub does not take it. The folder is whole all the same.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._announce_push()
         remember(token)
         if getattr(self, "hub_model_id", None) is None:
             self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
@@ -238,6 +238,8 @@ class PublishingMixin:
         self.create_model_card(card.pop("model_name", None) or self.hub_model_id.split("/")[-1], **card)
         self._finish_current_push()  # type: ignore[attr-defined]
         self._report_failed_pushes()
+        for left in Path(self.args.output_dir).glob("_push-*"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         try:
             return self._upload(
                 Path(self.args.output_dir), str(commit_message), NOT_PUBLISHED, token=token, revision=revision,
@@ -257,7 +259,7 @@ class PublishingMixin:
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
             return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._announce_push()
         folder = _linked(Path(checkpoint_folder), Path(self.args.output_dir) / f"_push-{self.state.global_step}")
         message = f"Training in progress, step {self.state.global_step}"
         jobs = [self._upload(folder, message, (*NOT_PUBLISHED, *ONLY_TO_RESUME), run_as_future=True)]
@@ -267,8 +269,13 @@ class PublishingMixin:
                 folder, f"{message}, checkpoint", NOT_PUBLISHED, path_in_repo=place, run_as_future=True
             )
             jobs.append(whole)
-        # One after the other, so the last is done when all are.
-        jobs[-1].add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
+
+        def clear(_: Any) -> None:
+            if all(job.done() for job in jobs):
+                shutil.rmtree(folder, ignore_errors=True)
+
+        for job in jobs:
+            job.add_done_callback(clear)
         if busy:
             self.push_in_progress.jobs.extend(jobs)
         else:
@@ -285,6 +292,13 @@ class PublishingMixin:
             ignore_patterns=list(ignore),
             **options,
         )
+
+    def _announce_push(self) -> None:
+        """Callbacks may publish on their own here, as trackio's does; that must not stop the model's push."""
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        except Exception as error:
+            logger.warning("a callback failed before the push: %s", _one_line(error))
 
     def _report_failed_pushes(self) -> None:
         """Say which pushes beside training failed; they stopped nothing."""

@@ -70,7 +70,7 @@ def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
         config.write_text(yaml.safe_dump({"report_to": TRACKERS or "none"}))
         words = [
             *arguments(folder, pairs_file(folder)), "--loss", LOSS, "--learning_rate", "1e-2", "--use_peft",
-            "--eval_strategy", "steps", "--eval_steps", "1", "--config", str(config), 
+            "--eval_strategy", "steps", "--eval_steps", "1", "--config", str(config),
             "--trackio_static_space_id", "false", "--push_to_hub", "--hub_model_id", "tester/tiny",
             "--hub_token", CANARIES["--hub_token"], "--model_init_kwargs", f'{{"token": "{CANARIES["model"]}"}}',
         ]  # fmt: skip

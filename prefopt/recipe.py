@@ -38,7 +38,8 @@ from prefopt.models import adapter_base, load_model, load_tokenizer
 from prefopt.plan import show_batch, show_settings
 from prefopt.progress import RunProgress
 from prefopt.trainer import PreferenceTrainer
-from prefopt.trainer.publishing import PushError, RunNotes, changed_settings
+from prefopt.trainer.facts import RunNotes, changed_settings
+from prefopt.trainer.publishing import PushError
 
 __all__ = ["Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_trainer", "parse_arguments", "run"]
 

@@ -232,3 +232,37 @@ def test_the_license_is_the_base_models(tmp_path: Path) -> None:
     (tmp_path / "llama-0" / "README.md").write_text("---\nlicense: mit\n---\n\n# Base\n", encoding="utf-8")
     trainer.create_model_card()
     assert ModelCard(card.read_text(encoding="utf-8")).data.license == "mit"
+
+
+def test_a_card_that_cannot_be_written_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no card today")
+
+    monkeypatch.setattr("prefopt.trainer.publishing.render", broken)
+    trainer = make_trainer(tmp_path, loss="dpo", max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").exists()
+    assert "could not be written: RuntimeError: no card today" in caplog.text
+
+
+def test_streamed_data_has_no_fingerprint_and_named_evaluations_stand_apart(tmp_path: Path) -> None:
+    from prefopt.trainer.facts import RunNotes
+
+    pairs = make_pairs(16)
+    trainer = make_trainer(
+        tmp_path, loss="dpo", max_steps=2, train_dataset=pairs.to_iterable_dataset(),
+        trainer_options={"eval_dataset": {"easy": pairs, "hard": make_pairs(6, seed=3)}},
+    )  # fmt: skip
+    trainer.evaluate()
+    trainer.train()
+    trainer.evaluate()
+    trainer.notes = RunNotes(sources=("org/set",), splits=("train", "test"))
+    trainer.create_model_card()
+    text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "| training | `org/set` | `train` | streamed |  |" in text
+    assert re.search(r"\| held-out easy \| `org/set` \| `test` \| 16 \| `[0-9a-f]{16}` \|", text)
+    assert re.search(r"\| held-out hard \| `org/set` \| `test` \| 6 \|", text)
+    for name in ("easy_loss", "hard_loss", "hard_rewards/margins"):
+        assert f"| `{name}` | " in text

@@ -244,11 +244,12 @@ def _data(data: Sequence[Split]) -> str:
     )
 
 
-_HELD_OUT = ("loss", "rewards/", "ratios/", "logps/", "lengths/", "entropy")
+# After the name of an evaluation set, or of a term of the loss, where there is one.
+_HELD_OUT = re.compile(r"(?:^|[_/])(?:loss$|rewards/|ratios/|logps/|lengths/|entropy$)")
 
 
 def _results(facts: CardFacts) -> str:
-    shown = [name for name in sorted(facts.after) if name.startswith(_HELD_OUT) or name.endswith("/loss")]
+    shown = [name for name in sorted(facts.after) if _HELD_OUT.search(name)]
     parts = []
     if shown:
         rows = [(code(name), _number(facts.before.get(name)), _number(facts.after[name])) for name in shown]

@@ -40,7 +40,8 @@ from prefopt.plan import show_batch, show_settings
 from prefopt.progress import RunProgress
 from prefopt.trainer import PreferenceTrainer
 from prefopt.trainer.disk import check_writable
-from prefopt.trainer.publishing import PushError, RunNotes, changed_settings
+from prefopt.trainer.facts import RunNotes, changed_settings
+from prefopt.trainer.publishing import PushError
 
 __all__ = ["Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_trainer", "parse_arguments", "run"]
 

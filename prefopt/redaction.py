@@ -29,6 +29,7 @@ _PATTERNS = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), f"hf_{MASK}"),
     (re.compile(r"(\bBearer\s+)[\w.~+/-]{8,}=*", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(r"([?&](?:access_token|token|api_key|key|sig|signature)=)[^&\s'\"]+", re.IGNORECASE), rf"\1{MASK}"),
+    (re.compile(r"(['\"]token['\"]\s*:\s*['\"])[^'\"]+", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(rf"((?:{_NAME})['\"]?\s*[:=]\s*['\"]?)[^\s,'\"}}\])]+", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(rf"(--[\w-]*(?:{_NAME})['\"]?,?\s+['\"]?)[^\s'\"-][^\s'\"]*", re.IGNORECASE), rf"\1{MASK}"),
 )

@@ -11,6 +11,7 @@ import torch
 from trl import DPOConfig
 
 from prefopt.losses import Loss, parse
+from prefopt.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,11 @@ class PreferenceConfig(DPOConfig):
         if self.loss is not None:
             parse(self.loss)
             _refuse_trl_loss_options(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as experiment trackers file them; tokens inside of mappings and addresses are masked too."""
+        settings: dict[str, Any] = redacted(super().to_dict())
+        return settings
 
 
 def changed_trl_options(args: DPOConfig) -> dict[str, Any]:

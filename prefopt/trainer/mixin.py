@@ -37,7 +37,7 @@ from prefopt.trainer.learned import LearnedLoss
 from prefopt.trainer.publishing import PublishingMixin
 from prefopt.trainer.saving import CheckpointMixin
 from prefopt.trainer.scoring import ScoringMixin
-from prefopt.trainer.trackers import TrackedObjective
+from prefopt.trainer.trackers import track
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,8 @@ class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFree
             self._learned = self._make_learned(objective)
             self.add_callback(self._learned)  # type: ignore[attr-defined]
         self._reference_cache = self._open_cache(objective)
-        self.add_callback(TrackedObjective(objective, lambda: self.callback_handler.callbacks))  # type: ignore[attr-defined]
+        if (tracked := track(objective, self.callback_handler.callbacks, self.args.output_dir)) is not None:
+            self.add_callback(tracked)  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
         if own_reference and not objective.needs.compares and not self.args.sync_ref_model:

@@ -9,31 +9,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import platform
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_peft_model
-from datasets import Dataset
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from prefopt.card import CardFacts, Split, is_hub_id, render
-from prefopt.data.fingerprint import fingerprint
-from prefopt.losses import Loss
+from prefopt.card import render
 from prefopt.redaction import redact, redacted, remember
+from prefopt.trainer.facts import CARD, FactsMixin
 
 logger = logging.getLogger(__name__)
-
-CARD = "README.md"
 
 NOT_PUBLISHED = ("_*", ".*", "checkpoint-*", "training_args.bin", "dropped_*.jsonl", "*.unfinished", "wandb/*")
 """Files of an output folder that are never pushed: pickles, rows of the data, what is not finished."""
@@ -49,62 +41,13 @@ class PushError(RuntimeError):
     """The Hub did not take what was to be pushed; says which repository, why, and what to do."""
 
 
-@dataclass
-class RunNotes:
-    """What the one who makes a trainer knows about a run and the trainer does not; a model card says it.
+class PublishingMixin(FactsMixin):
+    """Writes the model card into every folder that is saved, and pushes only what is meant for others."""
 
-    Attributes:
-        base_model: where training starts from: a Hub id or a path. If "", what the model's configuration says.
-        sources: of the data, by the names that the run was given.
-        splits: of training and held-out data.
-        expression: the loss as it was written.
-        command: the command line, without secrets.
-        settings: those that differ from their defaults, beside the training arguments.
-    """
-
-    base_model: str = ""
-    sources: tuple[str, ...] = ()
-    splits: tuple[str, str] = ("", "")
-    expression: str = ""
-    command: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-class PublishingMixin:
-    """Writes the model card into every folder that is saved, and pushes only what is meant for others.
-
-    Attributes:
-        notes: for the card; may be set at any time.
-    """
-
-    objective: Loss | None
-    args: Any
-    model: Any
-    state: Any
-    accelerator: Any
-    processing_class: Any
-    train_dataset: Any
-    eval_dataset: Any
     callback_handler: Any
     control: Any
     hub_model_id: str | None
     push_in_progress: Any
-    _tag_names: list[str]
-
-    notes: RunNotes = RunNotes()
-    _before: Mapping[str, float] | None = None
-    _after: Mapping[str, float] | None = None
-    _splits: list[Split] | None = None
-
-    # ---- what the card says ---------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)  # type: ignore[misc]
-        found = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
-        if found and self.state.global_step == 0:
-            self._before = {**(self._before or {}), **found}
-        elif found:
-            self._after = {**(self._after or {}), **found}
 
     def started_from(self, logs: Mapping[str, float] | None) -> None:
         """What an evaluation before training found, for the card of a resumed run."""
@@ -121,75 +64,14 @@ class PublishingMixin:
             self._write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
 
     def _write_card(self, folder: Path, name: str | None = None, dataset: str | None = None, tags: Any = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f"{CARD}.unfinished"
-        facts = self.card_facts(name, dataset, [tags] if isinstance(tags, str) else list(tags or ()))
-        unfinished.write_text(str(render(facts)), encoding="utf-8")
-        unfinished.replace(folder / CARD)
-
-    def card_facts(self, name: str | None = None, dataset: str | None = None, tags: Any = ()) -> CardFacts:
-        """What the card says of the run as it is now."""
-        assert self.objective is not None
-        notes, repository = self.notes, getattr(self, "hub_model_id", None) or self.args.hub_model_id
-        folder = Path(self.args.output_dir).absolute().name
-        adapter = None
-        model = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(model):
-            adapter = str(getattr(model.peft_config[model.active_adapter].peft_type, "value", "adapter"))
-        base = _hub_name(notes.base_model or str(_base_of(model) or "")) or None
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        logged = [entry for entry in self.state.log_history if "loss" in entry]
-        without = {"step", "epoch", "grad_norm", "learning_rate"}
-        return CardFacts(
-            name=name or (repository or folder).split("/")[-1],
-            load_from=repository or folder,
-            objective=self.objective,
-            expression=notes.expression or str(getattr(self.args, "loss", None) or ""),
-            base_model=base,
-            adapter=adapter,
-            license=_license(notes.base_model or str(_base_of(model) or "")),
-            chat=bool(getattr(tokenizer, "chat_template", None)),
-            data=self._described_data((dataset,) if dataset else notes.sources),
-            before=self._before or {},
-            after=self._after or {},
-            train={name: value for name, value in logged[-1].items() if name not in without} if logged else {},
-            settings={**redacted(notes.settings), **self._main_settings(), **changed_settings(self.args)},
-            versions=versions(),
-            command=notes.command,
-            links=_tracker_pages(),
-            tags=[*self._tag_names, *tags, *(getattr(self.model, "model_tags", None) or ())],
-        )
-
-    def _described_data(self, sources: tuple[str, ...]) -> list[Split]:
-        if self._splits is None:
-            heldout = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-            parts = [("training", self.train_dataset, self.notes.splits[0])]
-            parts += [(f"held-out {name}".strip(), rows, self.notes.splits[1]) for name, rows in heldout.items()]
-            self._splits = []
-            for role, rows, split in parts:
-                if rows is not None:
-                    known = isinstance(rows, Dataset)
-                    columns = self.objective.columns if self.objective is not None else ()
-                    mark = fingerprint(rows, columns) if known else None
-                    self._splits.append(Split(role, len(rows) if known else None, mark, split=split))
-        return [dataclasses.replace(part, sources=sources) for part in self._splits]
-
-    def _main_settings(self) -> dict[str, Any]:
-        args, world = self.args, self.accelerator.num_processes
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-        return {
-            "steps": self.state.global_step,
-            "examples a step": f"{batch} ({args.per_device_train_batch_size} a process x "
-            f"{args.gradient_accumulation_steps} accumulated x {world} processes)",
-            "learning_rate": args.learning_rate,
-            "lr_scheduler_type": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
-            "optim": getattr(args.optim, "value", args.optim),
-            "max_length": args.max_length,
-            "seed": args.seed,
-            "weights in": str(self.model.dtype).removeprefix("torch."),
-        }
-
-    # ---- saving and pushing ---------------------------------------------------------------------------------------
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            facts = self.card_facts(name, dataset, [tags] if isinstance(tags, str) else list(tags or ()))
+            unfinished.write_text(str(render(facts)), encoding="utf-8")
+            unfinished.replace(folder / CARD)
+        except Exception as error:  # a checkpoint is worth more than its card
+            logger.warning("the model card of %s could not be written: %s", folder, _one_line(error))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, tokenizer and card; pushes them too under `push_to_hub`, as transformers' trainer does."""
@@ -232,7 +114,7 @@ class PublishingMixin:
         Raises:
             PushError: if the Hub does not take it. The folder is whole all the same.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._announce_push()
         remember(token)
         if getattr(self, "hub_model_id", None) is None:
             self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
@@ -243,6 +125,8 @@ class PublishingMixin:
         self.create_model_card(card.pop("model_name", None) or self.hub_model_id.split("/")[-1], **card)
         self._finish_current_push()  # type: ignore[attr-defined]
         self._report_failed_pushes()
+        for left in Path(self.args.output_dir).glob("_push-*"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         try:
             return self._upload(
                 Path(self.args.output_dir), str(commit_message), NOT_PUBLISHED, token=token, revision=revision,
@@ -262,7 +146,7 @@ class PublishingMixin:
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
             return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._announce_push()
         folder = _linked(Path(checkpoint_folder), Path(self.args.output_dir) / f"_push-{self.state.global_step}")
         message = f"Training in progress, step {self.state.global_step}"
         jobs = [self._upload(folder, message, (*NOT_PUBLISHED, *ONLY_TO_RESUME), run_as_future=True)]
@@ -272,8 +156,13 @@ class PublishingMixin:
                 folder, f"{message}, checkpoint", NOT_PUBLISHED, path_in_repo=place, run_as_future=True
             )
             jobs.append(whole)
-        # One after the other, so the last is done when all are.
-        jobs[-1].add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
+
+        def clear(_: Any) -> None:
+            if all(job.done() for job in jobs):
+                shutil.rmtree(folder, ignore_errors=True)
+
+        for job in jobs:
+            job.add_done_callback(clear)
         if busy:
             self.push_in_progress.jobs.extend(jobs)
         else:
@@ -290,6 +179,13 @@ class PublishingMixin:
             ignore_patterns=list(ignore),
             **options,
         )
+
+    def _announce_push(self) -> None:
+        """Callbacks may publish on their own here, as trackio's does; that must not stop the model's push."""
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        except Exception as error:
+            logger.warning("a callback failed before the push: %s", _one_line(error))
 
     def _report_failed_pushes(self) -> None:
         """Say which pushes beside training failed; they stopped nothing."""
@@ -341,75 +237,3 @@ def _without_secrets(args: Any) -> Iterator[None]:
     finally:
         for name, value in held.items():
             setattr(args, name, value)
-
-
-# ---- facts -------------------------------------------------------------------------------------------------------
-
-_OF_NO_INTEREST = re.compile(
-    r"^(output_dir|loss|run_name|project|report_to|push_to_hub|hub_.*|trackio_.*|logging_.*|log_.*|disable_tqdm|do_.*"
-    r"|save_.*|eval_strategy|eval_steps|eval_on_start|overwrite_.*|dataloader_.*|accelerator_config|use_cpu"
-    r"|resume_from_checkpoint|model_init_kwargs|.*_token|fsdp|deepspeed_plugin|activation_checkpointing|demo|dry_run"
-    r"|per_device_.*|gradient_accumulation_steps|model_name_or_path|dataset_(name|train_split|test_split)|columns"
-    r"|on_bad_rows|evaluate_first)$"
-)
-"""Settings that decide nothing about the weights, stand elsewhere in the card, or are derived by transformers."""
-
-_LONGEST = 200
-
-
-def changed_settings(settings: Any) -> dict[str, Any]:
-    """Options of a dataclass that differ from their defaults and bear on what was trained."""
-    changed = {}
-    for option in dataclasses.fields(settings):
-        value = getattr(settings, option.name)
-        factory = option.default_factory
-        default = factory() if factory is not dataclasses.MISSING else option.default
-        if value != default and value not in (None, [], "", {}) and not _OF_NO_INTEREST.match(option.name):
-            changed[option.name] = _shown(redacted(getattr(value, "value", value), option.name))
-    return changed
-
-
-def _shown(value: Any) -> Any:
-    """Of a path on this machine the last part, of a long text (a chat template) the beginning."""
-    if isinstance(value, str) and Path(value[:_LONGEST]).is_absolute():
-        return Path(value).name
-    return value[:_LONGEST] + " ..." if isinstance(value, str) and len(value) > _LONGEST else value
-
-
-def versions() -> dict[str, str]:
-    """Of the software that a run's numbers depend on."""
-    names = ("prefopt", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-    return {"Python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-
-
-def _base_of(model: Any) -> Any:
-    if is_peft_model(model):
-        return model.peft_config[model.active_adapter].base_model_name_or_path
-    return getattr(model.config, "_name_or_path", None)
-
-
-def _hub_name(name: str) -> str:
-    """The id of a repository whose snapshot in the Hub's cache this path is; other names as they are."""
-    found = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name)
-    return f"{found[1]}/{found[2]}" if found else name
-
-
-def _license(base: str) -> str | None:
-    """The license that the base model's own card names, where that card is on this machine."""
-    path = Path(base) / CARD
-    if is_hub_id(base):
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(base, CARD)
-        path = Path(cached) if isinstance(cached, str) else path
-    try:
-        found = ModelCard.load(path).data.license if path.is_file() else None
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, str) else None
-
-
-def _tracker_pages() -> dict[str, str]:
-    wandb = sys.modules.get("wandb")
-    url = getattr(getattr(wandb, "run", None), "url", None)
-    return {"Weights & Biases": str(url)} if url else {}

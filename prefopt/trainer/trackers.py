@@ -6,12 +6,14 @@ passed as an object is not among them, and one that was written as text is one o
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import importlib
+import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from prefopt import __version__
 from prefopt.losses import Loss
@@ -28,42 +30,54 @@ def objective_settings(objective: Loss) -> dict[str, Any]:
     return settings
 
 
-class TrackedObjective(TrainerCallback):
-    """Adds the objective to the run of every tracker that is in use.
+def track(objective: Loss, callbacks: Iterable[Any], output_dir: str) -> TrainerCallback | None:
+    """Have every tracker among a trainer's callbacks file the objective with its run.
 
-    Args:
-        objective: of the run.
-        callbacks: gives the trainer's callbacks, TensorBoard's among them.
+    Returns:
+        A callback to add, where TensorBoard is in use.
     """
+    settings = objective_settings(objective)
+    written = None
+    for callback in callbacks:
+        if isinstance(callback, WandbCallback):
+            _after_setup(callback, "wandb", settings)
+        elif isinstance(callback, TrackioCallback):
+            _after_setup(callback, "trackio", settings)
+        elif isinstance(callback, TensorBoardCallback):
+            if callback.logging_dir is None and callback.tb_writer is None:
+                # An evaluation before training would otherwise open a log in the folder that the run was started in.
+                callback.logging_dir = str(Path(output_dir) / "runs" / time.strftime("%Y%m%d-%H%M%S"))
+            written = _TensorBoardText(callback, settings)
+    return written
 
-    def __init__(self, objective: Loss, callbacks: Callable[[], list[Any]]):
-        self._settings = objective_settings(objective)
-        self._callbacks = callbacks
-        self._told: set[Any] = set()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._tell(state)
+def _after_setup(callback: Any, module: str, settings: dict[str, Any]) -> None:
+    """`setup` is where these callbacks open a run and file the arguments, and what they let one change."""
+    set_up = callback.setup
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # An evaluation before training opens the run already.
-        self._tell(state)
+    def set_up_and_tell(args: Any, state: Any, model: Any, **keywords: Any) -> None:
+        set_up(args, state, model, **keywords)
+        if state.is_world_process_zero:
+            importlib.import_module(module).config.update(settings, allow_val_change=True)
 
-    def _tell(self, state: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        wandb, trackio = sys.modules.get("wandb"), sys.modules.get("trackio")
-        if (run := getattr(wandb, "run", None)) is not None and self._is_new(("wandb", run.id)):
-            run.config.update(self._settings, allow_val_change=True)
-        context = getattr(trackio, "context_vars", None)
-        run = None if context is None else context.current_run.get()
-        if run is not None and self._is_new(("trackio", id(run))):
-            run.config.update(self._settings)
-        for callback in self._callbacks():
-            writer = getattr(callback, "tb_writer", None) if isinstance(callback, TensorBoardCallback) else None
-            if writer is not None and self._is_new(("tensorboard", "")):
-                writer.add_text("objective", "\n".join(f"    {k}: {v}" for k, v in self._settings.items()))
+    callback.setup = set_up_and_tell
 
-    def _is_new(self, run: Any) -> bool:
-        fresh = run not in self._told
-        self._told.add(run)
-        return fresh
+
+class _TensorBoardText(TrainerCallback):
+    """Writes the objective as a text beside the curves, once."""
+
+    def __init__(self, callback: TensorBoardCallback, settings: dict[str, Any]):
+        self._callback = callback
+        self._text = "\n".join(f"    {name}: {value}" for name, value in settings.items())
+        self._written = False
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._write()
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        if self._callback.tb_writer is not None and not self._written:
+            self._callback.tb_writer.add_text("objective", self._text)
+            self._written = True

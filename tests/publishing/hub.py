@@ -33,6 +33,7 @@ class Hub:
         commits: in order, by repository.
         requests: method and path of everything that was asked.
         fail: a path's beginning (after the host) and the status that it is answered with.
+        credentials: `user:password@` in the address, or "".
     """
 
     token: str = TOKEN
@@ -41,6 +42,7 @@ class Hub:
     commits: dict[str, list[Commit]] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     fail: dict[str, int] = field(default_factory=dict)
+    credentials: str = ""
     blobs: dict[str, bytes] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.Lock)
 
@@ -67,7 +69,11 @@ class Hub:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs to take this for the Hub. (Xet is a protocol of its own; LFS is spoken here.)"""
-        return {"HF_ENDPOINT": f"http://{self.address}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        return {
+            "HF_ENDPOINT": f"http://{self.credentials}{self.address}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):

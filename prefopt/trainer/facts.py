@@ -1,0 +1,211 @@
+"""What a model card says of a run: gathered from the trainer, its logs and its data. Nothing here writes a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from huggingface_hub import ModelCard, try_to_load_from_cache
+
+from prefopt.card import CardFacts, Split, is_hub_id
+from prefopt.data.fingerprint import fingerprint
+from prefopt.losses import Loss
+from prefopt.redaction import redacted
+
+CARD = "README.md"
+
+
+@dataclass
+class RunNotes:
+    """What the one who makes a trainer knows about a run and the trainer does not; a model card says it.
+
+    Attributes:
+        base_model: where training starts from: a Hub id or a path. If "", what the model's configuration says.
+        sources: of the data, by the names that the run was given.
+        splits: of training and held-out data.
+        expression: the loss as it was written.
+        command: the command line, without secrets.
+        settings: those that differ from their defaults, beside the training arguments.
+    """
+
+    base_model: str = ""
+    sources: tuple[str, ...] = ()
+    splits: tuple[str, str] = ("", "")
+    expression: str = ""
+    command: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class FactsMixin:
+    """Knows what its trainer's model card has to say.
+
+    Attributes:
+        notes: what only the one who made the trainer knows; may be set at any time.
+    """
+
+    objective: Loss | None
+    args: Any
+    model: Any
+    state: Any
+    accelerator: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+    _tag_names: list[str]
+
+    notes: RunNotes = RunNotes()
+    _before: Mapping[str, float] | None = None
+    _after: Mapping[str, float] | None = None
+    _splits: list[Split] | None = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)  # type: ignore[misc]
+        found = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        if found and self.state.global_step == 0:
+            self._before = {**(self._before or {}), **found}
+        elif found:
+            self._after = {**(self._after or {}), **found}
+
+    def card_facts(self, name: str | None = None, dataset: str | None = None, tags: Any = ()) -> CardFacts:
+        """What the card says of the run as it is now."""
+        assert self.objective is not None
+        notes, repository = self.notes, getattr(self, "hub_model_id", None) or self.args.hub_model_id
+        folder = Path(self.args.output_dir).absolute().name
+        adapter = None
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(model):
+            adapter = str(getattr(model.peft_config[model.active_adapter].peft_type, "value", "adapter"))
+        base = _hub_name(notes.base_model or str(_base_of(model) or "")) or None
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        logged = [entry for entry in self.state.log_history if "loss" in entry]
+        without = {"step", "epoch", "grad_norm", "learning_rate"}
+        return CardFacts(
+            name=name or (repository or folder).split("/")[-1],
+            load_from=repository or folder,
+            objective=self.objective,
+            expression=notes.expression or str(getattr(self.args, "loss", None) or ""),
+            base_model=base,
+            adapter=adapter,
+            license=_license(notes.base_model or str(_base_of(model) or "")),
+            chat=bool(getattr(tokenizer, "chat_template", None)),
+            data=self._described_data((dataset,) if dataset else notes.sources),
+            before=self._before or {},
+            after=self._after or {},
+            train={name: value for name, value in logged[-1].items() if name not in without} if logged else {},
+            settings={**redacted(notes.settings), **self._main_settings(), **changed_settings(self.args)},
+            versions=versions(),
+            command=notes.command,
+            links=_tracker_pages(),
+            tags=[*self._tag_names, *tags, *(getattr(self.model, "model_tags", None) or ())],
+        )
+
+    def _described_data(self, sources: tuple[str, ...]) -> list[Split]:
+        if self._splits is None:
+            heldout = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            parts = {"training": self.train_dataset}
+            parts |= {f"held-out {name}".strip(): rows for name, rows in heldout.items()}
+            columns = self.objective.columns if self.objective is not None else ()
+            self._splits = [
+                Split(role, len(rows), fingerprint(rows, columns))
+                if isinstance(rows, Dataset)
+                else Split(role, None, None)
+                for role, rows in parts.items()
+                if rows is not None
+            ]
+        train, heldout_split = self.notes.splits
+        return [
+            dataclasses.replace(part, sources=sources, split=train if part.role == "training" else heldout_split)
+            for part in self._splits
+        ]
+
+    def _main_settings(self) -> dict[str, Any]:
+        args, world = self.args, self.accelerator.num_processes
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+        return {
+            "steps": self.state.global_step,
+            "examples a step": f"{batch} ({args.per_device_train_batch_size} a process x "
+            f"{args.gradient_accumulation_steps} accumulated x {world} processes)",
+            "learning_rate": args.learning_rate,
+            "lr_scheduler_type": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
+            "optim": getattr(args.optim, "value", args.optim),
+            "max_length": args.max_length,
+            "seed": args.seed,
+            "weights in": str(self.model.dtype).removeprefix("torch."),
+        }
+
+
+_OF_NO_INTEREST = re.compile(
+    r"^(output_dir|loss|run_name|project|report_to|push_to_hub|hub_.*|trackio_.*|logging_.*|log_.*|disable_tqdm|do_.*"
+    r"|save_.*|eval_strategy|eval_steps|eval_on_start|overwrite_.*|dataloader_.*|accelerator_config|use_cpu"
+    r"|resume_from_checkpoint|model_init_kwargs|.*_token|fsdp|deepspeed_plugin|activation_checkpointing|demo|dry_run"
+    r"|per_device_.*|gradient_accumulation_steps|model_name_or_path|dataset_(name|train_split|test_split)|columns"
+    r"|on_bad_rows|evaluate_first)$"
+)
+"""Settings that decide nothing about the weights, stand elsewhere in the card, or are derived by transformers."""
+
+_LONGEST = 200
+
+
+def changed_settings(settings: Any) -> dict[str, Any]:
+    """Options of a dataclass that differ from their defaults and bear on what was trained."""
+    changed = {}
+    for option in dataclasses.fields(settings):
+        value = getattr(settings, option.name)
+        factory = option.default_factory
+        default = factory() if factory is not dataclasses.MISSING else option.default
+        if value != default and value not in (None, [], "", {}) and not _OF_NO_INTEREST.match(option.name):
+            changed[option.name] = _shown(redacted(getattr(value, "value", value), option.name))
+    return changed
+
+
+def _shown(value: Any) -> Any:
+    """Of a path on this machine the last part, of a long text (a chat template) the beginning."""
+    if isinstance(value, str) and Path(value[:_LONGEST]).is_absolute():
+        return Path(value).name
+    return value[:_LONGEST] + " ..." if isinstance(value, str) and len(value) > _LONGEST else value
+
+
+def versions() -> dict[str, str]:
+    """Of the software that a run's numbers depend on."""
+    names = ("prefopt", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    return {"Python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def _base_of(model: Any) -> Any:
+    if is_peft_model(model):
+        return model.peft_config[model.active_adapter].base_model_name_or_path
+    return getattr(model.config, "_name_or_path", None)
+
+
+def _hub_name(name: str) -> str:
+    """The id of a repository whose snapshot in the Hub's cache this path is; other names as they are."""
+    found = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name)
+    return f"{found[1]}/{found[2]}" if found else name
+
+
+def _license(base: str) -> str | None:
+    """The license that the base model's own card names, where that card is on this machine."""
+    path = Path(base) / CARD
+    if is_hub_id(base):
+        cached = try_to_load_from_cache(base, CARD)
+        path = Path(cached) if isinstance(cached, str) else path
+    try:
+        found = ModelCard.load(path).data.license if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _tracker_pages() -> dict[str, str]:
+    wandb = sys.modules.get("wandb")
+    url = getattr(getattr(wandb, "run", None), "url", None)
+    return {"Weights & Biases": str(url)} if url else {}

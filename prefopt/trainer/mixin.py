@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefopt.data import drop_overlong, kind, normalise, tokenize_dataset
 from prefopt.losses import Loss, LossOutput, Need, PreferenceBatch
-from prefopt.metrics import RunningMeans, batch_metrics, describe_non_finite
+from prefopt.metrics import RunningMeans, batch_metrics
 from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.collate import (
@@ -33,13 +33,15 @@ from prefopt.scoring.collate import (
 from prefopt.scoring.layout import Layout
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.config import resolve_objective
+from prefopt.trainer.finite import FiniteMixin, StepGuard
 from prefopt.trainer.scoring import ScoringMixin
 from prefopt.trainer.state import ObjectiveState, restore
+from prefopt.weights import check_folder
 
 logger = logging.getLogger(__name__)
 
 
-class LossMixin(TokenBudgetMixin, ScoringMixin):
+class LossMixin(TokenBudgetMixin, ScoringMixin, FiniteMixin):
     """Gives a `trl.DPOTrainer` subclass a `loss` argument: `class Mine(LossMixin, TheirTrainer): ...`.
 
     Args:
@@ -72,6 +74,7 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
         self._own_collator: PreferenceCollator | None = None
         self._previous_model: Any = None
         self._layout = Layout("padded")
+        self._guard = StepGuard(self)
         self._share = 1.0  # of its batch, that what is being scored is
         self._reference_cache: ReferenceCache | None = None
         data = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
@@ -155,6 +158,7 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
         self._check_budget(objective, self._own_collator is not None)
         self._reference_cache = self._open_cache(objective)
         self.add_callback(ObjectiveState(objective))  # type: ignore[attr-defined]
+        self.add_callback(self._guard)  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
         if own_reference and not objective.needs.compares and not self.args.sync_ref_model:
@@ -228,12 +232,10 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
         self.objective.train(self.model.training)
         output: LossOutput = self.objective(batch)
         loss = output.loss
-        if not bool(torch.isfinite(loss)):
-            step = self.state.global_step
-            raise FloatingPointError(describe_non_finite(batch, loss.item(), self._row_texts(inputs), step))
         if getattr(self, "aux_loss_enabled", False):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss  # type: ignore[attr-defined]
             self._means.add("aux_loss", outputs.aux_loss.reshape(1))
+        self._refuse_non_finite(loss, batch, output, inputs)
         if self._share > 0:
             self._means.add_all(batch_metrics(batch, output))
         loss = loss * self._share
@@ -314,6 +316,8 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
         super().log(logs, start_time)  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
+        if isinstance(resume_from_checkpoint, str):
+            check_folder(Path(resume_from_checkpoint))
         if self.objective is not None:
             restore(self.objective, resume_from_checkpoint, self.args.output_dir)
         try:

@@ -246,7 +246,7 @@ def _take_config(argv: list[str]) -> tuple[dict[str, Any], Path | None]:
     del argv[position : position + (1 if joined else 2)]
     path = Path(name)
     if not _is_file(path):
-        raise SystemExit(f"--config {name}: there is no such file")
+        raise SystemExit(f"--config {_short(name)}: there is no such file")
     config = read_config(path)
     set_environment(config.pop("env", {}), path)
     return config, path

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from prefopt.losses import LossOutput, PreferenceBatch
 
+SHOWN = 8
+"""Most rows that a message quotes where all of a step are meant; those of many batches would fill the screen."""
+
 
 class RunningMeans:
     """Sums and counts by name, kept on the device they come from."""
@@ -42,6 +45,12 @@ class RunningMeans:
     def load(self, sums: Mapping[str, Any]) -> None:
         """Go on from sums and counts of before, in place of those that are there."""
         self._sums = {name: [total, count] for name, (total, count) in sums.items()}
+
+    def copy(self) -> RunningMeans:
+        """Sums and counts as they are now, which later additions to either leave alone."""
+        made = RunningMeans()
+        made._sums = {name: list(entry) for name, entry in self._sums.items()}
+        return made
 
     def drain(self) -> dict[str, float]:
         """Means over everything added on every process since the last call, which every process must make.
@@ -85,16 +94,20 @@ def batch_metrics(batch: PreferenceBatch, output: LossOutput) -> dict[str, Tenso
     return metrics
 
 
-def describe_non_finite(batch: PreferenceBatch, loss: float, texts: Mapping[str, list[str]], step: int) -> str:
-    """The error for a loss that is NaN or infinite: which examples, and what to try.
+def describe_non_finite(
+    batch: PreferenceBatch, output: LossOutput, loss: float, texts: Mapping[str, list[str]], step: int
+) -> str:
+    """What is known of a loss that is NaN or infinite: which examples are, and in what.
 
     Args:
         batch: the scored batch.
-        loss: the loss.
+        output: what the objective made of it.
+        loss: the loss, auxiliary losses included.
         texts: decoded rows of each role, in the order of the batch.
         step: the optimizer step.
     """
     found = []
+    spoiled = _spoiled_values(batch, output)
     for role, decoded in texts.items():
         scores = batch.role(role)
         if scores is None:
@@ -103,11 +116,37 @@ def describe_non_finite(batch: PreferenceBatch, loss: float, texts: Mapping[str,
         if scores.ref_logps is not None:
             values["reference log-probability"] = scores.ref_logps
         for i, text in enumerate(decoded):
-            if not all(torch.isfinite(value[i]) for value in values.values()):
-                said = ", ".join(f"{name} {float(value[i].detach()):g}" for name, value in values.items())
-                found.append(f"{role} {i}: {said}; text {text[:160]!r}")
-    listed = "\n  ".join(found) or "no log-probability is: the objective itself overflowed"
-    return (
-        f"the loss is {loss} at step {step}. Not finite in this batch:\n  {listed}\n"
-        "Look at those rows, lower the learning rate, or train in bfloat16 or float32 rather than float16"
-    )
+            said = [f"{name} {float(value[i].detach()):g}" for name, value in values.items()]
+            finite = all(bool(torch.isfinite(value[i])) for value in values.values())
+            if not finite or (role, i) in spoiled:
+                said += spoiled.get((role, i), []) if finite else []
+                found.append(f"{role} {i}: {', '.join(said)}; text {shortened(text)}")
+    if not found:
+        rows = [f"{role} {i}: text {shortened(text)}" for role in texts for i, text in enumerate(texts[role])]
+        found = ["no single example is: the objective itself overflowed. Its rows:", *rows[:SHOWN]]
+        found += [f"and {len(rows) - SHOWN} more"] * (len(rows) > SHOWN)
+    listed = "\n  ".join(found)
+    return f"the loss is {loss} at step {step}. Not finite in this batch:\n  {listed}"
+
+
+def _spoiled_values(batch: PreferenceBatch, output: LossOutput) -> dict[tuple[str, int], list[str]]:
+    """Which rows the objective, or one of its terms, has no finite value for: (role, place) -> its words for it."""
+    places = [(role, i) for role in ("chosen", "rejected") for i in range(len(batch.role(role) or ()))]
+    vectors = {name.removesuffix("/loss"): value for name, value in output.metrics.items() if name.endswith("/loss")}
+    if output.per_example is not None and not vectors:
+        vectors[""] = output.per_example
+    spoiled: dict[tuple[str, int], list[str]] = {}
+    for name, values in vectors.items():
+        for index in (~torch.isfinite(values.detach())).nonzero().flatten().tolist():
+            if len(values) == len(places):
+                rows = [places[index]]
+            else:  # one value a pair, or those of one role
+                rows = [(role, index) for role in ("chosen", "rejected") if index < len(batch.role(role) or ())]
+            for row in rows:
+                spoiled.setdefault(row, []).append(f"{name} loss {float(values[index]):g}".strip())
+    return spoiled
+
+
+def shortened(text: str) -> str:
+    """A row's text, quoted: its beginning, and its end, where the completion is."""
+    return repr(text) if len(text) <= 240 else f"{text[:120]!r} ... {text[-120:]!r}"

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config
 
 from prefopt.data.templates import check_template
-
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-"""Names under which weights are pickled. Unpickling can run any code."""
+from prefopt.weights import check_folder
 
 
 def adapter_base(name: str) -> str | None:
@@ -54,27 +51,10 @@ def check_weights(name: str) -> None:
     folder = Path(name)
     base = adapter_base(name)
     if base is not None:
-        _check_folder(folder, "adapter_model.safetensors")
+        check_folder(folder, "adapter_model.safetensors")
         check_weights(base)
     elif _is_file(folder / "config.json"):
-        _check_folder(folder, "*.safetensors")
-
-
-def _check_folder(folder: Path, wanted: str) -> None:
-    found = sorted(folder.glob(wanted))
-    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
-    if not found and pickled:
-        raise ValueError(
-            f"{folder} holds pickled weights alone ({', '.join(pickled[:3])}), which can run code when they are read: "
-            f"only safetensors are loaded. Load them where you trust them and save them again with "
-            "save_pretrained, which writes safetensors"
-        )
-    for path in found:
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no whole safetensors file ({error}): copy or download it again") from None
+        check_folder(folder)
 
 
 def _is_file(path: Path) -> bool:

@@ -34,6 +34,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("conversations", "conversation", "dialogue", "dialog", "chat"),
 }  # fmt: skip
 
+_LISTED = 30
+"""Most columns that a message lists, each with the beginning of its name: a file without a header has a text there."""
+
 DatasetT = TypeVar("DatasetT", Dataset, IterableDataset)
 
 
@@ -60,7 +63,7 @@ def rename_columns(dataset: DatasetT, columns: Mapping[str, str]) -> DatasetT:
         if theirs not in have:
             swapped = f" Did you mean {theirs}={ours}? Our name comes first." if ours in have else ""
             raise DataError(
-                f"--columns {ours}={theirs}: the dataset has no column {theirs!r}."
+                f"--columns {ours}={theirs}: the dataset has no column {theirs[:60]!r}."
                 f"{did_you_mean(theirs, have) or swapped} Its columns: {_listed(have)}."
             )
     given = list(columns.values())
@@ -103,7 +106,7 @@ def missing_columns_message(names: Sequence[str]) -> str:
         )
         return " ".join(lines)
     mapped = ("prompt", *nearest) if nearest[0] == "chosen" else nearest
-    arguments = [f"{wanted}={found[wanted]}" for wanted in mapped if found[wanted] not in (None, wanted)]
+    arguments = [f"{wanted}={str(found[wanted])[:60]}" for wanted in mapped if found[wanted] not in (None, wanted)]
     lacking = [wanted for wanted in nearest if found[wanted] is None]
     if arguments:
         lines.append(f"If that is what they mean, pass: --columns {' '.join(arguments)}.")
@@ -130,4 +133,6 @@ def _find(wanted: str, names: Sequence[str]) -> str | None:
 
 
 def _listed(names: Sequence[str] | frozenset[str]) -> str:
-    return ", ".join(sorted(names) if isinstance(names, frozenset) else names) or "(none)"
+    listed = [name[:60] for name in (sorted(names) if isinstance(names, frozenset) else names)]
+    more = f", and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + more or "(none)"

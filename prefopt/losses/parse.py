@@ -37,7 +37,7 @@ class LossSyntaxError(ValueError):
         self.column = column
         shown = text if len(text) <= 200 else text[:200] + "..."
         shown = shown.encode("utf-8", "replace").decode()  # half a character cannot be printed
-        marker = " " * (column - 1) + "^" * max(1, width) if column <= 200 else ""
+        marker = " " * (column - 1) + "^" * max(1, min(width, len(shown) - column + 1)) if column <= 200 else ""
         super().__init__(f"in the loss expression, column {column}: {message}\n  {shown}\n  {marker}".rstrip())
 
 
@@ -119,7 +119,7 @@ class _Reader:
             case ast.UnaryOp(op=ast.UAdd()):
                 return self.loss(node.operand)
             case ast.Constant():
-                self.fail(node, f"{node.value!r} alone is not a loss; scale one with it, as in 0.2*sft")
+                self.fail(node, f"{_short(node.value)} alone is not a loss; scale one with it, as in 0.2*sft")
             case ast.Call():
                 self.fail(node.func, "only a registered loss can be called")
             case _:
@@ -168,7 +168,9 @@ class _Reader:
                 inner = self.value(node.operand)
                 return -inner if isinstance(node.op, ast.USub) else inner
             case ast.Constant():
-                self.fail(node, f"{node.value!r} is no valid argument; use a number, a string, True, False or None")
+                self.fail(
+                    node, f"{_short(node.value)} is no valid argument; use a number, a string, True, False or None"
+                )
             case _:
                 return self.loss(node)
 
@@ -178,7 +180,7 @@ class _Reader:
         if cls is None:
             near = difflib.get_close_matches(name.id.lower(), losses, n=2, cutoff=0.6)
             hint = f", did you mean {' or '.join(map(repr, near))}?" if near else "."
-            self.fail(name, f"no loss is named {name.id!r}{hint} Registered losses: {', '.join(losses)}")
+            self.fail(name, f"no loss is named {_short(name.id)}{hint} Registered losses: {', '.join(losses)}")
         parameters = arguments_of(cls)
         values: dict[str, tuple[Any, ast.expr]] = {}
         for position, argument in enumerate(args):
@@ -198,7 +200,7 @@ class _Reader:
         hints = get_type_hints(cls.build if isinstance(cls, Preset) else cls.__init__)
         for key, (value, where) in values.items():
             if not _fits(value, hints.get(key, Any)):
-                self.fail(where, f"{name.id}'s {key} must be {_type_name(hints[key])}, got {value!r}")
+                self.fail(where, f"{name.id}'s {key} must be {_type_name(hints[key])}, got {_short(value)}")
         try:
             return make(**{key: value for key, (value, _) in values.items()})
         except ValueError as error:
@@ -212,7 +214,12 @@ class _Reader:
         near = difflib.get_close_matches(keyword.arg, parameters, n=1, cutoff=0.5)
         hint = f", did you mean {near[0]!r}?" if near else "."
         listing = f"Its arguments: {describe_arguments(cls)}" if parameters else "It takes none"
-        self.fail(keyword, f"{name} has no argument {keyword.arg!r}{hint} {listing}", len(keyword.arg))
+        self.fail(keyword, f"{name} has no argument {_short(keyword.arg)}{hint} {listing}", len(keyword.arg))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefopt.data import drop_overlong, kind, normalise, tokenize_dataset
 from prefopt.losses import ConflictFree, Loss, LossOutput, Need, PreferenceBatch
-from prefopt.metrics import RunningMeans, batch_metrics, describe_non_finite
+from prefopt.metrics import RunningMeans, batch_metrics
 from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.collate import (
@@ -33,16 +33,18 @@ from prefopt.scoring.layout import Layout
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.conflict import ConflictFreeMixin
+from prefopt.trainer.finite import FiniteMixin, StepGuard
 from prefopt.trainer.learned import LearnedLoss
 from prefopt.trainer.publishing import PublishingMixin
 from prefopt.trainer.saving import CheckpointMixin
 from prefopt.trainer.scoring import ScoringMixin
 from prefopt.trainer.trackers import track
+from prefopt.weights import check_folder
 
 logger = logging.getLogger(__name__)
 
 
-class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, ScoringMixin):
+class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, ScoringMixin, FiniteMixin):
     """Gives a `trl.DPOTrainer` subclass a `loss` argument: `class Mine(LossMixin, TheirTrainer): ...`.
 
     Args:
@@ -75,6 +77,7 @@ class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFree
         self._own_collator: PreferenceCollator | None = None
         self._previous_model: Any = None
         self._layout = Layout("padded")
+        self._guard = StepGuard(self)
         self._share = 1.0  # of its batch, that what is being scored is
         self._terms, self._term_gradients = (), []
         self._learned: LearnedLoss | None = None
@@ -159,6 +162,8 @@ class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFree
         self._layout = self._make_layout(own_reference)
         self._check_budget(objective, self._own_collator is not None)
         self._check_conflict_free(objective)
+        # First, since what is learned inside the loss takes its step with the same call.
+        self.add_callback(self._guard)  # type: ignore[attr-defined]
         if any(parameter.requires_grad for parameter in objective.parameters()):
             self._learned = self._make_learned(objective)
             self.add_callback(self._learned)  # type: ignore[attr-defined]
@@ -244,12 +249,10 @@ class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFree
         self.objective.train(self.model.training)
         output: LossOutput = self.objective(batch)
         loss = output.loss
-        if not bool(torch.isfinite(loss)):
-            step = self.state.global_step
-            raise FloatingPointError(describe_non_finite(batch, loss.item(), self._row_texts(inputs), step))
         if getattr(self, "aux_loss_enabled", False):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss  # type: ignore[attr-defined]
             self._means.add("aux_loss", outputs.aux_loss.reshape(1))
+        self._refuse_non_finite(loss, batch, output, inputs)
         if self._share > 0:
             self._means.add_all(batch_metrics(batch, output))
         loss = loss * self._share
@@ -334,6 +337,8 @@ class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFree
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
+        if isinstance(resume_from_checkpoint, str):
+            check_folder(Path(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint, *arguments, **keywords)
         finally:

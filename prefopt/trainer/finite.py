@@ -1,0 +1,219 @@
+"""What becomes of a run whose loss or gradient is no number any more: it stops, says where, and keeps what it has.
+
+On several processes they stop together, whichever of them saw it. Weights that are still finite are saved as of the
+last completed step; for weights that are not, the last checkpoint that is good is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from prefopt.losses import Loss, LossOutput, PreferenceBatch
+from prefopt.metrics import SHOWN, RunningMeans, describe_non_finite, shortened
+from prefopt.trainer.checkpoints import find
+
+ADVICE = (
+    "Look at those rows, lower the learning rate or warm it up for longer, and train in bfloat16 or float32 rather "
+    "than float16."
+)
+_OF_ROWS = ("input_ids", "attention_mask", "roles", "examples", "paired")
+"""What of a batch it takes to quote its rows."""
+
+
+class FiniteMixin:
+    """The part of `LossMixin` that lets no loss, gradient or weight go on that is not finite."""
+
+    objective: Loss | None
+    args: Any
+    model: Any
+    accelerator: Any
+    state: Any
+    _train_means: RunningMeans
+    _tokens_seen: Any
+    _guard: StepGuard
+
+    def _refuse_non_finite(
+        self, loss: Tensor, batch: PreferenceBatch, output: LossOutput, inputs: Mapping[str, Any]
+    ) -> None:
+        """Stop every process if the loss of one is not finite; all of them must call this, equally often.
+
+        Raises:
+            FloatingPointError: naming the step, the examples and what was saved.
+        """
+        if self.model.training:
+            self._guard.batches.append({name: inputs[name] for name in _OF_ROWS if name in inputs})
+        here = not bool(torch.isfinite(loss))
+        if self._on_any_process(here):
+            texts = self._row_texts(inputs) if here else {}  # type: ignore[attr-defined]
+            step = self.state.global_step
+            self._stop(describe_non_finite(batch, output, loss.item(), texts, step) if here else "")
+
+    def _refuse_non_finite_gradient(self) -> None:
+        """The same for the gradient of a whole step, before the optimizer takes it.
+
+        DeepSpeed takes its step within the backward pass. Its weights may be lost by now: then they are not saved.
+        With float16's loss scaling such gradients are part of finding the scale, and their steps are skipped.
+        """
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            norm = None if engine.fp16_enabled() else engine.get_global_grad_norm()
+            here, names = norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))), []
+        elif self.accelerator.scaler is not None:
+            return
+        else:
+            assert self.objective is not None
+            named = [*self.model.named_parameters(), *self.objective.named_parameters(prefix="loss")]
+            gradients = {name: p.grad for name, p in named if p.grad is not None}
+            here = not all_finite(gradients.values())
+            names = [name for name, gradient in gradients.items() if not all_finite([gradient])] if here else []
+        if not self._on_any_process(here):
+            return
+        rows = [
+            f"{role}: {shortened(text)}"
+            for inputs in self._guard.batches
+            for role, texts in self._row_texts(inputs).items()  # type: ignore[attr-defined]
+            for text in texts
+        ]
+        of = f" of {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else ""
+        more = f"\n  and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+        listed = "\n  ".join(rows[:SHOWN]) + more
+        self._stop(
+            f"the loss is finite at step {self.state.global_step}, but its gradient{of} is not. The rows of this "
+            f"step:\n  {listed}"
+        )
+
+    def _on_any_process(self, here: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return here
+        count = torch.tensor(float(here), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(count, reduction="sum") > 0)
+
+    def _stop(self, said: str) -> NoReturn:
+        everywhere = [f"{text}" for text in gather_object([said]) if text]
+        raise FloatingPointError("\n".join(filter(None, [*dict.fromkeys(everywhere), self._rescued(), ADVICE])))
+
+    def _rescued(self) -> str:
+        """Save what was trained before this step, and say so; "" outside of training. Every process must call it."""
+        step, guard = self.state.global_step, self._guard
+        if not guard.training:
+            return ""
+        guard.training = False
+        guard.put_back()
+        if step == 0:
+            return "No step had been completed, so there is nothing to save."
+        if self._on_any_process(not all_finite(stored(p) for p in self.model.parameters())):
+            return f"The weights themselves are not finite any more and are not saved. {self._last_good()}"
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if guard.saved == step:
+            return f"What was trained before is in {folder}."
+        trouble = ""
+        try:
+            self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
+            self.callback_handler.on_save(self.args, self.state, self.control)  # type: ignore[attr-defined]
+        except Exception as error:
+            # What stopped the run is to be told whatever happens to the file.
+            trouble = f"{type(error).__name__}: {error}"
+        troubles = list(filter(None, gather_object([trouble])))
+        if troubles:
+            return f"What was trained before could not be saved in {folder} ({troubles[0]}). {self._last_good()}"
+        return f"What was trained before, up to and with step {step}, is saved in {folder}."
+
+    def _last_good(self) -> str:
+        main = self.accelerator.is_main_process
+        found = [last_good_checkpoint(Path(self.args.output_dir)) if main else None]
+        folder = gather_object(found)[0]
+        return "There is no earlier checkpoint with finite weights." if folder is None else f"The last good: {folder}."
+
+
+class StepGuard(TrainerCallback):
+    """Remembers how things stood when a step began, and has its gradient looked at before it ends.
+
+    Attributes:
+        training: whether a training loop is under way.
+        saved: the step of the last checkpoint.
+        batches: what the step under way has been made of, on this process.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self._begun: tuple[dict[str, Tensor], RunningMeans, Any] | None = None
+        self.training = False
+        self.saved: int | None = None
+        self.batches: list[Mapping[str, Any]] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.training = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.training = False
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self.saved = state.global_step
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        trainer = self._trainer
+        buffers = {name: buffer.clone() for name, buffer in trainer.objective.named_buffers()}
+        self._begun = buffers, trainer._train_means.copy(), trainer._tokens_seen
+        self.batches.clear()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._trainer._refuse_non_finite_gradient()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._begun = None
+        self.batches.clear()
+
+    def put_back(self) -> None:
+        """Undo what the batches of a step that will not be completed have done to the objective and to the means."""
+        if self._begun is None:
+            return
+        trainer = self._trainer
+        buffers, trainer._train_means, trainer._tokens_seen = self._begun
+        for name, buffer in trainer.objective.named_buffers():
+            buffer.copy_(buffers[name])
+        self._begun = None
+
+
+def all_finite(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all numbers of some tensors are finite; of sharded ones, this process's part.
+
+    The largest magnitude tells, in one pass over each: it is not finite where any number is not, and cannot overflow.
+    """
+    parts = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors if tensor is not None]
+    parts = [part.detach() for part in parts if part.is_floating_point() and part.numel()]
+    return not parts or bool(torch.isfinite(get_total_norm(parts, norm_type=float("inf"))))
+
+
+def stored(parameter: Any) -> Tensor:
+    """A parameter's numbers on this process: DeepSpeed's ZeRO-3 keeps them elsewhere between its calls."""
+    tensor: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return tensor
+
+
+def last_good_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint of a run that is whole and whose weights are finite."""
+    found = (checkpoint.folder for checkpoint in find(folder) if not checkpoint.problem)
+    return next((checkpoint for checkpoint in found if _is_good(checkpoint)), None)
+
+
+def _is_good(checkpoint: Path) -> bool:
+    files = [path for path in checkpoint.glob("*.safetensors") if not path.name.startswith("objective")]
+    try:
+        for path in files:
+            with safe_open(path, "pt") as weights:
+                # One at a time: a model may take up most of the memory that there is.
+                if not all(all_finite([weights.get_tensor(name)]) for name in weights.keys()):  # noqa: SIM118
+                    return False
+    except Exception:
+        return False
+    return bool(files)

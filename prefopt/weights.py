@@ -1,0 +1,41 @@
+"""Which files weights are read from: safetensors, which hold numbers alone. Pickled ones can run any code.
+
+Imports safetensors alone, so that every layer can ask.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "model*.bin", "*.pth", "*.ckpt", "*.pkl")
+"""Names under which weights are pickled."""
+
+
+def check_folder(folder: Path, wanted: str = "*.safetensors") -> None:
+    """Refuse a folder whose weights cannot or must not be read; one without any weights is left to who reads it.
+
+    Args:
+        folder: of a model, an adapter or a checkpoint.
+        wanted: the safetensors that would be read.
+
+    Raises:
+        ValueError: for pickled weights alone, and for safetensors that are damaged.
+    """
+    found = sorted(folder.glob(wanted))
+    pickled = sorted(
+        path.name for pattern in PICKLED for path in folder.glob(pattern) if not path.name.startswith("rng_")
+    )
+    if not found and pickled:
+        raise ValueError(
+            f"{folder} holds pickled weights alone ({', '.join(pickled[:3])}), which can run code when they are read: "
+            "only safetensors are loaded. Load them where you trust them and save them again with save_pretrained, "
+            "which writes safetensors"
+        )
+    for path in found:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no whole safetensors file ({error}): copy or download it again") from None

@@ -37,6 +37,7 @@ from prefopt.models import adapter_base, load_model, load_tokenizer
 from prefopt.plan import show_batch, show_settings
 from prefopt.progress import RunProgress
 from prefopt.trainer import PreferenceTrainer
+from prefopt.trainer.engine import describe_engine, engine_not_used
 
 __all__ = ["Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_trainer", "parse_arguments", "run"]
 
@@ -221,6 +222,9 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         What `results.json` in the output folder holds.
     """
     console, training = recipe.console, recipe.training
+    console.print(f"Running on {describe_engine(trainer)}")
+    if warning := engine_not_used(trainer):
+        console.print(f"[bold]{warning}[/bold]", soft_wrap=True)
     has_heldout = trainer.eval_dataset is not None
     # A resumed policy is not where the run began, and sharded engines are set up by train() only.
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
@@ -231,7 +235,12 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     trainer.save_model()
     after = trainer.evaluate() if has_heldout else None
     answers_after = None if answers_before is None else _answers(recipe, trainer)
-    results: dict[str, Any] = {"loss": str(trainer.objective or training.loss_type), "before": before, "after": after}
+    results: dict[str, Any] = {
+        "loss": str(trainer.objective or training.loss_type),
+        "engine": describe_engine(trainer),
+        "before": before,
+        "after": after,
+    }
     for name, answers in (("answers_before", answers_before), ("answers_after", answers_after)):
         if answers is not None:
             results[name] = vars(summarize(answers))

@@ -33,13 +33,14 @@ from prefopt.scoring.collate import (
 from prefopt.scoring.layout import Layout
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.config import resolve_objective
+from prefopt.trainer.evaluation import EvaluationMixin
 from prefopt.trainer.scoring import ScoringMixin
 from prefopt.trainer.state import ObjectiveState, restore
 
 logger = logging.getLogger(__name__)
 
 
-class LossMixin(TokenBudgetMixin, ScoringMixin):
+class LossMixin(TokenBudgetMixin, EvaluationMixin, ScoringMixin):
     """Gives a `trl.DPOTrainer` subclass a `loss` argument: `class Mine(LossMixin, TheirTrainer): ...`.
 
     Args:
@@ -236,6 +237,8 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
             self._means.add("aux_loss", outputs.aux_loss.reshape(1))
         if self._share > 0:
             self._means.add_all(batch_metrics(batch, output))
+        if not self.model.training:
+            self._record_eval_loss(loss, inputs)
         loss = loss * self._share
         return (loss, outputs) if return_outputs else loss
 
@@ -280,9 +283,9 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         texts = {}
         for number, role in enumerate(("chosen", "rejected")):
-            rows = (groups.roles == number).nonzero().squeeze(-1).tolist()
             texts[role] = [
-                tokenizer.decode(inputs["input_ids"][row][inputs["attention_mask"][row].bool()]) for row in rows
+                tokenizer.decode(inputs["input_ids"][row][inputs["attention_mask"][row].bool()])
+                for row in groups.rows_of(number).tolist()
             ]
         return texts
 
@@ -293,8 +296,9 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
         return self._train_means if self.model.training else self._eval_means
 
     def _record_tokens(self, policy: TokenScores, inputs: Mapping[str, Any]) -> None:
-        roles = groups_of(inputs).roles
-        chosen, given = roles == 0, roles < 2
+        groups = groups_of(inputs)
+        chosen = groups.rows_of(0)
+        given = torch.cat([chosen, groups.rows_of(1)])
         self._means.add("entropy", policy.entropy[given], policy.mask[given].sum())
         self._means.add("mean_token_accuracy", policy.is_top1[chosen], policy.mask[chosen].sum())
         if self.model.training:
@@ -322,6 +326,14 @@ class LossMixin(TokenBudgetMixin, ScoringMixin):
             for model in (self.model, self.ref_model, self._previous_model):
                 if model is not None:
                     self._layout.release(model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a model that loads anywhere, also where FSDP's checkpoints are sharded."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None  # type: ignore[attr-defined]
+        # transformers would write nothing where checkpoints are sharded, which is accelerate's default for FSDP2.
+        if plugin is not None and not _internal_call and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))  # type: ignore[attr-defined]
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
         super().create_model_card(*arguments, **keywords)  # type: ignore[misc]

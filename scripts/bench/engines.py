@@ -1,6 +1,6 @@
 """One recipe, unchanged, on one process and on several under each engine: final held-out loss and time, as Markdown.
 
-    python scripts/bench/engines.py --json engines.json                      # bundled model and pairs, LoRA, 12 steps
+    python scripts/bench/engines.py --json engines.json                                # bundled model and pairs, LoRA
     python scripts/bench/engines.py --json engines.json --engines ddp fsdp2 --steps 4
 
 Every run has the same global batch, seed and data, so that all must end where one process does. Runs on a CPU with

@@ -40,6 +40,7 @@ from prefopt.plan import show_batch, show_settings
 from prefopt.progress import RunProgress
 from prefopt.trainer import PreferenceTrainer
 from prefopt.trainer.disk import check_writable
+from prefopt.trainer.engine import describe_engine, engine_not_used
 from prefopt.trainer.facts import RunNotes, changed_settings
 from prefopt.trainer.publishing import PushError
 
@@ -263,6 +264,9 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         What `results.json` in the output folder holds.
     """
     console, training = recipe.console, recipe.training
+    console.print(f"Running on {describe_engine(trainer)}")
+    if warning := engine_not_used(trainer):
+        console.print(f"[bold]{warning}[/bold]", soft_wrap=True)
     has_heldout = trainer.eval_dataset is not None
     # A resumed policy is not where the run began, and sharded engines are set up by train() only.
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
@@ -287,7 +291,12 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     trainer.save_model(_internal_call=True)  # pushed below, with a card that has the numbers
     after = trainer.evaluate() if has_heldout else None
     answers_after = None if answers_before is None else _answers(recipe, trainer)
-    results: dict[str, Any] = {"loss": str(trainer.objective or training.loss_type), "before": before, "after": after}
+    results: dict[str, Any] = {
+        "loss": str(trainer.objective or training.loss_type),
+        "engine": describe_engine(trainer),
+        "before": before,
+        "after": after,
+    }
     for name, answers in (("answers_before", answers_before), ("answers_after", answers_after)):
         if answers is not None:
             results[name] = vars(summarize(answers))

@@ -22,6 +22,8 @@ GIVEN_LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "prev_chosen_logps", "p
 ROW_TENSORS = ("input_ids", "attention_mask", "completion_mask")
 COLUMN_PREFIX = "column_"
 """What per-example columns are called inside a batch, so that none can be taken for a model input."""
+COUNTED = "counted_examples"
+"""How many of a batch's examples count, the first ones; the others fill up the last batch of an evaluation."""
 
 
 @dataclass
@@ -128,11 +130,11 @@ def groups_of(batch: Mapping[str, Any]) -> RowGroups:
     """Who is who in a collated batch; collators other than ours put the chosen rows first and the rejected after."""
     columns = {k.removeprefix(COLUMN_PREFIX): v for k, v in batch.items() if k.startswith(COLUMN_PREFIX)}
     if "roles" in batch:
-        return RowGroups(batch["roles"], batch["examples"], columns, bool(batch["paired"]))
+        return RowGroups(batch["roles"], batch["examples"], columns, bool(batch["paired"]), batch.get(COUNTED))
     ids = batch["input_ids"]
     half = torch.arange(ids.shape[0] // 2, device=ids.device)
     roles = torch.cat([torch.full_like(half, CHOSEN), torch.full_like(half, REJECTED)])
-    return RowGroups(roles, torch.cat([half, half]), columns, paired=True)
+    return RowGroups(roles, torch.cat([half, half]), columns, True, batch.get(COUNTED))
 
 
 def select_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -29,12 +29,19 @@ class RowGroups:
         examples: (R,) index of the example (pair, or single labelled completion) that a row belongs to.
         columns: per-example columns of the data set, (E,) each.
         paired: whether every example has one chosen and one rejected row, in the same order.
+        counted: the first so many examples count; what comes after them only fills the batch up. All if None.
     """
 
     roles: Tensor
     examples: Tensor
     columns: Mapping[str, Tensor]
     paired: bool
+    counted: int | None = None
+
+    def rows_of(self, role: int) -> Tensor:
+        """The rows that play a role in an example that counts."""
+        rows = (self.roles == role).nonzero().squeeze(-1)
+        return rows if self.counted is None else rows[self.examples[rows] < self.counted]
 
 
 def extras_for(loss: Loss) -> Extras:
@@ -82,12 +89,12 @@ def assemble_batch(
     roles: dict[str, Any] = {}
     for number, role in enumerate(ROLES):
         needs = loss.needs_of(role)
-        rows = (groups.roles == number).nonzero().squeeze(-1)
         unwanted = role == "mismatched" and Need.MISMATCHED not in loss.needs
         # Unpaired feedback can lack a role by chance; of pairs one is missing only where it was not scored.
-        absent = not len(rows) and (role == "sampled" or (groups.paired and role != "mismatched"))
-        if unwanted or absent:
+        may_lack = role == "mismatched" or (role != "sampled" and not groups.paired)
+        if unwanted or not (may_lack or bool((groups.roles == number).any())):
             continue
+        rows = groups.rows_of(number)
         fields: dict[str, Tensor | None] = dict(always)
         if needs.compares:
             fields["ref_logps"] = ref_logps

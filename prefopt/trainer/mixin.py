@@ -10,6 +10,7 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from prefopt.scoring.layout import Layout
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.conflict import ConflictFreeMixin
+from prefopt.trainer.evaluation import EvaluationMixin
 from prefopt.trainer.finite import FiniteMixin, StepGuard
 from prefopt.trainer.learned import LearnedLoss
 from prefopt.trainer.publishing import PublishingMixin
@@ -44,7 +46,9 @@ from prefopt.weights import check_folder
 logger = logging.getLogger(__name__)
 
 
-class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, ScoringMixin, FiniteMixin):
+class LossMixin(
+    PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, EvaluationMixin, ScoringMixin, FiniteMixin
+):
     """Gives a `trl.DPOTrainer` subclass a `loss` argument: `class Mine(LossMixin, TheirTrainer): ...`.
 
     Args:
@@ -255,6 +259,8 @@ class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFree
         self._refuse_non_finite(loss, batch, output, inputs)
         if self._share > 0:
             self._means.add_all(batch_metrics(batch, output))
+        if not self.model.training:
+            self._record_eval_loss(loss, inputs)
         loss = loss * self._share
         if isinstance(self.objective, ConflictFree):
             self._terms = [term * self._share for term in output.terms]
@@ -301,9 +307,9 @@ class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFree
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         texts = {}
         for number, role in enumerate(("chosen", "rejected")):
-            rows = (groups.roles == number).nonzero().squeeze(-1).tolist()
             texts[role] = [
-                tokenizer.decode(inputs["input_ids"][row][inputs["attention_mask"][row].bool()]) for row in rows
+                tokenizer.decode(inputs["input_ids"][row][inputs["attention_mask"][row].bool()])
+                for row in groups.rows_of(number).tolist()
             ]
         return texts
 
@@ -314,8 +320,9 @@ class LossMixin(PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFree
         return self._train_means if self.model.training else self._eval_means
 
     def _record_tokens(self, policy: TokenScores, inputs: Mapping[str, Any]) -> None:
-        roles = groups_of(inputs).roles
-        chosen, given = roles == 0, roles < 2
+        groups = groups_of(inputs)
+        chosen = groups.rows_of(0)
+        given = torch.cat([chosen, groups.rows_of(1)])
         self._means.add("entropy", policy.entropy[given], policy.mask[given].sum())
         self._means.add("mean_token_accuracy", policy.is_top1[chosen], policy.mask[chosen].sum())
         if self.model.training:

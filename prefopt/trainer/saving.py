@@ -308,7 +308,13 @@ class CheckpointMixin:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
 
     def _write_model(self, folder: str) -> None:
-        """Write the model into an empty folder, as every process must be asked to."""
+        """Write a model that loads anywhere into an empty folder, as every process must be asked to."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None  # type: ignore[attr-defined]
+        # transformers would write no weights where checkpoints are sharded, which is accelerate's default for FSDP2.
+        if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            weights = self.accelerator.get_state_dict(self.model)
+            if self.args.should_save:
+                self._save(folder, state_dict=weights)  # type: ignore[attr-defined]
         super().save_model(folder, _internal_call=True)  # type: ignore[misc]
 
 

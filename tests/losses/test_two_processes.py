@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefopt.losses import parse
 from tests.losses.cases import CASES, make_batch, random_rows
 from tests.losses.two_processes import WEIGHT, gradients_of
 
@@ -50,3 +51,13 @@ def test_two_processes_equal_one(together, expression):
     torch.testing.assert_close(
         torch.tensor(result["gradients"], dtype=torch.float64), gradients, rtol=1e-8, atol=1e-11
     )
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_evaluations_may_leave_a_process_with_fewer_examples_or_none(together, expression):
+    batch = make_batch(random_rows(6), weight=WEIGHT)
+    with torch.no_grad():
+        loss = float(parse(expression).double().eval()(batch).loss)
+    # An online baseline is a mean over the samples of one process.
+    if expression != "kl_online":
+        assert together[expression]["uneven"] == pytest.approx([loss, loss], rel=1e-9, abs=1e-12)

@@ -36,6 +36,31 @@ def gradients_of(expression: str, batch: PreferenceBatch) -> tuple[torch.Tensor,
     return loss.detach(), torch.stack(sums)
 
 
+def some(batch: PreferenceBatch, rows: slice) -> PreferenceBatch:
+    """A batch with some of its examples, or none."""
+    roles = {}
+    for role in (*ROLES, "mismatched"):
+        if (scores := batch.role(role)) is not None:
+            values = {part.name: getattr(scores, part.name) for part in fields(Scores) if part.name != "columns"}
+            kept = {name: value[rows] for name, value in values.items() if value is not None}
+            roles[role] = Scores(**kept, columns={name: value[rows] for name, value in scores.columns.items()})
+    return PreferenceBatch(**roles)
+
+
+def shared_out(expression: str, rank: int, first: int) -> float:
+    """The loss of the last batch of an evaluation, of which one process has `first` examples, the other the rest.
+
+    Each process's mean counts by the number of its examples, as the trainer has it.
+    """
+    mine = slice(0, first) if rank == 0 else slice(first, 6)
+    batch = some(make_batch(random_rows(6), weight=WEIGHT), mine)
+    loss = parse(expression).double().eval()
+    with torch.no_grad():
+        total = loss(batch).loss * len(range(6)[mine])
+    dist.all_reduce(total)
+    return float(total) / 6
+
+
 def main(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     rows = random_rows(6)
@@ -49,6 +74,7 @@ def main(folder: Path, rank: int) -> None:
         dist.all_reduce(loss)
         # DDP divides the sum of the processes' gradients by their number.
         results[expression] = {"loss": float(loss) / 2, "gradients": (torch.cat(everyone, dim=1) / 2).tolist()}
+        results[expression]["uneven"] = [shared_out(expression, rank, first) for first in (4, 6)]
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.barrier()

@@ -70,6 +70,7 @@ def test_weights_that_are_nowhere_are_refused():
         fingerprint(make_model().to("meta"))
 
 
+@pytest.mark.distributed
 def test_weights_sharded_by_fsdp_have_the_fingerprint_of_whole_ones(tmp_path):
     torchrun("tests.scoring.shard_processes", str(tmp_path / "found.json"), timeout=200)
     found = json.loads((tmp_path / "found.json").read_text())

@@ -11,6 +11,8 @@ from tests.processes import torchrun
 from tests.trainer.cache_processes import run
 from tests.trainer.runs import make_pairs, require, save_model
 
+pytestmark = pytest.mark.distributed
+
 WRAPPER = {"ddp": "DistributedDataParallel", "zero3": "DeepSpeedEngine"}
 ROWS = 32  # two completions of each of the 16 examples
 

@@ -1,0 +1,60 @@
+"""What a run is spread over, in words: how many processes, and the engine that joins them.
+
+Imports accelerate and torch; looks and changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+
+def describe_engine(trainer: Any) -> str:
+    """Such as "2 processes, DeepSpeed ZeRO-3".
+
+    Once the trainer has wrapped its model this is what the model is really wrapped in, before that what accelerate is
+    set up for.
+    """
+    count = trainer.accelerator.num_processes
+    name = _wrapper(trainer.model_wrapped) or _set_up(trainer.accelerator)
+    return f"{count} process{'es' if count > 1 else ''}{f', {name}' if name else ''}"
+
+
+def _wrapper(model: Any) -> str:
+    if isinstance(model, FSDPModule):
+        return "FSDP2"
+    if isinstance(model, FullyShardedDataParallel):
+        return "FSDP1"
+    if isinstance(model, DistributedDataParallel):
+        return "DDP"
+    if hasattr(model, "zero_optimization_stage"):
+        return _zero(model.zero_optimization_stage())
+    return ""
+
+
+def _set_up(accelerator: Any) -> str:
+    kind = accelerator.distributed_type
+    if kind is DistributedType.DEEPSPEED:
+        return _zero(accelerator.state.deepspeed_plugin.zero_stage)
+    if kind is DistributedType.FSDP:
+        return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
+    return "DDP" if accelerator.num_processes > 1 else ""
+
+
+def _zero(stage: int) -> str:
+    return f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed without ZeRO"
+
+
+def engine_not_used(trainer: Any) -> str:
+    """One sentence if FSDP was asked for and accelerate left it out without a word, as it does on CPUs; else ""."""
+    asked = bool(trainer.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not asked or trainer.is_fsdp_enabled:
+        return ""
+    return (
+        f"FSDP was asked for, but accelerate uses it on GPUs and their like only: this run has "
+        f"{describe_engine(trainer)}, and every process keeps the whole model."
+    )

@@ -1,0 +1,57 @@
+"""Evaluation on several processes: what fills up the last batch does not count, and losses are means over examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from prefopt.losses import Loss
+from prefopt.metrics import RunningMeans
+from prefopt.scoring.collate import COUNTED, groups_of
+
+
+class EvaluationMixin:
+    """The part of `LossMixin` that says which examples of an evaluation count.
+
+    Processes get batches of one size, because sharded models must be called equally often everywhere; the last ones
+    are filled up with examples that were there before. Those are scored like the others, and left out of what the
+    objective sees.
+    """
+
+    objective: Loss | None
+    accelerator: Any
+    _eval_means: RunningMeans
+
+    def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self.objective is not None and (counted := self._counted(inputs)) is not None:
+            inputs = {**inputs, COUNTED: counted}
+        return super().prediction_step(model, inputs, *arguments, **keywords)  # type: ignore[misc]
+
+    def _counted(self, inputs: Mapping[str, Any]) -> int | None:
+        """How many of this process's examples count, the first ones; None for all.
+
+        Data that is streamed does not know its length, so nothing is known about its last batch.
+        """
+        state = self.accelerator.gradient_state
+        loader = state.active_dataloader
+        if loader is None or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        each = loader.total_batch_size // self.accelerator.num_processes
+        mine: int = min(max(state.remainder - self.accelerator.process_index * each, 0), each)
+        return mine if mine < int(groups_of(inputs).examples.max()) + 1 else None
+
+    def _record_eval_loss(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
+        """Add a batch to the mean over examples, in which each process's loss has the share that its examples have.
+
+        Losses are such that their mean over processes is that of all examples together. For pairs each is a mean over
+        the process's own examples; for single completions it is a sum, divided by the processes' mean count.
+        """
+        groups = groups_of(inputs)
+        rows = torch.cat([groups.rows_of(0), groups.rows_of(1)])
+        count = len(set(groups.examples[rows].tolist()))
+        share = count if groups.paired else sum(gather_object([count])) / self.accelerator.num_processes
+        self._eval_means.add("loss", loss * share, torch.tensor(count))

@@ -1,0 +1,33 @@
+"""When one process fails, the run ends with what it said, and long before the others give up waiting for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.processes import launch
+from tests.trainer.runs import require, save_model
+
+pytestmark = pytest.mark.distributed
+
+SAYS = {
+    "a value that is no number": "column 'weight' must hold a number in every row, found None",
+    "a loss that is not finite": "FloatingPointError: the loss is inf at step 1",
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "fault"),
+    [
+        ("ddp", "a value that is no number"),
+        ("ddp", "a loss that is not finite"),
+        ("zero3", "a value that is no number"),
+    ],
+)
+def test_a_run_ends_when_one_process_fails(tmp_path, engine, fault):
+    require(engine)
+    save_model(tmp_path)
+    ended = launch(["-m", "tests.trainer.failing_processes", str(tmp_path), engine, fault], timeout=200)
+    assert ended.status != 0
+    assert SAYS[fault] in ended.stderr
+    # Half a minute for whoever does not end when it is told to; gloo itself would wait for half an hour.
+    assert ended.seconds < 150

@@ -233,8 +233,11 @@ def _head(sizes: Sizes, scored: int, setting: Setting, engine: str) -> float:
         return 2 * chunk + cast
     # Small logits are kept for the backward pass, where their gradient stands beside them.
     kept = logits if logits <= KEPT_BYTES else 0
-    # Its gradient is added up in float32; a tied embedding's own, of the same size, joins it at the end.
-    added_up = sizes.head * SINGLE if sizes.tied or (setting.computed == HALF and engine != "ddp") else 0
+    # Its gradient is added up in float32, a chunk's product beside it, unless it can at once be the weight's own.
+    alone = engine == "ddp" and not setting.accumulates and setting.dtype == torch.float32
+    added_up = sizes.head * (setting.computed + (0 if alone else SINGLE))
+    if sizes.tied:
+        added_up += sizes.head * (setting.dtype.itemsize if engine == "ddp" else setting.computed)
     return kept + 2 * chunk + cast + added_up
 
 

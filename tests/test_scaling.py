@@ -94,7 +94,8 @@ def test_one_gpu_has_no_engines_but_offloading():
 @pytest.mark.parametrize("options", [
     [], ["--gpus", "8", "--memory", "40"],
     ["--gpus", "16", "--nodes", "2", "--token_budget", "4096", "--dtype", "bfloat16"],
-    ["--max_length", "2048", "--gradient_checkpointing", "false", "--per_device_train_batch_size", "2", "--layout", "padded",
+    ["--max_length", "2048", "--gradient_checkpointing", "false", "--per_device_train_batch_size", "2", "--layout",
+     "padded",
      "--gradient_accumulation_steps", "4", "--precompute_ref_log_probs", "true", "--lora_r", "64"],
 ])  # fmt: skip
 def test_its_commands_are_ones_that_the_recipe_takes(options):

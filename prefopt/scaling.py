@@ -237,7 +237,7 @@ COLUMNS = {
     "reference": ("reference model",),
     "gradients": ("gradients",),
     "optimizer": ("optimizer (AdamW)",),
-    "activations": ("activations", "gradients of a layer's activations", "freed as gradients come"),
+    "activations": ("activations", "a layer going backward", "head and layer take turns", "freed as gradients come"),
     "copies": ("autocast's copies of weights",),
     "logits": ("logits, a chunk at a time",),
     "buffers": ("buffers",),

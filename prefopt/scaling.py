@@ -128,7 +128,9 @@ def main(argv: Sequence[str]) -> None:
         OSError: there is no such model here and the Hub cannot be asked.
     """
     parser = HfArgumentParser(Job, prog="prefopt plan", description="Which way of training fits, and its command.")
-    (job,) = parser.parse_args_into_dataclasses(list(argv))
+    job, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"prefopt plan has no option {unknown[0]}; --help lists them")
     loss = parse(job.loss)
     name, config, built_in = model_config(job.model)
     rows = made_up_rows(

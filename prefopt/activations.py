@@ -106,8 +106,8 @@ class Activations:
     counted: bool = True
 
     def kept(self, layers: int, checkpointed: bool) -> int:
-        """By the whole model; with checkpointing one layer at a time is there in full."""
-        return self.around + (layers * self.entering + self.layer if checkpointed else layers * self.layer)
+        """By the whole model at the end of the forward pass."""
+        return self.around + layers * (self.entering if checkpointed else self.layer)
 
 
 def activations(

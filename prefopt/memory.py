@@ -196,16 +196,21 @@ def estimate(sizes: Sizes, kept: Activations, scored: int, setting: Setting, eng
         # The head's gradient comes first, when all activations are still there.
         first = states.gradients * sizes.head / max(sizes.trainable, 1) if sizes.head_trains else 0
         freed = min(saved, max(states.gradients - first, 0))
+    # A checkpointed layer is made again before its activations get gradients, of their own size at most.
+    layer: float = kept.layer * (2 if setting.checkpointed else 1)
+    head, waiting = _head(sizes, scored, setting, engine)
+    layer += waiting
     parts = {
         "weights": states.weights,
         "reference model": states.reference if setting.reference and not sizes.adapters else 0,
         "gradients": states.gradients,
         "optimizer (AdamW)": states.optimizer,
         "activations": saved,
-        "gradients of a layer's activations": kept.layer,
+        "a layer going backward": layer,
         "freed as gradients come": -freed,
         "autocast's copies of weights": _copies(sizes, kept, setting, engine),
-        "logits, a chunk at a time": _head(sizes, scored, setting, engine),
+        "logits, a chunk at a time": head,
+        "head and layer take turns": -min(head, layer),
         "buffers": states.buffers + (sizes.largest_linear * HALF if setting.quantized else 0),
     }
     return Estimate({name: round(size) for name, size in parts.items() if size}, round(states.host))
@@ -224,18 +229,23 @@ def _copies(sizes: Sizes, kept: Activations, setting: Setting, engine: str) -> f
     return max(models * sizes.linear * HALF - kept.layer * (2 if setting.checkpointed else 1), 0)
 
 
-def _head(sizes: Sizes, scored: int, setting: Setting, engine: str) -> float:
-    """Logits and their gradient in chunks (`prefopt.scoring.head`), and what a trained head's own gradient costs."""
+def _head(sizes: Sizes, scored: int, setting: Setting, engine: str) -> tuple[float, float]:
+    """Bytes that the head takes while it is at work (`prefopt.scoring.head`), and those that wait for the embedding.
+
+    Logits and their powers are there a chunk at a time; where the head trains, its gradient is added up in float32,
+    the product of a chunk beside it. A tied head's gradient waits until the embedding's comes.
+    """
     logits = scored * sizes.vocabulary * SINGLE
-    chunk = min(logits, chunk_bytes(setting.device))
+    chunks = 2 * min(logits, chunk_bytes(setting.device))
     cast = sizes.head * HALF if setting.half and setting.dtype == torch.float32 and engine == "ddp" else 0
     if not sizes.head_trains:
-        return 2 * chunk + cast
+        return chunks + cast, 0
     # Small logits are kept for the backward pass, where their gradient stands beside them.
     kept = logits if logits <= KEPT_BYTES else 0
-    # Its gradient is added up in float32; a tied embedding's own, of the same size, joins it at the end.
-    added_up = sizes.head * SINGLE if sizes.tied or (setting.computed == HALF and engine != "ddp") else 0
-    return kept + 2 * chunk + cast + added_up
+    # Without earlier gradients to be added to, what is made is at once the weight's own, which is counted there.
+    is_its_own = engine == "ddp" and not setting.accumulates and setting.dtype == torch.float32
+    made = 0 if is_its_own else sizes.head * SINGLE
+    return kept + chunks + cast + made + sizes.head * setting.computed, made if sizes.tied else 0
 
 
 # ---- what the engines keep ------------------------------------------------------------------------------------------

@@ -128,7 +128,9 @@ def main(argv: Sequence[str]) -> None:
         OSError: there is no such model here and the Hub cannot be asked.
     """
     parser = HfArgumentParser(Job, prog="prefopt plan", description="Which way of training fits, and its command.")
-    (job,) = parser.parse_args_into_dataclasses(list(argv))
+    job, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"prefopt plan has no option {unknown[0]}; --help lists them")
     loss = parse(job.loss)
     name, config, built_in = model_config(job.model)
     rows = made_up_rows(
@@ -237,7 +239,7 @@ COLUMNS = {
     "reference": ("reference model",),
     "gradients": ("gradients",),
     "optimizer": ("optimizer (AdamW)",),
-    "activations": ("activations", "gradients of a layer's activations", "freed as gradients come"),
+    "activations": ("activations", "a layer going backward", "head and layer take turns", "freed as gradients come"),
     "copies": ("autocast's copies of weights",),
     "logits": ("logits, a chunk at a time",),
     "buffers": ("buffers",),

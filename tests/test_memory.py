@@ -86,7 +86,7 @@ def test_checkpointed_layers_keep_what_enters_them():
     model = make_model()
     model.config._attn_implementation = TREE_ATTENTION
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    kept = said.kept(2, checkpointed=True) - said.layer  # that one is made again, later
+    kept = said.kept(2, checkpointed=True)
     head = rows.scored * (400 + 2 * 32) * 4
     assert said.entering == rows.tokens * 32 * 4
     assert 0.9 * kept <= really_kept(model, False) <= 1.1 * kept + head
@@ -212,6 +212,18 @@ def test_four_bit_weights_are_the_linear_layers():
     assert parts(ADAPTED, "fsdp2", half=True, dtype=torch.bfloat16, quantized=FOUR_BIT, processes=4)[
         "weights"
     ] == pytest.approx(found["weights"] / 4, abs=1)
+
+
+def test_head_and_layer_take_turns():
+    found = parts(FULL, "ddp")
+    layer, head = found["a layer going backward"], found["logits, a chunk at a time"]
+    assert found["head and layer take turns"] == -min(layer, head)
+    # 4 tokens, 100 words: kept logits and two chunks of them; a gradient in float32 and a product of its size.
+    assert head == 3 * 4 * 100 * 4 + 2 * 1_500 * 4
+    # A tied head's gradient waits while the layers go backward; an untied one's does not.
+    untied = parts(Sizes(**{**vars(FULL), "tied": False}), "ddp")
+    assert layer - untied["a layer going backward"] == 1_500 * 4
+    assert parts(FULL, "ddp", checkpointed=False)["a layer going backward"] == 1_500 * 4 + (layer - 1_500 * 4) / 2
 
 
 def test_without_a_reference_none_is_counted():

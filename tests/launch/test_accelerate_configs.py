@@ -6,8 +6,6 @@ Nothing is launched: the plugins that a process would make from the environment 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -187,16 +185,3 @@ class TestQlora:
         )
         with pytest.raises(SystemExit, match=r"no option 'use_bnb_quant'.*use_bnb_nested_quant"):
             parse_arguments("dpo", ["--config", str(wrong)])
-
-
-def test_the_command_a_head_gives_is_one_that_the_launcher_parses():
-    """`accelerate launch` itself reads file and options; told for its help only, it starts nothing."""
-    for file in FILES:
-        command = re.search(r"accelerate (launch --config_file \S+ --num_processes 8)", file.read_text())
-        assert command is not None, file
-    words = [*command.group(1).split()[1:], "--help"]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *words], capture_output=True, text=True, check=False,
-        cwd=ROOT, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr

@@ -53,6 +53,8 @@ def checkpoint_bytes(model: nn.Module, args: Any, sharded: bool) -> tuple[int, b
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved = trained if hasattr(model, "peft_config") else list(model.parameters())
     weights = sum(_bytes(parameter) for parameter in saved)
+    if getattr(args, "sync_ref_model", False):
+        weights *= 2  # the reference that follows the policy
     if args.save_only_model:
         return weights, not sharded
     if sharded:

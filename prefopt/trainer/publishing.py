@@ -32,7 +32,7 @@ NOT_PUBLISHED = ("_*", ".*", "checkpoint-*", "training_args.bin", "dropped_*.jso
 
 ONLY_TO_RESUME = (
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model*",
-    "objective*.safetensors", "complete.json", "prefopt.json",
+    "objective*.safetensors", "reference.safetensors", "complete.json", "prefopt.json",
 )  # fmt: skip
 """Files of a checkpoint that a model's users have no need of."""
 

@@ -31,7 +31,7 @@ from prefopt.scoring.cache import ReferenceCache
 from prefopt.trainer import checkpoints, disk
 from prefopt.trainer.checkpoints import CheckpointError
 from prefopt.trainer.learned import LearnedLoss
-from prefopt.trainer.state import compare, describe, restore, save_objective
+from prefopt.trainer.state import compare, describe, restore, restore_reference, save_objective, save_reference
 from prefopt.trainer.stops import AlreadyTrained, RunFlow, Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class CheckpointMixin:
     objective: Loss | None
     args: Any
     model: Any
+    ref_model: Any
     accelerator: Any
     state: Any
     control: Any
@@ -115,6 +116,14 @@ class CheckpointMixin:
     def _saves(self) -> bool:
         return str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
 
+    @property
+    def _moving_reference(self) -> Any:
+        """The reference where it follows the policy and is whole on every process, so that it can be saved."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
+        if not self.args.sync_ref_model or self.ref_model is None or sharded:
+            return None
+        return self.accelerator.unwrap_model(self.ref_model)
+
     def _prepare_disk(self, resumed_from: str | None) -> None:
         """Before any step: a folder that can be written to, room in it, nothing half-done in it."""
         if not (self._saves and self.args.should_save):
@@ -140,6 +149,10 @@ class CheckpointMixin:
         compare(self._resumed.get("run", {}), self._description(), folder, not self.args.ignore_data_skip)
         if self.objective is not None:
             restore(self.objective, folder, self._learned)
+        if self._moving_reference is not None:
+            restore_reference(self._moving_reference, folder)
+        elif self.args.sync_ref_model:
+            logger.warning("the reference is not saved under DeepSpeed and FSDP: it starts over as the initial policy")
         first = self.accelerator.is_main_process
         # Sums over all processes, which the first one goes on with: others may be more or fewer by now.
         self._tokens_seen = self._resumed.get("tokens", 0) if first else 0
@@ -207,6 +220,8 @@ class CheckpointMixin:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
             if self.objective is not None and self.args.should_save:
                 save_objective(self.objective, folder, self._learned)
+            if self._moving_reference is not None and self.args.should_save:
+                save_reference(self._moving_reference, folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.complete(folder)

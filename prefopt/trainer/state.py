@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
 from transformers import TrainerCallback
 
 from prefopt.losses import Loss
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "objective.safetensors"
 OPTIMIZER_FILE = "objective_optimizer.safetensors"
+REFERENCE = "reference.safetensors"
 
 
 class CacheWriter(TrainerCallback):
@@ -85,6 +87,22 @@ def restore(objective: Loss, folder: Path, learned: LearnedLoss | None = None) -
     objective.load_state_dict(load_file(path))
     if learned is not None:
         learned.load_state_dict(load_file(folder / OPTIMIZER_FILE))
+
+
+def save_reference(model: nn.Module, folder: Path) -> None:
+    """Write a reference that follows the policy (`sync_ref_model`) into a checkpoint."""
+    save_model(model, os.fspath(folder / REFERENCE))
+
+
+def restore_reference(model: nn.Module, folder: Path) -> None:
+    """Read it back; a checkpoint of plain TRL has none, and the reference starts over at the initial policy."""
+    if (folder / REFERENCE).exists():
+        load_model(model, folder / REFERENCE)
+    else:
+        logger.warning(
+            "%s does not hold the reference that sync_ref_model had moved: it starts over at the initial policy",
+            folder,
+        )
 
 
 # ---- what the run is ---------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class RunFlow(TrainerCallback):
         self._saves_at_end = self._at_epoch_end = self.evaluation_due = False
         if trainer._resumed_from is None:
             return
-        # Before transformers 5.1 or so the sum is a local variable, which cannot be set.
+        # In transformers 5.0 the sum is a local variable, which cannot be set.
         if saved.get("loss") is not None and hasattr(trainer, "_tr_loss"):
             trainer._tr_loss.fill_(saved["loss"])
             trainer._globalstep_last_logged = saved["logged_at"]

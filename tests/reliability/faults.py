@@ -165,6 +165,8 @@ def _be_the_child(work: Callable[[], Any], fault: Fault | None, output: Path | N
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
+        # A pool of threads does not come along into a fork: it would be waited for without end.
+        torch.set_num_threads(1)
         _tell_start(started)
         if fault is not None and fault.place != "time":
             PLACES[fault.place](functools.partial(_die, fault.signum), fault.visit)
@@ -301,6 +303,19 @@ def draw(count: int, seed: int, terms: int, cache: bool) -> list[Fault]:
 
 
 # ---- one run, many faults ----------------------------------------------------------------------------------------
+
+CHAOS_JOBS = {
+    "full": Job("dpo", "full", cache=True, rows=26, options={"num_train_epochs": 10}),
+    "lora": Job(
+        "beta_dpo + 0.1*sft", "lora", rows=26,
+        options={"disable_dropout": False, "token_budget": 64, "gradient_accumulation_steps": 2,
+                 "per_device_train_batch_size": 2, "num_train_epochs": 10},
+    ),
+    "sampled": Job(
+        "hypo", "lora", rows=26,
+        options={"sample_max_new_tokens": 4, "disable_dropout": False, "num_train_epochs": 10},
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from tests.processes import deepspeed_config
 from tests.trainer.runs import make_pairs, make_trainer
 
 
@@ -34,7 +35,7 @@ class Sends(TrainerCallback):
             os.kill(os.getpid(), getattr(signal, self.name))
 
 
-def main(folder: Path, run: str, name: str, rank: int, step: int) -> None:
+def main(folder: Path, run: str, engine: str, name: str, rank: int, step: int) -> None:
     trainer = make_trainer(
         folder,
         loss="beta_dpo",
@@ -52,6 +53,7 @@ def main(folder: Path, run: str, name: str, rank: int, step: int) -> None:
         disable_dropout=False,
         step0_check="off",
         ddp_backend="gloo",
+        deepspeed=deepspeed_config(int(engine[-1])) if engine.startswith("zero") else None,
     )
     sends = Sends(name, rank, step, folder)
     sends.trainer = trainer
@@ -70,4 +72,4 @@ def main(folder: Path, run: str, name: str, rank: int, step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(Path(sys.argv[1]), *sys.argv[2:5], int(sys.argv[5]), int(sys.argv[6]))

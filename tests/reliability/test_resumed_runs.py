@@ -21,6 +21,7 @@ JOBS = {
     "token budget, alpha_dpo": Job("alpha_dpo + 0.1*sft", "lora", options={"token_budget": 64}),
     "single completions, bco": Job("bco", "lora", labelled=True, options={"gradient_accumulation_steps": 2}),
     "sampled completions, hypo": Job("hypo", "lora", options={"sample_max_new_tokens": 4, "disable_dropout": False}),
+    "reference that follows": Job(options={"sync_ref_model": True, "ref_model_sync_steps": 2}),
     "reference cache": Job("ipo", "full", cache=True),
     "padded layout, by epoch": Job(
         "simpo", "lora", options={"layout": "padded", "save_strategy": "epoch", "disable_dropout": False}

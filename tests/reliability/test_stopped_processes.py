@@ -17,21 +17,23 @@ import torch
 from safetensors.torch import load_file
 
 from prefopt.trainer import checkpoints
-from tests.trainer.runs import save_model
+from tests.trainer.runs import require, save_model
 
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, run: str, name: str = "none", rank: int = 0, step: int = 0) -> tuple[int, str]:
+def launch(
+    folder: Path, run: str, name: str = "none", rank: int = 0, step: int = 0, engine: str = "ddp"
+) -> tuple[int, str]:
     """Run on two processes; "wait" has them wait at a step until the launcher has been sent SIGTERM."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += ["-m", "tests.reliability.stopped_processes", str(folder), run, name, str(rank), str(step)]
+    command += ["-m", "tests.reliability.stopped_processes", str(folder), run, engine, name, str(rank), str(step)]
     output = folder / f"{run}.txt"
     with output.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
@@ -84,3 +86,21 @@ def test_whatever_ends_two_processes_they_go_on_as_if_nothing_had(tmp_path):
     assert [entry["loss"] for entry in again["log"] if "loss" in entry] == pytest.approx(
         [entry["loss"] for entry in whole["log"] if "loss" in entry], rel=1e-6
     )
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_sharded_checkpoints_are_complete_and_gone_on_from(tmp_path, engine):
+    require(engine)
+    save_model(tmp_path)
+    code, said = launch(tmp_path, "whole", engine=engine)
+    assert code == 0, said[-3000:]
+    code, said = launch(tmp_path, "again", "SIGTERM", rank=1, step=4, engine=engine)
+    assert code != 0
+    assert f"SIGTERM after step 5; {tmp_path}/again/checkpoint-5 is complete" in said, said[-3000:]
+    listed = json.loads((tmp_path / "again" / "checkpoint-5" / "complete.json").read_text())["files"]
+    assert sum("optim_states" in name for name in listed) == 2, listed
+    code, said = launch(tmp_path, "again", engine=engine)
+    assert code == 0, said[-3000:]
+    weights, others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "again"))
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-6, atol=1e-8)

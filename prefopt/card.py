@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
 from prefopt.losses import Loss, presets
 from prefopt.papers import find
@@ -145,7 +147,13 @@ def _heading(text: str) -> str:
 
 def is_hub_id(name: str | None) -> bool:
     """Whether a name can be a repository's id, as opposed to a path on somebody's machine."""
-    return bool(name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(str(name)).exists()
+    if not name or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _public(name: str) -> str:

@@ -289,5 +289,7 @@ def merged_card(adapter: Path, merged: Merged, chat: bool) -> ModelCard:
     data: Any = card.data
     data.library_name, data.pipeline_tag = "transformers", "text-generation"
     if is_hub_id(merged.base):
-        data.base_model, data.base_model_relation = merged.base, "finetune"
+        data.base_model = merged.base
+    if getattr(data, "base_model", None):  # the adapter's card may know the Hub's name of a local base
+        data.base_model_relation = "finetune"
     return card

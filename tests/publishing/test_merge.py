@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from prefopt import merge as merging
 from prefopt.cli import app
 from prefopt.merge import MergeError, merge
+from prefopt.trainer.facts import RunNotes
 from tests.publishing.folders import load, log_probabilities, lora
 from tests.tiny import CHATML, make_tokenizer
 from tests.trainer.runs import make_trainer, save_model
@@ -78,6 +79,7 @@ def test_a_runs_adapter_becomes_a_whole_folder(tmp_path: Path) -> None:
         tmp_path, loss="dpo(beta=0.1)", max_steps=3, learning_rate=1e-2, trainer_options={"peft_config": lora()}
     )
     trainer.train()
+    trainer.notes = RunNotes(base_model="org/base")  # the Hub's name of a base that is loaded from a folder
     trainer.save_model(str(tmp_path / "adapter"))
     result = CliRunner().invoke(app, ["merge", str(tmp_path / "adapter")], env={"COLUMNS": "300"})
     assert result.exit_code == 0, result.output
@@ -101,6 +103,7 @@ def test_a_runs_adapter_becomes_a_whole_folder(tmp_path: Path) -> None:
         == GenerationConfig.from_pretrained(tmp_path / "llama-0").to_dict()
     )
     card = ModelCard((target / "README.md").read_text(encoding="utf-8"))
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/base", "finetune")
     assert card.data.library_name == "transformers"
     assert "PeftModel" not in card.text
     assert "AutoModelForCausalLM.from_pretrained('adapter-merged')" in card.text

@@ -75,7 +75,10 @@ def check_values(
         kinds: the dataclasses that the parser fills.
         path: of the config, for the message.
     """
-    options = {action.dest: action for action in actions if action.dest not in ("help", argparse.SUPPRESS)}
+    options: dict[str, argparse.Action] = {}
+    for action in actions:
+        if action.dest not in ("help", argparse.SUPPRESS):
+            options.setdefault(action.dest, action)  # a --no_... form comes second
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
     where = f"--config {path}" if path is not None else "--config"
     for name, value in config.items():

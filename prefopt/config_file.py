@@ -35,7 +35,8 @@ def read_config(path: Path) -> dict[str, Any]:
             f"--config {path}: byte {error.start} is not UTF-8 text: save the file in the encoding UTF-8"
         ) from None
     except yaml.YAMLError as error:
-        raise SystemExit(f"--config {path}: not valid YAML: {error}") from None
+        lines = [line if len(line) <= 200 else f"{line[:200]}..." for line in str(error).splitlines()]
+        raise SystemExit("\n".join([f"--config {path}: not valid YAML: {lines[0]}", *lines[1:]])) from None
     except RecursionError:
         raise SystemExit(f"--config {path}: nested too deeply; options are written one a line, NAME: VALUE") from None
     except (ValueError, OverflowError) as error:  # a number or date that Python cannot hold
@@ -60,8 +61,10 @@ def set_environment(variables: Mapping[Any, Any], path: Path) -> None:
     for name, value in variables.items():
         try:
             os.environ[name] = str(value)
-        except (TypeError, ValueError) as error:
-            raise SystemExit(f"--config {path}: env: {name!r} cannot be set to {str(value)[:80]!r}: {error}") from None
+        except (TypeError, ValueError, OSError) as error:
+            raise SystemExit(
+                f"--config {path}: env: {_shown(name)} cannot be set to {_shown(value)}: {error}"
+            ) from None
 
 
 def check_values(

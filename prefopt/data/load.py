@@ -31,6 +31,9 @@ BUILDERS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+MAX_ENTRIES = 10_000
+"""Most files below a folder that is taken for a data set; large sets have hundreds."""
+
 COMPRESSIONS = (".gz", ".zst")
 
 
@@ -64,9 +67,23 @@ def load_preferences(
     elif not path.exists() and _means_a_file(name):
         raise DataError(f"No file at {name!r} (looked in {path.parent.resolve()}).{_near_files(path)}")
     else:
+        if path.is_dir():
+            _refuse_vast(path)
         dataset = _load_hub(name, config, split, streaming)
     _check_readable(dataset, name)
     return rename_columns(dataset, columns) if columns else dataset
+
+
+def _refuse_vast(folder: Path) -> None:
+    """`datasets` lists all that lies below a folder, which for `/` or a home would take it hours."""
+    seen = 0
+    for _, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > MAX_ENTRIES:
+            raise DataError(
+                f"{folder}: more than {MAX_ENTRIES} files and folders lie below this folder. Name the folder of the "
+                "data set itself, or one of its files."
+            )
 
 
 def _check_readable(dataset: Dataset | IterableDataset, name: str) -> None:

@@ -153,6 +153,16 @@ def test_names_that_no_file_can_have(name):
         load_preferences(name)
 
 
+def test_a_folder_with_all_the_world_in_it_is_no_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("prefopt.data.load.MAX_ENTRIES", 3)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_bytes(lines(ROW))
+    with pytest.raises(DataError, match="more than 3 files and folders lie below this folder"):
+        load_preferences(str(tmp_path))
+    assert len(load_preferences(str(tmp_path / "a"))) == 1
+
+
 def test_a_folder_that_was_not_saved_to_its_end(tmp_path):
     Dataset.from_list([ROW]).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / "dataset_info.json").write_text("{")

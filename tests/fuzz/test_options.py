@@ -109,6 +109,7 @@ def _write(folder: Path, raw: bytes) -> str:
         (b"loss: " + b"[" * 3000, "nested too deeply"),
         (b"max_steps: " + b"1" * 5000, "a value cannot be read"),
         (b"env: {1: 2}", "env: 1 cannot be set"),
+        (b"env: {'': 2}", "env: '' cannot be set"),
         (b"learning_rate: [1, 2]", "learning_rate: must be a number, got a list of 2"),
         (b"learning_rate: fast", "learning_rate: must be a number, got 'fast'"),
         (b"learning_rate: .nan", "--learning_rate must be a finite number"),

@@ -40,7 +40,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise SystemExit(f"--config {path}: nested too deeply; options are written one a line, NAME: VALUE") from None
     except (ValueError, OverflowError) as error:  # a number or date that Python cannot hold
-        raise SystemExit(f"--config {path}: a value cannot be read: {error}. Shorten or quote it") from None
+        raise SystemExit(f"--config {path}: a value cannot be read: {str(error)[:200]}. Shorten or quote it") from None
     except OSError as error:
         raise SystemExit(f"--config {path}: cannot be read: {error.strerror or error}") from None
     if not isinstance(loaded, dict):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -87,7 +88,18 @@ def _refuse_vast(folder: Path) -> None:
 
 
 def _check_readable(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Some names of fields (empty ones, twice the same) can be stored but not read again."""
+    """Some names of fields (empty ones, twice the same) can be stored but not read again.
+
+    And binary formats are taken at their word that what they call text is text; one pass over the memory tells.
+    """
+    if isinstance(dataset, Dataset):
+        for column in dataset.column_names:
+            try:
+                dataset.data.column(column).validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise DataError(
+                    f"{name}, column {column!r}: damaged ({_first_line(error)}). Write or fetch the file again."
+                ) from error
     try:
         next(iter(dataset), None)
     except Exception as error:

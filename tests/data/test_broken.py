@@ -67,6 +67,14 @@ def test_parquet_without_rows(tmp_path):
         load_preferences(str(tmp_path / "a.parquet"))
 
 
+def test_parquet_whose_text_is_none(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([ROW, {**ROW, "chosen": "unlike"}]), path, compression="none")
+    path.write_bytes(path.read_bytes().replace(b"unlike", b"\xe3nlike"))
+    with pytest.raises(DataError, match=r"a[.]parquet, column 'chosen': damaged .*UTF8"):
+        load_preferences(str(path))
+
+
 def test_columns_are_listed_shortly(tmp_path):
     """A file without a header has texts for names."""
     with pytest.raises(DataError) as caught:

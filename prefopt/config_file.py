@@ -36,11 +36,12 @@ def read_config(path: Path) -> dict[str, Any]:
             f"--config {path}: byte {error.start} is not UTF-8 text: save the file in the encoding UTF-8"
         ) from None
     except yaml.YAMLError as error:
-        raise SystemExit(redact(f"--config {path}: not valid YAML: {error}")) from None
+        lines = [line if len(line) <= 200 else f"{line[:200]}..." for line in str(error).splitlines()]
+        raise SystemExit(redact("\n".join([f"--config {path}: not valid YAML: {lines[0]}", *lines[1:]]))) from None
     except RecursionError:
         raise SystemExit(f"--config {path}: nested too deeply; options are written one a line, NAME: VALUE") from None
     except (ValueError, OverflowError) as error:  # a number or date that Python cannot hold
-        raise SystemExit(f"--config {path}: a value cannot be read: {error}. Shorten or quote it") from None
+        raise SystemExit(f"--config {path}: a value cannot be read: {str(error)[:200]}. Shorten or quote it") from None
     except OSError as error:
         raise SystemExit(f"--config {path}: cannot be read: {error.strerror or error}") from None
     if not isinstance(loaded, dict):
@@ -61,9 +62,9 @@ def set_environment(variables: Mapping[Any, Any], path: Path) -> None:
     for name, value in variables.items():
         try:
             os.environ[name] = str(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OSError) as error:
             raise SystemExit(
-                f"--config {path}: env: {name!r} cannot be set to {_shown(redacted(str(value), str(name)))}: {error}"
+                f"--config {path}: env: {_shown(name)} cannot be set to {_shown(redacted(str(value), str(name)))}: {error}"
             ) from None
 
 
@@ -78,7 +79,10 @@ def check_values(
         kinds: the dataclasses that the parser fills.
         path: of the config, for the message.
     """
-    options = {action.dest: action for action in actions if action.dest not in ("help", argparse.SUPPRESS)}
+    options: dict[str, argparse.Action] = {}
+    for action in actions:
+        if action.dest not in ("help", argparse.SUPPRESS):
+            options.setdefault(action.dest, action)  # a --no_... form comes second
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
     where = f"--config {path}" if path is not None else "--config"
     for name, value in config.items():

@@ -6,12 +6,16 @@ it. Imports transformers and peft; what is trained on what is decided elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config
 
 from prefopt.data.templates import check_template
@@ -64,6 +68,48 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a model cannot take, whatever its weights.
+
+    Attributes:
+        vocabulary: tokens that it has embeddings for; None where its configuration does not say.
+        positions: longest row, where positions are learned one by one; None for all others, which have no such end.
+    """
+
+    vocabulary: int | None
+    positions: int | None
+
+
+def limits_of(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Limits:
+    """The limits of a model or of an adapter's model, from its configuration alone."""
+    base = adapter_base(name) or name
+    with _named("configuration", base):
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
+    positions = None if rotary or getattr(config, "auto_map", None) else _learned_positions(config)
+    return Limits(getattr(text, "vocab_size", None), positions)
+
+
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+"""What models call the embedding of their positions."""
+
+
+def _learned_positions(config: Any) -> int | None:
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError):
+        return None  # no text model of transformers' own
+    sizes = [
+        module.num_embeddings - int(getattr(module, "offset", 0))  # OPT keeps two places for itself
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _POSITIONS
+    ]
+    return min(sizes, default=None)
+
+
 def load_model(name: str, options: dict[str, Any], trainable: bool = False) -> Any:
     """A model, or a saved adapter on its model.
 
@@ -94,16 +140,22 @@ def load_tokenizer(
     base = adapter_base(name)
     if base is not None and not (Path(name) / "tokenizer_config.json").is_file():
         name = base
-    try:
+    with _named("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # Whatever a broken file makes a library say, the model's name has to be in it.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise OSError(f"no tokenizer can be loaded from {name!r}: {reason}") from error
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
     check_template(tokenizer, name if chat_template is None else "--chat_template")
     return tokenizer
+
+
+@contextlib.contextmanager
+def _named(what: str, name: str) -> Iterator[None]:
+    """Errors of what is inside get the model's name, whatever a broken file makes a library say."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
+        raise OSError(f"no {what} can be loaded from {name!r}: {reason}") from error
 
 
 def _template(given: str) -> str:

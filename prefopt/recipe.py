@@ -35,7 +35,7 @@ from prefopt.demo.model import HUB_ID, HUB_TIMEOUT_S, resolve_demo_model
 from prefopt.demo.report import Answer, PairMetrics, greedy_answers, side_by_side, summarize
 from prefopt.files import write_whole
 from prefopt.losses import parse
-from prefopt.models import adapter_base, check_weights, load_model, load_tokenizer
+from prefopt.models import Limits, adapter_base, check_weights, limits_of, load_model, load_tokenizer
 from prefopt.plan import show_batch, show_settings
 from prefopt.progress import RunProgress
 from prefopt.trainer import PreferenceTrainer
@@ -71,6 +71,7 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
     ):
         if name is not None:
             check_weights(name)
+    _keep_to_positions(recipe)
     if recipe.bundled_data:
         return load_demo("train"), load_demo("heldout") if script.eval_rows else None
     assert script.dataset_name is not None
@@ -87,6 +88,28 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
     else:
         heldout = {n: _validated(recipe, rows, f"held-out{i or ''}") for i, (n, rows) in enumerate(heldout.items())}
     return _mixed(recipe, train), _mixed(recipe, heldout, weighted=False) if heldout else None
+
+
+def _keep_to_positions(recipe: Recipe) -> None:
+    """Cut rows where the model's learned positions end: beyond it would fail at the first row that is so long."""
+    training = recipe.training
+    end = _limits(recipe).positions
+    if end is not None and (training.max_length is None or training.max_length > end):
+        recipe.console.print(
+            f"max_length is {end} in place of {training.max_length}: {recipe.model.model_name_or_path} has learned no "
+            "more positions.",
+            soft_wrap=True,
+        )
+        training.max_length = end
+
+
+def _limits(recipe: Recipe) -> Limits:
+    model = recipe.model
+    return limits_of(
+        str(model.model_name_or_path),
+        revision=model.model_revision,
+        trust_remote_code=recipe.training.trust_remote_code,
+    )
 
 
 def _load_sources(recipe: Recipe, split: str) -> dict[str, Any]:
@@ -147,7 +170,7 @@ def _validated(recipe: Recipe, dataset: Dataset, name: str) -> Dataset:
     tokenizer = _tokenizer(recipe)
     # With keep_end it is the prompt's start that is cut, never the completion.
     limit = recipe.training.max_length if recipe.training.truncation_mode == "keep_start" else None
-    report = validate(dataset, tokenizer=tokenizer, max_length=limit)
+    report = validate(dataset, tokenizer=tokenizer, max_length=limit, vocabulary=_limits(recipe).vocabulary)
     if report.problems:
         recipe.console.print(f"{name} rows:", report.table())
     dropped = Path(recipe.training.output_dir) / f"dropped_{name}_rows.jsonl"

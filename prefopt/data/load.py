@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -31,6 +32,9 @@ BUILDERS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+MAX_ENTRIES = 10_000
+"""Most files below a folder that is taken for a data set; large sets have hundreds."""
+
 COMPRESSIONS = (".gz", ".zst")
 
 
@@ -64,13 +68,38 @@ def load_preferences(
     elif not path.exists() and _means_a_file(name):
         raise DataError(f"No file at {name!r} (looked in {path.parent.resolve()}).{_near_files(path)}")
     else:
+        if path.is_dir():
+            _refuse_vast(path)
         dataset = _load_hub(name, config, split, streaming)
     _check_readable(dataset, name)
     return rename_columns(dataset, columns) if columns else dataset
 
 
+def _refuse_vast(folder: Path) -> None:
+    """`datasets` lists all that lies below a folder, which for `/` or a home would take it hours."""
+    seen = 0
+    for _, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > MAX_ENTRIES:
+            raise DataError(
+                f"{folder}: more than {MAX_ENTRIES} files and folders lie below this folder. Name the folder of the "
+                "data set itself, or one of its files."
+            )
+
+
 def _check_readable(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Some names of fields (empty ones, twice the same) can be stored but not read again."""
+    """Some names of fields (empty ones, twice the same) can be stored but not read again.
+
+    And binary formats are taken at their word that what they call text is text; one pass over the memory tells.
+    """
+    if isinstance(dataset, Dataset):
+        for column in dataset.column_names:
+            try:
+                dataset.data.column(column).validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise DataError(
+                    f"{name}, column {column!r}: damaged ({_first_line(error)}). Write or fetch the file again."
+                ) from error
     try:
         next(iter(dataset), None)
     except Exception as error:

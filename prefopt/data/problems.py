@@ -120,6 +120,11 @@ def _whole_row_kinds() -> dict[str, Kind]:
             "chat template drops what differs (parts of a content that is a list, say), or the tokenizer does.",
             "Write contents as plain text, or choose another template.",
         ),
+        "beyond the vocabulary": Kind(
+            "error",
+            "The tokenizer gives a token that the model has no embedding for.",
+            "Use the model's own tokenizer, or resize the model's embeddings and save it.",
+        ),
         "no room for a completion": Kind(
             "error",
             "The prompt alone fills max_length, so no completion token is left.",

@@ -54,12 +54,17 @@ _ANSWERING = frozenset({"assistant", "tool", "function", "ipython"})
 
 
 def validate(
-    dataset: Dataset | IterableDataset, *, tokenizer: Processing | None = None, max_length: int | None = None
+    dataset: Dataset | IterableDataset,
+    *,
+    tokenizer: Processing | None = None,
+    max_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> Report:
     """Every problem of a normalised dataset, in one pass.
 
     Lengths are checked where `max_length` is given, from the ids that the rows have (see `tokenize_dataset`) or with
-    `tokenizer`, which also finds prompts whose tokens do not begin the tokenized whole.
+    `tokenizer`, which also finds prompts whose tokens do not begin the tokenized whole. `vocabulary` is the number of
+    tokens that the model has embeddings for.
     """
     names = column_names(dataset)
     sides = ("chosen", "rejected") if kind(dataset) == "pair" else ("completion",)
@@ -69,7 +74,7 @@ def validate(
     needed = ("prompt", *sides) if len(sides) == 2 else ("prompt", *sides, "label")
     found: dict[str, list[int]] = {}
     origins: dict[int, str] = {}
-    repeats, tokens = _Repeats(sides), _Tokens(sides, tokenizer, max_length)
+    repeats, tokens = _Repeats(sides), _Tokens(sides, tokenizer, max_length, vocabulary)
     total = 0
     for index, given in enumerate(dataset):
         total += 1
@@ -308,10 +313,13 @@ class _Tokens:
         said: what the first refusal of each kind said, to stand behind its explanation.
     """
 
-    def __init__(self, sides: tuple[str, ...], tokenizer: Processing | None, max_length: int | None) -> None:
+    def __init__(
+        self, sides: tuple[str, ...], tokenizer: Processing | None, max_length: int | None, vocabulary: int | None
+    ) -> None:
         self._sides = sides
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._embedded = vocabulary
         self._vocabulary = None if tokenizer is None else len(text_tokenizer(tokenizer))
         self.said: dict[str, str] = {}
 
@@ -339,6 +347,11 @@ class _Tokens:
             yield "no tokens"
         elif len(completions) == 2 and completions[0] == completions[1]:
             yield "same tokens"
+        if (
+            self._embedded is not None
+            and max(map(max, filter(None, (prompt, *completions))), default=0) >= self._embedded
+        ):
+            yield "beyond the vocabulary"
         if ids.get("boundary"):
             yield "prompt is no token prefix"
         if self._max_length is not None:

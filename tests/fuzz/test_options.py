@@ -109,6 +109,7 @@ def _write(folder: Path, raw: bytes) -> str:
         (b"loss: " + b"[" * 3000, "nested too deeply"),
         (b"max_steps: " + b"1" * 5000, "a value cannot be read"),
         (b"env: {1: 2}", "env: 1 cannot be set"),
+        (b"env: {'': 2}", "env: '' cannot be set"),
         (b"learning_rate: [1, 2]", "learning_rate: must be a number, got a list of 2"),
         (b"learning_rate: fast", "learning_rate: must be a number, got 'fast'"),
         (b"learning_rate: .nan", "--learning_rate must be a finite number"),
@@ -144,6 +145,11 @@ def test_what_the_fuzzing_found_in_words(words, message):
 
 
 def test_text_for_a_list_and_no_value_where_there_may_be_none(tmp_path):
-    config = _write(tmp_path, b"columns: prompt=q\ndataset_name: x\nmax_length: ~\nlora_target_modules: all-linear\n")
+    config = _write(
+        tmp_path,
+        b"columns: prompt=q\ndataset_name: x\nmax_length: ~\nlora_target_modules: all-linear\n"
+        b"gradient_checkpointing: 'false'\nlearning_rate: '1e-4'\n",
+    )
     recipe = parse_arguments("dpo", ["--config", config])
     assert (recipe.script.columns, recipe.training.max_length) == ("prompt=q", None)
+    assert (recipe.training.gradient_checkpointing, recipe.training.learning_rate) == (False, 1e-4)

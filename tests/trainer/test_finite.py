@@ -201,11 +201,10 @@ def test_two_processes_stop_together(tmp_path, engine, kind, budget):
     assert one["step"] == other["step"] > 0
     assert "a poisoned bridge" in one["message"]
     checkpoint = tmp_path / "run" / f"checkpoint-{one['step']}"
-    if engine != "ddp" and kind == GRADIENT:
-        # DeepSpeed's step is done by then, and the weights are lost.
-        assert "not finite any more and are not saved" in one["message"]
-        assert not checkpoint.exists()
-        return
     assert f"is saved in {checkpoint}" in one["message"]
-    assert all(torch.isfinite(value).all() for value in weights(checkpoint).values())
     assert (checkpoint / "trainer_state.json").exists()
+    if engine == "zero3":
+        # Weights are gathered into one file only where the engine's configuration asks for it.
+        assert len(list((checkpoint / f"global_step{one['step']}").glob("*_model_states.pt"))) == 2
+    else:
+        assert all(torch.isfinite(value).all() for value in weights(checkpoint).values())

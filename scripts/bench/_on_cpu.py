@@ -1,6 +1,6 @@
 """Runs a recipe as it is, on a CPU, under the engine that its arguments ask for; scripts/bench/engines.py starts it.
 
-    torchrun --nproc_per_node 2 scripts/bench/_on_cpu.py recipes/dpo.py --fsdp true
+    torchrun --nproc_per_node 2 scripts/bench/_on_cpu.py recipes/dpo.py --fsdp
     accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 scripts/bench/_on_cpu.py recipes/dpo.py
 
 On GPUs a recipe needs nothing like this. On a CPU accelerate leaves FSDP out without a word, and DeepSpeed compiles a

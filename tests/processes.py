@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ WRAPPERS = {
     "fsdp2": "FSDPModule, sharded",
 }
 """What `wrapper_of` must find under each engine."""
+IN_WORDS = {
+    "ddp": "2 processes, DDP",
+    "zero1": "2 processes, DeepSpeed ZeRO-1",
+    "zero2": "2 processes, DeepSpeed ZeRO-2",
+    "zero3": "2 processes, DeepSpeed ZeRO-3",
+    "fsdp2": "2 processes, FSDP2",
+}
+"""What a recipe says it runs on."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +43,26 @@ class Ended:
     seconds: float
 
 
-def launch(command: list[str], processes: int = 2, timeout: int = 400) -> Ended:
-    """Run a Python command on several processes of one thread each, and wait; nothing of it outlives the timeout."""
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node=2")
+PORT = {"torch.distributed.run": "--master_port", "accelerate.commands.launch": "--main_process_port"}
+
+
+def launch(command: list[str], launcher: Sequence[str] = TORCHRUN, timeout: int = 400) -> Ended:
+    """Run a Python command on several processes of one thread each, and wait; nothing of it outlives the timeout.
+
+    Args:
+        command: a script or `-m` and a module, and its arguments.
+        launcher: a module of `PORT` and its arguments.
+        timeout: seconds.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={processes}",
-        f"--master_port={port}",
-    ]
     start = time.monotonic()
     run = subprocess.Popen(
-        [*launcher, f"--master_port={port}", *command], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        [sys.executable, "-m", *launcher, f"{PORT[launcher[0]]}={port}", *command],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         _, stderr = run.communicate(timeout=timeout)
@@ -62,9 +74,9 @@ def launch(command: list[str], processes: int = 2, timeout: int = 400) -> Ended:
     return Ended(run.returncode, stderr, time.monotonic() - start)
 
 
-def torchrun(module: str, *arguments: str, processes: int = 2, timeout: int = 400) -> None:
-    """Run a module on several processes; they must all end well."""
-    ended = launch(["-m", module, *arguments], processes, timeout)
+def torchrun(module: str, *arguments: str, timeout: int = 400) -> None:
+    """Run a module on two processes; they must both end well."""
+    ended = launch(["-m", module, *arguments], timeout=timeout)
     assert ended.status == 0, ended.stderr[-3000:]
 
 

@@ -51,7 +51,7 @@ def arguments_of(options: argparse.Namespace, engine: str, folder: Path) -> list
     if engine.startswith("zero"):
         words += ["--deepspeed", str(_written(folder / "deepspeed.json", deepspeed_config(int(engine[-1]))))]
     if engine == "fsdp2":
-        words += ["--fsdp", "true", "--fsdp_config", str(_written(folder / "fsdp.json", {"version": 2}))]
+        words += ["--fsdp", "--fsdp_config", str(_written(folder / "fsdp.json", {"version": 2}))]
     if processes > 1:
         words += ["--ddp_backend", "gloo"]
     return words

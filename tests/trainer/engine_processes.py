@@ -14,6 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prefopt.trainer.engine import describe_engine
 from tests.processes import engine_options, wrapper_of
 from tests.trainer.runs import make_pairs, make_trainer
 
@@ -116,11 +117,13 @@ def run(folder: Path, engine: str, job: dict[str, Any]) -> None:
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1 if engine == "plain" else 2
     trainer = build(folder, engine, job, processes)
+    at_first = describe_engine(trainer)
     checkpoint = folder / f"{job['resumes']}-{engine}" / "checkpoint-2" if "resumes" in job else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     found = {
         "world": trainer.accelerator.num_processes,
         "wrapper": wrapper_of(trainer),
+        "in words": [at_first, describe_engine(trainer)],
         "layout": [str(trainer._layout.masks), trainer._layout.call.chunked_head],
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "evaluation": trainer.evaluate(),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.processes import ENGINES, WRAPPERS, torchrun
+from tests.processes import ENGINES, IN_WORDS, WRAPPERS, torchrun
 from tests.tiny import make_tokenizer
 from tests.trainer.engine_processes import run, weighted
 from tests.trainer.runs import require, save_model
@@ -110,6 +110,8 @@ def test_two_processes_learn_what_one_does(folder, engine, name):
     mine, weights = found(folder, name, engine)
     alone, expected = found(folder, name, "plain")
     assert (mine["world"], mine["wrapper"]) == (2, WRAPPERS[engine])
+    assert mine["in words"] == [IN_WORDS[engine]] * 2
+    assert alone["in words"] == ["1 process"] * 2
     # What the numbers are equal in: packed trees, and a head that never holds whole logits.
     assert mine["layout"] == alone["layout"] == ["packed", True]
     assert len(mine["log"]) == len(alone["log"])

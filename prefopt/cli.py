@@ -62,7 +62,7 @@ def losses(
 
 FAMILIES = (
     "direct", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary", "tokenwise", "reference-free",
-    "cringe", "likelihood", "online", "unlearning", "logic", "wrappers",
+    "cringe", "likelihood", "online", "unlearning", "kernel", "logic", "wrappers",
 )  # fmt: skip
 """Families in reading order; those of other packages follow."""
 

@@ -16,7 +16,7 @@ from prefopt.losses.wrappers import Wrapper
 
 FAMILIES = (
     "direct", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary", "tokenwise", "reference-free",
-    "cringe", "likelihood", "online", "unlearning", "logic", "wrappers", "conflict",
+    "cringe", "likelihood", "online", "unlearning", "kernel", "logic", "wrappers", "conflict",
 )  # fmt: skip
 """Families in reading order; those of other packages follow."""
 

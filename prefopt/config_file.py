@@ -63,9 +63,8 @@ def set_environment(variables: Mapping[Any, Any], path: Path) -> None:
         try:
             os.environ[name] = str(value)
         except (TypeError, ValueError, OSError) as error:
-            raise SystemExit(
-                f"--config {path}: env: {_shown(name)} cannot be set to {_shown(redacted(str(value), str(name)))}: {error}"
-            ) from None
+            shown = _shown(redacted(str(value), str(name)))
+            raise SystemExit(f"--config {path}: env: {_shown(name)} cannot be set to {shown}: {error}") from None
 
 
 def check_values(

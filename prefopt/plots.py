@@ -7,7 +7,7 @@ The world: both completions have `TOKENS` tokens. At every position the vocabula
 reference finds equally likely; the policy moves probability between the completion's token and all the others alike.
 One log-ratio per completion then settles everything that a loss may ask for (per-token values, largest
 log-probabilities, divergences) without contradiction. Columns such as `margin` are 0, the previous iterate is the
-reference, and the reference point of `kto` is 0.
+reference, the reference point of `kto` is 0, and prompts and completions share one embedding.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from prefopt.losses import Loss, LossOutput, PreferenceBatch, Scores, WeightedSum, parse
+from prefopt.losses.divergences import divergence, named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -192,6 +193,8 @@ def _scores(loss: Loss, ratio: Tensor, start: Tensor) -> Scores:
     rest, ref_rest = others(token), others(start)
     p, r = torch.exp(token), torch.exp(start)
     vocabulary = torch.cat([token.unsqueeze(-1), rest.unsqueeze(-1).expand(-1, VOCABULARY - 1)], -1)
+    ref_vocabulary = torch.cat([start.unsqueeze(-1), ref_rest.unsqueeze(-1).expand(-1, VOCABULARY - 1)], -1)
+    divergences = [divergence(named(name), vocabulary, ref_vocabulary) for name in loss.divergences]
     top_ids = torch.argsort(vocabulary.detach(), dim=-1, descending=True, stable=True)[:, : loss.top_k]
     ones = torch.ones(len(ratio), TOKENS, dtype=torch.bool)
     return Scores(
@@ -209,6 +212,10 @@ def _scores(loss: Loss, ratio: Tensor, start: Tensor) -> Scores:
         token_forward_kl=spread(r * (start - token) + (1 - r) * (ref_rest - rest)),
         ref_token_entropy=spread(-r * start - (1 - r) * ref_rest),
         token_reverse_kl=spread(p * (token - start) + (1 - p) * (rest - ref_rest)),
+        token_divergences=torch.stack([spread(each) for each in divergences], -1) if divergences else None,
+        divergences=loss.divergences,
+        # One vector for all, so that no kernel tells a pair's completions apart.
+        **dict.fromkeys(("hidden", "prompt_hidden", "embedding", "prompt_embedding"), torch.ones(len(ratio), 2)),
         columns={name: torch.zeros_like(ratio) for name in loss.columns},
     )
 

@@ -17,6 +17,7 @@ from prefopt.losses.conflict import ConflictFree
 from prefopt.losses.cringe import Cringe, PairwiseCringe
 from prefopt.losses.direct import DPO, EXO, HDPO, IPO, Hinge, MarginDPO, NormalizedDPO, Robust
 from prefopt.losses.discovered import AQFL, AQL, CELL, DBAQL, PADLL, PFL, DiscoPOP
+from prefopt.losses.kernel import HMK, KernelDPO
 from prefopt.losses.likelihood import SFT
 from prefopt.losses.logic import Logic
 from prefopt.losses.online import INPO, KLOnline, KLPrior
@@ -46,6 +47,7 @@ __all__ = [
     "FDPO",
     "GPO",
     "HDPO",
+    "HMK",
     "INPO",
     "IPO",
     "KTO",
@@ -81,6 +83,7 @@ __all__ = [
     "KLPrior",
     "KLRetain",
     "KTOForget",
+    "KernelDPO",
     "LengthNormalized",
     "Logic",
     "Loss",

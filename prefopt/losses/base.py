@@ -41,11 +41,17 @@ class Need(enum.Flag):
     """KL(reference || policy) over the vocabulary at every completion position."""
     REVERSE_KL = enum.auto()
     """KL(policy || reference) over the vocabulary at every completion position."""
+    DIVERGENCE = enum.auto()
+    """The loss's `divergences` between policy and reference over the vocabulary at every completion position."""
+    HIDDEN = enum.auto()
+    """The policy's hidden states, averaged over each completion and over its prompt."""
+    EMBEDDINGS = enum.auto()
+    """Embeddings of prompts and completions that come with the data."""
 
     @property
     def compares(self) -> bool:
         """Whether the reference model has to be run."""
-        return bool(self & (Need.REFERENCE | Need.FORWARD_KL | Need.REVERSE_KL))
+        return bool(self & (Need.REFERENCE | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE))
 
     @property
     def words(self) -> str:
@@ -53,7 +59,7 @@ class Need(enum.Flag):
         return ", ".join(str(need.name).lower() for need in self) or "sums and lengths only"
 
 
-PER_TOKEN = Need.TOKENS | Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL
+PER_TOKEN = Need.TOKENS | Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
 """Needs that come with `token_logps` and `token_mask`."""
 
 ROLES = ("chosen", "rejected", "sampled")
@@ -67,6 +73,9 @@ _FIELDS = {
     Need.COLLISION: (("token_collision",), "compute log sum_v pi(v)^2 at every completion position"),
     Need.FORWARD_KL: (("token_forward_kl",), "compute KL(reference || policy) at every completion position"),
     Need.REVERSE_KL: (("token_reverse_kl",), "compute KL(policy || reference) at every completion position"),
+    Need.DIVERGENCE: (("token_divergences", "divergences"), "compute them at every completion position and name them"),
+    Need.HIDDEN: (("hidden", "prompt_hidden"), "average the policy's hidden states over completions and prompts"),
+    Need.EMBEDDINGS: (("embedding", "prompt_embedding"), "give the data columns of embeddings"),
 }
 """The fields of `Scores` that each need is about, and how to fill them in."""
 
@@ -118,6 +127,7 @@ class Loss(nn.Module):
         paired: whether chosen and rejected must answer the same prompts row by row.
         columns: numeric data set columns that must be present in every scored role.
         top_k: how many of the largest log-probabilities `Need.TOP_K` asks for.
+        divergences: which ones `Need.DIVERGENCE` asks for, as `prefopt.losses.divergences` names them.
         batchwise: whether examples act on one another, through a statistic or a mean over the batch's tokens; None is
             taken as yes for losses from outside this package.
         outermost: whether it cannot be a term of a sum, nor stand inside another loss.
@@ -132,6 +142,7 @@ class Loss(nn.Module):
     paired: bool = False
     columns: tuple[str, ...] = ()
     top_k: int = 0
+    divergences: tuple[str, ...] = ()
     batchwise: bool | None = None
     outermost: bool = False
 
@@ -296,6 +307,7 @@ class WeightedSum(Loss):
         self.paired = any(loss.paired for loss in members)
         self.columns = tuple(dict.fromkeys(column for loss in members for column in loss.columns))
         self.top_k = max(loss.top_k for loss in members)
+        self.divergences = tuple(dict.fromkeys(name for loss in members for name in loss.divergences))
 
     def needs_of(self, role: str) -> Need:
         needs = Need.NONE

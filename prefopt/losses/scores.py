@@ -34,6 +34,14 @@ class Scores:
         token_forward_kl: (N, T) KL(reference || policy) of the next-token distributions; with `Need.FORWARD_KL`.
         ref_token_entropy: (N, T) entropy of the reference's next-token distribution; with `Need.FORWARD_KL`.
         token_reverse_kl: (N, T) KL(policy || reference) of the next-token distributions; with `Need.REVERSE_KL`.
+        token_divergences: (N, T, D) divergences between the next-token distributions of policy and reference, with
+            gradient; with `Need.DIVERGENCE`.
+        divergences: names of the D divergences, as `prefopt.losses.divergences` writes them.
+        hidden: (N, H) the policy's last hidden states, averaged over the positions that the completion's tokens are
+            predicted from, with gradient; with `Need.HIDDEN`.
+        prompt_hidden: (N, H) the same over the prompt's tokens.
+        embedding: (N, H) of the completion, as it came with the data; with `Need.EMBEDDINGS`.
+        prompt_embedding: (N, H) of its prompt.
         columns: further per-example columns of the data set, (N,) each. `weight` scales every loss per example.
     """
 
@@ -51,6 +59,12 @@ class Scores:
     token_forward_kl: Tensor | None = None
     ref_token_entropy: Tensor | None = None
     token_reverse_kl: Tensor | None = None
+    token_divergences: Tensor | None = None
+    divergences: tuple[str, ...] | None = None
+    hidden: Tensor | None = None
+    prompt_hidden: Tensor | None = None
+    embedding: Tensor | None = None
+    prompt_embedding: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,6 +97,15 @@ class Scores:
     def weight(self) -> Tensor | None:
         """(N,) example weights, or None where the data set has no `weight` column."""
         return self.columns.get("weight")
+
+    def token_divergence(self, name: str) -> Tensor:
+        """(N, T) the divergence of that name."""
+        if self.token_divergences is None or name not in (self.divergences or ()):
+            raise ValueError(
+                f"this loss needs the divergence {name!r}, but the scores hold {self.divergences or 'none'}"
+            )
+        assert self.divergences is not None
+        return self.token_divergences[..., self.divergences.index(name)]
 
     def at_least_float32(self) -> Scores:
         """The same scores with half-precision tensors raised to float32; float64 is kept for gradient checks."""

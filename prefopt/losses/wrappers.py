@@ -34,6 +34,7 @@ class Wrapper(Loss):
         self.paired = loss.paired
         self.columns = loss.columns
         self.top_k = loss.top_k
+        self.divergences = loss.divergences
 
     def needs_of(self, role: str) -> Need:
         needs = self.loss.needs_of(role)

@@ -21,6 +21,28 @@ from prefopt.scoring.logprobs import DIFFERENTIABLE, MEASURED, Extras, Measured,
 from prefopt.scoring.model import unwrapped
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Which of B * K positions, row after row, are averaged into each of S vectors.
+
+    Attributes:
+        places: (P,) positions; one may be in several vectors.
+        vectors: (P,) the vector that each goes into.
+        count: S.
+    """
+
+    places: Tensor
+    vectors: Tensor
+    count: int
+
+    def mean(self, hidden: Tensor) -> Tensor:
+        """(S, H) means of (B, K, H) hidden states, at least float32; zero for a vector without positions."""
+        picked = hidden.reshape(-1, hidden.shape[-1])[self.places]
+        picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
+        sums = picked.new_zeros(self.count, picked.shape[-1]).index_add(0, self.vectors, picked)
+        return sums / self.vectors.bincount(minlength=self.count).clamp(min=1).to(sums.dtype).unsqueeze(-1)
+
+
 @dataclass
 class Request:
     """What is to be read off a call.
@@ -31,6 +53,7 @@ class Request:
         extras: what to compute besides log-probabilities.
         reference: what a call of the reference with the same positions kept, for extras that compare the two.
         keep: keep what it takes to have the logits again, in `kept`.
+        pool: of which positions to average the hidden states, into `pooled`.
     """
 
     labels: Tensor
@@ -39,6 +62,8 @@ class Request:
     reference: Kept | None = None
     keep: bool = False
     kept: Kept | None = field(default=None, repr=False)
+    pool: Pool | None = None
+    pooled: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -73,9 +98,10 @@ class Call:
     def _twice(self, model: nn.Module, arguments: Mapping[str, Any], request: Request) -> tuple[Measured, Any]:
         def values() -> tuple[Tensor | None, ...]:
             measured, _ = self._once(model, arguments, request, False)
-            return tuple(getattr(measured, name) for name in MEASURED)
+            return (*(getattr(measured, name) for name in MEASURED), request.pooled)
 
-        return Measured(*checkpoint(values, use_reentrant=False)), None
+        *made, request.pooled = checkpoint(values, use_reentrant=False)
+        return Measured(*made), None
 
     def _once(
         self, model: nn.Module, arguments: Mapping[str, Any], request: Request, whole_logits: bool
@@ -88,7 +114,7 @@ class Call:
         shared = contextlib.nullcontext() if self.frozen is None else self.frozen.around(inner, arguments)
         with shared:
             if head is None:
-                outputs = model(**arguments)
+                outputs = _pooling(model, inner, arguments, request)
                 return _off_logits(outputs.logits[:, -request.mask.shape[1] :], request), outputs
             return self._by_head(model, inner, head, arguments, request)
 
@@ -97,6 +123,7 @@ class Call:
         model: nn.Module, inner: nn.Module, head: Head, arguments: Mapping[str, Any], request: Request
     ) -> tuple[Measured, Any]:
         made: list[Measured] = []
+        pooled: list[Tensor] = []
 
         def instead(hidden: Tensor) -> Tensor:
             # A model without `logits_to_keep` hands over every position; the last ones are meant.
@@ -107,29 +134,62 @@ class Call:
             if request.keep:
                 request.kept = Kept(flat.detach(), head)
             values = [getattr(measured, name) for name in DIFFERENTIABLE]
-            columns = [v if v.dim() == 2 else v.unsqueeze(-1) for v in values if v is not None]
-            return torch.cat(columns, dim=-1).unsqueeze(0)
+            if request.pool is not None:
+                pooled.append(request.pool.mean(hidden))
+            return torch.cat([v.reshape(1, 1, -1) for v in (*values, *pooled) if v is not None], dim=-1)
 
         with replaced_head(inner, head, instead):
             outputs = model(**arguments)
         # Wrappers follow a model's outputs to know when its backward pass begins, so the gradient goes through them.
         # Their values, which a wrapper may have cast to its own precision, come from where they were made.
         (measured,) = made
-        carried = outputs.logits.squeeze(0)
+        carried = outputs.logits.flatten()
         values: dict[str, Tensor] = {}
         start = 0
-        for name in DIFFERENTIABLE:
-            value = getattr(measured, name)
+        for name, value in [
+            *((name, getattr(measured, name)) for name in DIFFERENTIABLE),
+            *(("pooled", v) for v in pooled),
+        ]:
             if value is None:
                 continue
-            width = value.shape[1] if value.dim() == 2 else 1
-            column = carried[:, start : start + width].reshape(value.shape)
-            if column.dtype == value.dtype:
-                values[name] = column
-            else:
-                values[name] = value.detach() + (column - column.detach()).to(value.dtype)
-            start += width
+            through = carried[start : start + value.numel()].reshape(value.shape)
+            if through.dtype != value.dtype:
+                through = value.detach() + (through - through.detach()).to(value.dtype)
+            values[name] = through
+            start += value.numel()
+        request.pooled = values.pop("pooled", None)
         return replace(measured, **values), outputs
+
+
+def _pooling(model: nn.Module, inner: nn.Module, arguments: Mapping[str, Any], request: Request) -> Any:
+    """The model's output; what its own head is given is averaged on the way, where the request asks for that."""
+    if request.pool is None:
+        return model(**arguments)
+    pool = request.pool
+    get = getattr(inner, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if head is None:
+        raise ValueError(
+            f"{type(inner).__name__} does not say which layer its head is, so its hidden states are unknown"
+        )
+
+    seen: list[Tensor] = []
+
+    def look(_: nn.Module, given: tuple[Any, ...]) -> None:
+        seen.append(pool.mean(given[0][:, given[0].shape[1] - request.mask.shape[1] :]))
+
+    handle = head.register_forward_pre_hook(look)
+    try:
+        outputs = model(**arguments)
+    finally:
+        handle.remove()
+    if not seen:
+        raise ValueError(
+            f"{type(inner).__name__} did not call its head as a module, so its hidden states were not seen; if it is "
+            "compiled (torch_compile), train it without that"
+        )
+    request.pooled = seen[-1]
+    return outputs
 
 
 def _off_logits(logits: Tensor, request: Request) -> Measured:

@@ -19,6 +19,8 @@ from prefopt.scoring.rows import RowGroups
 CHOSEN, REJECTED, MISMATCHED, SAMPLED = range(4)
 GIVEN_LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "prev_chosen_logps", "prev_rejected_logps")
 """Per-example sums that may come with the data: under the reference, and under the previous iterate of the policy."""
+EMBEDDINGS = ("prompt_embedding", "chosen_embedding", "rejected_embedding")
+"""Data columns of vectors, all of one width, for objectives that compare embeddings."""
 ROW_TENSORS = ("input_ids", "attention_mask", "completion_mask")
 COLUMN_PREFIX = "column_"
 """What per-example columns are called inside a batch, so that none can be taken for a model input."""
@@ -40,6 +42,7 @@ class PreferenceCollator:
         pad_to_multiple_of: row length is rounded up to a multiple of this.
         mismatched: also build every completion's row under the previous example's prompt.
         columns: numeric columns to pass on, as `column_<name>`; `weight` is passed on wherever it is present.
+        embeddings: pass the columns of `EMBEDDINGS` on.
     """
 
     pad_token_id: int | None = None
@@ -48,6 +51,7 @@ class PreferenceCollator:
     pad_to_multiple_of: int | None = None
     mismatched: bool = False
     columns: tuple[str, ...] = ()
+    embeddings: bool = False
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         rows: list[tuple[int, int, list[int], list[int]]] = []  # role, example, prompt, completion
@@ -71,6 +75,8 @@ class PreferenceCollator:
             if name in examples[0]:
                 batch[name] = torch.tensor([float(example[name]) for example in examples])
         batch.update(collate_columns(examples, self.columns))
+        if self.embeddings:
+            batch.update({name: collate_vectors(examples, name) for name in EMBEDDINGS})
         return batch
 
     def _pad(self, rows: list[tuple[int, int, list[int], list[int]]]) -> dict[str, Tensor]:
@@ -126,11 +132,32 @@ def collate_columns(examples: Sequence[dict[str, Any]], columns: tuple[str, ...]
     return batch
 
 
+def collate_vectors(examples: Sequence[dict[str, Any]], name: str) -> Tensor:
+    """(E, H) float32, a column of vectors.
+
+    Raises:
+        ValueError: if a row has none, or vectors differ in width.
+    """
+    vectors = [example.get(name) for example in examples]
+    try:
+        made = torch.tensor(vectors, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        made = torch.empty(0)
+    if made.dim() != 2 or not bool(torch.isfinite(made).all()):
+        widths = sorted({len(v) if isinstance(v, Sequence) else 0 for v in vectors})
+        raise ValueError(
+            f"column {name!r} must hold a list of finite numbers, as many in every row; numbers here: {widths}"
+        )
+    return made
+
+
 def groups_of(batch: Mapping[str, Any]) -> RowGroups:
     """Who is who in a collated batch; collators other than ours put the chosen rows first and the rejected after."""
     columns = {k.removeprefix(COLUMN_PREFIX): v for k, v in batch.items() if k.startswith(COLUMN_PREFIX)}
     if "roles" in batch:
-        return RowGroups(batch["roles"], batch["examples"], columns, bool(batch["paired"]), batch.get(COUNTED))
+        embeddings = {name: batch[name] for name in EMBEDDINGS if name in batch}
+        paired, counted = bool(batch["paired"]), batch.get(COUNTED)
+        return RowGroups(batch["roles"], batch["examples"], columns, paired, counted, embeddings)
     ids = batch["input_ids"]
     half = torch.arange(ids.shape[0] // 2, device=ids.device)
     roles = torch.cat([torch.full_like(half, CHOSEN), torch.full_like(half, REJECTED)])
@@ -160,7 +187,7 @@ def select_examples(batch: Mapping[str, Any], examples: Sequence[int]) -> dict[s
     wanted = torch.tensor(sorted(examples), device=batch["examples"].device)
     made = select_rows(batch, torch.isin(batch["examples"], wanted))
     made["examples"] = torch.searchsorted(wanted, made["examples"])
-    of_examples = [name for name in batch if name in GIVEN_LOGPS or name.startswith(COLUMN_PREFIX)]
+    of_examples = [name for name in batch if name in (*GIVEN_LOGPS, *EMBEDDINGS) or name.startswith(COLUMN_PREFIX)]
     return {**made, **{name: batch[name][wanted] for name in of_examples}}
 
 

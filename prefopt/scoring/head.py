@@ -178,6 +178,7 @@ class _HeadScores(torch.autograd.Function):
             hidden, labels, made.top_ids, made.reverse_kl, torch.cat(directions) if at_once else None, *kept
         )
         ctx.head, ctx.reference, ctx.at_once, ctx.dtype = head, reference, at_once, hidden.dtype
+        ctx.divergences = extras.divergences
         ctx.autocast = (
             torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         )
@@ -209,7 +210,8 @@ class _HeadScores(torch.autograd.Function):
                 reverse_kl=None if reverse_kl is None else reverse_kl[part],
             )  # fmt: skip
             grad = pull_back(
-                logits, labels[part], measured, {name: value[part] for name, value in given.items()}, theirs
+                logits, labels[part], measured, {name: value[part] for name, value in given.items()}, theirs,
+                ctx.divergences,
             )  # fmt: skip
             if head.softcap is not None:
                 grad.mul_(1 - (logits / head.softcap) ** 2)

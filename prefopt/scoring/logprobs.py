@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prefopt.losses.divergences import Divergence, divergence, slope
+
 
 @dataclass(frozen=True)
 class Extras:
@@ -25,6 +27,8 @@ class Extras:
         collision: log sum_v pi(v)^2.
         forward_kl: KL(reference || policy) and the reference's entropy; needs the reference's logits.
         reverse_kl: KL(policy || reference); needs the reference's logits.
+        divergences: any others between policy and reference; need the reference's logits.
+        hidden: mean hidden states of completions and prompts.
         statistics: entropy and whether a token was the most probable one, for logging; zero where not asked for.
     """
 
@@ -32,12 +36,14 @@ class Extras:
     collision: bool = False
     forward_kl: bool = False
     reverse_kl: bool = False
+    divergences: tuple[Divergence, ...] = ()
+    hidden: bool = False
     statistics: bool = True
 
     @property
     def full_reference(self) -> bool:
         """Whether the reference's logits are needed, not its log-probabilities alone."""
-        return self.forward_kl or self.reverse_kl
+        return self.forward_kl or self.reverse_kl or bool(self.divergences)
 
 
 NOTHING = Extras()
@@ -61,6 +67,10 @@ class TokenScores:
         forward_kl: (R, T) KL(reference || policy), zero outside `mask`; with gradient.
         reverse_kl: (R, T) KL(policy || reference), zero outside `mask`; with gradient.
         ref_entropy: (R, T) entropy of the reference's distribution, zero outside `mask`.
+        divergences: (R, T, D) those of the extras, zero outside `mask`; with gradient.
+        hidden: (R, H) mean last hidden state of the positions that predict a row's completion; with gradient, at
+            least float32. Zero for rows without a completion.
+        prompt_hidden: (R, H) the same of the row's prompt.
         logits: those of the scored positions, in the form of the layout that made them, where asked to keep them.
     """
 
@@ -75,6 +85,9 @@ class TokenScores:
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     ref_entropy: Tensor | None = None
+    divergences: Tensor | None = None
+    hidden: Tensor | None = None
+    prompt_hidden: Tensor | None = None
     logits: Any = None
 
 
@@ -97,9 +110,10 @@ class Measured:
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     ref_entropy: Tensor | None = None
+    divergences: Tensor | None = None
 
 
-DIFFERENTIABLE = ("logps", "top_logps", "forward_kl", "reverse_kl")
+DIFFERENTIABLE = ("logps", "top_logps", "forward_kl", "reverse_kl", "divergences")
 MEASURED = tuple(part.name for part in fields(Measured))
 
 
@@ -164,6 +178,9 @@ def measure(
             made["collision"] = torch.logsumexp(2 * scores, dim=-1)
         if extras.full_reference and ref_logits is not None:
             reference = torch.log_softmax(ref_logits, dim=-1)
+            if extras.divergences:
+                values = [divergence(kind, scores, reference) for kind in extras.divergences]
+                made["divergences"] = torch.stack(values, dim=-1)
             if extras.reverse_kl:
                 made["reverse_kl"] = _divergence(scores, reference)
             if extras.forward_kl:
@@ -173,7 +190,12 @@ def measure(
 
 
 def pull_back(
-    logits: Tensor, labels: Tensor, measured: Measured, grads: Mapping[str, Tensor], ref_logits: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    measured: Measured,
+    grads: Mapping[str, Tensor],
+    ref_logits: Tensor | None = None,
+    divergences: Sequence[Divergence] = (),
 ) -> Tensor:
     """(N, V) gradient of the logits, from one softmax for all quantities.
 
@@ -183,6 +205,7 @@ def pull_back(
         measured: what `measure` gave; its `top_ids` and `reverse_kl` are looked at.
         grads: the gradient of each of `DIFFERENTIABLE` that has one.
         ref_logits: (N, V) of the reference.
+        divergences: those of the extras, in order.
     """
     probs = torch.softmax(logits, dim=-1)
     total = torch.zeros_like(probs)
@@ -195,8 +218,12 @@ def pull_back(
     if "top_logps" in grads and measured.top_ids is not None:
         total.scatter_add_(-1, measured.top_ids, grads["top_logps"])
         share -= grads["top_logps"].sum(-1, keepdim=True)
-    if ("forward_kl" in grads or "reverse_kl" in grads) and ref_logits is not None:
+    if not grads.keys().isdisjoint(("forward_kl", "reverse_kl", "divergences")) and ref_logits is not None:
         reference = torch.log_softmax(ref_logits, dim=-1)
+        if "divergences" in grads:
+            scores = torch.log_softmax(logits, dim=-1)
+            for kind, upstream in zip(divergences, grads["divergences"].unbind(-1), strict=True):
+                total.addcmul_(slope(kind, scores, reference), upstream.unsqueeze(-1))
         if "reverse_kl" in grads and measured.reverse_kl is not None:
             # d KL(p || r) / d logits = p (log p - log r - KL)
             gap = probs.log().sub_(reference).sub_(measured.reverse_kl.unsqueeze(-1))
@@ -225,6 +252,7 @@ class _TokenLogProbs(torch.autograd.Function):
             rows.append(measure(logits[row, here].to(dtype), labels[row, here], extras, reference))
         made = joined(rows)
         ctx.save_for_backward(logits, labels, mask, ref_logits, made.top_ids, made.reverse_kl)
+        ctx.divergences = extras.divergences
         return detached_where_constant(ctx, made)
 
     @staticmethod
@@ -246,7 +274,7 @@ class _TokenLogProbs(torch.autograd.Function):
             reference = None if ref_logits is None else ref_logits[row, here].to(dtype)
             grad[row, here] = pull_back(
                 logits[row, here].to(dtype), labels[row, here], measured,
-                {name: value[part] for name, value in given.items()}, reference,
+                {name: value[part] for name, value in given.items()}, reference, ctx.divergences,
             ).to(logits.dtype)  # fmt: skip
         return grad, None, None, None, None
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from prefopt.scoring.call import Call, Request
+from prefopt.scoring.call import Call, Pool, Request
 from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores, spread
 from prefopt.scoring.model import takes_logits_to_keep
 
@@ -49,6 +50,7 @@ def score_rows(
     # The head of a small model with a large vocabulary is a fifth of the work: skip the positions before the first
     # completion token of the batch.
     first = int(mask.any(dim=0).float().argmax()) if bool(mask.any()) else max(mask.shape[1] - 1, 0)
+    first = 0 if extras.hidden else first
     window = mask.shape[1] - first
     if not all_logits and takes_logits_to_keep(model):
         kwargs["logits_to_keep"] = window + 1
@@ -56,7 +58,29 @@ def score_rows(
     request = Request(
         pad(labels[:, first:], (0, 1)), pad(mask[:, first:], (0, 1)), extras,
         reference=None if reference is None or reference.logits is None else reference.logits[0], keep=keep_logits,
+        pool=_pool(mask, inputs.get("attention_mask")) if extras.hidden else None,
     )  # fmt: skip
     measured, outputs = (call or Call())(model, kwargs, request, whole_logits=all_logits)
     scores = spread(measured, mask, labels)
+    if request.pooled is not None:
+        hidden, prompt_hidden = request.pooled.chunk(2)
+        scores = replace(scores, hidden=hidden, prompt_hidden=prompt_hidden)
     return replace(scores, logits=[request.kept]) if keep_logits else scores, outputs
+
+
+def _pool(mask: Tensor, attention_mask: Tensor | None) -> Pool:
+    """Averages over the positions that predict each of R completions, then over each of their R prompts.
+
+    Args:
+        mask: (R, T - 1), true at the positions that predict completion tokens.
+        attention_mask: (R, T), true at real tokens; all of them if None.
+    """
+    count = mask.shape[0]
+    # The first position that predicts one is the prompt's last token.
+    before = mask.int().cumsum(-1) - mask.int()
+    prompt = pad((before == 0) & mask.any(-1, keepdim=True), (0, 1))
+    if attention_mask is not None:
+        prompt &= attention_mask.bool()
+    rows = torch.cat([pad(mask, (0, 1)), prompt])
+    vectors, places = rows.nonzero().unbind(-1)
+    return Pool(places + (vectors % count) * rows.shape[1], vectors, 2 * count)

@@ -7,13 +7,14 @@ in any order and roles may have different sizes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from prefopt.losses import Loss, Need, PreferenceBatch, Scores
 from prefopt.losses.base import PER_TOKEN
+from prefopt.losses.divergences import named
 from prefopt.scoring.logprobs import Extras, TokenScores
 
 ROLES = ("chosen", "rejected", "mismatched", "sampled")
@@ -30,6 +31,7 @@ class RowGroups:
         columns: per-example columns of the data set, (E,) each.
         paired: whether every example has one chosen and one rejected row, in the same order.
         counted: the first so many examples count; what comes after them only fills the batch up. All if None.
+        embeddings: (E, H) each, by the name of the column that they came in: those of prompts and of each role.
     """
 
     roles: Tensor
@@ -37,6 +39,7 @@ class RowGroups:
     columns: Mapping[str, Tensor]
     paired: bool
     counted: int | None = None
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows_of(self, role: int) -> Tensor:
         """The rows that play a role in an example that counts."""
@@ -51,6 +54,8 @@ def extras_for(loss: Loss) -> Extras:
         collision=Need.COLLISION in loss.needs,
         forward_kl=Need.FORWARD_KL in loss.needs,
         reverse_kl=Need.REVERSE_KL in loss.needs,
+        divergences=tuple(map(named, loss.divergences)) if Need.DIVERGENCE in loss.needs else (),
+        hidden=Need.HIDDEN in loss.needs,
     )
 
 
@@ -85,6 +90,7 @@ def assemble_batch(
         "token_forward_kl": policy.forward_kl,
         "token_reverse_kl": policy.reverse_kl,
         "ref_token_entropy": policy.ref_entropy,
+        "token_divergences": policy.divergences,
     }
     roles: dict[str, Any] = {}
     for number, role in enumerate(ROLES):
@@ -103,7 +109,15 @@ def assemble_batch(
         if needs & PER_TOKEN:
             fields |= tokens
             fields["ref_token_logps"] = ref_token_logps if needs.compares else None
+        if Need.HIDDEN in needs:
+            fields |= {"hidden": policy.hidden, "prompt_hidden": policy.prompt_hidden}
         values: dict[str, Any] = {name: value[rows] for name, value in fields.items() if value is not None}
+        if Need.EMBEDDINGS in needs:
+            given = {"embedding": f"{role}_embedding", "prompt_embedding": "prompt_embedding"}
+            of_rows = groups.examples[rows]
+            values |= {n: groups.embeddings[c][of_rows] for n, c in given.items() if c in groups.embeddings}
+        if "token_divergences" in values:
+            values["divergences"] = loss.divergences
         columns = {name: column[groups.examples[rows]] for name, column in groups.columns.items()}
         roles[role] = Scores(**values, columns=columns)
     return PreferenceBatch(**roles, paired=groups.paired)

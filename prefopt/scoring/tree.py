@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.scoring.attention import Plan, Span, block_mask, encode
-from prefopt.scoring.call import Call, Request
+from prefopt.scoring.call import Call, Pool, Request
 from prefopt.scoring.logprobs import MEASURED, NOTHING, Extras, Measured, TokenScores, joined, spread
 
 Masks = Literal["packed", "block"] | torch.dtype
@@ -128,13 +128,15 @@ def pack(trees: Sequence[Tree], tokens: int | None) -> list[list[Tree]]:
     return [[trees[i] for i in some] for some in first_fit([len(tree.tokens) for tree in trees], tokens)]
 
 
-def tree_inputs(trees: Sequence[Tree], pad_token_id: int, device: torch.device, masks: Masks) -> dict[str, Any]:
+def tree_inputs(
+    trees: Sequence[Tree], pad_token_id: int, device: torch.device, masks: Masks, trunks_too: bool = False
+) -> dict[str, Any]:
     """Model inputs for some trees: a row each, or one row for all, as the kind of mask asks for.
 
     Returns:
         `input_ids` and `position_ids` (B, T) and `attention_mask`; for one row also, as `logits_to_keep`, the places
-        of its branches, in the order of the trees' targets. Rows of their own are padded on the left, so that their
-        branches end at the last column.
+        of its branches, in the order of the trees' targets, or of everything with `trunks_too`. Rows of their own are
+        padded on the left, so that their branches end at the last column.
     """
     if isinstance(masks, torch.dtype):
         return _rows_of_their_own(trees, pad_token_id, device, masks)
@@ -145,7 +147,7 @@ def tree_inputs(trees: Sequence[Tree], pad_token_id: int, device: torch.device, 
     for tree in trees:
         trunks.append((offset, offset + tree.trunk))
         branches.append(tuple((offset + start, offset + end) for start, end in tree.spans()))
-        kept += range(offset + tree.trunk, offset + len(tree.tokens))
+        kept += range(offset + (0 if trunks_too else tree.trunk), offset + len(tree.tokens))
         offset += len(tree.tokens)
     plan = Plan(tuple(trunks), tuple(branches))
     return {
@@ -215,14 +217,18 @@ def score_trees(
     trees = plant(ids, inputs["attention_mask"], completion_mask)
     together = group(trees, tokens) if isinstance(masks, torch.dtype) else pack(trees, tokens)
     parts: list[Measured] = []
+    pooled: list[Tensor] = []
     kept: list[Any] = []
     outputs: Any = None
     for number, some in enumerate(together):
-        arguments = tree_inputs(some, 0, ids.device, masks)
-        width = max(len(tree.targets) for tree in some) if isinstance(masks, torch.dtype) else None
-        labels, mask = _labels(some, width, ids.device)
+        arguments = tree_inputs(some, 0, ids.device, masks, trunks_too=extras.hidden)
+        width = None
+        if isinstance(masks, torch.dtype):
+            width = max(len(tree.tokens if extras.hidden else tree.targets) for tree in some)
+        labels, mask = _labels(some, width, ids.device, trunks_too=extras.hidden)
         before = None if reference is None or reference.logits is None else reference.logits[number]
-        request = Request(labels, mask, extras, before, keep_logits)
+        pool = _pool(some, width, ids.device) if extras.hidden else None
+        request = Request(labels, mask, extras, before, keep_logits, pool=pool)
         # Branches end at the last column of a row of their own; of a packed row their places are picked.
         arguments["logits_to_keep"] = arguments.get("logits_to_keep", width)
         measured, outputs = (call or Call())(
@@ -230,23 +236,70 @@ def score_trees(
         )
         parts.append(measured)
         kept.append(request.kept)
+        if request.pooled is not None:
+            pooled.append(request.pooled)
     targets = [target for some in together for tree in some for target in tree.targets]
     scores = _scatter(parts, targets, (ids.shape[0], ids.shape[1] - 1), ids[:, 1:])
+    if pooled:
+        hidden, prompt_hidden = _of_rows(torch.cat(pooled), [tree for some in together for tree in some], ids.shape[0])
+        scores = replace(scores, hidden=hidden, prompt_hidden=prompt_hidden)
     return (replace(scores, logits=kept) if keep_logits else scores), outputs
 
 
-def _labels(trees: Sequence[Tree], width: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def _pool(trees: Sequence[Tree], width: int | None, device: torch.device) -> Pool:
+    """Averages over each tree's prompt, then over each of its branches, tree after tree.
+
+    Args:
+        trees: a row each, or all in one row if `width` is None; trunks are among the kept positions.
+        width: of a row, which ends with its tree.
+        device: of the tensors.
+    """
+    places: list[int] = []
+    vectors: list[int] = []
+    offset = count = 0
+    for row, tree in enumerate(trees):
+        start = offset if width is None else (row + 1) * width - len(tree.tokens)
+        # Every branch begins with a copy of the prompt's last token; the first one's stands for all.
+        spans = [(0, tree.trunk + 1), *tree.spans()]
+        for number, (first, end) in enumerate(spans, count):
+            places += range(start + first, start + end)
+            vectors += [number] * (end - first)
+        offset += len(tree.tokens)
+        count += len(spans)
+    return Pool(torch.tensor(places, device=device), torch.tensor(vectors, device=device), count)
+
+
+def _of_rows(pooled: Tensor, trees: Sequence[Tree], rows: int) -> tuple[Tensor, Tensor]:
+    """(R, H) vectors of each row's completion and prompt, of those that `_pool` asked for; zero where it has none."""
+    none = pooled.shape[0]
+    completions, prompts = [none] * rows, [none] * rows
+    start = 0
+    for tree in trees:
+        spans = tree.spans()
+        for number, (first, _) in enumerate(spans, start + 1):
+            for row in tree.targets[first - tree.trunk][0]:
+                completions[row], prompts[row] = number, start
+        start += 1 + len(spans)
+    padded = torch.cat([pooled, torch.zeros_like(pooled[:1])])
+    return padded[completions], padded[prompts]
+
+
+def _labels(
+    trees: Sequence[Tree], width: int | None, device: torch.device, trunks_too: bool = False
+) -> tuple[Tensor, Tensor]:
     """(B, K) tokens that the kept positions predict, and which of them are targets.
 
     Args:
         trees: a row each, or all in one row if `width` is None.
         width: of a row; its targets are at its end.
         device: of the tensors.
+        trunks_too: whether trunks are among the kept positions of one row.
     """
-    if width is None:
-        labels = torch.tensor([[token for tree in trees for _, _, token in tree.targets]], device=device)
-        return labels, torch.ones_like(labels, dtype=torch.bool)
-    rows = [[PADDING] * (width - len(tree.targets)) + [token for _, _, token in tree.targets] for tree in trees]
+    rows: list[list[int]] = []
+    for tree in trees:
+        before = (tree.trunk if trunks_too else 0) if width is None else width - len(tree.targets)
+        rows.append([PADDING] * before + [token for _, _, token in tree.targets])
+    rows = [[token for row in rows for token in row]] if width is None else rows
     labels = torch.tensor(rows, device=device)
     return labels.clamp(min=0), labels != PADDING
 

@@ -25,6 +25,7 @@ from prefopt.metrics import RunningMeans, batch_metrics
 from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.collate import (
+    EMBEDDINGS,
     GIVEN_LOGPS,
     PreferenceCollator,
     WithColumns,
@@ -128,11 +129,16 @@ class LossMixin(
                     f"{objective} scores other completions of the batch under the reference at every step, which "
                     "cannot be computed ahead: set precompute_ref_log_probs=False"
                 )
-        of_reference = Need.TOKENS | Need.FORWARD_KL | Need.REVERSE_KL
+        of_reference = Need.TOKENS | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
         if precomputes and objective.needs & of_reference and objective.needs.compares:
             raise ValueError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
         if "sampled" in objective.roles:
             self._refuse_for_samples(objective, args, sample)
+        if Need.EMBEDDINGS in objective.needs and sample and (missing := set(EMBEDDINGS) - set(sample)):
+            raise ValueError(
+                f"{objective} needs columns of embeddings; the data lacks {', '.join(sorted(missing))}: let "
+                "`prefopt.data.embed` add them, or take the policy's own with embeddings='hidden'"
+            )
         for column in objective.columns:
             if sample and column not in sample:
                 raise ValueError(f"{objective} needs a numeric column {column!r}; the data has {sorted(sample)}")
@@ -159,6 +165,7 @@ class LossMixin(
             pad_to_multiple_of=args.pad_to_multiple_of,
             mismatched=Need.MISMATCHED in objective.needs,
             columns=objective.columns,
+            embeddings=Need.EMBEDDINGS in objective.needs,
         )
 
     def _after_trl(self, objective: Loss, own_reference: bool, sample: Mapping[str, Any]) -> None:
@@ -228,7 +235,7 @@ class LossMixin(
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if fresh and self.objective is not None and self._signature_columns is not None:
-            more = ["completion_ids", "label", "weight", *GIVEN_LOGPS[2:], *self.objective.columns]
+            more = ["completion_ids", "label", "weight", *GIVEN_LOGPS[2:], *EMBEDDINGS, *self.objective.columns]
             self._signature_columns += [name for name in more if name not in self._signature_columns]
 
     # ---- the loss -------------------------------------------------------------------------------------------------

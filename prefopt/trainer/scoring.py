@@ -21,7 +21,7 @@ from prefopt.losses import Loss, Need, PreferenceBatch
 from prefopt.scoring import Extras, TokenScores, extras_for
 from prefopt.scoring.adapters import fuse_lora
 from prefopt.scoring.cache import ReferenceCache, cache_root
-from prefopt.scoring.collate import COLUMN_PREFIX, COUNTED, GIVEN_LOGPS, PreferenceCollator, select_rows
+from prefopt.scoring.collate import COLUMN_PREFIX, COUNTED, EMBEDDINGS, GIVEN_LOGPS, PreferenceCollator, select_rows
 from prefopt.scoring.fingerprint import fingerprint, is_sharded
 from prefopt.scoring.frozen import FrozenLayers, frozen_depth, same_below
 from prefopt.scoring.layout import Layout
@@ -32,7 +32,7 @@ from prefopt.trainer.state import CacheWriter
 
 logger = logging.getLogger(__name__)
 
-_NOT_FOR_THE_MODEL = {"completion_mask", "roles", "examples", "paired", COUNTED, *GIVEN_LOGPS}
+_NOT_FOR_THE_MODEL = {"completion_mask", "roles", "examples", "paired", COUNTED, *GIVEN_LOGPS, *EMBEDDINGS}
 
 
 class ScoringMixin:

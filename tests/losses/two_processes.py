@@ -42,7 +42,7 @@ def some(batch: PreferenceBatch, rows: slice) -> PreferenceBatch:
     for role in (*ROLES, "mismatched"):
         if (scores := batch.role(role)) is not None:
             values = {part.name: getattr(scores, part.name) for part in fields(Scores) if part.name != "columns"}
-            kept = {name: value[rows] for name, value in values.items() if value is not None}
+            kept = {name: v[rows] if isinstance(v, torch.Tensor) else v for name, v in values.items()}
             roles[role] = Scores(**kept, columns={name: value[rows] for name, value in scores.columns.items()})
     return PreferenceBatch(**roles)
 

@@ -126,10 +126,10 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     `--dataset_name` the bundled preference pairs are used.
     """
     _quiet_libraries()
-    show_short_errors()
     argv = list(sys.argv[1:] if argv is None else argv)
     command = f"accelerate launch {command_line([_script(), *argv])}"
     guard_process()
+    show_short_errors()
     config, path = _take_config(argv)
     paper = config.pop("paper", {})
     words = {word[2:].split("=", 1)[0].replace("-", "_") for word in argv if word.startswith("--")}

@@ -105,6 +105,7 @@ Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimiz
 Optimization
 2408.06266 | D'Oosterlinck, Karel | \
 Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment
+2408.11104 | Liu, Qiang | ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks
 2409.06411 | Liu, Wei | Length Desensitization in Direct Preference Optimization
 2409.10571 | Wang, Ruoyu | ASFT: Aligned Supervised Fine-Tuning through Absolute Likelihood
 2410.07163 | Fan, Chongyu | Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning
@@ -114,6 +115,9 @@ Anchored Preference Optimization and Contrastive Revisions: Addressing Underspec
 Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization
 2411.15124 | Lambert, Nathan | TULU 3: Pushing Frontiers in Open Language Model Post-Training
 2412.14516 | Xiao, Teng | Cal-DPO: Calibrated Direct Preference Optimization for Language Model Alignment
+2412.17696 | Richardson, Kyle | Understanding the Logic of Direct Preference Alignment through Logic
+2501.03271 | Das, Amitava | \
+DPO Kernels: A Semantically-Aware, Kernel-Enhanced, and Divergence-Rich Paradigm for Direct Preference Optimization
 2501.03884 | Gupta, Aman | AlphaPO: Reward Shape Matters for LLM Alignment
 2502.19301 | Wang, Qizhou | Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond
 2505.11953 | Yang, Puning | Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from types import TracebackType
 
+from prefopt.redaction import redact
+
 _OURS = (ValueError, TypeError, OSError, ArithmeticError)
 
 
@@ -27,7 +29,7 @@ def show_short_errors() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if is_ours(error) and not os.environ.get("PREFOPT_VERBOSE"):
-            print(f"error: {error}", file=sys.stderr)
+            print(redact(f"error: {error}"), file=sys.stderr)
         else:
             previous(kind, error, traceback)
 

@@ -137,8 +137,9 @@ class _Reader:
     def times(self, node: ast.BinOp, loss: Loss, weight: float) -> WeightedSum:
         try:
             return loss * weight
-        except ValueError:
-            self.fail(node, "the factors multiply to more than a number can hold")
+        except ValueError as error:
+            said = "the factors multiply to more than a number can hold" if "finite" in str(error) else str(error)
+            self.fail(node, said)
 
     def is_number(self, node: ast.expr) -> bool:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):

@@ -27,7 +27,16 @@ from prefopt.trainer.facts import CARD, FactsMixin
 
 logger = logging.getLogger(__name__)
 
-NOT_PUBLISHED = ("_*", ".*", "checkpoint-*", "training_args.bin", "dropped_*.jsonl", "*.unfinished", "wandb/*")
+NOT_PUBLISHED = (
+    "_*",
+    ".*",
+    "checkpoint-*",
+    "training_args.bin",
+    "dropped_*.jsonl",
+    "before.json",
+    "*.unfinished",
+    "wandb/*",
+)
 """Files of an output folder that are never pushed: pickles, rows of the data, what is not finished."""
 
 ONLY_TO_RESUME = (

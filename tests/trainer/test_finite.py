@@ -168,6 +168,9 @@ class TestFiniteness:
         for step, value in ((1, 1.0), (2, 2.0), (10, float("nan")), (11, None)):
             folder = tmp_path / f"checkpoint-{step}"
             folder.mkdir()
+            (folder / "trainer_state.json").write_text("{}")
+            for name in ("optimizer.pt", "scheduler.pt"):
+                torch.save({}, folder / name)
             if value is None:
                 (folder / "model.safetensors").write_bytes(b"cut off")
             else:

@@ -25,6 +25,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from prefopt.config_file import check_values, read_config, set_environment
 from prefopt.data.errors import did_you_mean
+from prefopt.files import is_file
 from prefopt.losses import LossSyntaxError
 from prefopt.models import adapter_base
 from prefopt.redaction import command_line, guard_process, redact, remember
@@ -245,18 +246,11 @@ def _take_config(argv: list[str]) -> tuple[dict[str, Any], Path | None]:
         name = argv[position + 1] if position + 1 < len(argv) else ""
     del argv[position : position + (1 if joined else 2)]
     path = Path(name)
-    if not _is_file(path):
+    if not is_file(path):
         raise SystemExit(f"--config {_short(name)}: there is no such file")
     config = read_config(path)
     set_environment(config.pop("env", {}), path)
     return config, path
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 def _defaults(loss: str, config: dict[str, Any], words: set[str], demo: bool) -> dict[str, Any]:

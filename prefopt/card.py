@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
 from prefopt.losses import Loss, presets
+from prefopt.markdown import table
 from prefopt.papers import find
 from prefopt.redaction import redact
 
@@ -126,14 +127,6 @@ def block(text: str, language: str = "") -> str:
     """A fenced block that this text cannot end early."""
     fence = "`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     return f"{fence}{language}\n{redact(text)}\n{fence}"
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; cells are Markdown already."""
-    lines = [f"| {' | '.join(headings)} |", "|" + " --- |" * len(headings)]
-    # A bar ends a cell even inside code.
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return "\n".join(lines)
 
 
 def _heading(text: str) -> str:

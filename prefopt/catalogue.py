@@ -1,18 +1,18 @@
 """What the registry knows of every objective, by family, and as the Markdown tables of the README and the docs.
 
-Imports `prefopt.losses` alone.
+Imports `prefopt.losses` and `prefopt.markdown` alone.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefopt.losses import DPO, SFT, Loss, Need, available, presets
 from prefopt.losses.registry import describe_arguments
 from prefopt.losses.wrappers import Wrapper
+from prefopt.markdown import table
 
 FAMILIES = (
     "direct", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary", "tokenwise", "reference-free",
@@ -101,7 +101,7 @@ def losses_table() -> str:
         rows.append((f"[{family.name}](docs/objectives.md#{family.name})", family.about, ", ".join(names)))
     named = ", ".join(_link(f"`{preset.name}`", preset.paper) for preset in presets().values())
     rows.append(("[presets](docs/objectives.md#presets)", "Sums of the above that papers train with.", named))
-    return _markdown(("family", "what it holds", "objectives"), rows)
+    return table(("family", "what it holds", "objectives"), rows)
 
 
 def objectives_table(members: list[type[Loss]]) -> str:
@@ -112,7 +112,7 @@ def objectives_table(members: list[type[Loss]]) -> str:
         title = f"`{cls.name}({describe_arguments(cls)})`"
         trl = fact.trl_name and f"`{fact.trl_name}`"
         rows.append((title, f"`{fact.formula}`", fact.data, fact.reference, fact.needs, trl, _link(fact.paper)))
-    return _markdown(("objective", "formula", "data", "reference", "also needs", "in TRL", "paper"), rows)
+    return table(("objective", "formula", "data", "reference", "also needs", "in TRL", "paper"), rows)
 
 
 def presets_table() -> str:
@@ -121,20 +121,9 @@ def presets_table() -> str:
         (f"`{preset.name}({describe_arguments(preset)})`", f"`{preset.build()}`", _link(preset.paper))
         for preset in presets().values()
     ]
-    return _markdown(("preset", "with its defaults", "paper"), rows)
+    return table(("preset", "with its defaults", "paper"), rows)
 
 
 def _link(text: str, paper: str | None = None) -> str:
     paper = text if paper is None else paper
     return f"[{text}](https://arxiv.org/abs/{paper})" if paper else text
-
-
-def _markdown(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(headings)} |", "|" + " --- |" * len(headings)]
-    # A bar would end the cell, in code too.
-    lines += [f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-BAR = r"\|"
-"""A vertical bar inside a Markdown table cell."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. Imports the standard library alone."""
+"""Files that appear whole or not at all, and where they are kept. Imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from typing import Any
 
 UNFINISHED = ".unfinished"
 """How the names of files end that are still being written, or that a killed process left behind."""
+
+
+def cache_home() -> Path:
+    """Where what can be computed again is kept: `PREFOPT_CACHE`, else `~/.cache/prefopt`."""
+    return Path(os.environ.get("PREFOPT_CACHE") or Path.home() / ".cache" / "prefopt")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, also for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config
 
 from prefopt.data.templates import check_template
+from prefopt.files import is_file
 from prefopt.weights import check_folder
 
 
 def adapter_base(name: str) -> str | None:
     """The model that a folder with a saved adapter belongs to; None where `name` is no such folder."""
     settings = Path(name) / "adapter_config.json"
-    if not _is_file(settings):
+    if not is_file(settings):
         return None
     try:
         base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -57,15 +58,8 @@ def check_weights(name: str) -> None:
     if base is not None:
         check_folder(folder, "adapter_model.safetensors")
         check_weights(base)
-    elif _is_file(folder / "config.json"):
+    elif is_file(folder / "config.json"):
         check_folder(folder)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 @dataclass(frozen=True)

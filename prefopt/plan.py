@@ -28,6 +28,7 @@ from prefopt.scoring import ROLES
 from prefopt.scoring.collate import ROW_TENSORS, PreferenceCollator
 from prefopt.scoring.tree import plant
 from prefopt.trainer import PreferenceConfig, expression_from_trl_options
+from prefopt.trainer.config import default_of
 
 _MAIN = {"output_dir", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "seed", "max_length"}
 _DERIVED = {
@@ -116,11 +117,9 @@ def _settings(
     for part in (model, script, training):
         for option in dataclasses.fields(part):
             value = getattr(part, option.name)
-            factory = option.default_factory
-            default = factory() if factory is not dataclasses.MISSING else option.default
             # Settings that transformers derives by itself say nothing about the run.
             hidden = option.name in _DERIVED or option.name.endswith("token") or value in (None, [], "")
-            if option.name in _MAIN or (value != default and not hidden):
+            if option.name in _MAIN or (value != default_of(option) and not hidden):
                 table.add_row(option.name, Text(str(redacted(getattr(value, "value", value), option.name))))
     return table
 

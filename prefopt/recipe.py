@@ -71,7 +71,8 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
     ):
         if name is not None:
             check_weights(name)
-    _keep_to_positions(recipe)
+    limits = _limits(recipe)
+    _keep_to_positions(recipe, limits.positions)
     if recipe.bundled_data:
         return load_demo("train"), load_demo("heldout") if script.eval_rows else None
     assert script.dataset_name is not None
@@ -82,18 +83,17 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
         return _mixed(recipe, train), None if heldout is None else _mixed(recipe, heldout, weighted=False)
     # Row numbers in the reports are those of the files, so rows are checked before anything is split or mixed; and
     # weights repeat rows, so they apply to the training part only, after the held-out rows are set apart.
-    train = {name: _validated(recipe, rows, f"training{i or ''}") for i, (name, rows) in enumerate(train.items())}
+    train = _validated(recipe, train, "training", limits.vocabulary)
     if heldout is None:
         train, heldout = _hold_out(recipe, train)
     else:
-        heldout = {n: _validated(recipe, rows, f"held-out{i or ''}") for i, (n, rows) in enumerate(heldout.items())}
+        heldout = _validated(recipe, heldout, "held-out", limits.vocabulary)
     return _mixed(recipe, train), _mixed(recipe, heldout, weighted=False) if heldout else None
 
 
-def _keep_to_positions(recipe: Recipe) -> None:
+def _keep_to_positions(recipe: Recipe, end: int | None) -> None:
     """Cut rows where the model's learned positions end: beyond it would fail at the first row that is so long."""
     training = recipe.training
-    end = _limits(recipe).positions
     if end is not None and (training.max_length is None or training.max_length > end):
         recipe.console.print(
             f"max_length is {end} in place of {training.max_length}: {recipe.model.model_name_or_path} has learned no "
@@ -166,11 +166,18 @@ def _hold_out(recipe: Recipe, sources: dict[str, Dataset]) -> tuple[dict[str, Da
     return kept, apart
 
 
-def _validated(recipe: Recipe, dataset: Dataset, name: str) -> Dataset:
+def _validated(recipe: Recipe, sources: dict[str, Dataset], role: str, vocabulary: int | None) -> dict[str, Dataset]:
+    return {
+        name: _checked(recipe, rows, f"{role}{number or ''}", vocabulary)
+        for number, (name, rows) in enumerate(sources.items())
+    }
+
+
+def _checked(recipe: Recipe, dataset: Dataset, name: str, vocabulary: int | None) -> Dataset:
     tokenizer = _tokenizer(recipe)
     # With keep_end it is the prompt's start that is cut, never the completion.
     limit = recipe.training.max_length if recipe.training.truncation_mode == "keep_start" else None
-    report = validate(dataset, tokenizer=tokenizer, max_length=limit, vocabulary=_limits(recipe).vocabulary)
+    report = validate(dataset, tokenizer=tokenizer, max_length=limit, vocabulary=vocabulary)
     if report.problems:
         recipe.console.print(f"{name} rows:", report.table())
     dropped = Path(recipe.training.output_dir) / f"dropped_{name}_rows.jsonl"

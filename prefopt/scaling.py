@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -42,14 +42,6 @@ FAMILIES = {
     "70B": ("meta-llama/Llama-3.3-70B-Instruct", 8192, 28672, 80, 64, 8, False),
 }
 """Llama's shapes: name, hidden and MLP width, layers, heads of queries and of keys, whether the head is tied."""
-
-
-RECIPE_DEFAULTS = {
-    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_length": 1024, "token_budget": None,
-    "layout": "auto", "dtype": "float32", "bf16": True, "gradient_checkpointing": True,
-    "precompute_ref_log_probs": False,
-}  # fmt: skip
-"""What a command need not say; a test compares it with the recipes' own."""
 
 
 @dataclass
@@ -109,6 +101,17 @@ class Job:
 
     def dtype_of(self, method: str) -> str:
         return self.dtype or ("float32" if method == "full" else "bfloat16")
+
+
+_OF_RECIPES = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "token_budget", "layout", "bf16",
+    "gradient_checkpointing", "precompute_ref_log_probs",
+)  # fmt: skip
+RECIPE_DEFAULTS: dict[str, Any] = {
+    **{option.name: option.default for option in fields(Job) if option.name in _OF_RECIPES},
+    "dtype": "float32",
+}
+"""What a command need not say; a test compares it with the recipes' own."""
 
 
 @dataclass(frozen=True)

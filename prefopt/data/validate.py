@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset
 from jinja2 import TemplateSyntaxError
 from jinja2.exceptions import SecurityError
 
+from prefopt.columns import GIVEN_LOGPS
 from prefopt.data.columns import column_names
 from prefopt.data.errors import DataError
 from prefopt.data.problems import KINDS
@@ -28,8 +29,6 @@ from prefopt.data.tokenize import Processing, text_tokenizer, tokenize_row
 Row = Mapping[str, Any]
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
-GIVEN_LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "prev_chosen_logps", "prev_rejected_logps")
-"""Columns that take the place of a reference's or a previous model's log-probabilities."""
 
 MAX_WEIGHT = 1e9
 """Largest weight of a row: beyond it other rows do not count, and float32 does not reach far."""

@@ -29,6 +29,15 @@ def global_sum(value: Tensor) -> Tensor:
     return value
 
 
+def mean_gradient(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    """Mean of a gradient over processes, in place; None counts as zero. Every process must call it, in order."""
+    made = torch.zeros_like(parameter) if gradient is None else gradient
+    if world_size() > 1:
+        dist.all_reduce(made)
+        made /= world_size()
+    return made
+
+
 def global_mean(values: Tensor, weights: Tensor | None = None, otherwise: Tensor | float = 0.0) -> Tensor:
     """Mean of (N,) `values` over the examples of all processes, without gradient.
 

@@ -157,6 +157,7 @@ class Kernelized(PairLoss):
         self.gamma = non_negative("gamma", gamma)
         self.alpha = non_negative("alpha", alpha)
         self.order, self.f = order, f
+        self._logged: dict[str, Tensor] = {}  # of the batch at hand, until its metrics are asked for
         self.needs = Need.NONE
         if link == "logistic":
             self.needs |= Need.REFERENCE
@@ -214,21 +215,21 @@ class Kernelized(PairLoss):
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)
+        self._logged = {}
         z = self.reward(chosen) - self.reward(rejected)
         if self.gamma:
-            z = z + self.gamma * self.kernel_margin(batch)
+            margin = self._logged["kernel/margins"] = self.kernel_margin(batch)
+            z = z + self.gamma * margin
         values = -F.logsigmoid(z) if self.link == "logistic" else -z
-        return values + self.alpha * self.distance(batch) if self.alpha else values
+        if self.alpha:
+            distance = self._logged["kernel/divergence"] = self.distance(batch)
+            values = values + self.alpha * distance
+        return values
 
-    def forward(self, batch: PreferenceBatch) -> LossOutput:
-        output = super().forward(batch)
-        with torch.no_grad():
-            batch = batch.at_least_float32()
-            if self.gamma:
-                output.metrics["kernel/margins"] = self.kernel_margin(batch)
-            if self.alpha:
-                output.metrics["kernel/divergence"] = self.distance(batch)
-        return output
+    def _metrics(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        # Not computed anew: the Mahalanobis kernel's variances are exchanged between processes.
+        logged, self._logged = self._logged, {}
+        return super()._metrics(batch) | {name: value.detach() for name, value in logged.items()}
 
 
 @register("kernel_dpo")
@@ -382,9 +383,13 @@ class HMK(Kernelized):
     def _shrinkage(self) -> float | None:
         return self._kernels.shrinkage
 
+    def _log_shares(self) -> list[Tensor]:
+        """(2,) log of t, a and b."""
+        return [torch.log_softmax(logits, 0) for logits in (self.groups, self.local, self.broad)]
+
     def log_weights(self) -> dict[str, Tensor]:
         """Scalar log-weight of each kernel in the mixture; the weights sum to 1."""
-        groups, local, broad = (torch.log_softmax(logits, 0) for logits in (self.groups, self.local, self.broad))
+        groups, local, broad = self._log_shares()
         return {
             "rbf": groups[0] + local[0],
             "polynomial": groups[0] + local[1],
@@ -394,8 +399,7 @@ class HMK(Kernelized):
 
     def mixture_entropy(self) -> Tensor:
         """Scalar H(t) + H(a) + H(b), at most 3 log 2."""
-        parts = [torch.log_softmax(logits, 0) for logits in (self.groups, self.local, self.broad)]
-        return -torch.stack([(part.exp() * part).sum() for part in parts]).sum()
+        return -torch.stack([(part.exp() * part).sum() for part in self._log_shares()]).sum()
 
     def log_kernel(self, u: Tensor, v: Tensor, precision: Tensor | None) -> Tensor:
         parts = [weight + self._kernels.log(name, u, v, precision) for name, weight in self.log_weights().items()]

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 import uuid
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefopt.files import UNFINISHED, write_whole
+from prefopt.files import UNFINISHED, cache_home, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
 
 def cache_root() -> Path:
     """Where references are kept: `reference` in `PREFOPT_CACHE`, else in `~/.cache/prefopt`."""
-    return Path(os.environ.get("PREFOPT_CACHE") or Path.home() / ".cache" / "prefopt") / "reference"
+    return cache_home() / "reference"
 
 
 @dataclass(frozen=True)

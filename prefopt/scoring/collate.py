@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.scoring.rows import RowGroups
 
 CHOSEN, REJECTED, MISMATCHED, SAMPLED = range(4)
-GIVEN_LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "prev_chosen_logps", "prev_rejected_logps")
-"""Per-example sums that may come with the data: under the reference, and under the previous iterate of the policy."""
-EMBEDDINGS = ("prompt_embedding", "chosen_embedding", "rejected_embedding")
-"""Data columns of vectors, all of one width, for objectives that compare embeddings."""
 ROW_TENSORS = ("input_ids", "attention_mask", "completion_mask")
 COLUMN_PREFIX = "column_"
 """What per-example columns are called inside a batch, so that none can be taken for a model input."""

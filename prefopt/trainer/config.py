@@ -141,15 +141,18 @@ class PreferenceConfig(DPOConfig):
         return settings
 
 
+def default_of(option: dataclasses.Field[Any]) -> Any:
+    """What an option of a dataclass is where nobody sets it."""
+    factory = option.default_factory
+    return option.default if factory is dataclasses.MISSING else factory()
+
+
 def changed_trl_options(args: DPOConfig) -> dict[str, Any]:
     """TRL's loss options that differ from their defaults."""
     changed = {}
     for option in dataclasses.fields(args):
-        if option.name in TRL_LOSS_OPTIONS:
-            factory = option.default_factory
-            default = option.default if factory is dataclasses.MISSING else factory()
-            if getattr(args, option.name) != default:
-                changed[option.name] = getattr(args, option.name)
+        if option.name in TRL_LOSS_OPTIONS and getattr(args, option.name) != default_of(option):
+            changed[option.name] = getattr(args, option.name)
     return changed
 
 

@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from prefopt.losses import Loss
 from prefopt.losses.conflict import ConflictFree, coefficients, combined, gram_of
+from prefopt.losses.distributed import mean_gradient
 
 
 class ConflictFreeMixin:
@@ -72,7 +71,7 @@ class ConflictFreeMixin:
         assert isinstance(self.objective, ConflictFree)
         gradients, self._term_gradients = self._term_gradients, []
         if self.accelerator.num_processes > 1:
-            _average(gradients, trained)
+            gradients = [list(map(mean_gradient, parts, trained)) for parts in gradients]
         gram = gram_of(gradients)
         weights = coefficients(gram, self.objective.method)
         for parameter, gradient in zip(trained, combined(gradients, weights), strict=True):
@@ -97,13 +96,3 @@ def _gradients_put_aside(trained: list[Any]) -> Iterator[None]:
     finally:
         for parameter, gradient in zip(trained, kept, strict=True):
             parameter.grad = gradient
-
-
-def _average(gradients: list[list[Tensor | None]], trained: list[Any]) -> None:
-    """The mean over processes, in place. What is missing here may be there elsewhere: it counts as zero."""
-    for parts in gradients:
-        for number, parameter in enumerate(trained):
-            gradient = parts[number]
-            parts[number] = gradient = torch.zeros_like(parameter) if gradient is None else gradient
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()

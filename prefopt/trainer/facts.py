@@ -20,6 +20,7 @@ from prefopt.card import CardFacts, Split, is_hub_id
 from prefopt.data.fingerprint import fingerprint
 from prefopt.losses import Loss
 from prefopt.redaction import redacted
+from prefopt.trainer.config import default_of
 
 CARD = "README.md"
 
@@ -160,9 +161,7 @@ def changed_settings(settings: Any) -> dict[str, Any]:
     changed = {}
     for option in dataclasses.fields(settings):
         value = getattr(settings, option.name)
-        factory = option.default_factory
-        default = factory() if factory is not dataclasses.MISSING else option.default
-        if value != default and value not in (None, [], "", {}) and not _OF_NO_INTEREST.match(option.name):
+        if value != default_of(option) and value not in (None, [], "", {}) and not _OF_NO_INTEREST.match(option.name):
             changed[option.name] = _shown(redacted(getattr(value, "value", value), option.name))
     return changed
 

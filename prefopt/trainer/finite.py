@@ -41,6 +41,7 @@ class FiniteMixin:
     _train_means: RunningMeans
     _tokens_seen: Any
     _guard: StepGuard
+    _last_written: Path | None
 
     def _refuse_non_finite(
         self, loss: Tensor, batch: PreferenceBatch, output: LossOutput, inputs: Mapping[str, Any]
@@ -114,7 +115,7 @@ class FiniteMixin:
         if self._on_any_process(not all_finite(stored(p) for p in self.model.parameters())):
             return f"The weights themselves are not finite any more and are not saved. {self._last_good()}"
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if guard.saved == step:
+        if self._last_written == folder:
             return f"What was trained before is in {folder}."
         trouble = ""
         try:
@@ -140,7 +141,6 @@ class StepGuard(TrainerCallback):
 
     Attributes:
         training: whether a training loop is under way.
-        saved: the step of the last checkpoint.
         batches: what the step under way has been made of, on this process.
     """
 
@@ -148,7 +148,6 @@ class StepGuard(TrainerCallback):
         self._trainer = trainer
         self._begun: tuple[dict[str, Tensor], RunningMeans, Any] | None = None
         self.training = False
-        self.saved: int | None = None
         self.batches: list[Mapping[str, Any]] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -156,9 +155,6 @@ class StepGuard(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.training = False
-
-    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        self.saved = state.global_step
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         trainer = self._trainer

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from prefopt.losses import Loss
+from prefopt.losses.distributed import mean_gradient, world_size
 
 SHOWN = 8
 """Parameters of at most so many elements are logged one by one, larger ones by mean and spread."""
@@ -33,18 +34,14 @@ class LearnedLoss(TrainerCallback):
         self._optimizer = torch.optim.AdamW(self._named.values(), lr=learning_rate, weight_decay=0.0)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             for parameter in self._named.values():
                 dist.broadcast(parameter.data, 0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        parameters = list(self._named.values())
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for parameter in parameters:
-                # A process whose batch left it without a gradient counts as zero, and takes part.
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+        if world_size() > 1:
+            for parameter in self._named.values():
+                parameter.grad = mean_gradient(parameter.grad, parameter)
         scale = given["optimizer"].param_groups[0]["lr"] / args.learning_rate if args.learning_rate > 0 else 1.0
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * scale

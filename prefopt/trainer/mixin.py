@@ -19,14 +19,13 @@ from datasets import Dataset, IterableDataset
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
+from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.data import drop_overlong, kind, normalise, tokenize_dataset
 from prefopt.losses import ConflictFree, Loss, LossOutput, Need, PreferenceBatch
 from prefopt.metrics import RunningMeans, batch_metrics
 from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.collate import (
-    EMBEDDINGS,
-    GIVEN_LOGPS,
     PreferenceCollator,
     WithColumns,
     groups_of,

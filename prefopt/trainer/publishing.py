@@ -22,6 +22,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from prefopt.card import render
+from prefopt.files import write_whole
 from prefopt.redaction import redact, redacted, remember
 from prefopt.trainer.facts import CARD, FactsMixin
 
@@ -73,12 +74,10 @@ class PublishingMixin(FactsMixin):
             self._write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
 
     def _write_card(self, folder: Path, name: str | None = None, dataset: str | None = None, tags: Any = None) -> None:
-        unfinished = folder / f"{CARD}.unfinished"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            facts = self.card_facts(name, dataset, [tags] if isinstance(tags, str) else list(tags or ()))
-            unfinished.write_text(str(render(facts)), encoding="utf-8")
-            unfinished.replace(folder / CARD)
+            text = str(render(self.card_facts(name, dataset, [tags] if isinstance(tags, str) else list(tags or ()))))
+            write_whole(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
         except Exception as error:  # a checkpoint is worth more than its card
             logger.warning("the model card of %s could not be written: %s", folder, _one_line(error))
 

@@ -318,9 +318,6 @@ class CheckpointMixin:
                 f"the model could not be saved to {folder} ({error}); weights that were there before are untouched. "
                 "Make room, then save again, or run the same command with --resume_from_checkpoint auto"
             ) from error
-        # Pushed from its final place, not by what has written it aside.
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
 
     def _write_model(self, folder: str) -> None:
         """Write a model that loads anywhere into an empty folder, as every process must be asked to."""

@@ -17,11 +17,12 @@ from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor
 from trl.models.utils import unwrap_model_for_generation
 
+from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.losses import Loss, Need, PreferenceBatch
 from prefopt.scoring import Extras, TokenScores, extras_for
 from prefopt.scoring.adapters import fuse_lora
 from prefopt.scoring.cache import ReferenceCache, cache_root
-from prefopt.scoring.collate import COLUMN_PREFIX, COUNTED, EMBEDDINGS, GIVEN_LOGPS, PreferenceCollator, select_rows
+from prefopt.scoring.collate import COLUMN_PREFIX, COUNTED, PreferenceCollator, select_rows
 from prefopt.scoring.fingerprint import fingerprint, is_sharded
 from prefopt.scoring.frozen import FrozenLayers, frozen_depth, same_below
 from prefopt.scoring.layout import Layout

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from prefopt.losses.distributed import world_size
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN_AFTER_S = 1.0
 """A second Ctrl-C within it is the same: a terminal sends it to every process, and torchrun passes it on as well."""
@@ -89,7 +91,7 @@ class StopSignals:
 
     def agreed(self, device: torch.device) -> int:
         """The signal that any process got; every process must call it at the same point."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             seen = torch.tensor([self.received], device=device)
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
             self.received = int(seen)

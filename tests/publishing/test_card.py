@@ -14,8 +14,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from peft import LoraConfig
 
-from prefopt.card import CardFacts, Split, block, code, render, table
+from prefopt.card import CardFacts, Split, block, code, render
 from prefopt.losses import available, parse, presets
+from prefopt.markdown import table
 from prefopt.papers import PAPERS, find
 from prefopt.recipe import main
 from tests.recipe.test_recipe import arguments, pairs_file

@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from prefopt.columns import EMBEDDINGS
 from prefopt.losses import KernelDPO, Need, Scores
 from prefopt.scoring import Extras, score_rows
 from prefopt.scoring.call import Call
-from prefopt.scoring.collate import EMBEDDINGS, PreferenceCollator, groups_of, select_examples
+from prefopt.scoring.collate import PreferenceCollator, groups_of, select_examples
 from prefopt.scoring.logprobs import BARE
 from prefopt.scoring.rows import assemble_batch, extras_for
 from prefopt.scoring.tree import score_trees

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -205,20 +205,14 @@ def check(
     max_length: Annotated[int | None, typer.Option(help="Longest prompt and completion, in tokens.")] = None,
 ) -> None:
     """Validate a preference data set and print what is wrong with it."""
-    from prefopt.data import DataError, kind, load_preferences, mix, normalise, parse_columns, parse_sources, validate
+    from prefopt.data import DataError, kind, validate
 
     if max_length is not None and model is None:
         _fail("--max-length counts tokens: name the tokenizer with --model")
     if max_length is not None and max_length < 2:
         _fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
     try:
-        # What follows the first pair of --columns arrives as extra words.
-        words = [word for given in columns or [] for word in given.split()]
-        mapping = parse_columns([*words, *context.args])
-        loaded = {
-            name: normalise(load_preferences(name, split=split, columns=mapping)) for name, _ in parse_sources(data)
-        }
-        dataset = mix(loaded) if len(loaded) > 1 else next(iter(loaded.values()))
+        dataset = _read(data, split, [*(columns or []), *context.args])
         tokenizer = None
         if model is not None:
             from prefopt.models import load_tokenizer
@@ -233,6 +227,52 @@ def check(
     _console().print(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command("select-kernel", context_settings={"allow_extra_args": True})
+def select_kernel(
+    context: typer.Context,
+    data: Annotated[str | None, typer.Argument(help="As for `check`; the bundled pairs if left out.")] = None,
+    embeddings: Annotated[
+        str, typer.Option(help="An encoder's name or folder; `columns` of the data; `hidden` states of the model.")
+    ] = "all-MiniLM-L6-v2",
+    rows: Annotated[int, typer.Option(min=1, help="Pairs to measure, drawn at random.")] = 1000,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Train all 28 pairs briefly and rank the one chosen.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="For --verify and `hidden`; the bundled one if left out.")] = None,
+    columns: Columns = None,
+    split: Annotated[str, typer.Option(help="The split to measure.")] = "train",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what was found here as well.")] = None,
+) -> None:
+    """Measure which kernel and divergence of `kernel_dpo` suit a preference data set."""
+    import json
+
+    from rich.progress import track
+
+    from prefopt.analysis.kernels import HIDDEN, choose
+    from prefopt.analysis.show import explain
+    from prefopt.data import DataError
+    from prefopt.demo.data import load_demo
+    from prefopt.demo.model import DemoModelError
+
+    if model is not None and not (verify or embeddings == HIDDEN):
+        _fail("--model is not used: it is for --verify and for --embeddings hidden")
+    if data is None and (columns or split != "train"):
+        _fail("--columns and --split are about DATA, and the bundled pairs take neither")
+    if json_file is not None and not json_file.parent.is_dir():
+        _fail(f"--json: there is no folder {json_file.parent}")
+    try:
+        pairs = load_demo("train") if data is None else _read(data, split, [*(columns or []), *context.args])
+        choice = choose(
+            pairs, embeddings, rows=rows, model=lambda: _network(model), verify=verify,
+            shown=lambda outcomes, total: track(outcomes, "Training", total, console=_console(), transient=True),
+        )  # fmt: skip
+    except (DataError, DemoModelError, OSError, ValueError) as error:
+        _fail(str(error))
+    _console().print(explain(choice, data or "bundled pairs"))
+    if json_file is not None:
+        json_file.write_text(json.dumps(choice.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -323,6 +363,26 @@ def plan(context: typer.Context) -> None:
         show_plan(context.args)
     except (OSError, ValueError) as error:
         _fail(str(error))
+
+
+def _read(data: str, split: str, columns: list[str]) -> Any:
+    """The normalised rows of a data set, or of a mixture; what follows the first pair of --columns is its words."""
+    from prefopt.data import load_preferences, mix, normalise, parse_columns, parse_sources
+
+    mapping = parse_columns([word for given in columns for word in given.split()])
+    loaded = {name: normalise(load_preferences(name, split=split, columns=mapping)) for name, _ in parse_sources(data)}
+    return mix(loaded) if len(loaded) > 1 else next(iter(loaded.values()))
+
+
+def _network(name: str | None) -> tuple[Any, Any]:
+    """A model in float32 with its tokenizer; the bundled one if no name is given."""
+    import torch
+
+    from prefopt.demo.model import resolve_demo_model
+    from prefopt.models import load_model, load_tokenizer
+
+    name = str(resolve_demo_model(say=lambda line: _console().print(line, soft_wrap=True))) if name is None else name
+    return load_model(name, {"dtype": torch.float32}), load_tokenizer(name)
 
 
 def _console() -> Console:

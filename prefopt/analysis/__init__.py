@@ -1,0 +1,28 @@
+"""What can be told of a preference set before a model is trained on it: today, which kernel and divergence suit it.
+
+Sits on top of data, scoring and losses; nothing in these imports it.
+"""
+
+from prefopt.analysis.measures import Distribution, Geometry, Measures, Triplets, measure
+from prefopt.analysis.selection import Selection, Thresholds, select
+from prefopt.analysis.states import States, states_of
+from prefopt.analysis.trial import PAIRS, Outcome, Trial, expression, ranked, run_trial
+
+__all__ = [
+    "PAIRS",
+    "Distribution",
+    "Geometry",
+    "Measures",
+    "Outcome",
+    "Selection",
+    "States",
+    "Thresholds",
+    "Trial",
+    "Triplets",
+    "expression",
+    "measure",
+    "ranked",
+    "run_trial",
+    "select",
+    "states_of",
+]

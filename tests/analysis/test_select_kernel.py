@@ -1,0 +1,163 @@
+"""`prefopt select-kernel` from start to end, with a random encoder and a random model."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
+
+from prefopt.analysis import kernels
+from prefopt.analysis.kernels import choose
+from prefopt.analysis.trial import Outcome
+from prefopt.cli import app
+from prefopt.columns import EMBEDDINGS
+from prefopt.data import normalise
+from tests.tiny import make_tokenizer
+from tests.trainer.runs import make_labelled, make_pairs, save_model
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    make_pairs(40).to_json(path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch, tmp_path):
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernels, "run_trial", lambda *given: _RUN(*given, seeds=2, steps=1))
+
+
+_RUN = kernels.run_trial
+
+
+def run(*words, columns=100):
+    result = CliRunner().invoke(app, ["select-kernel", *words], env={"COLUMNS": str(columns)})
+    return result.exit_code, re.sub(r"\s+", " ", result.output)
+
+
+def with_vectors(path, n=30, width=4):
+    generator = torch.Generator().manual_seed(0)
+    vectors = {name: torch.randn(n, width, generator=generator).tolist() for name in EMBEDDINGS}
+    make_pairs(n, **vectors).to_json(path)
+    return str(path)
+
+
+class TestOutput:
+    def test_measures_choice_and_how_to_train_with_it(self, data, encoder):
+        code, shown = run(data, "--embeddings", encoder, columns=200)
+        assert code == 0
+        for word in ("40 pairs", "PND", "PNAV", "TAT", "NAG", "support overlap", "drift", "kurtosis", "roughness"):
+            assert word in shown
+        assert f"embeddings='given')\" --embeddings {encoder}" in shown
+        assert "our reading" in shown
+
+    def test_verify_ranks_all_pairs_and_says_where_the_selected_one_stands(self, data, encoder, model, tmp_path):
+        file = tmp_path / "found.json"
+        words = ("--embeddings", encoder, "--verify", "--model", model, "--json", str(file))
+        code, shown = run(data, *words, columns=200)
+        assert code == 0
+        found = json.loads(file.read_text())
+        assert len(found["trial"]["outcomes"]) == 28
+        selected = (found["selection"]["kernel"], found["selection"]["divergence"])
+        order = [(one["kernel"], one["divergence"]) for one in found["trial"]["outcomes"]]
+        assert found["trial"]["rank"] == order.index(selected) + 1
+        assert f"ranks {found['trial']['rank']} of 28" in shown
+        assert "Loss against plain dpo" in shown
+        assert "not the model" in shown
+
+    def test_hidden_states_of_the_model(self, data, model):
+        code, shown = run(data, "--embeddings", "hidden", "--model", model, columns=200)
+        assert code == 0
+        assert "the model's mean hidden states" in shown
+        assert "--embeddings" not in shown
+
+    def test_columns_of_the_data(self, tmp_path):
+        code, shown = run(with_vectors(tmp_path / "rows.jsonl"), "--embeddings", "columns")
+        assert code == 0
+        assert "30 pairs, the data's columns" in shown
+
+    def test_fewer_rows_are_drawn_where_asked(self, data, encoder):
+        code, shown = run(data, "--embeddings", encoder, "--rows", "25")
+        assert code == 0
+        assert "25 of 40 pairs" in shown
+
+    def test_fits_into_80_columns(self, data, encoder, model):
+        words = ["select-kernel", data, "--embeddings", encoder, "--verify", "--model", model]
+        result = CliRunner().invoke(app, words, env={"COLUMNS": "80"})
+        lines = [line for line in result.output.splitlines() if encoder not in line and data not in line]
+        assert max(map(len, lines)) <= 80
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--embeddings", "columns"], "has no column 'prompt_embedding': name an encoder with --embeddings"),
+            (["--embeddings", "nowhere/at-all"], "encoder 'nowhere/at-all' is no folder here"),
+            (["--model", "anything"], "--model is not used"),
+            (["--rows", "5", "--embeddings", "ENCODER"], "measured from 20 pairs on, got 5"),
+            (["--json", "no/such/folder.json"], "there is no folder no/such"),
+        ],
+    )
+    def test_are_told_in_a_line(self, words, message, data, encoder):
+        code, shown = run(data, *(encoder if word == "ENCODER" else word for word in words))
+        assert code == 1
+        assert message in shown
+        assert "Traceback" not in shown
+
+    def test_single_completions(self, tmp_path):
+        make_labelled(30).to_json(tmp_path / "rows.jsonl")
+        code, shown = run(str(tmp_path / "rows.jsonl"))
+        assert code == 1
+        assert "these rows are single completions" in shown
+
+    def test_too_few_pairs(self, tmp_path):
+        make_pairs(5).to_json(tmp_path / "rows.jsonl")
+        code, shown = run(str(tmp_path / "rows.jsonl"))
+        assert code == 1
+        assert "5 pairs are too few to measure; it takes 20" in shown
+
+    def test_bundled_pairs_have_no_split_to_choose(self):
+        assert "--columns and --split are about DATA" in run("--split", "test")[1]
+
+
+def test_rows_that_cannot_be_trained_on_are_left_out(encoder):
+    rows = make_pairs(30).to_list()
+    for row in (3, 7):
+        rows[row]["chosen"] = rows[row]["rejected"]
+    assert choose(normalise(Dataset.from_list(rows)), encoder).usable == 28
+
+
+def test_the_verdict_says_when_draws_cannot_tell():
+    from prefopt.analysis.show import _verdict
+    from prefopt.analysis.trial import Trial
+
+    near, best = Outcome("rbf", "kl", (0.61, 0.59), (0.5, 0.5)), Outcome("rbf", "js", (0.6, 0.598), (0.5, 0.5))
+    trial = Trial((best, near), Outcome("dpo", "", (0.7, 0.69), (0.5, 0.5)), 30, 10)
+    shown = _verdict(trial, near).plain
+    assert "ranks 2 of 2 by held-out loss" in shown
+    assert "Loss against the best pair: +0.0010 ± 0.0090, which these draws cannot tell from none." in shown
+    assert "Loss against plain dpo: -0.0950 ± 0.0050." in shown

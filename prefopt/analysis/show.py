@@ -64,14 +64,16 @@ def _selection(choice: Choice) -> Text:
 
 def _ranking(trial: Trial, selected: Outcome) -> Table:
     title = f"{len(trial.outcomes)} pairs, each trained {SEEDS} times {STEPS} steps on cached states"
-    table = Table("rank", "kernel", "divergence", "held-out loss", "accuracy", title=title, title_justify="left")
+    table = Table("rank", "kernel", "divergence", "held-out loss", "accuracy", "KL", title=title, title_justify="left")
     rows = sorted([*trial.outcomes, trial.baseline], key=lambda found: found.loss)
     for found in rows:
         plain = found is trial.baseline
         rank = "" if plain else str(trial.rank(found))
         style = "bold" if found is selected else "dim" if plain else None
         name = found.divergence or "for comparison"
-        table.add_row(rank, found.kernel, name, f"{found.loss:.4f}", f"{found.accuracy:.3f}", style=style)
+        table.add_row(
+            rank, found.kernel, name, f"{found.loss:.4f}", f"{found.accuracy:.3f}", f"{found.kl:.4f}", style=style
+        )
     return table
 
 
@@ -87,6 +89,8 @@ def _verdict(trial: Trial, selected: Outcome) -> Text:
             told = "" if abs(gap) > 2 * error else ", which these draws cannot tell from none"
             text.append(f" Loss against {name}: {gap:+.4f} ± {error:.4f}{told}.")
     text.append(
-        "\nWhat was trained is a low-rank change of the last hidden states, not the model: take the order as a hint."
+        "\nKL is from the reference, in nats a token: a pair that is held back less goes farther, and a lower loss is "
+        "in part no more than that. What was trained is a low-rank change of the last hidden states, not the model: "
+        "take the order as a hint."
     )
     return text

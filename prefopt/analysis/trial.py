@@ -29,10 +29,13 @@ STEPS = 30
 SEEDS = 4
 BATCH = 8
 RANK = 16
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-4
 HELD_OUT = 0.25
 
 Embeddings = Literal["hidden", "given"]
+
+_YARDSTICK = parse("kernel_dpo(gamma=0.0)")
+"""What held-out pairs are scored for: log-ratios and KL."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,14 @@ class Outcome:
         divergence: "" for the plain objective.
         losses: -log sigmoid(`BETA` * (difference of log-ratios)), for every pair alike.
         accuracies: share of held-out pairs whose log-ratios are in the right order.
+        kls: how far the policy went from the reference, KL(policy || reference) in nats a token of those pairs.
     """
 
     kernel: str
     divergence: str
     losses: tuple[float, ...]
     accuracies: tuple[float, ...]
+    kls: tuple[float, ...]
 
     @property
     def loss(self) -> float:
@@ -58,6 +63,10 @@ class Outcome:
     @property
     def accuracy(self) -> float:
         return sum(self.accuracies) / len(self.accuracies)
+
+    @property
+    def kl(self) -> float:
+        return sum(self.kls) / len(self.kls)
 
 
 @dataclass(frozen=True)
@@ -125,8 +134,7 @@ def run_trial(
         for seed in range(seeds):
             loss = parse(expression(kernel, name, "hidden" if triplets is None else "given"))
             found.append(_train(states, triplets, loss, seed, steps))
-        losses, accuracies = zip(*found, strict=True)
-        yield Outcome(kernel, name, losses, accuracies)
+        yield Outcome(kernel, name, *zip(*found, strict=True))
 
 
 def ranked(outcomes: Iterable[Outcome], states: States) -> Trial:
@@ -152,8 +160,8 @@ class Change(nn.Module):
         return hidden + hidden @ self.down @ self.up
 
 
-def _train(states: States, triplets: Triplets | None, loss: Loss, seed: int, steps: int) -> tuple[float, float]:
-    """Held-out loss and accuracy."""
+def _train(states: States, triplets: Triplets | None, loss: Loss, seed: int, steps: int) -> tuple[float, float, float]:
+    """Held-out loss, accuracy and KL."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(states), generator=generator)
     held, seen = order[: held_out(len(states))], order[held_out(len(states)) :]
@@ -165,11 +173,13 @@ def _train(states: States, triplets: Triplets | None, loss: Loss, seed: int, ste
         loss(batch_of(states, triplets, loss, policy, rows)).loss.backward()
         optimizer.step()
     with torch.no_grad():
-        batch = batch_of(states, None, parse("dpo"), policy, held)
-    assert batch.chosen is not None
-    assert batch.rejected is not None
-    margins = (batch.chosen.ratios - batch.rejected.ratios).double()
-    return float(-F.logsigmoid(BETA * margins).mean()), float((margins > 0).double().mean())
+        batch = batch_of(states, None, _YARDSTICK, policy, held)
+    sides = [side for side in (batch.chosen, batch.rejected) if side is not None]
+    margins = (sides[0].ratios - sides[1].ratios).double()
+    kl = sum(float(side.token_divergence("kl").sum()) for side in sides) / sum(
+        int(side.lengths.sum()) for side in sides
+    )
+    return float(-F.logsigmoid(BETA * margins).mean()), float((margins > 0).double().mean()), kl
 
 
 def batch_of(

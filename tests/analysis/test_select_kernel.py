@@ -155,8 +155,11 @@ def test_the_verdict_says_when_draws_cannot_tell():
     from prefopt.analysis.show import _verdict
     from prefopt.analysis.trial import Trial
 
-    near, best = Outcome("rbf", "kl", (0.61, 0.59), (0.5, 0.5)), Outcome("rbf", "js", (0.6, 0.598), (0.5, 0.5))
-    trial = Trial((best, near), Outcome("dpo", "", (0.7, 0.69), (0.5, 0.5)), 30, 10)
+    near, best = (
+        Outcome("rbf", "kl", (0.61, 0.59), (0.5, 0.5), (0.0, 0.0)),
+        Outcome("rbf", "js", (0.6, 0.598), (0.5, 0.5), (0.0, 0.0)),
+    )
+    trial = Trial((best, near), Outcome("dpo", "", (0.7, 0.69), (0.5, 0.5), (0.0, 0.0)), 30, 10)
     shown = _verdict(trial, near).plain
     assert "ranks 2 of 2 by held-out loss" in shown
     assert "Loss against the best pair: +0.0010 ± 0.0090, which these draws cannot tell from none." in shown

@@ -1,7 +1,7 @@
 """Train the bundled model with every pair of kernel and divergence, and compare with a trial on cached states.
 
     prefopt select-kernel --embeddings hidden --verify --json trial.json
-    python scripts/bench/kernels.py --json trained.json --trial trial.json     # half an hour on two cores
+    python scripts/bench/kernel_pairs.py --json trained.json --trial trial.json     # half an hour on two cores
 
 `prefopt select-kernel --verify` ranks the 28 pairs by a stand-in that trains for seconds. This trains the model
 itself: LoRA on the bundled pairs, the same seed and rows for every pair, and the same yardstick on the held-out pairs,
@@ -35,7 +35,8 @@ def settings(folder: str, loss: str, args: argparse.Namespace) -> PreferenceConf
     return PreferenceConfig(
         output_dir=folder, loss=loss, max_steps=args.steps, per_device_train_batch_size=2,
         per_device_eval_batch_size=14, max_length=args.max_length, learning_rate=args.learning_rate,
-        logging_steps=1000, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, gradient_checkpointing=False, seed=0,
+        logging_steps=1000, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        gradient_checkpointing=False, seed=0,
     )  # fmt: skip
 
 
@@ -50,8 +51,10 @@ def measure(loss: str, path: Path, tokenizer: Any, args: argparse.Namespace) -> 
             peft_config=adapter,
         )  # fmt: skip
         trainer.train()
+        # Merged, because an adapter that is handed in is its own reference.
         judge = PreferenceTrainer(
-            trainer.model, args=settings(folder, expression(*BASELINE, "hidden"), args), train_dataset=pairs,
+            trainer.model.merge_and_unload(), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+            args=settings(folder, expression(*BASELINE, "hidden"), args), train_dataset=pairs,
             eval_dataset=load_demo("heldout"), processing_class=tokenizer,
         )  # fmt: skip
         found = judge.evaluate()

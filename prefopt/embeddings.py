@@ -85,6 +85,7 @@ def with_embeddings(
         if recipe.script.dry_run:
             recipe.console.print(f"Embeddings: {share} are to be computed by {name}.", soft_wrap=True)
             return train, heldout
+        encoder.compute(sorted(texts))
         train, heldout = ({key: embed(rows, encoder) for key, rows in part.items()} for part in (train, heldout))
     recipe.console.print(f"Embeddings: {share} computed by {name}; kept in {encoder.kept_in}", soft_wrap=True)
     return train, heldout

@@ -122,13 +122,17 @@ class Encoder:
         """Each text once that would have to be computed."""
         return self._kept.missing(texts)
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(N, H) float32 unit vectors; texts beyond the encoder's length are cut at their end."""
+    def compute(self, texts: Sequence[str]) -> None:
+        """Compute and keep the vectors that are missing."""
         new = self._kept.missing(texts)
         for start in range(0, len(new), TEXTS_A_FILE):
             some = new[start : start + TEXTS_A_FILE]
             self._kept.add(some, self._encode(some))
             self.computed += len(some)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(N, H) float32 unit vectors; texts beyond the encoder's length are cut at their end."""
+        self.compute(texts)
         return self._kept.vectors(texts)
 
     @torch.no_grad()
@@ -220,7 +224,9 @@ def embed(dataset: Dataset, encoder: Encoder) -> Dataset:
     Raises:
         DataError: as `texts_of`.
     """
-    for name, texts in texts_of(dataset).items():
+    columns = texts_of(dataset)
+    encoder.compute([text for texts in columns.values() for text in texts])
+    for name, texts in columns.items():
         # Arrow keeps rows of NumPy as float32; lists of Python's numbers would take eight times the room on the way.
         dataset = dataset.add_column(name, list(encoder(texts).numpy()))
     return dataset

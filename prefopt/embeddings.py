@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from prefopt.columns import EMBEDDINGS
 from prefopt.data.columns import column_names
-from prefopt.data.embed import DEFAULT, Encoder, embed, texts_of
+from prefopt.data.embed import DEFAULT, Encoder, embed, texts_of, width_of
 from prefopt.data.errors import DataError
 from prefopt.losses import Need, parse
 
@@ -63,19 +63,15 @@ def refuse_mismatch(script: RecipeArguments, training: PreferenceConfig) -> None
 def with_embeddings(
     recipe: Recipe, train: dict[str, Any], heldout: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Training and held-out sources, by name, with the columns that the loss compares, if it does.
+    """Training and held-out sources, by name, with the vectors of `--embeddings`, where that is given.
 
     On a dry run nothing is computed: a line says how much there would be.
 
     Raises:
-        DataError: where a source has no vectors and no encoder is named, or has both.
+        DataError: where a source has vectors already, or rows are no pairs.
     """
-    if not compares_given(recipe.training):
-        return train, heldout
     name = recipe.script.embeddings
     if name is None:
-        _require_columns(train, "training")
-        _require_columns(heldout, "held-out")
         return train, heldout
     # One process of a machine computes what the others then find on its disk.
     with PartialState().local_main_process_first():
@@ -99,10 +95,31 @@ def _texts(name: str, source: Dataset) -> list[str]:
         raise DataError(f"--embeddings: {name}: {error}") from None
 
 
-def _require_columns(sources: Mapping[str, Any], part: str) -> None:
+def check_given(recipe: Recipe, sources: Mapping[str, Dataset | IterableDataset], part: str) -> None:
+    """See that the vectors which the loss compares came with the data, where no encoder is to compute them.
+
+    Row numbers are those of `sources`, so call this before anything is split or mixed. Of a stream only the columns
+    are looked at.
+
+    Raises:
+        DataError: naming the source, and the column or row that has no such vector.
+    """
+    if recipe.script.embeddings is not None or not compares_given(recipe.training):
+        return
+    widths = {}
     for name, source in sources.items():
         if missing := [column for column in EMBEDDINGS if column not in column_names(source)]:
             raise DataError(
                 f"The loss compares embeddings that come with the data, but the {part} rows of {name} have no column "
                 f"{', '.join(missing)}: {REMEDY}"
             )
+        if isinstance(source, Dataset):
+            try:
+                widths[name] = width_of(source)
+            except DataError as error:
+                raise DataError(f"The {part} rows of {name}: {error}") from None
+    if len(set(widths.values())) > 1:
+        raise DataError(
+            f"Vectors that the loss compares must have as many numbers in every source; the {part} rows have "
+            f"{', '.join(f'{width} in {name}' for name, width in widths.items())}: compute them with one encoder"
+        )

@@ -34,7 +34,7 @@ from prefopt.data.embed import EncoderError, find_encoder
 from prefopt.demo.data import heldout_prompts, load_demo
 from prefopt.demo.model import HUB_ID, HUB_TIMEOUT_S, resolve_demo_model
 from prefopt.demo.report import Answer, PairMetrics, greedy_answers, side_by_side, summarize
-from prefopt.embeddings import with_embeddings
+from prefopt.embeddings import check_given, with_embeddings
 from prefopt.files import write_whole
 from prefopt.losses import parse
 from prefopt.models import Limits, adapter_base, check_weights, limits_of, load_model, load_tokenizer
@@ -94,6 +94,8 @@ def _loaded(recipe: Recipe, vocabulary: int | None) -> tuple[dict[str, Any], dic
     train = _load_sources(recipe, script.dataset_train_split)
     heldout = _load_test_split(recipe)
     recipe.heldout_split = f"of {script.dataset_train_split}" if heldout is None else script.dataset_test_split
+    check_given(recipe, train, "training")
+    check_given(recipe, heldout or {}, "held-out")
     if script.dataset_streaming:
         return train, heldout or {}
     # Row numbers in the reports are those of the files, so rows are checked before anything is split or mixed; and

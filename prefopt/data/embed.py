@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -230,3 +233,39 @@ def embed(dataset: Dataset, encoder: Encoder) -> Dataset:
         # Arrow keeps rows of NumPy as float32; lists of Python's numbers would take eight times the room on the way.
         dataset = dataset.add_column(name, list(encoder(texts).numpy()))
     return dataset
+
+
+def width_of(dataset: Dataset) -> int:
+    """How many numbers the vectors have that came with the data, as many in every row of all three columns.
+
+    Raises:
+        DataError: naming the column, and the first row whose vector is missing, not finite or of another width.
+    """
+    vectors, first, rows = dataset.select_columns(list(EMBEDDINGS)).with_format("arrow"), None, 0
+    for batch in vectors.iter(1000):
+        for name in EMBEDDINGS:
+            column = batch[name].combine_chunks()
+            if not _lists_numbers(column.type):
+                raise DataError(f"column {name!r} must hold a list of numbers in every row, not {column.type}")
+            # What a null holds is left out of the flattened numbers.
+            widths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+            numbers = column.flatten().to_numpy(zero_copy_only=False).astype(float)
+            first = int(widths[0]) if first is None else first
+            bad = (widths != first) | (widths == 0)
+            bad[np.repeat(np.arange(len(widths)), widths)[~np.isfinite(numbers)]] = True
+            if bad.any():
+                row = int(bad.argmax())
+                what = "no numbers" if not widths[row] else "a number that is missing or not finite"
+                what = f"{widths[row]} numbers" if widths[row] not in (0, first) else what
+                raise DataError(
+                    f"row {rows + row}, column {name!r}: the vector has {what}; write finite ones, "
+                    f"{first or 'as many'} in every row of {', '.join(EMBEDDINGS)}"
+                )
+        rows += len(batch)
+    return first or 0
+
+
+def _lists_numbers(column: pa.DataType) -> bool:
+    if not (pa.types.is_list(column) or pa.types.is_large_list(column) or pa.types.is_fixed_size_list(column)):
+        return False
+    return bool(pa.types.is_floating(column.value_type) or pa.types.is_integer(column.value_type))

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModel
 
+from prefopt.columns import EMBEDDINGS
 from prefopt.data import DataError
-from prefopt.data.embed import COLUMNS, Encoder, EncoderError, embed, find_encoder, plain_text
+from prefopt.data.embed import COLUMNS, Encoder, EncoderError, embed, find_encoder, plain_text, width_of
 from tests.tiny import make_tokenizer, save_encoder
 from tests.trainer.runs import make_labelled, make_pairs
 
@@ -95,6 +96,31 @@ def test_pairs_get_three_columns_and_other_rows_are_refused(folder, tmp_path):
         embed(made, encoder)
     with pytest.raises(DataError, match="these rows are single ones"):
         embed(make_labelled(5), encoder)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen_embedding": [1.0, 2.0]}, "row 1003, column 'chosen_embedding': the vector has 2 numbers"),
+        ({"prompt_embedding": None}, "row 1003, column 'prompt_embedding': the vector has no numbers"),
+        ({"rejected_embedding": []}, "row 1003, column 'rejected_embedding': the vector has no numbers"),
+        ({"chosen_embedding": [1.0, float("nan"), 2.0]}, "row 1003, column 'chosen_embedding': .* missing or not fin"),
+        ({"chosen_embedding": [1.0, None, 2.0]}, "row 1003, column 'chosen_embedding': .* missing or not finite"),
+    ],
+)  # fmt: skip
+def test_a_vector_that_cannot_be_compared_is_found_before_training(row, message):
+    rows = [{name: [0.0, 1.0, 2.0] for name in EMBEDDINGS} for _ in range(1010)]
+    assert width_of(Dataset.from_list(rows)) == 3
+    assert width_of(Dataset.from_list([{name: [0, 1] for name in EMBEDDINGS}])) == 2
+    rows[1003] |= row
+    with pytest.raises(DataError, match=message):
+        width_of(Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize("value", ["text", 1.0, ["a", "b"], [[1.0]], {"a": 1.0}], ids=str)
+def test_a_column_of_something_else_is_no_vector(value):
+    with pytest.raises(DataError, match="column 'prompt_embedding' must hold a list of numbers in every row"):
+        width_of(Dataset.from_list([dict.fromkeys(EMBEDDINGS, value)] * 3))
 
 
 def test_messages_are_read_as_their_contents():

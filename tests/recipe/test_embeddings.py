@@ -11,6 +11,7 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from prefopt.columns import EMBEDDINGS
 from prefopt.data import DataError
 from prefopt.data.embed import Encoder, EncoderError, embed
 from prefopt.recipe import load_data, main, parse_arguments
@@ -86,6 +87,23 @@ def test_columns_of_the_data_are_taken_as_they_are(tmp_path, encoder):
         DataError, match=r"(?s)training rows of .*bare\.jsonl have no column prompt_.*--embeddings all-M"
     ):
         main(GIVEN, arguments(tmp_path, f"{path},{pairs_file(tmp_path, name='bare.jsonl')}"))
+
+
+def test_vectors_of_the_data_are_looked_at_before_the_model(tmp_path, encoder):
+    rows = [dict(row) for row in embed(make_pairs(20), Encoder(encoder))]
+    other = tmp_path / "narrow.jsonl"
+    other.write_text("\n".join(json.dumps(row | {name: row[name][:4] for name in EMBEDDINGS}) for row in rows))
+    rows[7]["rejected_embedding"] = rows[7]["rejected_embedding"][:4]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(
+        DataError, match=r"training rows of .*own\.jsonl: row 7, column 'rejected_embedding': .* 4 num"
+    ):
+        load_data(parse_arguments(GIVEN, arguments(tmp_path, str(path))))
+    assert load_data(parse_arguments("dpo", arguments(tmp_path, str(path))))  # which does not look at them
+    path.write_text("\n".join(json.dumps(row) for row in embed(make_pairs(20), Encoder(encoder))))
+    with pytest.raises(DataError, match=r"the training rows have 16 in .*own\.jsonl, 4 in .*narrow\.jsonl"):
+        load_data(parse_arguments(GIVEN, arguments(tmp_path, f"{path},{other}")))
 
 
 def test_a_dry_run_counts_and_computes_nothing(tmp_path, encoder, capsys):

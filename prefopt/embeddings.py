@@ -6,7 +6,8 @@ What encoders are, and how their vectors are kept, is in `prefopt.data.embed`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -73,18 +74,41 @@ def with_embeddings(
     name = recipe.script.embeddings
     if name is None:
         return train, heldout
+    state = PartialState()
     # One process of a machine computes what the others then find on its disk.
-    with PartialState().local_main_process_first():
+    with state.local_main_process_first(), _read_whole(recipe.training):
         encoder = Encoder(name, device=recipe.training.device)
         texts = {text for part in (train, heldout) for source in part.items() for text in _texts(*source)}
-        share = f"{len(encoder.missing(sorted(texts)))} of {len(texts)} texts"
+        new = encoder.missing(sorted(texts))
+        share = f"{len(new)} of {len(texts)} texts"
         if recipe.script.dry_run:
             recipe.console.print(f"Embeddings: {share} are to be computed by {name}.", soft_wrap=True)
             return train, heldout
-        encoder.compute(sorted(texts))
+        if new and not state.is_local_main_process:
+            raise DataError(
+                f"--embeddings: {share} have no vector in {encoder.kept_in}, though another process computed them: "
+                "set PREFOPT_CACHE to a folder that all processes of a machine can write to and read"
+            )
+        encoder.compute(new)
         train, heldout = ({key: embed(rows, encoder) for key, rows in part.items()} for part in (train, heldout))
     recipe.console.print(f"Embeddings: {share} computed by {name}; kept in {encoder.kept_in}", soft_wrap=True)
     return train, heldout
+
+
+@contextmanager
+def _read_whole(training: PreferenceConfig) -> Iterator[None]:
+    """Let models be read whole: under ZeRO-3 transformers spreads them over processes, of which one works here."""
+    plugin = training.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(getattr(training, "hf_deepspeed_config", None) or plugin.dschf)
 
 
 def _texts(name: str, source: Dataset) -> list[str]:

@@ -15,10 +15,11 @@ from prefopt.columns import EMBEDDINGS
 from prefopt.data import DataError
 from prefopt.data.embed import Encoder, EncoderError, embed
 from prefopt.recipe import load_data, main, parse_arguments
-from tests.processes import ROOT, launch
+from tests.processes import IN_WORDS
+from tests.recipe.test_engines import launched
 from tests.recipe.test_recipe import arguments, pairs_file
 from tests.tiny import save_encoder
-from tests.trainer.runs import make_pairs, save_model
+from tests.trainer.runs import make_pairs, require, save_model
 
 GIVEN = "kernel_dpo(embeddings='given')"
 MIXTURE = "hmk(embeddings='given')"
@@ -177,6 +178,15 @@ def test_an_encoder_that_cannot_be_had_stops_the_run_before_its_data_is_read(tmp
         main(GIVEN, words)
 
 
+def test_a_process_that_finds_no_vectors_says_where_it_looked(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr("accelerate.PartialState.is_local_main_process", property(lambda self: False))
+    words = arguments(tmp_path, pairs_file(tmp_path), "--embeddings", encoder)
+    with pytest.raises(
+        DataError, match=r"texts have no vector in .*cache.*set PREFOPT_CACHE to a folder that all proc"
+    ):
+        load_data(parse_arguments(GIVEN, words))
+
+
 def test_single_completions_have_nothing_to_compare(tmp_path, encoder):
     path = tmp_path / "labelled.jsonl"
     rows = [{"prompt": f"p {i}", "completion": " fox", "label": bool(i % 2)} for i in range(10)]
@@ -186,7 +196,9 @@ def test_single_completions_have_nothing_to_compare(tmp_path, encoder):
 
 
 @pytest.mark.distributed
-def test_of_two_processes_one_computes_and_both_learn_from_it(tmp_path, encoder):
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_of_two_processes_one_computes_and_both_learn_from_it(tmp_path, encoder, engine):
+    require(engine)
     data = pairs_file(tmp_path)
     words = ["--embeddings", encoder, "--seed", "1", "--learning_rate", "1e-3", "--eval_rows", "0"]
 
@@ -194,15 +206,18 @@ def test_of_two_processes_one_computes_and_both_learn_from_it(tmp_path, encoder)
         own = ["--output_dir", str(tmp_path / name), "--per_device_train_batch_size", str(per_device)]
         return [*arguments(tmp_path, data, *words), *own]
 
-    recipe = str(ROOT / "recipes" / "hmk.py")
-    launcher = ["accelerate.commands.launch", "--num_processes=2", "--multi_gpu"]
-    ended = launch([recipe, *command("two", 2), "--loss", MIXTURE], launcher)
+    ended = launched(tmp_path, engine, "hmk", [*command("two", 2), "--loss", MIXTURE])
     assert ended.status == 0, ended.stderr[-3000:]
-    assert json.loads((tmp_path / "two" / "results.json").read_text())["engine"] == "2 processes, DDP"
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["engine"] == IN_WORDS[engine]
     (file,) = kept(tmp_path)
-    assert len(load_file(file)["keys"]) == texts_in(data)
+    found = load_file(file)
+    assert len(found["keys"]) == texts_in(data)
     main(MIXTURE, command("one", 4))
     assert kept(tmp_path) == [file]
     mine, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, value in alone.items():
         torch.testing.assert_close(mine[name], value, rtol=0, atol=1e-4, msg=name)
+    file.unlink()
+    main(MIXTURE, command("three", 4))
+    (file,) = kept(tmp_path)
+    torch.testing.assert_close(load_file(file)["vectors"], found["vectors"])

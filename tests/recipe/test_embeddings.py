@@ -107,6 +107,15 @@ def test_vectors_of_the_data_are_looked_at_before_the_model(tmp_path, encoder):
         load_data(parse_arguments(GIVEN, arguments(tmp_path, f"{path},{other}")))
 
 
+def test_a_stream_brings_its_own(tmp_path, encoder):
+    own, bare = tmp_path / "own.jsonl", pairs_file(tmp_path, name="bare.jsonl")
+    embed(make_pairs(20), Encoder(encoder)).to_json(own)
+    results = main(GIVEN, arguments(tmp_path, str(own), "--dataset_streaming", "--eval_strategy", "no"))
+    assert results["loss"].startswith("kernel_dpo(")
+    with pytest.raises(DataError, match=r"training rows of .*bare\.jsonl have no column"):
+        main(GIVEN, arguments(tmp_path, bare, "--dataset_streaming"))
+
+
 def test_a_dry_run_counts_and_computes_nothing(tmp_path, encoder, capsys):
     data = pairs_file(tmp_path)
     assert main(GIVEN, arguments(tmp_path, data, "--embeddings", encoder, "--dry_run")) is None

@@ -25,6 +25,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from prefopt.config_file import check_values, read_config, set_environment
 from prefopt.data.errors import did_you_mean
+from prefopt.embeddings import refuse_mismatch
 from prefopt.files import is_file
 from prefopt.losses import LossSyntaxError
 from prefopt.models import adapter_base
@@ -36,7 +37,7 @@ from prefopt.trainer.config import TRL_LOSS_OPTIONS
 DEMO_CONFIG = Path(__file__).parent / "demo" / "config.yaml"
 """Settings of the bundled job; they are the defaults wherever no model is named."""
 
-_OBJECTIVE = {"loss", *TRL_LOSS_OPTIONS}
+_OBJECTIVE = {"loss", "embeddings", *TRL_LOSS_OPTIONS}
 """The options of a config that `--demo` leaves alone."""
 
 
@@ -51,6 +52,8 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
         ref_model_name_or_path: the frozen reference, where it is not the model that training starts from.
         previous_model_name_or_path: the previous iterate, for losses that compare with it, such as inpo.
         on_bad_rows: "error" stops on rows that cannot be trained on, "drop" writes them to a file and goes on.
+        embeddings: the frozen encoder whose vectors of prompts and completions the loss compares, for losses with
+            `embeddings='given'`: a folder, a Hub name or `all-MiniLM-L6-v2`.
         eval_rows: rows held out of the training split where the data has no test split; 0 for none.
         dry_run: validate the data, show the resolved settings, one decoded batch, steps and memory; train nothing.
         evaluate_first: also evaluate before training, to show what training changed.
@@ -81,6 +84,12 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
         metadata={
             "help": "Rows that cannot be trained on: stop with an error, or drop them into a file.",
             "choices": ["error", "drop"],
+        },
+    )
+    embeddings: str | None = field(
+        default=None,
+        metadata={
+            "help": "A frozen encoder for losses with embeddings='given': a folder, a Hub name or all-MiniLM-L6-v2."
         },
     )
     eval_rows: int = field(
@@ -146,6 +155,7 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     _refuse_out_of_range(training)
     remember(training.hub_token)
     _refuse_what_is_ignored(script, model, words)
+    refuse_mismatch(script, training)
     console = _Console(quiet=not PartialState().is_main_process)
     if demo:
         console.print(_swapped(config, words, str(training.loss or training.loss_type)), soft_wrap=True, markup=False)

@@ -30,9 +30,11 @@ from prefopt.data import (
     parse_sources,
     validate,
 )
+from prefopt.data.embed import EncoderError, find_encoder
 from prefopt.demo.data import heldout_prompts, load_demo
 from prefopt.demo.model import HUB_ID, HUB_TIMEOUT_S, resolve_demo_model
 from prefopt.demo.report import Answer, PairMetrics, greedy_answers, side_by_side, summarize
+from prefopt.embeddings import check_given, with_embeddings
 from prefopt.files import write_whole
 from prefopt.losses import parse
 from prefopt.models import Limits, adapter_base, check_weights, limits_of, load_model, load_tokenizer
@@ -73,22 +75,35 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
             check_weights(name)
     limits = _limits(recipe)
     _keep_to_positions(recipe, limits.positions)
-    if recipe.bundled_data:
-        return load_demo("train"), load_demo("heldout") if script.eval_rows else None
+    if script.embeddings is not None:
+        find_encoder(script.embeddings)  # what cannot be had is said before the data is looked through
+    train, heldout = _bundled(recipe) if recipe.bundled_data else _loaded(recipe, limits.vocabulary)
+    train, heldout = with_embeddings(recipe, train, heldout)
+    return _mixed(recipe, train), _mixed(recipe, heldout, weighted=False) if heldout else None
+
+
+def _bundled(recipe: Recipe) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    held_out = {"the bundled held-out pairs": load_demo("heldout")} if recipe.script.eval_rows else {}
+    return {"the bundled pairs": load_demo("train")}, held_out
+
+
+def _loaded(recipe: Recipe, vocabulary: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every source of `--dataset_name` by name, checked row by row; those held out are none where there are none."""
+    script = recipe.script
     assert script.dataset_name is not None
     train = _load_sources(recipe, script.dataset_train_split)
     heldout = _load_test_split(recipe)
     recipe.heldout_split = f"of {script.dataset_train_split}" if heldout is None else script.dataset_test_split
+    check_given(recipe, train, "training")
+    check_given(recipe, heldout or {}, "held-out")
     if script.dataset_streaming:
-        return _mixed(recipe, train), None if heldout is None else _mixed(recipe, heldout, weighted=False)
+        return train, heldout or {}
     # Row numbers in the reports are those of the files, so rows are checked before anything is split or mixed; and
     # weights repeat rows, so they apply to the training part only, after the held-out rows are set apart.
-    train = _validated(recipe, train, "training", limits.vocabulary)
+    train = _validated(recipe, train, "training", vocabulary)
     if heldout is None:
-        train, heldout = _hold_out(recipe, train)
-    else:
-        heldout = _validated(recipe, heldout, "held-out", limits.vocabulary)
-    return _mixed(recipe, train), _mixed(recipe, heldout, weighted=False) if heldout else None
+        return _hold_out(recipe, train)
+    return train, _validated(recipe, heldout, "held-out", vocabulary)
 
 
 def _keep_to_positions(recipe: Recipe, end: int | None) -> None:
@@ -397,7 +412,7 @@ def dry_run(recipe: Recipe) -> None:
         train, _ = load_data(recipe)
         tokenizer = _tokenizer(recipe)
     except (OSError, ValueError) as error:
-        if not _is_unreachable(error):
+        if isinstance(error, EncoderError) or not _is_unreachable(error):
             raise
         recipe.console.print(
             f"No batch, steps or memory: {' or '.join(_named(recipe))} is not on this machine and the Hub cannot be "

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     CLIPImageProcessor,
     CLIPVisionConfig,
     Gemma2Config,
@@ -142,6 +146,19 @@ def make_model(architecture: str = "llama", seed: int = 0, dtype: torch.dtype = 
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
     return model
+
+
+def save_encoder(path: Path, seed: int = 0) -> str:
+    """A random encoder of the sentence-transformers layout, its pooling a mean; the vectors have 16 numbers."""
+    path.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    return str(path)
 
 
 # Multimodal conversations: every message's content is a list of parts. IMAGE stands for the model's placeholder.

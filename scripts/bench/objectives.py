@@ -2,6 +2,8 @@
 
     python scripts/bench/objectives.py --json objectives.json            # all of them, about an hour on two cores
     python scripts/bench/objectives.py --json objectives.json --only dpo simpo kto --steps 20
+    python scripts/bench/objectives.py --json losses.json --only dpo "dpo(beta=0.5)" "ipo + 0.1*sft"
+    python scripts/bench/objectives.py --json kernels.json --kernels     # 28 pairs of kernel and divergence, and hmk
     python scripts/bench/objectives.py --json objectives.json --table    # print what has been measured as Markdown
 
 The job is the same for each: the bundled model, two pairs a step cut at --max_length tokens, two passes over the same
@@ -30,6 +32,8 @@ from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.demo.data import load_demo
 from prefopt.demo.model import resolve_demo_model
 from prefopt.losses import available, parse, presets
+from prefopt.losses.divergences import NAMES as DIVERGENCES
+from prefopt.losses.kernel import KERNELS
 
 WRAPPERS = {
     "conflict_free": "dpo + sft",
@@ -54,9 +58,10 @@ class Stopwatch(TrainerCallback):
         self.seconds.append(time.process_time() - self._began)
 
 
-def expressions(only: list[str] | None) -> dict[str, str]:
-    """What to train by name."""
-    names = only or [*available(), *presets()]
+def expressions(only: list[str] | None, kernels: bool = False) -> dict[str, str]:
+    """What to train by name; an expression is its own name."""
+    pairs = [f"kernel_dpo({kernel!r}, {divergence!r})" for kernel in KERNELS for divergence in DIVERGENCES]
+    names = [*(only or []), *(["hmk", *pairs] if kernels else [])] or [*available(), *presets()]
     return {name: f"{name}({WRAPPERS[name]})" if name in WRAPPERS else name for name in names}
 
 
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     pairs = pairs.add_column("margin", [0.5] * len(pairs))
     part, parts = (int(number) for number in args.share.split("/"))
     results: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
-    todo = [item for item in expressions(args.only).items() if item[0] not in results][part::parts]
+    todo = [item for item in expressions(args.only, args.kernels).items() if item[0] not in results][part::parts]
     baseline = 0.0
     for i, (name, expression) in enumerate(todo):
         # The model is read anew, so that nothing of the last objective is left in it.
@@ -128,6 +133,7 @@ def table(results: dict[str, Any]) -> str:
     for name, result in sorted(results.items()):
         first, second = result["first_pass"], result["second_pass"]
         falls = "yes" if second < first else "no"
+        name = name.replace("kernel=", "").replace("divergence=", "").replace("|", "\\|")
         lines.append(f"| `{name}` | {first:.4g} | {second:.4g} | {falls} | {result['over_dpo']:.2f} |")
     return "\n".join(lines)
 
@@ -135,7 +141,8 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where results are kept")
-    parser.add_argument("--only", nargs="+", help="objectives by name; all of them if left out")
+    parser.add_argument("--only", nargs="+", help="objectives by name or as expressions; all of them if left out")
+    parser.add_argument("--kernels", action="store_true", help="every kernel with every divergence, and their mixture")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max_length", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-4)

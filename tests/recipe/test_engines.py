@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prefopt.recipe import main
-from tests.processes import IN_WORDS, ROOT, launch
+from tests.processes import IN_WORDS, ROOT, Ended, launch
 from tests.trainer.runs import require, save_model
 
 pytestmark = pytest.mark.distributed
@@ -44,6 +44,22 @@ def arguments(folder: Path, output: str, per_device: int) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
+def launched(folder: Path, engine: str, recipe: str, words: list[str]) -> Ended:
+    """A recipe by name on two processes under an engine, once it has ended."""
+    launcher = ["accelerate.commands.launch", "--num_processes=2"]
+    command = [str(ROOT / "recipes" / f"{recipe}.py"), *words]
+    if engine == "ddp":
+        launcher.append("--multi_gpu")  # which is what accelerate calls it on CPUs as well
+    elif engine == "fsdp2":
+        launcher += ["--use_fsdp", "--fsdp_version=2"]
+        command = [ON_CPU, *command]
+    else:
+        (folder / "zero3.json").write_text(json.dumps(ZERO3))
+        launcher.append(f"--config_file={folder / 'zero3.json'}")
+        command = [ON_CPU, *command]
+    return launch(command, launcher)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> tuple[Path, dict]:
     """A folder with the model, and what one process finds."""
@@ -59,18 +75,7 @@ def alone(tmp_path_factory) -> tuple[Path, dict]:
 def test_the_same_recipe_ends_at_the_same_numbers(alone, engine):
     require(engine)
     folder, expected = alone
-    launcher = ["accelerate.commands.launch", "--num_processes=2"]
-    command = [str(ROOT / "recipes" / "dpo.py"), *arguments(folder, engine, 2)]
-    if engine == "ddp":
-        launcher.append("--multi_gpu")  # which is what accelerate calls it on CPUs as well
-    elif engine == "fsdp2":
-        launcher += ["--use_fsdp", "--fsdp_version=2"]
-        command = [ON_CPU, *command]
-    else:
-        (folder / "zero3.json").write_text(json.dumps(ZERO3))
-        launcher.append(f"--config_file={folder / 'zero3.json'}")
-        command = [ON_CPU, *command]
-    ended = launch(command, launcher)
+    ended = launched(folder, engine, "dpo", arguments(folder, engine, 2))
     assert ended.status == 0, ended.stderr[-3000:]
     results = json.loads((folder / engine / "results.json").read_text())
     assert results["engine"] == IN_WORDS[engine]

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prefopt.columns import EMBEDDINGS
 from prefopt.trainer.engine import describe_engine
 from tests.processes import engine_options, wrapper_of
 from tests.trainer.runs import make_pairs, make_trainer
@@ -74,7 +75,15 @@ def labelled(n: int, seed: int = 0) -> Any:
     return Dataset.from_list(rows)
 
 
-DATA = {"pairs": make_pairs, "weighted": weighted, "labelled": labelled}
+def embedded(n: int, seed: int = 0) -> Any:
+    """Pairs of unequal weights with vectors of their own, whose coordinates vary unequally."""
+    draw = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(0.1, 2, 6)
+    rows = {name: (torch.randn(n, 6, generator=draw) * spread).tolist() for name in EMBEDDINGS}
+    return make_pairs(n, seed, weight=[(0.5, 1.0, 0.0, 2.0, 1.5)[i % 5] for i in range(n)], **rows)
+
+
+DATA = {"pairs": make_pairs, "weighted": weighted, "labelled": labelled, "embedded": embedded}
 
 
 def whole_parameters(trainer: Any) -> dict[str, Tensor]:

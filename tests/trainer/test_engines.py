@@ -26,6 +26,9 @@ pytestmark = pytest.mark.distributed
 
 SUM = "dpo + 0.1*sft(nll='token')"
 IN_PARTS = "dpo + 0.1*sft + 0.1*tdpo"
+# Given embeddings and hidden states beside one another, both with variances that span the processes.
+KERNELS = "kernel_dpo('mahalanobis', 'js', embeddings='given') + kernel_dpo('mahalanobis', 'wasserstein', gamma=3.0)"
+LEARNED = {"loss_learning_rate": 0.05}
 # Completions that are moved to other prompts are the same on any number of processes only in the order of the data.
 IN_ORDER = {"train_sampling_strategy": "sequential"}
 CHECKPOINTS = {
@@ -43,6 +46,8 @@ FULL: list[dict[str, Any]] = [
     {"name": "spanning", "loss": "aot + 0.5*bco", "data": "weighted"},
     {"name": "candidates", "loss": "cringe", "data": "labelled"},
     {"name": "distributions", "loss": "tdpo + 0.1*pairwise_cringe(k=1)", "data": "weighted"},
+    {"name": "mixture", "loss": "hmk", "data": "weighted", "options": LEARNED},
+    {"name": "kernels", "loss": KERNELS, "data": "embedded"},
     {"name": "cached", "loss": "ipo + dpo", "data": "weighted", "cached": True},
     {"name": "budget", "loss": IN_PARTS, "data": "weighted", "options": {"token_budget": 50}},
     {"name": "accumulated", "loss": "dpo", "data": "weighted", "options": {"gradient_accumulation_steps": 2}},

@@ -17,6 +17,7 @@ from tests.trainer.test_learned import Tempered
 LOSSES = {
     "config": "conflict_free(dpo(beta=0.5) + 0.3*sft(nll='mean'))",
     "pcgrad": "conflict_free(dpo(beta=0.5) + 0.3*sft(nll='mean'), method='pcgrad')",
+    "momentum": "conflict_free(dpo(beta=0.5) + 0.3*sft(nll='mean'), momentum=0.9)",
     "batchwise": "conflict_free(dpo(beta=0.5) + sft(nll='token'))",
     "learned": Tempered,
 }

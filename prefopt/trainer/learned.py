@@ -39,9 +39,9 @@ class LearnedLoss(TrainerCallback):
                 dist.broadcast(parameter.data, 0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if world_size() > 1:
-            for parameter in self._named.values():
-                parameter.grad = mean_gradient(parameter.grad, parameter)
+        for parameter in self._named.values():
+            # Without one, as where another term has its turn, it is 0 on one process as on many.
+            parameter.grad = mean_gradient(parameter.grad, parameter)
         scale = given["optimizer"].param_groups[0]["lr"] / args.learning_rate if args.learning_rate > 0 else 1.0
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * scale

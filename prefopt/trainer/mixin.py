@@ -83,7 +83,7 @@ class LossMixin(
         self._layout = Layout("padded")
         self._guard = StepGuard(self)
         self._share = 1.0  # of its batch, that what is being scored is
-        self._terms, self._term_gradients = (), []
+        self._terms, self._term_gradients, self._moment_step = (), [], None
         self._learned: LearnedLoss | None = None
         self._reference_cache: ReferenceCache | None = None
         data = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
@@ -269,7 +269,7 @@ class LossMixin(
             self._record_eval_loss(loss, inputs)
         loss = loss * self._share
         if isinstance(self.objective, ConflictFree):
-            self._terms = [term * self._share for term in output.terms]
+            loss = self._backward_from(loss, [term * self._share for term in output.terms])
         return (loss, outputs) if return_outputs else loss
 
     def _check_start(self, batch: PreferenceBatch) -> None:

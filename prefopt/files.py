@@ -39,7 +39,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         # Else a machine that goes down may leave a file with the final name and nothing in it.
         to_disk(unfinished)
         os.replace(unfinished, path)
-    except Exception:
+    except BaseException:  # Ctrl-C too
         unfinished.unlink(missing_ok=True)
         raise
 

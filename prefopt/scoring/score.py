@@ -78,7 +78,10 @@ def _reference(
         return None, by_row(groups, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
     if not loss.needs.compares:
         return None, None
-    comparing = [number for number, role in enumerate(ROLES) if loss.needs_of(role).compares]
+    # Where nothing else says what the previous iterate was, the reference stands for it.
+    previous = Need.PREVIOUS if models.previous is None and "prev_chosen_logps" not in inputs else Need.NONE
+    needs = [loss.needs_of(role) for role in ROLES]
+    comparing = [number for number, need in enumerate(needs) if need.compares or need & previous]
     rows = torch.isin(groups.roles, torch.tensor(comparing, device=groups.roles.device))
     # Logits are compared row by row with the policy's, so they are kept for all rows or for none.
     if bool(rows.all()) or extras.full_reference or not _is_ours(inputs):

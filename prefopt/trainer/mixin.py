@@ -83,6 +83,7 @@ class LossMixin(
         self._layout = Layout("padded")
         self._guard = StepGuard(self)
         self._share = 1.0  # of its batch, that what is being scored is
+        self._in_parts_of: int | None = None  # tokens, where a batch is scored in parts
         self._terms, self._term_gradients = (), []
         self._learned: LearnedLoss | None = None
         self._reference_cache: ReferenceCache | None = None

@@ -141,6 +141,14 @@ def test_without_a_tokenizer_of_its_own_the_bases_is_saved(tmp_path: Path) -> No
     assert load(tmp_path / "merged")[1].chat_template == CHATML
 
 
+def test_a_tokenizer_that_cannot_be_read_is_not_put_aside_for_the_bases(tmp_path: Path) -> None:
+    adapter = adapter_folder(tmp_path)
+    (adapter / "tokenizer.json").write_text("{")
+    with pytest.raises(MergeError, match=r"tokenizer in .*adapter cannot be read: .*Save it again"):
+        merge(str(adapter), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
 def test_without_any_tokenizer_ids_are_compared(tmp_path: Path) -> None:
     adapter = adapter_folder(tmp_path, tokenizer=False)
     for file in (*(tmp_path / "llama-0").glob("tokenizer*"), tmp_path / "llama-0" / "chat_template.jinja"):

@@ -21,7 +21,7 @@ from prefopt.scoring.call import Call
 from prefopt.scoring.collate import select_rows
 from prefopt.scoring.frozen import FrozenLayers
 from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores
-from prefopt.scoring.model import unwrapped
+from prefopt.scoring.model import is_checkpointed, unwrapped
 from prefopt.scoring.padded import score_rows
 from prefopt.scoring.tree import Masks, score_trees
 
@@ -105,9 +105,8 @@ class Layout:
         if in_trees:
             assert self.masks is not None
             return self._score_trees(model, model_inputs, mask, self.masks, call, in_parts_of, **options)
-        inner: Any = unwrapped(model)
         # Some models ask for "sdpa" by name. Checkpointed layers of trees before may yet be computed again.
-        if not getattr(inner, "is_gradient_checkpointing", False):
+        if not is_checkpointed(model):
             self.release(model)
         return score_rows(model, model_inputs, mask, all_logits=all_logits, call=call, **options)
 

@@ -15,6 +15,7 @@ from prefopt.scoring import Extras, score_rows
 from prefopt.scoring.call import Call
 from prefopt.scoring.collate import PreferenceCollator
 from prefopt.scoring.layout import Layout
+from prefopt.scoring.model import is_checkpointed
 from prefopt.scoring.tree import group, plant, score_trees
 from tests.losses.test_divergences import EVERY
 from tests.tiny import make_model
@@ -223,6 +224,20 @@ def test_the_first_batch_too_is_scored_as_the_trial_found_right(monkeypatch):
     batch = collate()
     expected, _ = score_rows(model, model_inputs(batch), batch["completion_mask"], call=Call(chunked_head=False))
     torch.testing.assert_close(scores.logps, expected.logps, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_padded_layout_asks_transformers_for_nothing_that_it_is_about_to_drop():
+    scores, _ = chosen_layout(make_model().eval(), "padded")
+    assert bool(scores.mask.any())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_computes_layers_again_is_known():
+    model = make_model()
+    assert not is_checkpointed(model)
+    model.gradient_checkpointing_enable()
+    assert is_checkpointed(model)
 
 
 def test_rows_beyond_a_sliding_window_are_padded():

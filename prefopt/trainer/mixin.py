@@ -25,11 +25,7 @@ from prefopt.losses import ConflictFree, Loss, LossOutput, Need, PreferenceBatch
 from prefopt.metrics import RunningMeans, batch_metrics
 from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
-from prefopt.scoring.collate import (
-    PreferenceCollator,
-    WithColumns,
-    groups_of,
-)
+from prefopt.scoring.collate import PreferenceCollator, WithColumns, groups_of
 from prefopt.scoring.layout import Layout
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.config import resolve_objective
@@ -110,8 +106,8 @@ class LossMixin(
                 f"{type(self).__name__} makes its own configuration, so the objective could not be read from it "
                 "ahead: pass loss=... as well"
             )
-        self._after_trl(self.objective, bound.get("ref_model") is None, sample)
         self._previous_model = self._make_previous(self.objective, previous_model)
+        self._after_trl(self.objective, bound.get("ref_model") is None, sample)
         self._set_up_checkpoints()
 
     def _before_trl(self, objective: Loss, args: Any, sample: Mapping[str, Any]) -> None:
@@ -183,7 +179,10 @@ class LossMixin(
             self.add_callback(tracked)  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
-        if own_reference and not objective.needs.compares and not self.args.sync_ref_model:
+        # Without a previous iterate the reference stands for it.
+        previous = self._previous_model is not None or "prev_chosen_logps" in sample
+        compares = objective.needs.compares or (Need.PREVIOUS in objective.needs and not previous)
+        if own_reference and not compares and not self.args.sync_ref_model:
             self.ref_model = None  # TRL loads one whatever the objective
         self._align_padding(own_reference)
         if self._own_collator is not None:

@@ -236,7 +236,7 @@ class Entry:
 
 
 def entries(root: Path | None = None) -> list[Entry]:
-    """The references on disk, last used first. Damaged files count in bytes only."""
+    """The references on disk, last written to first. Damaged files count in bytes only."""
     root = cache_root() if root is None else root
     found = []
     for folder in root.glob("*") if root.is_dir() else ():
@@ -258,7 +258,7 @@ def entries(root: Path | None = None) -> list[Entry]:
 
 
 def prune(names: Iterable[str] = (), older_than_days: float | None = None, root: Path | None = None) -> list[Entry]:
-    """Delete references by name, or those not used for some days, and what interrupted runs left unfinished.
+    """Delete references by name, or those not written to for some days, and what interrupted runs left unfinished.
 
     Returns:
         The references that were deleted.

@@ -25,7 +25,7 @@ from prefopt.cli import app
 from prefopt.merge import MergeError, merge
 from prefopt.trainer.facts import RunNotes
 from tests.publishing.folders import load, log_probabilities, lora
-from tests.tiny import CHATML, make_tokenizer
+from tests.tiny import CHATML, THINKING, make_tokenizer
 from tests.trainer.runs import make_trainer, save_model
 
 
@@ -253,8 +253,10 @@ def test_a_base_that_is_gone_is_given_by_hand(tmp_path: Path) -> None:
     assert "'/gone/llama', which is not on this machine" in refused(str(adapter))
     change(adapter, base_model_name_or_path=None)
     assert "does not name the adapter's base model: give it with --base" in refused(str(adapter))
+    (adapter / "chat_template.jinja").write_text(THINKING)
     found = merge(str(adapter), str(tmp_path / "merged"), base=str(tmp_path / "llama-0"))
     assert found.largest < 1e-4
+    assert load(tmp_path / "merged")[1].chat_template == THINKING
 
 
 def test_a_base_of_another_shape(tmp_path: Path) -> None:

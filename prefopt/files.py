@@ -13,8 +13,24 @@ UNFINISHED = ".unfinished"
 
 
 def cache_home() -> Path:
-    """Where what can be computed again is kept: `PREFOPT_CACHE`, else `~/.cache/prefopt`."""
-    return Path(os.environ.get("PREFOPT_CACHE") or Path.home() / ".cache" / "prefopt")
+    """Where caches are: `$PREFOPT_CACHE`, else `$XDG_CACHE_HOME/prefopt`, else `~/.cache/prefopt`."""
+    if own := os.environ.get("PREFOPT_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base).expanduser() / "prefopt" if base else _usual_home()
+
+
+def cache_folder(name: str) -> Path:
+    """A folder in `cache_home`, or the one of that name in `~/.cache/prefopt` where that is the only one there is.
+
+    Earlier releases kept references there whatever `XDG_CACHE_HOME` said.
+    """
+    folder, old = cache_home() / name, _usual_home() / name
+    return old if not os.environ.get("PREFOPT_CACHE") and old.is_dir() and not folder.exists() else folder
+
+
+def _usual_home() -> Path:
+    return Path.home() / ".cache" / "prefopt"
 
 
 def is_file(path: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt.activations import Activations
+from prefopt.activations import Activations, Rows, activations
 from prefopt.scoring.frozen import decoder_layers
 from prefopt.scoring.head import KEPT_BYTES, chunk_bytes
 
@@ -145,6 +145,23 @@ class Setting:
     def computed(self) -> int:
         """Bytes of a number that the engines compute with where they keep weights in another precision."""
         return HALF if self.half else self.dtype.itemsize
+
+
+def kept_under(engine: str, config: Any, rows: Rows, setting: Setting, adapter: Any = None) -> Activations:
+    """What a model's layers keep under an engine.
+
+    Sharded engines compute with weights that are in half precision already, and with PEFT's own LoRA layers.
+
+    Args:
+        engine: a name in `ENGINES`.
+        config: of the model.
+        rows: what goes through it together.
+        setting: how it is trained.
+        adapter: a PEFT configuration, or None where all weights train.
+    """
+    whole = engine == "ddp"
+    dtype = torch.bfloat16 if setting.half and not whole else setting.dtype
+    return activations(config, rows, dtype=dtype, autocast=setting.half, adapter=adapter, fused=whole)
 
 
 @dataclass(frozen=True)

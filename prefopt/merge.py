@@ -192,13 +192,23 @@ def _about_base(name: str, error: Exception) -> str:
 
 
 def _tokenizer(folder: Path, base: str) -> Any:
-    """The adapter's own, else its base's; None where neither has one."""
-    for place in (str(folder) if (folder / "tokenizer_config.json").is_file() else base, base):
+    """The adapter's own, else its base's; None where neither has one.
+
+    Raises:
+        MergeError: if the adapter's own cannot be read: its base's may lack tokens or a template that were trained.
+    """
+    if (folder / "tokenizer_config.json").is_file():
         try:
-            return load_tokenizer(place)
-        except (OSError, ValueError, SystemExit):
-            continue
-    return None
+            return load_tokenizer(str(folder))
+        except (OSError, ValueError) as error:
+            raise MergeError(
+                f"the tokenizer in {folder} cannot be read: {error}. Save it again, or delete its files there to have "
+                "the base's in its place"
+            ) from None
+    try:
+        return load_tokenizer(base)
+    except (OSError, ValueError, SystemExit):
+        return None
 
 
 def _adapted(base: str, folder: Path, dtype: str | None) -> Any:

@@ -131,9 +131,8 @@ def load_tokenizer(
         OSError: if there is none, naming the model.
         ValueError: for a chat template that is no Jinja, or a file with one that cannot be read.
     """
-    base = adapter_base(name)
-    if base is not None and not (Path(name) / "tokenizer_config.json").is_file():
-        name = base
+    if not is_file(Path(name) / "tokenizer_config.json"):
+        name = adapter_base(name) or name
     with _named("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     if chat_template is not None:

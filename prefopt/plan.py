@@ -18,10 +18,10 @@ from rich.text import Text
 from transformers import AutoConfig
 from trl import ModelConfig, ScriptArguments
 
-from prefopt.activations import Rows, activations, causal_model
+from prefopt.activations import Rows, causal_model
 from prefopt.data import tokenize_dataset
 from prefopt.losses import Loss, Need, parse
-from prefopt.memory import ENGINES, FOUR_BIT, FOUR_BIT_PLAIN, Setting, count, estimate
+from prefopt.memory import ENGINES, FOUR_BIT, FOUR_BIT_PLAIN, Setting, count, estimate, kept_under
 from prefopt.models import adapter_base, adapter_settings
 from prefopt.redaction import redacted
 from prefopt.scoring import ROLES
@@ -188,21 +188,17 @@ def _memory(
     engine, half = _engine(training), bool(training.bf16 or training.fp16)
     named = config.dtype if model.dtype == "auto" else model.dtype
     dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named or "float32"))
-    rows = _rows(training, batch).within(training.token_budget)
-    whole = engine == "ddp"
-    kept = activations(
-        config, rows, dtype=torch.bfloat16 if half and not whole else dtype, autocast=half, adapter=adapter,
-        fused=whole,
-    )  # fmt: skip
     needs = parse(expression).needs if expression else Need.REFERENCE
     quantized = FOUR_BIT if model.use_bnb_nested_quant else FOUR_BIT_PLAIN
     setting = Setting(
         dtype=dtype, half=half, checkpointed=bool(training.gradient_checkpointing),
         accumulates=training.gradient_accumulation_steps > 1,
-        reference=needs.compares and not training.precompute_ref_log_probs,
+        reference=needs.frozen and not training.precompute_ref_log_probs,
         quantized=quantized if model.load_in_4bit else None, processes=PartialState().num_processes,
         device="cpu" if not torch.accelerator.is_available() or training.use_cpu else "accelerator",
     )  # fmt: skip
+    rows = _rows(training, batch).within(training.token_budget)
+    kept = kept_under(engine, config, rows, setting, adapter)
     need = estimate(sizes, kept, kept.rows.scored, setting, engine)
     labels = {
         "weights": f"weights, {sizes.total / 1e6:.0f}M",

@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, HfArgumentParser, LlamaConfig
 
-from prefopt.activations import Activations, Rows, activations, causal_model, made_up_rows
+from prefopt.activations import Activations, Rows, causal_model, made_up_rows
 from prefopt.losses import Loss, parse
-from prefopt.memory import ENGINES, FOUR_BIT, Estimate, Setting, Sizes, count, estimate
+from prefopt.memory import ENGINES, FOUR_BIT, Estimate, Setting, Sizes, count, estimate, kept_under
 from prefopt.models import adapter_base
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
@@ -186,17 +186,14 @@ def ways(job: Job, loss: Loss, config: Any, rows: Rows) -> list[tuple[Way, Sizes
             adapter = LoraConfig(r=job.lora_r, target_modules=target, task_type="CAUSAL_LM")
         with torch.device("meta"):
             sizes = count(causal_model(config) if adapter is not None else network, adapter)
-        dtype = getattr(torch, job.dtype_of(method))
         setting = Setting(
-            dtype=dtype, half=job.bf16, checkpointed=job.gradient_checkpointing,
+            dtype=getattr(torch, job.dtype_of(method)), half=job.bf16, checkpointed=job.gradient_checkpointing,
             accumulates=job.gradient_accumulation_steps > 1,
-            reference=loss.needs.compares and not job.precompute_ref_log_probs,
+            reference=loss.needs.frozen and not job.precompute_ref_log_probs,
             quantized=FOUR_BIT if method == "qlora" else None, processes=job.gpus, nodes=job.nodes,
         )  # fmt: skip
-        whole = activations(config, rows, dtype=dtype, autocast=job.bf16, adapter=adapter)
-        # Sharded engines compute with weights that are in half precision already, and with PEFT's own layers.
-        half = torch.bfloat16 if job.bf16 else dtype
-        sharded = activations(config, rows, dtype=half, autocast=job.bf16, adapter=adapter, fused=False)
+        # Counted once for all sharded engines, which keep the same.
+        whole, sharded = (kept_under(engine, config, rows, setting, adapter) for engine in ("ddp", "zero3"))
         for engine in _engines(job, method):
             kept = whole if engine == "ddp" else sharded
             way = Way(method, engine, estimate(sizes, kept, kept.rows.scored, setting, engine))
@@ -224,7 +221,7 @@ def _head(job: Job, loss: Loss, name: str, built_in: bool, rows: Rows, sizes: Si
     shape = (
         f"{rows.tokens} tokens at once on a GPU: prompts of {job.prompt}, completions of {job.max_length - job.prompt}"
     )
-    if not loss.needs.compares:
+    if not loss.needs.frozen:
         reference = f"no reference model, since {job.loss} compares with none"
     elif job.precompute_ref_log_probs:
         reference = "no reference model while training, since its log-probabilities are computed before"

@@ -13,6 +13,12 @@ PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "model*.bin", "*.pth", "*
 """Names under which weights are pickled."""
 
 
+def pickled(folder: Path) -> list[str]:
+    """Names of the pickled weights in a folder."""
+    found = (path.name for pattern in PICKLED for path in folder.glob(pattern))
+    return sorted(name for name in found if not name.startswith("rng_"))
+
+
 def check_folder(folder: Path, wanted: str = "*.safetensors") -> None:
     """Refuse a folder whose weights cannot or must not be read; one without any weights is left to who reads it.
 
@@ -24,12 +30,9 @@ def check_folder(folder: Path, wanted: str = "*.safetensors") -> None:
         ValueError: for pickled weights alone, and for safetensors that are damaged.
     """
     found = sorted(folder.glob(wanted))
-    pickled = sorted(
-        path.name for pattern in PICKLED for path in folder.glob(pattern) if not path.name.startswith("rng_")
-    )
-    if not found and pickled:
+    if not found and (names := pickled(folder)):
         raise ValueError(
-            f"{folder} holds pickled weights alone ({', '.join(pickled[:3])}), which can run code when they are read: "
+            f"{folder} holds pickled weights alone ({', '.join(names[:3])}), which can run code when they are read: "
             "only safetensors are loaded. Load them where you trust them and save them again with save_pretrained, "
             "which writes safetensors"
         )

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from prefopt.markdown import table
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "papers.md"
 START, END = "<!-- table: scripts/papers_table.py -->", "<!-- end of the table -->"
@@ -19,14 +21,10 @@ START, END = "<!-- table: scripts/papers_table.py -->", "<!-- end of the table -
 HEADINGS = ("config", "paper", "setting", "loss", "model", "data", "reported", "source", "unknown")
 
 
-def table(folder: Path = ROOT / "configs" / "papers") -> str:
+def papers_table(folder: Path = ROOT / "configs" / "papers") -> str:
     """One row a config, in alphabetical order."""
-    lines = [f"| {' | '.join(HEADINGS)} |", "|" + " --- |" * len(HEADINGS)]
-    for file in sorted(folder.glob("*.yaml")):
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        cells = _cells(file.stem, config, config["paper"])
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join(lines)
+    configs = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.yaml"))}
+    return table(HEADINGS, [_cells(name, config, config["paper"]) for name, config in configs.items()])
 
 
 def _cells(name: str, config: dict[str, Any], paper: dict[str, Any]) -> tuple[str, ...]:
@@ -57,11 +55,11 @@ def _by_repository(source: dict[int, str]) -> list[tuple[str, str]]:
 
 def main() -> None:
     if "--write" not in sys.argv[1:]:
-        print(table())
+        print(papers_table())
         return
     page = PAGE.read_text(encoding="utf-8")
     before, after = page.split(START)[0], page.split(END)[1]
-    PAGE.write_text(f"{before}{START}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{START}\n\n{papers_table()}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

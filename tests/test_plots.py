@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from prefopt import plots
+from prefopt import curves, plots
 from prefopt.catalogue import families
 from prefopt.cli import app
+from prefopt.curves import START, TOKENS, VOCABULARY, Curve, _pairs, trace
 from prefopt.losses import Loss, Need, available, parse, presets, register
 from prefopt.losses.registry import _LOSSES
 from prefopt.losses.wrappers import Wrapper
-from prefopt.plots import START, TOKENS, VOCABULARY, Curve, PlotError, _limits, _pairs, draw, scale_hints, trace
+from prefopt.plots import PlotError, _limits, draw, scale_hints
 from tests.test_cli import OBJECTIVES, ROOT, script
 
 
@@ -102,7 +103,7 @@ class TestCurves:
         assert marks == {"aql": "*", "aot": "*", "tdpo": "†", "hinge": "e", "padll": "l", "irpo": "o"}
 
     def test_every_registered_loss_and_preset_is_a_curve(self, monkeypatch):
-        monkeypatch.setattr(plots, "POINTS", 11)
+        monkeypatch.setattr(curves, "POINTS", 11)
         names = [f"{name}(dpo + sft)" if issubclass(cls, Wrapper) else name for name, cls in available().items()]
         lines = trace([*names, *presets()])
         assert sum(len(line.names) for line in lines) == len(names) + len(presets())
@@ -207,7 +208,7 @@ class TestPage:
     @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: Path(words[2]).stem)
     def test_commands_still_work(self, words, tmp_path, monkeypatch):
         drawn = []
-        monkeypatch.setattr(plots, "POINTS", 11)
+        monkeypatch.setattr(curves, "POINTS", 11)
         monkeypatch.setattr(plots, "draw", lambda lines, path: drawn.extend(lines))
         result = CliRunner().invoke(app, [*words[:2], str(tmp_path / "x.png"), *words[3:]])
         assert result.exit_code == 0, result.output

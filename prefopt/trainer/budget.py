@@ -28,6 +28,7 @@ class TokenBudgetMixin:
     accelerator: Any
     _layout: Layout
     _share: float
+    _in_parts_of: int | None
 
     @property
     def _budget(self) -> int | None:
@@ -96,11 +97,12 @@ class TokenBudgetMixin:
 
     @contextlib.contextmanager
     def _in_parts(self, budget: int) -> Iterator[None]:
-        tokens, self._layout.tokens, self._layout.call.recompute = self._layout.tokens, budget, True
+        """Whatever is scored in here goes through the model in parts, and again in the backward pass."""
+        self._in_parts_of = budget
         try:
             yield
         finally:
-            self._layout.tokens, self._layout.call.recompute = tokens, False
+            self._in_parts_of = None
             if self._layout.call.frozen is not None:
                 self._layout.call.frozen.clear()
 

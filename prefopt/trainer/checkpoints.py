@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from prefopt.files import to_disk, write_whole
+from prefopt.weights import pickled
 
 MANIFEST = "complete.json"
 STATE = "prefopt.json"
@@ -197,7 +198,9 @@ def _missing(folder: Path) -> str:
         if absent:
             return f"{absent[0]} is missing"
     elif not any((folder / name).is_file() for name in _WEIGHTS):
-        return f"{' or '.join(_WEIGHTS)} is missing"
+        names = pickled(folder)
+        instead = f"; {names[0]} is pickled, which can run code when it is read, and is not loaded" if names else ""
+        return f"{' or '.join(_WEIGHTS)} is missing{instead}"
     for name in ("optimizer.pt", "scheduler.pt"):
         if not (folder / name).is_file():
             return f"{name} is missing (save_only_model=True leaves it out), without which no run can be continued"

@@ -52,7 +52,8 @@ class PreferenceConfig(DPOConfig):
         step0_tolerance: largest accepted difference of mean per-token log-probabilities, in nats. If None, 1e-3 in
             float32 and 0.05 in half precision.
         reference_cache: where per-token log-probabilities of the reference are kept, to be computed once over epochs,
-            runs and losses: "off", "auto" (a folder in `PREFOPT_CACHE` or `~/.cache/prefopt`) or a folder.
+            runs and losses: "off", "auto" (`reference` in `PREFOPT_CACHE`, `XDG_CACHE_HOME/prefopt` or
+            `~/.cache/prefopt`, the first that is set) or a folder.
         layout: how rows are scored: "auto" computes each prompt once for all its completions where the model gives the
             same numbers that way, "tree" insists on it, "padded" computes a row per completion.
         token_budget: most tokens that a training batch puts through the model at once, prompts counted once. Batches

@@ -131,9 +131,8 @@ class FiniteMixin:
 
     def _last_good(self) -> str:
         main = self.accelerator.is_main_process
-        found = [last_good_checkpoint(Path(self.args.output_dir)) if main else None]
-        folder = gather_object(found)[0]
-        return "There is no earlier checkpoint with finite weights." if folder is None else f"The last good: {folder}."
+        said: str = gather_object([last_good(Path(self.args.output_dir)) if main else ""])[0]
+        return said
 
 
 class StepGuard(TrainerCallback):
@@ -196,14 +195,29 @@ def stored(parameter: Any) -> Tensor:
     return tensor
 
 
+def last_good(folder: Path) -> str:
+    """One sentence on what a run can go back to."""
+    if (good := last_good_checkpoint(folder)) is not None:
+        return f"The last good: {good}."
+    unseen = next((found.folder for found in find(folder) if not found.problem and not _weights(found.folder)), None)
+    if unseen is not None:
+        return f"{unseen} is whole, but its weights lie in the engine's own files, in which they were not looked at."
+    return "There is no earlier checkpoint with finite weights."
+
+
 def last_good_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint of a run that is whole and whose weights are finite."""
     found = (checkpoint.folder for checkpoint in find(folder) if not checkpoint.problem)
     return next((checkpoint for checkpoint in found if _is_good(checkpoint)), None)
 
 
+def _weights(checkpoint: Path) -> list[Path]:
+    """The files of a model's weights; DeepSpeed and FSDP may have none but their own."""
+    return [path for path in checkpoint.glob("*.safetensors") if not path.name.startswith("objective")]
+
+
 def _is_good(checkpoint: Path) -> bool:
-    files = [path for path in checkpoint.glob("*.safetensors") if not path.name.startswith("objective")]
+    files = _weights(checkpoint)
     try:
         for path in files:
             with safe_open(path, "pt") as weights:

@@ -25,11 +25,7 @@ from prefopt.losses import ConflictFree, Loss, LossOutput, Need, PreferenceBatch
 from prefopt.metrics import RunningMeans, batch_metrics
 from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
-from prefopt.scoring.collate import (
-    PreferenceCollator,
-    WithColumns,
-    groups_of,
-)
+from prefopt.scoring.collate import PreferenceCollator, WithColumns, groups_of
 from prefopt.scoring.layout import Layout
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.config import resolve_objective
@@ -83,6 +79,7 @@ class LossMixin(
         self._layout = Layout("padded")
         self._guard = StepGuard(self)
         self._share = 1.0  # of its batch, that what is being scored is
+        self._in_parts_of: int | None = None  # tokens, where a batch is scored in parts
         self._terms, self._term_gradients, self._moment_step = (), [], None
         self._learned: LearnedLoss | None = None
         self._reference_cache: ReferenceCache | None = None
@@ -109,8 +106,8 @@ class LossMixin(
                 f"{type(self).__name__} makes its own configuration, so the objective could not be read from it "
                 "ahead: pass loss=... as well"
             )
-        self._after_trl(self.objective, bound.get("ref_model") is None, sample)
         self._previous_model = self._make_previous(self.objective, previous_model)
+        self._after_trl(self.objective, bound.get("ref_model") is None, sample)
         self._set_up_checkpoints()
 
     def _before_trl(self, objective: Loss, args: Any, sample: Mapping[str, Any]) -> None:
@@ -182,7 +179,10 @@ class LossMixin(
             self.add_callback(tracked)  # type: ignore[attr-defined]
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
-        if own_reference and not objective.needs.compares and not self.args.sync_ref_model:
+        # Without a previous iterate the reference stands for it.
+        previous = self._previous_model is not None or "prev_chosen_logps" in sample
+        kept = objective.needs.compares if previous else objective.needs.frozen
+        if own_reference and not kept and not self.args.sync_ref_model:
             self.ref_model = None  # TRL loads one whatever the objective
         self._align_padding(own_reference)
         if self._own_collator is not None:

@@ -50,6 +50,7 @@ class ScoringMixin:
     _layout: Layout
     _reference_cache: ReferenceCache | None
     _share: float
+    _in_parts_of: int | None
 
     def _make_layout(self, own_reference: bool) -> Layout:
         name: Any = getattr(self.args, "layout", "auto")
@@ -145,8 +146,9 @@ class ScoringMixin:
         """Token scores under the frozen reference: its own model, or the policy with its adapter put aside."""
         with torch.no_grad(), self._as_reference(), self.accelerator.autocast():
             scores, _ = self._layout.score(
-                model, inputs, self._model_inputs(inputs), extras=BARE, keep_logits=keep_logits, all_logits=all_logits
-            )
+                model, inputs, self._model_inputs(inputs), extras=BARE, keep_logits=keep_logits,
+                all_logits=all_logits, in_parts_of=self._in_parts_of,
+            )  # fmt: skip
         return scores
 
     def _cached_reference(self, cache: ReferenceCache, model: Any, inputs: Mapping[str, Any]) -> TokenScores:
@@ -164,8 +166,9 @@ class ScoringMixin:
     def _previous_scores(self, inputs: Mapping[str, Any]) -> TokenScores:
         with torch.no_grad(), self.accelerator.autocast():
             scores, _ = self._layout.score(
-                self._previous_model, inputs, self._model_inputs(inputs), extras=BARE, shares_layers=False
-            )
+                self._previous_model, inputs, self._model_inputs(inputs), extras=BARE, shares_layers=False,
+                in_parts_of=self._in_parts_of,
+            )  # fmt: skip
         return scores
 
     @contextlib.contextmanager
@@ -196,8 +199,9 @@ class ScoringMixin:
             if getattr(self, "aux_loss_enabled", False):
                 model_inputs["output_router_logits"] = True
             scores, made = self._layout.score(
-                model, rows, model_inputs, extras=extras, reference=reference, all_logits=all_logits
-            )
+                model, rows, model_inputs, extras=extras, reference=reference, all_logits=all_logits,
+                in_parts_of=self._in_parts_of,
+            )  # fmt: skip
             # The rows that the loss is about come first; what comes after them carries no gradient.
             outputs = made if outputs is None else outputs
             return scores
@@ -219,7 +223,7 @@ class ScoringMixin:
             inputs, self.objective, models, every_role=all_logits or not self.model.training
         )
         # Calls that are made again in the backward pass take from it once more.
-        if self._layout.call.frozen is not None and not self._layout.call.recompute:
+        if self._layout.call.frozen is not None and self._in_parts_of is None:
             self._layout.call.frozen.clear()
         if self._share > 0:
             self._record_tokens(scores, scored)  # type: ignore[attr-defined]

@@ -82,7 +82,8 @@ def restore(objective: Loss, folder: Path, learned: LearnedLoss | None = None) -
     if not path.exists():
         raise FileNotFoundError(
             f"{objective} keeps state between steps, but {path} does not exist: the checkpoint was written with "
-            "another objective. Start anew, or resume with the objective that it was trained with"
+            "another objective, or by a version that did not save this one's. Start anew from the weights in that "
+            "folder (model_name_or_path), or resume with the objective that it was trained with"
         )
     objective.load_state_dict(load_file(path))
     if learned is not None:

@@ -98,20 +98,18 @@ def estimated(case: Case) -> Any:
     import torch
     from peft import LoraConfig
 
-    from prefopt.activations import activations, causal_model, made_up_rows
-    from prefopt.memory import Setting, count, estimate
+    from prefopt.activations import causal_model, made_up_rows
+    from prefopt.memory import Setting, count, estimate, kept_under
 
     config, adapter = config_of(case), LoraConfig(**LORA) if case.lora else None
-    dtype = getattr(torch, case.dtype)
     with torch.device("meta"):
         sizes = count(causal_model(config), adapter)
     rows = made_up_rows(case.pairs, case.prompt, case.completion, 2, case.layout == "padded").within(case.token_budget)
-    kept = activations(config, rows, dtype=dtype, autocast=case.bf16, adapter=adapter)
     setting = Setting(
-        dtype=dtype, half=case.bf16, checkpointed=case.checkpointed, accumulates=case.accumulated > 1,
-        reference=case.loss == "dpo", processes=case.processes, device=_device(),
+        dtype=getattr(torch, case.dtype), half=case.bf16, checkpointed=case.checkpointed,
+        accumulates=case.accumulated > 1, reference=case.loss == "dpo", processes=case.processes, device=_device(),
     )  # fmt: skip
-    return estimate(sizes, kept, rows.scored, setting)
+    return estimate(sizes, kept_under("ddp", config, rows, setting, adapter), rows.scored, setting)
 
 
 # ---- the process that trains ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from prefopt.data import DataError, Report, clean, normalise, tokenize_dataset, validate
+from prefopt.trainer.publishing import NOT_PUBLISHED
 from tests.tiny import THINKING, make_tokenizer
 
 
@@ -83,7 +85,7 @@ def test_each_bad_row_is_named_in_the_message(name: str) -> None:
     line = next(line for line in message.splitlines() if line.strip().startswith(kind))
     assert advice in line
     assert "first 0, 1" in line if name == "text weight" else ": 1 row, first 1." in line
-    assert "--on-bad-rows drop" in message
+    assert "--on_bad_rows drop" in message
 
 
 def _table(report: Report) -> str:
@@ -170,6 +172,21 @@ def test_drop_removes_bad_rows_and_writes_them_down(tmp_path: Path, streaming: b
         {"row": 3, "reasons": ["chosen equals rejected"], "example": rows[3]},
     ]
     assert [entry.name for entry in path.parent.iterdir()] == ["dropped.jsonl"]
+
+
+def test_rows_of_a_killed_write_are_never_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def killed(*_: Any) -> None:
+        names.extend(entry.name for entry in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prefopt.files.to_disk", killed)
+    dataset = Dataset.from_list([TEXT, {**TEXT, "chosen": ""}])
+    with pytest.raises(KeyboardInterrupt):
+        clean(dataset, validate(dataset), "drop", tmp_path / "dropped_training_rows.jsonl")
+    assert names
+    assert all(any(fnmatch(name, pattern) for pattern in NOT_PUBLISHED) for name in names)
 
 
 def test_dropping_everything_or_dropping_unseen_is_refused(tmp_path: Path) -> None:

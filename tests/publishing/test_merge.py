@@ -25,7 +25,7 @@ from prefopt.cli import app
 from prefopt.merge import MergeError, merge
 from prefopt.trainer.facts import RunNotes
 from tests.publishing.folders import load, log_probabilities, lora
-from tests.tiny import CHATML, make_tokenizer
+from tests.tiny import CHATML, THINKING, make_tokenizer
 from tests.trainer.runs import make_trainer, save_model
 
 
@@ -141,6 +141,14 @@ def test_without_a_tokenizer_of_its_own_the_bases_is_saved(tmp_path: Path) -> No
     assert load(tmp_path / "merged")[1].chat_template == CHATML
 
 
+def test_a_tokenizer_that_cannot_be_read_is_not_put_aside_for_the_bases(tmp_path: Path) -> None:
+    adapter = adapter_folder(tmp_path)
+    (adapter / "tokenizer.json").write_text("{")
+    with pytest.raises(MergeError, match=r"tokenizer in .*adapter cannot be read: .*Save it again"):
+        merge(str(adapter), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
 def test_without_any_tokenizer_ids_are_compared(tmp_path: Path) -> None:
     adapter = adapter_folder(tmp_path, tokenizer=False)
     for file in (*(tmp_path / "llama-0").glob("tokenizer*"), tmp_path / "llama-0" / "chat_template.jinja"):
@@ -245,8 +253,10 @@ def test_a_base_that_is_gone_is_given_by_hand(tmp_path: Path) -> None:
     assert "'/gone/llama', which is not on this machine" in refused(str(adapter))
     change(adapter, base_model_name_or_path=None)
     assert "does not name the adapter's base model: give it with --base" in refused(str(adapter))
+    (adapter / "chat_template.jinja").write_text(THINKING)
     found = merge(str(adapter), str(tmp_path / "merged"), base=str(tmp_path / "llama-0"))
     assert found.largest < 1e-4
+    assert load(tmp_path / "merged")[1].chat_template == THINKING
 
 
 def test_a_base_of_another_shape(tmp_path: Path) -> None:

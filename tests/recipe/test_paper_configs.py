@@ -229,7 +229,7 @@ def test_a_recipe_script_runs_a_paper_config_here(tmp_path, monkeypatch, capsys)
 
 
 def test_the_page_has_the_table_of_the_files():
-    table = runpy.run_path(str(ROOT / "scripts" / "papers_table.py"))["table"]()
+    table = runpy.run_path(str(ROOT / "scripts" / "papers_table.py"))["papers_table"]()
     page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
     assert table in page, "stale: run `python scripts/papers_table.py --write`"
     assert len(table.splitlines()) == len(FILES) + 2

@@ -136,6 +136,16 @@ def test_weights_without_an_optimizer_cannot_be_continued(tmp_path):
     assert "optimizer.pt is missing (save_only_model" in checkpoints.problem(tmp_path / "run" / "checkpoint-4")
 
 
+def test_pickled_weights_are_passed_over_by_name(run):
+    folder = run / "checkpoint-4"
+    for name in ("complete.json", "prefopt.json"):
+        (folder / name).unlink()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    chosen, passed = checkpoints.choose("auto", run)
+    assert chosen == run / "checkpoint-2"
+    assert "model.safetensors or adapter_model.safetensors is missing; pytorch_model.bin is pickled" in passed[0]
+
+
 def test_an_index_names_the_shard_that_is_missing(run):
     folder = run / "checkpoint-4"
     (folder / "complete.json").unlink()

@@ -64,3 +64,9 @@ def test_killed_while_the_final_model_is_saved(tmp_path):
     # In the middle of an epoch, where transformers would take one more step.
     job = Job(options={"max_steps": 6})
     check_same(tmp_path, job, [Fault("saving weights", 4)])
+
+
+def test_killed_before_a_batch_that_takes_the_baseline_of_the_step_before(tmp_path):
+    """Nine rows leave one for the last batch of an epoch, which has no other prompt to be moved to."""
+    job = Job("kto(beta=5.0)", "lora", labelled=True, rows=9, options={"learning_rate": 1e-2})
+    check_same(tmp_path, job, [Fault("within a step", 11)])  # step 9, after two evaluations

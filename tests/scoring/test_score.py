@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefopt.losses import parse
+from prefopt.losses import Loss, Need, parse
 from prefopt.scoring import score_rows
 from prefopt.scoring.collate import PreferenceCollator
 from prefopt.scoring.sampling import prompts_of, with_samples
@@ -108,6 +108,33 @@ def test_the_previous_iterate_is_the_data_then_the_model_then_the_reference():
     told, _, _ = score_batch(inputs, loss, counted.models(previous=True), every_role=False)
     assert told.chosen.prev_logps.tolist() == [-1.0, -2.0, -3.0]
     assert told.rejected.prev_logps.tolist() == [-9.0] * 3
+
+
+def test_the_reference_stands_for_the_previous_iterate_in_roles_that_do_not_compare_with_it():
+    class Previous(Loss):
+        """Compares rejected completions with the previous iterate alone."""
+
+        needs = Need.PREVIOUS
+        roles = ("rejected",)
+
+        def per_example(self, batch):
+            return batch.rejected.logps - batch.rejected.prev_logps
+
+    alone, _, _ = score_batch(collate(), Previous(), Counted().models(), every_role=False)
+    summed, _, _ = score_batch(collate(), Previous() + parse("apo_zero"), Counted().models(), every_role=False)
+    beside, _, _ = score_batch(collate(), Previous() + KeepChosen(), Counted().models(), every_role=False)
+    for batch in (summed, beside):
+        torch.testing.assert_close(batch.rejected.prev_logps, alone.rejected.prev_logps, rtol=1e-5, atol=1e-5)
+
+
+class KeepChosen(Loss):
+    """Compares chosen completions with the reference."""
+
+    needs = Need.REFERENCE
+    roles = ("chosen",)
+
+    def per_example(self, batch):
+        return -batch.chosen.ratios
 
 
 def test_prompts_are_found_in_any_layout_of_rows():

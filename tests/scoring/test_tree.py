@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -11,8 +12,10 @@ from peft import LoraConfig, get_peft_model
 
 from prefopt.losses.divergences import named
 from prefopt.scoring import Extras, score_rows
+from prefopt.scoring.call import Call
 from prefopt.scoring.collate import PreferenceCollator
 from prefopt.scoring.layout import Layout
+from prefopt.scoring.model import is_checkpointed
 from prefopt.scoring.tree import group, plant, score_trees
 from tests.losses.test_divergences import EVERY
 from tests.tiny import make_model
@@ -204,6 +207,37 @@ def test_a_model_that_ignores_its_mask_is_found_out():
 
     _, layout = chosen_layout(Forgetful())
     assert "gives other log-probabilities" in layout.reason
+
+
+def test_the_first_batch_too_is_scored_as_the_trial_found_right(monkeypatch):
+    model = make_model().eval()
+    forward = model.forward
+
+    def scaled(*arguments, **keywords):
+        """What follows the head is no part of it, so its values cannot be read off there."""
+        output = forward(*arguments, **keywords)
+        return type(output)(logits=2 * output.logits)
+
+    monkeypatch.setattr(model, "forward", functools.wraps(forward)(scaled))
+    scores, layout = chosen_layout(model)
+    assert not layout.call.chunked_head
+    batch = collate()
+    expected, _ = score_rows(model, model_inputs(batch), batch["completion_mask"], call=Call(chunked_head=False))
+    torch.testing.assert_close(scores.logps, expected.logps, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_padded_layout_asks_transformers_for_nothing_that_it_is_about_to_drop():
+    scores, _ = chosen_layout(make_model().eval(), "padded")
+    assert bool(scores.mask.any())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_computes_layers_again_is_known():
+    model = make_model()
+    assert not is_checkpointed(model)
+    model.gradient_checkpointing_enable()
+    assert is_checkpointed(model)
 
 
 def test_rows_beyond_a_sliding_window_are_padded():

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from prefopt.trainer.finite import all_finite, last_good_checkpoint
+from prefopt.trainer.finite import all_finite, last_good, last_good_checkpoint
 from tests.processes import torchrun
 from tests.trainer.poison import GRADIENT, LOSS, loss_of, pairs
 from tests.trainer.runs import make_trainer, require, save_model
@@ -178,6 +178,14 @@ class TestFiniteness:
         (tmp_path / "checkpoint-12").mkdir()
         assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
         assert last_good_checkpoint(tmp_path / "none") is None
+
+    def test_weights_that_an_engine_keeps_to_itself_are_not_called_bad(self, tmp_path):
+        assert last_good(tmp_path) == "There is no earlier checkpoint with finite weights."
+        sharded = tmp_path / "checkpoint-3"
+        sharded.mkdir()
+        for name, text in (("trainer_state.json", "{}"), ("latest", "global_step3")):
+            (sharded / name).write_text(text)
+        assert f"{sharded} is whole, but its weights lie in the engine's own files" in last_good(tmp_path)
 
 
 @pytest.mark.distributed

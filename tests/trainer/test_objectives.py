@@ -320,6 +320,28 @@ def test_reference_columns_are_read_only_when_asked_for(tmp_path):
     )
 
 
+class KeptPrevious(PairLoss):
+    """Learns, compares with the previous iterate alone, and notes what that was."""
+
+    needs = Need.PREVIOUS
+    name = "kept_previous"
+
+    def per_example(self, batch):
+        self.seen = [*getattr(self, "seen", []), sorted(batch.chosen.prev_logps.tolist())]
+        return -torch.nn.functional.logsigmoid(batch.chosen.logps - batch.rejected.logps)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_first_previous_iterate_is_where_training_began(tmp_path, ahead):
+    """Of a full fine-tuning too, in which the policy moves away from it."""
+    loss = KeptPrevious()
+    options = {"max_steps": 3, "learning_rate": 1e-2, "precompute_ref_log_probs": ahead}
+    train(tmp_path, trainer_options={"loss": loss}, train_dataset=make_pairs(4), **options)
+    assert len(loss.seen) == 3
+    for later in loss.seen[1:]:
+        assert later == pytest.approx(loss.seen[0], rel=1e-5)
+
+
 def test_no_reference_model_is_kept_for_a_reference_free_loss(tmp_path):
     assert make_trainer(tmp_path, loss="simpo").ref_model is None
     assert make_trainer(tmp_path, loss="dpo").ref_model is not None

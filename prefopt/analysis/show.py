@@ -86,7 +86,7 @@ def _verdict(trial: Trial, selected: Outcome) -> Text:
     for other, name in ((best, "the best pair"), (trial.baseline, "plain dpo")):
         if other is not selected:
             gap, error = trial.gap(selected, other)
-            told = "" if abs(gap) > 2 * error else ", which these draws cannot tell from none"
+            told = "" if trial.tells(selected, other) else ", which these draws cannot tell from none"
             text.append(f" Loss against {name}: {gap:+.4f} ± {error:.4f}{told}.")
     text.append(
         "\nKL is from the reference, in nats a token: a pair that is held back less goes farther, and a lower loss is "

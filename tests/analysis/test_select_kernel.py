@@ -163,5 +163,5 @@ def test_the_verdict_says_when_draws_cannot_tell():
     trial = Trial((best, near), Outcome("dpo", "", (0.7, 0.69), (0.5, 0.5), (0.0, 0.0)), 30, 10)
     shown = _verdict(trial, near).plain
     assert "ranks 2 of 2 by held-out loss" in shown
-    assert "Loss against the best pair: +0.0010 ± 0.0090, which these draws cannot tell from none." in shown
-    assert "Loss against plain dpo: -0.0950 ± 0.0050." in shown
+    assert "Loss against the best pair: +0.0010 ± 0.0116, which these draws cannot tell from none." in shown
+    assert "Loss against plain dpo: -0.0950 ± 0.0065." in shown

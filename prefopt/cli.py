@@ -263,7 +263,7 @@ def select_kernel(
     if json_file is not None and not json_file.parent.is_dir():
         _fail(f"--json: there is no folder {json_file.parent}")
     try:
-        pairs = load_demo("train") if data is None else _read(data, split, [*(columns or []), *context.args])
+        pairs = load_demo("train") if data is None else _read(data, split, [*(columns or []), *context.args], True)
         choice = choose(
             pairs, embeddings, rows=rows, model=lambda: _network(model), verify=verify,
             shown=lambda outcomes, total: track(outcomes, "Training", total, console=_console(), transient=True),
@@ -365,12 +365,18 @@ def plan(context: typer.Context) -> None:
         _fail(str(error))
 
 
-def _read(data: str, split: str, columns: list[str]) -> Any:
-    """The normalised rows of a data set, or of a mixture; what follows the first pair of --columns is its words."""
-    from prefopt.data import load_preferences, mix, normalise, parse_columns, parse_sources
+def _read(data: str, split: str, columns: list[str], weighted: bool = False) -> Any:
+    """The normalised rows of a data set, or of a mixture; what follows the first pair of --columns is its words.
+
+    Each row comes once; `weighted` keeps of a mixture with weights what they say.
+    """
+    from prefopt.data import in_proportion, load_preferences, mix, normalise, parse_columns, parse_sources
 
     mapping = parse_columns([word for given in columns for word in given.split()])
-    loaded = {name: normalise(load_preferences(name, split=split, columns=mapping)) for name, _ in parse_sources(data)}
+    sources = dict(parse_sources(data))
+    loaded = {name: normalise(load_preferences(name, split=split, columns=mapping)) for name in sources}
+    if weighted and len(loaded) > 1 and None not in sources.values():
+        loaded = in_proportion(loaded, [weight or 0.0 for weight in sources.values()])
     return mix(loaded) if len(loaded) > 1 else next(iter(loaded.values()))
 
 

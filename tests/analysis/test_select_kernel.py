@@ -97,6 +97,12 @@ class TestOutput:
         assert code == 0
         assert "25 of 40 pairs" in shown
 
+    def test_of_a_mixture_as_many_rows_as_its_weights_say(self, data, encoder, tmp_path):
+        make_pairs(40, seed=1).to_json(tmp_path / "other.jsonl")
+        code, shown = run(f"{data}:3,{tmp_path / 'other.jsonl'}:1", "--embeddings", encoder)
+        assert code == 0
+        assert "53 pairs" in shown
+
     def test_fits_into_80_columns(self, data, encoder, model):
         words = ["select-kernel", data, "--embeddings", encoder, "--verify", "--model", model]
         result = CliRunner().invoke(app, words, env={"COLUMNS": "80"})

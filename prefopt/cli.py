@@ -236,7 +236,9 @@ def select_kernel(
     embeddings: Annotated[
         str, typer.Option(help="An encoder's name or folder; `columns` of the data; `hidden` states of the model.")
     ] = "all-MiniLM-L6-v2",
-    rows: Annotated[int, typer.Option(min=1, help="Pairs to measure, drawn at random.")] = 1000,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Pairs to measure, drawn at random; 1000, or 240 of `hidden` states.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Train all 28 pairs briefly and rank the one chosen.")
     ] = False,

@@ -90,7 +90,7 @@ def _verdict(trial: Trial, selected: Outcome) -> Text:
             text.append(f" Loss against {name}: {gap:+.4f} ± {error:.4f}{told}.")
     text.append(
         "\nKL is from the reference, in nats a token: a pair that is held back less goes farther, and a lower loss is "
-        "in part no more than that. What was trained is a low-rank change of the last hidden states, not the model: "
-        "take the order as a hint."
+        "in part no more than that. What was trained is a low-rank change of the last hidden states, over tokens that "
+        f"hold {1 - trial.left_out:.1%} of the model's probability, not the model: take the order as a hint."
     )
     return text

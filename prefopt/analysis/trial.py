@@ -81,12 +81,14 @@ class Trial:
         baseline: of `dpo` in the same trial.
         trained_on: pairs each was trained on.
         held_out: pairs each was judged by, drawn anew for each seed.
+        left_out: share of the model's probability on tokens that the trial did without.
     """
 
     outcomes: tuple[Outcome, ...]
     baseline: Outcome
     trained_on: int
     held_out: int
+    left_out: float = 0.0
 
     def find(self, kernel: str, divergence: str) -> Outcome:
         return next(found for found in self.outcomes if (found.kernel, found.divergence) == (kernel, divergence))
@@ -154,7 +156,9 @@ def ranked(outcomes: Iterable[Outcome], states: States) -> Trial:
     """The outcomes of `run_trial`, in order."""
     baseline, *others = outcomes
     held = held_out(len(states))
-    return Trial(tuple(sorted(others, key=lambda found: found.loss)), baseline, len(states) - held, held)
+    return Trial(
+        tuple(sorted(others, key=lambda found: found.loss)), baseline, len(states) - held, held, states.left_out
+    )
 
 
 def held_out(rows: int) -> int:

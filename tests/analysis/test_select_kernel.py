@@ -80,6 +80,7 @@ class TestOutput:
         assert f"ranks {found['trial']['rank']} of 28" in shown
         assert "Loss against plain dpo" in shown
         assert "not the model" in shown
+        assert f"hold {1 - found['trial']['left_out']:.1%} of the model's probability" in shown
 
     def test_hidden_states_of_the_model(self, data, model):
         code, shown = run(data, "--embeddings", "hidden", "--model", model, columns=200)
@@ -118,6 +119,10 @@ class TestErrors:
             (["--embeddings", "nowhere/at-all"], "encoder 'nowhere/at-all' is no folder here"),
             (["--model", "anything"], "--model is not used"),
             (["--rows", "5", "--embeddings", "ENCODER"], "measured from 20 pairs on, got 5"),
+            (
+                ["--rows", "500", "--embeddings", "hidden"],
+                "rows is 500, but of hidden states at most 240 pairs are kept",
+            ),
             (["--json", "no/such/folder.json"], "there is no folder no/such"),
         ],
     )
@@ -140,6 +145,11 @@ class TestErrors:
         code, shown = run(str(tmp_path / "rows.jsonl"), "--embeddings", "columns")
         assert code == 1
         assert "row 4, column 'chosen_embedding': the vector has no numbers" in shown
+
+    def test_an_encoder_where_the_data_has_vectors(self, tmp_path, encoder):
+        code, shown = run(with_vectors(tmp_path / "rows.jsonl"), "--embeddings", encoder)
+        assert code == 1
+        assert "'chosen_embedding' of its own: measure such vectors with --embeddings columns, or drop" in shown
 
     def test_too_few_pairs(self, tmp_path):
         make_pairs(5).to_json(tmp_path / "rows.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from prefopt.analysis import trial as trials
 from prefopt.analysis.measures import Triplets
@@ -94,6 +95,11 @@ class TestStates:
     def test_a_row_without_a_completion_is_named(self):
         with pytest.raises(ValueError, match="row 1 has no rejected tokens"):
             states_of(make_model("llama"), [*rows(1), {"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": []}])
+
+    def test_an_adapter_that_puts_tokens_before_every_row_is_refused(self):
+        settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
+        with pytest.raises(ValueError, match="puts 4 tokens of its own before every row"):
+            states_of(get_peft_model(make_model("llama"), settings), rows(2))
 
     def test_a_head_that_is_no_plain_layer_is_refused(self):
         model = make_model("llama")

@@ -264,6 +264,8 @@ def select_kernel(
         _fail("--columns and --split are about DATA, and the bundled pairs take neither")
     if json_file is not None and not json_file.parent.is_dir():
         _fail(f"--json: there is no folder {json_file.parent}")
+    if json_file is not None and json_file.is_dir():
+        _fail(f"--json: {json_file} is a folder: name a file in it")
     try:
         pairs = load_demo("train") if data is None else _read(data, split, [*(columns or []), *context.args], True)
         choice = choose(
@@ -390,7 +392,8 @@ def _network(name: str | None) -> tuple[Any, Any]:
     from prefopt.models import load_model, load_tokenizer
 
     name = str(resolve_demo_model(say=lambda line: _console().print(line, soft_wrap=True))) if name is None else name
-    return load_model(name, {"dtype": torch.float32}), load_tokenizer(name)
+    tokenizer = load_tokenizer(name)  # first: its errors say what was looked for
+    return load_model(name, {"dtype": torch.float32}), tokenizer
 
 
 def _console() -> Console:

@@ -116,7 +116,9 @@ def choose(
     if embeddings == HIDDEN or verify:
         if model is None:
             raise ValueError("hidden states and the trial need a model")
-        states = _states(drawn.select(range(min(STATE_ROWS, len(drawn)))), *model())
+        network, tokenizer = model()
+        drawn = _readable(drawn, tokenizer)
+        states = _states(drawn.select(range(min(STATE_ROWS, len(drawn)))), network, tokenizer)
     triplets = _triplets(drawn, embeddings, states)
     measures = measure(triplets)
     trial = None
@@ -146,6 +148,21 @@ def _check_columns(dataset: Dataset) -> None:
             f"{', '.join(EMBEDDINGS)}"
         )
     width_of(dataset)
+
+
+def _readable(pairs: Dataset, tokenizer: Any) -> Dataset:
+    """The pairs that a model's tokenizer can read."""
+    if not isinstance(pairs[0]["chosen"], str) and not tokenizer.chat_template:
+        raise DataError(
+            "the rows are conversations, but the model's tokenizer has no chat template: name a chat model (--model)"
+        )
+    bad = set(validate(pairs, tokenizer=tokenizer).bad_rows)
+    if len(pairs) - len(bad) < FEWEST:
+        raise DataError(
+            f"{len(bad)} of {len(pairs)} pairs cannot be read by the model's tokenizer, and it takes {FEWEST}: "
+            "`prefopt check` with --model says which and why"
+        )
+    return pairs.select([row for row in range(len(pairs)) if row not in bad])
 
 
 def _states(pairs: Dataset, network: Any, tokenizer: Any) -> States:

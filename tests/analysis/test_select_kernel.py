@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +124,8 @@ class TestErrors:
                 ["--rows", "500", "--embeddings", "hidden"],
                 "rows is 500, but of hidden states at most 240 pairs are kept",
             ),
+            (["--json", "tests"], "--json: tests is a folder: name a file in it"),
+            (["--embeddings", "hidden", "--model", "/no/where"], "no tokenizer can be loaded from '/no/where'"),
             (["--json", "no/such/folder.json"], "there is no folder no/such"),
         ],
     )
@@ -150,6 +153,26 @@ class TestErrors:
         code, shown = run(with_vectors(tmp_path / "rows.jsonl"), "--embeddings", encoder)
         assert code == 1
         assert "'chosen_embedding' of its own: measure such vectors with --embeddings columns, or drop" in shown
+
+    def test_rows_that_the_model_cannot_read_are_left_out_while_there_are_enough(self, data, tmp_path):
+        model = save_model(tmp_path)
+        template = Path(model) / "chat_template.jinja"
+        refusal = "{% if messages[0]['content'] == 'refused' %}{{ raise_exception('no') }}{% endif %}"
+        template.write_text(refusal + template.read_text())
+        rows = make_pairs(40).to_list()
+        rows[5]["prompt"][0]["content"] = "refused"
+        Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+        code, shown = run(str(tmp_path / "rows.jsonl"), "--embeddings", "hidden", "--model", model)
+        assert code == 0
+        assert "39 of 40 pairs" in shown
+        template.write_text("{{ messages[0]['content'] }}")  # a completion leaves no token
+        code, shown = run(data, "--embeddings", "hidden", "--model", model)
+        assert code == 1
+        assert "40 of 40 pairs cannot be read by the model's tokenizer, and it takes 20: `prefopt check`" in shown
+        template.unlink()
+        code, shown = run(data, "--embeddings", "hidden", "--model", model)
+        assert code == 1
+        assert "has no chat template: name a chat model (--model)" in shown
 
     def test_too_few_pairs(self, tmp_path):
         make_pairs(5).to_json(tmp_path / "rows.jsonl")

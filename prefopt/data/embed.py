@@ -23,6 +23,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from prefopt.columns import EMBEDDINGS
 from prefopt.data.errors import DataError
@@ -178,6 +179,7 @@ class Encoder:
         made: list[Tensor] = [torch.zeros(self._model.config.hidden_size)] * len(rows)
         # Texts of like length together, so that little is padding.
         order = sorted((row for row in range(len(rows)) if rows[row]), key=lambda row: len(rows[row]))
+        shown = tqdm(total=len(order), desc="Embedding", unit=" texts", delay=5, leave=False)
         while order:
             count = max(TOKENS_AT_ONCE // len(rows[order[-1]]), 1)
             order, some = order[:-count], order[-count:]
@@ -188,6 +190,8 @@ class Encoder:
             pooled = hidden[:, 0] if self._first_token else (hidden * mask).sum(1) / mask.sum(1)
             for row, vector in zip(some, torch.nn.functional.normalize(pooled, dim=-1).cpu(), strict=True):
                 made[row] = vector
+            shown.update(len(some))
+        shown.close()
         return torch.stack(made)
 
 

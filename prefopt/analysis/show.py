@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -88,6 +90,11 @@ def _verdict(trial: Trial, selected: Outcome) -> Text:
             gap, error = trial.gap(selected, other)
             told = "" if trial.tells(selected, other) else ", which these draws cannot tell from none"
             text.append(f" Loss against {name}: {gap:+.4f} ± {error:.4f}{told}.")
+    if min(best.loss, trial.baseline.loss) > math.log(2):
+        text.append(
+            f"\nNone did better than no training at all (log 2 = {math.log(2):.4f}): {trial.trained_on} pairs and "
+            f"{STEPS} steps teach nothing that holds for other pairs of this set, so the order means little."
+        )
     text.append(
         "\nKL is from the reference, in nats a token: a pair that is held back less goes farther, and a lower loss is "
         "in part no more than that. What was trained is a low-rank change of the last hidden states, over tokens that "

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from prefopt.analysis import kernels
 from prefopt.analysis.kernels import choose
-from prefopt.analysis.trial import Outcome
+from prefopt.analysis.show import _verdict
+from prefopt.analysis.trial import Outcome, Trial
 from prefopt.cli import app
 from prefopt.columns import EMBEDDINGS
 from prefopt.data import normalise
@@ -192,9 +193,6 @@ def test_rows_that_cannot_be_trained_on_are_left_out(encoder):
 
 
 def test_the_verdict_says_when_draws_cannot_tell():
-    from prefopt.analysis.show import _verdict
-    from prefopt.analysis.trial import Trial
-
     near, best = (
         Outcome("rbf", "kl", (0.61, 0.59), (0.5, 0.5), (0.0, 0.0)),
         Outcome("rbf", "js", (0.6, 0.598), (0.5, 0.5), (0.0, 0.0)),
@@ -204,3 +202,12 @@ def test_the_verdict_says_when_draws_cannot_tell():
     assert "ranks 2 of 2 by held-out loss" in shown
     assert "Loss against the best pair: +0.0010 ± 0.0116, which these draws cannot tell from none." in shown
     assert "Loss against plain dpo: -0.0950 ± 0.0065." in shown
+
+
+@pytest.mark.parametrize(("loss", "told"), [(0.6, False), (0.7, True)])
+def test_the_verdict_says_when_nothing_was_learned(loss, told):
+    found = Outcome("rbf", "kl", (loss, loss), (0.5, 0.5), (0.0, 0.0))
+    trial = Trial((found,), Outcome("dpo", "", (0.71, 0.7), (0.5, 0.5), (0.0, 0.0)), 30, 10)
+    assert (
+        "None did better than no training at all (log 2 = 0.6931): 30 pairs" in _verdict(trial, found).plain
+    ) == told

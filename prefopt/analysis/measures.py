@@ -86,7 +86,7 @@ class Distribution:
         overlap: support overlap, the mass that the two histograms share, in [0, 1], and what few draws lack of it:
             histograms of one distribution never share all, so what as many normal draws as far apart lack is added.
         drift: drift magnitude, the distance of the two means in pooled standard deviations.
-        kurtosis: excess kurtosis around the two means; 0 of a normal distribution.
+        kurtosis: excess kurtosis, the mean of the two distributions'; 0 of a normal one.
         roughness: squared second differences of the histograms, over those that as many normal draws have; 1 is as
             smooth as a normal sample.
     """
@@ -147,7 +147,8 @@ def distribution(triplets: Triplets) -> Distribution:
     return Distribution(
         overlap=min(max(_overlap(chosen, rejected) + _shortfall(len(chosen), drift), 0.0), 1.0),
         drift=drift,
-        kurtosis=_excess_kurtosis(torch.cat(centred)),
+        # Each by its own spread: two normal distributions of unequal width would look heavy-tailed as one.
+        kurtosis=sum(_excess_kurtosis(part) for part in centred) / 2,
         roughness=roughness / _normal_roughness(len(chosen)),
     )
 

@@ -253,7 +253,7 @@ def select_kernel(
     from rich.progress import track
 
     from prefopt.analysis.kernels import HIDDEN, choose
-    from prefopt.analysis.show import explain
+    from prefopt.analysis.show import command, explain
     from prefopt.data import DataError
     from prefopt.demo.data import load_demo
     from prefopt.demo.model import DemoModelError
@@ -275,6 +275,7 @@ def select_kernel(
     except (DataError, DemoModelError, OSError, ValueError) as error:
         _fail(str(error))
     _console().print(explain(choice, data or "bundled pairs"))
+    _console().print(Text(command(choice)), soft_wrap=True)
     if json_file is not None:
         json_file.write_text(json.dumps(choice.as_dict(), indent=2) + "\n", encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -39,6 +40,12 @@ def explain(choice: Choice, source: str) -> Group:
     return Group(*parts)
 
 
+def command(choice: Choice) -> str:
+    """The options that train with what was selected, in one line, to be copied."""
+    option = "" if choice.embeddings in (HIDDEN, GIVEN) else f" --embeddings {shlex.quote(choice.embeddings)}"
+    return f'train with  --loss "{choice.loss}"{option}'
+
+
 def _measures(choice: Choice) -> Table:
     table = Table("measure", "value", "what it is")
     values = choice.measures.as_dict()
@@ -56,8 +63,6 @@ def _selection(choice: Choice) -> Text:
     text.append(f": {found.divergence_reason}\n", style="default")
     if found.doubt:
         text.append("but         ", style="yellow").append(f"{found.doubt}\n", style="default")
-    option = "" if choice.embeddings in (HIDDEN, GIVEN) else f" --embeddings {choice.embeddings}"
-    text.append("train with  ").append(f'--loss "{choice.loss}"{option}\n', style="default")
     text.append(
         "Names of the measures are the paper's; formulas, thresholds and order are our reading.\n", style="dim"
     )

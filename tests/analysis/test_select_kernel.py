@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from prefopt.analysis.trial import Outcome, Trial
 from prefopt.cli import app
 from prefopt.columns import EMBEDDINGS
 from prefopt.data import normalise
+from prefopt.losses import parse
 from tests.tiny import save_encoder
 from tests.trainer.runs import make_labelled, make_pairs, save_model
 
@@ -105,6 +107,14 @@ class TestOutput:
         code, shown = run(f"{data}:3,{tmp_path / 'other.jsonl'}:1", "--embeddings", encoder)
         assert code == 0
         assert "53 pairs" in shown
+
+    def test_what_is_to_be_copied_stays_in_one_line(self, data, encoder):
+        result = CliRunner().invoke(app, ["select-kernel", data, "--embeddings", encoder], env={"COLUMNS": "80"})
+        (line,) = (line for line in result.output.splitlines() if line.startswith("train with"))
+        words = shlex.split(line)
+        assert words[2] == "--loss"
+        assert str(parse(words[3])).startswith("kernel_dpo(")
+        assert words[4:] == ["--embeddings", encoder]
 
     def test_fits_into_80_columns(self, data, encoder, model):
         words = ["select-kernel", data, "--embeddings", encoder, "--verify", "--model", model]

@@ -183,8 +183,10 @@ def _shortfall(count: int, drift: float) -> float:
     """
     apart = math.sqrt(max(drift**2 - 2 / count, 0.0))
     generator = torch.Generator().manual_seed(_SEED)
-    draws = torch.randn(_NORMAL_DRAWS, 2, count, generator=generator, dtype=torch.float64)
-    found = sum(_overlap(a + apart, b) for a, b in draws) / _NORMAL_DRAWS
+    found = 0.0
+    for _ in range(_NORMAL_DRAWS):  # one at a time: all together would be large where there are many rows
+        a, b = torch.randn(2, count, generator=generator, dtype=torch.float64)
+        found += _overlap(a + apart, b) / _NORMAL_DRAWS
     return math.erfc(apart / 8**0.5) - found
 
 

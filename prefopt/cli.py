@@ -236,7 +236,9 @@ def select_kernel(
     embeddings: Annotated[
         str, typer.Option(help="An encoder's name or folder; `columns` of the data; `hidden` states of the model.")
     ] = "all-MiniLM-L6-v2",
-    rows: Annotated[int, typer.Option(min=1, help="Pairs to measure, drawn at random.")] = 1000,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Pairs to measure, drawn at random; 1000, or 240 of `hidden` states.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Train all 28 pairs briefly and rank the one chosen.")
     ] = False,
@@ -251,7 +253,7 @@ def select_kernel(
     from rich.progress import track
 
     from prefopt.analysis.kernels import HIDDEN, choose
-    from prefopt.analysis.show import explain
+    from prefopt.analysis.show import command, explain
     from prefopt.data import DataError
     from prefopt.demo.data import load_demo
     from prefopt.demo.model import DemoModelError
@@ -262,8 +264,10 @@ def select_kernel(
         _fail("--columns and --split are about DATA, and the bundled pairs take neither")
     if json_file is not None and not json_file.parent.is_dir():
         _fail(f"--json: there is no folder {json_file.parent}")
+    if json_file is not None and json_file.is_dir():
+        _fail(f"--json: {json_file} is a folder: name a file in it")
     try:
-        pairs = load_demo("train") if data is None else _read(data, split, [*(columns or []), *context.args])
+        pairs = load_demo("train") if data is None else _read(data, split, [*(columns or []), *context.args], True)
         choice = choose(
             pairs, embeddings, rows=rows, model=lambda: _network(model), verify=verify,
             shown=lambda outcomes, total: track(outcomes, "Training", total, console=_console(), transient=True),
@@ -271,6 +275,7 @@ def select_kernel(
     except (DataError, DemoModelError, OSError, ValueError) as error:
         _fail(str(error))
     _console().print(explain(choice, data or "bundled pairs"))
+    _console().print(Text(command(choice)), soft_wrap=True)
     if json_file is not None:
         json_file.write_text(json.dumps(choice.as_dict(), indent=2) + "\n", encoding="utf-8")
 
@@ -365,12 +370,18 @@ def plan(context: typer.Context) -> None:
         _fail(str(error))
 
 
-def _read(data: str, split: str, columns: list[str]) -> Any:
-    """The normalised rows of a data set, or of a mixture; what follows the first pair of --columns is its words."""
-    from prefopt.data import load_preferences, mix, normalise, parse_columns, parse_sources
+def _read(data: str, split: str, columns: list[str], weighted: bool = False) -> Any:
+    """The normalised rows of a data set, or of a mixture; what follows the first pair of --columns is its words.
+
+    Each row comes once; `weighted` keeps of a mixture with weights what they say.
+    """
+    from prefopt.data import in_proportion, load_preferences, mix, normalise, parse_columns, parse_sources
 
     mapping = parse_columns([word for given in columns for word in given.split()])
-    loaded = {name: normalise(load_preferences(name, split=split, columns=mapping)) for name, _ in parse_sources(data)}
+    sources = dict(parse_sources(data))
+    loaded = {name: normalise(load_preferences(name, split=split, columns=mapping)) for name in sources}
+    if weighted and len(loaded) > 1 and None not in sources.values():
+        loaded = in_proportion(loaded, [weight or 0.0 for weight in sources.values()])
     return mix(loaded) if len(loaded) > 1 else next(iter(loaded.values()))
 
 
@@ -382,7 +393,8 @@ def _network(name: str | None) -> tuple[Any, Any]:
     from prefopt.models import load_model, load_tokenizer
 
     name = str(resolve_demo_model(say=lambda line: _console().print(line, soft_wrap=True))) if name is None else name
-    return load_model(name, {"dtype": torch.float32}), load_tokenizer(name)
+    tokenizer = load_tokenizer(name)  # first: its errors say what was looked for
+    return load_model(name, {"dtype": torch.float32}), tokenizer
 
 
 def _console() -> Console:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from prefopt.activations import Activations, Rows, activations
+from prefopt.losses import ConflictFree, Loss
 from prefopt.scoring.frozen import decoder_layers
 from prefopt.scoring.head import KEPT_BYTES, chunk_bytes
 
@@ -129,6 +130,8 @@ class Setting:
         processes: that share the work.
         nodes: machines that they run on.
         device: "cpu" or another kind, which sets the size of the head's chunks.
+        term_gradients: terms whose gradients are kept apart, a copy each, until all are there.
+        term_moments: terms of which a moment is kept, in float32.
     """
 
     dtype: torch.dtype = torch.float32
@@ -140,11 +143,20 @@ class Setting:
     processes: int = 1
     nodes: int = 1
     device: str = "cuda"
+    term_gradients: int = 0
+    term_moments: int = 0
 
     @property
     def computed(self) -> int:
         """Bytes of a number that the engines compute with where they keep weights in another precision."""
         return HALF if self.half else self.dtype.itemsize
+
+
+def of_terms(loss: Loss | None) -> dict[str, Any]:
+    """What `conflict_free` keeps of its terms, as arguments of `Setting`; nothing for any other loss."""
+    if not isinstance(loss, ConflictFree):
+        return {}
+    return {"term_gradients" if loss.momentum is None else "term_moments": len(loss.labels)}
 
 
 def kept_under(engine: str, config: Any, rows: Rows, setting: Setting, adapter: Any = None) -> Activations:
@@ -209,7 +221,8 @@ def estimate(sizes: Sizes, kept: Activations, scored: int, setting: Setting, eng
     states = ENGINES[engine](sizes, setting)
     saved = kept.kept(sizes.layers, setting.checkpointed)
     freed = 0.0
-    if not setting.accumulates:
+    # Where a term's backward pass is not the last, activations stay for the next one.
+    if not (setting.accumulates or setting.term_gradients):
         # The head's gradient comes first, when all activations are still there.
         first = states.gradients * sizes.head / max(sizes.trainable, 1) if sizes.head_trains else 0
         freed = min(saved, max(states.gradients - first, 0))
@@ -221,6 +234,9 @@ def estimate(sizes: Sizes, kept: Activations, scored: int, setting: Setting, eng
         "weights": states.weights,
         "reference model": states.reference if setting.reference and not sizes.adapters else 0,
         "gradients": states.gradients,
+        "terms' gradients or moments": (
+            setting.term_gradients * states.gradients + setting.term_moments * sizes.trainable * SINGLE
+        ),
         "optimizer (AdamW)": states.optimizer,
         "activations": saved,
         "a layer going backward": layer,

@@ -21,7 +21,7 @@ from trl import ModelConfig, ScriptArguments
 from prefopt.activations import Rows, causal_model
 from prefopt.data import tokenize_dataset
 from prefopt.losses import Loss, Need, parse
-from prefopt.memory import ENGINES, FOUR_BIT, FOUR_BIT_PLAIN, Setting, count, estimate, kept_under
+from prefopt.memory import ENGINES, FOUR_BIT, FOUR_BIT_PLAIN, Setting, count, estimate, kept_under, of_terms
 from prefopt.models import adapter_base, adapter_settings
 from prefopt.redaction import redacted
 from prefopt.scoring import ROLES
@@ -188,7 +188,8 @@ def _memory(
     engine, half = _engine(training), bool(training.bf16 or training.fp16)
     named = config.dtype if model.dtype == "auto" else model.dtype
     dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named or "float32"))
-    needs = parse(expression).needs if expression else Need.REFERENCE
+    loss = parse(expression) if expression else None
+    needs = Need.REFERENCE if loss is None else loss.needs
     quantized = FOUR_BIT if model.use_bnb_nested_quant else FOUR_BIT_PLAIN
     setting = Setting(
         dtype=dtype, half=half, checkpointed=bool(training.gradient_checkpointing),
@@ -196,6 +197,7 @@ def _memory(
         reference=needs.frozen and not training.precompute_ref_log_probs,
         quantized=quantized if model.load_in_4bit else None, processes=PartialState().num_processes,
         device="cpu" if not torch.accelerator.is_available() or training.use_cpu else "accelerator",
+        **of_terms(loss),
     )  # fmt: skip
     rows = _rows(training, batch).within(training.token_budget)
     kept = kept_under(engine, config, rows, setting, adapter)

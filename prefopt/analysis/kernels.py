@@ -75,7 +75,7 @@ def choose(
     dataset: Dataset,
     embeddings: str = DEFAULT,
     *,
-    rows: int = ROWS,
+    rows: int | None = None,
     model: Callable[[], tuple[Any, Any]] | None = None,
     verify: bool = False,
     seed: int = 0,
@@ -87,7 +87,7 @@ def choose(
         dataset: pairs, as `prefopt.data.normalise` makes them.
         embeddings: an encoder as `prefopt.data.embed` finds it; "columns" for those that come with the data; "hidden"
             for the mean last hidden states of `model`.
-        rows: pairs to measure, drawn at random; of a model's states at most `STATE_ROWS`.
+        rows: pairs to measure, drawn at random; `ROWS` if None. Of "hidden" states `STATE_ROWS` at most.
         model: gives a model and its tokenizer; called only for "hidden" or `verify`.
         verify: train all pairs briefly on `model`'s states.
         seed: of the draw.
@@ -95,19 +95,30 @@ def choose(
 
     Raises:
         DataError: for data that are no pairs, too few pairs, or columns that are not there.
-        ValueError: for a model that a trial cannot use.
+        ValueError: for a model that a trial cannot use, or more rows than are kept of its states.
     """
+    most = STATE_ROWS if embeddings == HIDDEN else ROWS
+    rows = most if rows is None else rows
+    if embeddings == HIDDEN and rows > most:
+        raise ValueError(
+            f"rows is {rows}, but of hidden states at most {most} pairs are kept: leave it out or lower it"
+        )
     if embeddings == GIVEN:
         _check_columns(dataset)
+    elif own := sorted(set(EMBEDDINGS) & set(dataset.column_names)):
+        raise DataError(
+            f"the data has a column {own[0]!r} of its own: measure such vectors with --embeddings {GIVEN}, or drop "
+            "the column"
+        )
     pairs = _usable(dataset)
     drawn = pairs.shuffle(seed=seed).select(range(min(rows, len(pairs))))
-    if embeddings == HIDDEN:
-        drawn = drawn.select(range(min(STATE_ROWS, len(drawn))))
     states = None
     if embeddings == HIDDEN or verify:
         if model is None:
             raise ValueError("hidden states and the trial need a model")
-        states = _states(drawn.select(range(min(STATE_ROWS, len(drawn)))), *model())
+        network, tokenizer = model()
+        drawn = _readable(drawn, tokenizer)
+        states = _states(drawn.select(range(min(STATE_ROWS, len(drawn)))), network, tokenizer)
     triplets = _triplets(drawn, embeddings, states)
     measures = measure(triplets)
     trial = None
@@ -137,6 +148,21 @@ def _check_columns(dataset: Dataset) -> None:
             f"{', '.join(EMBEDDINGS)}"
         )
     width_of(dataset)
+
+
+def _readable(pairs: Dataset, tokenizer: Any) -> Dataset:
+    """The pairs that a model's tokenizer can read."""
+    if not isinstance(pairs[0]["chosen"], str) and not tokenizer.chat_template:
+        raise DataError(
+            "the rows are conversations, but the model's tokenizer has no chat template: name a chat model (--model)"
+        )
+    bad = set(validate(pairs, tokenizer=tokenizer).bad_rows)
+    if len(pairs) - len(bad) < FEWEST:
+        raise DataError(
+            f"{len(bad)} of {len(pairs)} pairs cannot be read by the model's tokenizer, and it takes {FEWEST}: "
+            "`prefopt check` with --model says which and why"
+        )
+    return pairs.select([row for row in range(len(pairs)) if row not in bad])
 
 
 def _states(pairs: Dataset, network: Any, tokenizer: Any) -> States:

@@ -6,6 +6,7 @@ projection and the way they are estimated are our reading. Imports torch alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -82,9 +83,10 @@ class Distribution:
     the other way round: 384 numbers of a few hundred texts would separate anything along a direction of their own.
 
     Attributes:
-        overlap: support overlap, the mass that the two histograms share, in [0, 1].
+        overlap: support overlap, the mass that the two histograms share, in [0, 1], and what few draws lack of it:
+            histograms of one distribution never share all, so what as many normal draws as far apart lack is added.
         drift: drift magnitude, the distance of the two means in pooled standard deviations.
-        kurtosis: excess kurtosis around the two means; 0 of a normal distribution.
+        kurtosis: excess kurtosis, the mean of the two distributions'; 0 of a normal one.
         roughness: squared second differences of the histograms, over those that as many normal draws have; 1 is as
             smooth as a normal sample.
     """
@@ -138,14 +140,15 @@ def geometry(triplets: Triplets) -> Geometry:
 
 def distribution(triplets: Triplets) -> Distribution:
     halves = [_projected(triplets, half, torch.arange(len(triplets)) % 2 == half) for half in range(2)]
-    drifts = [float(chosen.mean() - rejected.mean()) for chosen, rejected in halves]
+    drift = abs(sum(float(chosen.mean() - rejected.mean()) for chosen, rejected in halves) / 2)
     chosen, rejected = (torch.cat(parts) for parts in zip(*halves, strict=True))
     centred = [torch.cat([half[side] - half[side].mean() for half in halves]) for side in range(2)]
     roughness = sum(_roughness(part) for part in centred) / 2
     return Distribution(
-        overlap=_overlap(chosen, rejected),
-        drift=abs(sum(drifts) / 2),
-        kurtosis=_excess_kurtosis(torch.cat(centred)),
+        overlap=min(max(_overlap(chosen, rejected) + _shortfall(len(chosen), drift), 0.0), 1.0),
+        drift=drift,
+        # Each by its own spread: two normal distributions of unequal width would look heavy-tailed as one.
+        kurtosis=sum(_excess_kurtosis(part) for part in centred) / 2,
         roughness=roughness / _normal_roughness(len(chosen)),
     )
 
@@ -169,6 +172,22 @@ def _overlap(a: Tensor, b: Tensor) -> float:
     bins = min(max(round(2 * len(a) ** (1 / 3)), 5), 64)  # Rice's rule
     shares = [torch.histc(part, bins, low, high) / len(part) for part in (a, b)]
     return float(torch.minimum(*shares).sum())
+
+
+def _shortfall(count: int, drift: float) -> float:
+    """What the histograms of two normal samples lack of the mass that their distributions share.
+
+    Args:
+        count: draws in each.
+        drift: between their means as measured, in standard deviations; chance alone makes it 2 / count in square.
+    """
+    apart = math.sqrt(max(drift**2 - 2 / count, 0.0))
+    generator = torch.Generator().manual_seed(_SEED)
+    found = 0.0
+    for _ in range(_NORMAL_DRAWS):  # one at a time: all together would be large where there are many rows
+        a, b = torch.randn(2, count, generator=generator, dtype=torch.float64)
+        found += _overlap(a + apart, b) / _NORMAL_DRAWS
+    return math.erfc(apart / 8**0.5) - found
 
 
 def _excess_kurtosis(values: Tensor) -> float:

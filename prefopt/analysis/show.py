@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -39,6 +40,12 @@ def explain(choice: Choice, source: str) -> Group:
     return Group(*parts)
 
 
+def command(choice: Choice) -> str:
+    """The options that train with what was selected, in one line, to be copied."""
+    option = "" if choice.embeddings in (HIDDEN, GIVEN) else f" --embeddings {shlex.quote(choice.embeddings)}"
+    return f'train with  --loss "{choice.loss}"{option}'
+
+
 def _measures(choice: Choice) -> Table:
     table = Table("measure", "value", "what it is")
     values = choice.measures.as_dict()
@@ -56,8 +63,6 @@ def _selection(choice: Choice) -> Text:
     text.append(f": {found.divergence_reason}\n", style="default")
     if found.doubt:
         text.append("but         ", style="yellow").append(f"{found.doubt}\n", style="default")
-    option = "" if choice.embeddings in (HIDDEN, GIVEN) else f" --embeddings {choice.embeddings}"
-    text.append("train with  ").append(f'--loss "{choice.loss}"{option}\n', style="default")
     text.append(
         "Names of the measures are the paper's; formulas, thresholds and order are our reading.\n", style="dim"
     )
@@ -88,7 +93,7 @@ def _verdict(trial: Trial, selected: Outcome) -> Text:
     for other, name in ((best, "the best pair"), (trial.baseline, "plain dpo")):
         if other is not selected:
             gap, error = trial.gap(selected, other)
-            told = "" if abs(gap) > 2 * error else ", which these draws cannot tell from none"
+            told = "" if trial.tells(selected, other) else ", which these draws cannot tell from none"
             text.append(f" Loss against {name}: {gap:+.4f} ± {error:.4f}{told}.")
     if min(best.loss, trial.baseline.loss) > math.log(2):
         text.append(
@@ -97,7 +102,7 @@ def _verdict(trial: Trial, selected: Outcome) -> Text:
         )
     text.append(
         "\nKL is from the reference, in nats a token: a pair that is held back less goes farther, and a lower loss is "
-        "in part no more than that. What was trained is a low-rank change of the last hidden states, not the model: "
-        "take the order as a hint."
+        "in part no more than that. What was trained is a low-rank change of the last hidden states, over tokens that "
+        f"hold {1 - trial.left_out:.1%} of the model's probability, not the model: take the order as a hint."
     )
     return text

@@ -97,7 +97,8 @@ def states_of(model: Any, rows: Sequence[dict[str, Any]]) -> States:
     """The states of tokenized pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) under a model in float32.
 
     Raises:
-        ValueError: if the model's head is not a plain linear layer, or a row has an empty prompt or completion.
+        ValueError: if the model's head is not a plain linear layer, a row has an empty prompt or completion, or
+            the model's adapter puts tokens of its own before every row.
     """
     head = head_of(model)
     if head is None:
@@ -112,8 +113,9 @@ def states_of(model: Any, rows: Sequence[dict[str, Any]]) -> States:
     prompts, hidden = _forward(model.eval(), head, jobs)
     words, left_out = _narrowed(head, hidden, [completion for _, completion in jobs])
     kept = torch.tensor(words)
-    weight = head.linear.weight.detach()[kept].float()
-    bias = None if head.linear.bias is None else head.linear.bias.detach()[kept].float()
+    # States are on the CPU, wherever the model is.
+    weight = head.linear.weight.detach().cpu()[kept].float()
+    bias = None if head.linear.bias is None else head.linear.bias.detach().cpu()[kept].float()
     narrow = Narrow(weight, bias, head.softcap)
     place = {word: number for number, word in enumerate(words)}
     labels = [torch.tensor([place[token] for token in completion]) for _, completion in jobs]
@@ -154,6 +156,11 @@ def _forward(model: Any, head: Head, jobs: list[tuple[list[int], list[int]]]) ->
         with replaced_head(model, head, look):
             model(input_ids=ids.to(model.device), use_cache=False)
         (states,) = seen
+        if own := states.shape[1] - longest:
+            raise ValueError(
+                f"the model's adapter puts {own} tokens of its own before every row (prompt learning), whose states "
+                "are not read here: name the model without it"
+            )
         for line, job in enumerate(some):
             start = len(jobs[job][0])
             prompts[job] = states[line, :start].mean(0).cpu()

@@ -34,6 +34,9 @@ HELD_OUT = 0.25
 
 Embeddings = Literal["hidden", "given"]
 
+_STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+"""By number of seeds, the 97.5% quantile of Student's t with one degree of freedom less."""
+_STUDENT_OF_MORE = 2.31
 _YARDSTICK = parse("kernel_dpo(gamma=0.0)")
 """What held-out pairs are scored for: log-ratios and KL."""
 
@@ -78,12 +81,14 @@ class Trial:
         baseline: of `dpo` in the same trial.
         trained_on: pairs each was trained on.
         held_out: pairs each was judged by, drawn anew for each seed.
+        left_out: share of the model's probability on tokens that the trial did without.
     """
 
     outcomes: tuple[Outcome, ...]
     baseline: Outcome
     trained_on: int
     held_out: int
+    left_out: float = 0.0
 
     def find(self, kernel: str, divergence: str) -> Outcome:
         return next(found for found in self.outcomes if (found.kernel, found.divergence) == (kernel, divergence))
@@ -97,9 +102,19 @@ class Trial:
         return 1 + sum(other.accuracy > outcome.accuracy + 1e-12 for other in self.outcomes)
 
     def gap(self, outcome: Outcome, other: Outcome) -> tuple[float, float]:
-        """Mean of the first's held-out losses less the second's, seed by seed, and its standard error."""
+        """Mean of the first's held-out losses less the second's, seed by seed, and its standard error.
+
+        Draws share rows, so they spread less than new data would; the error is corrected for it: the variance over
+        seeds times 1 / seeds + held out / trained on (Nadeau and Bengio 2003, Machine Learning 52, eq. 8).
+        """
         differences = torch.tensor(outcome.losses, dtype=torch.float64) - torch.tensor(other.losses)
-        return float(differences.mean()), float(differences.std() / len(differences) ** 0.5)
+        factor = 1 / len(differences) + self.held_out / self.trained_on
+        return float(differences.mean()), float(differences.std()) * factor**0.5
+
+    def tells(self, outcome: Outcome, other: Outcome) -> bool:
+        """Whether `gap` is different from 0 at the 5% level, by Student's t; for two outcomes fixed beforehand."""
+        mean, error = self.gap(outcome, other)
+        return abs(mean) > _STUDENT.get(len(outcome.losses), _STUDENT_OF_MORE) * error
 
 
 def expression(kernel: str, divergence: str, embeddings: Embeddings) -> str:
@@ -141,7 +156,9 @@ def ranked(outcomes: Iterable[Outcome], states: States) -> Trial:
     """The outcomes of `run_trial`, in order."""
     baseline, *others = outcomes
     held = held_out(len(states))
-    return Trial(tuple(sorted(others, key=lambda found: found.loss)), baseline, len(states) - held, held)
+    return Trial(
+        tuple(sorted(others, key=lambda found: found.loss)), baseline, len(states) - held, held, states.left_out
+    )
 
 
 def held_out(rows: int) -> int:

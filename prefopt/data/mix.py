@@ -114,6 +114,19 @@ def mix(
     )
 
 
+def in_proportion(sources: Mapping[str, Dataset], weights: Sequence[float], seed: int = 0) -> dict[str, Dataset]:
+    """As many rows of each source, drawn at random, as its weight says, and none twice: a mixture to be measured.
+
+    Rows know where they came from before they are drawn, as `with_origin` says it.
+    """
+    total = min(len(dataset) / weight for dataset, weight in zip(sources.values(), weights, strict=True))
+    drawn = {}
+    for (name, dataset), weight in zip(sources.items(), weights, strict=True):
+        count = min(max(round(total * weight), 1), len(dataset))
+        drawn[name] = with_origin(dataset, name).shuffle(seed=seed).select(range(count))
+    return drawn
+
+
 def _draw(parts: list[Dataset], probabilities: list[float], seed: int) -> Dataset:
     # Our own draw, not `interleave_datasets`: the same order whatever the release of datasets or numpy.
     rng = random.Random(seed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from prefopt.analysis.trial import Outcome, Trial
 from prefopt.cli import app
 from prefopt.columns import EMBEDDINGS
 from prefopt.data import normalise
+from prefopt.losses import parse
 from tests.tiny import save_encoder
 from tests.trainer.runs import make_labelled, make_pairs, save_model
 
@@ -81,6 +84,7 @@ class TestOutput:
         assert f"ranks {found['trial']['rank']} of 28" in shown
         assert "Loss against plain dpo" in shown
         assert "not the model" in shown
+        assert f"hold {1 - found['trial']['left_out']:.1%} of the model's probability" in shown
 
     def test_hidden_states_of_the_model(self, data, model):
         code, shown = run(data, "--embeddings", "hidden", "--model", model, columns=200)
@@ -98,6 +102,20 @@ class TestOutput:
         assert code == 0
         assert "25 of 40 pairs" in shown
 
+    def test_of_a_mixture_as_many_rows_as_its_weights_say(self, data, encoder, tmp_path):
+        make_pairs(40, seed=1).to_json(tmp_path / "other.jsonl")
+        code, shown = run(f"{data}:3,{tmp_path / 'other.jsonl'}:1", "--embeddings", encoder)
+        assert code == 0
+        assert "53 pairs" in shown
+
+    def test_what_is_to_be_copied_stays_in_one_line(self, data, encoder):
+        result = CliRunner().invoke(app, ["select-kernel", data, "--embeddings", encoder], env={"COLUMNS": "80"})
+        (line,) = (line for line in result.output.splitlines() if line.startswith("train with"))
+        words = shlex.split(line)
+        assert words[2] == "--loss"
+        assert str(parse(words[3])).startswith("kernel_dpo(")
+        assert words[4:] == ["--embeddings", encoder]
+
     def test_fits_into_80_columns(self, data, encoder, model):
         words = ["select-kernel", data, "--embeddings", encoder, "--verify", "--model", model]
         result = CliRunner().invoke(app, words, env={"COLUMNS": "80"})
@@ -113,6 +131,12 @@ class TestErrors:
             (["--embeddings", "nowhere/at-all"], "encoder 'nowhere/at-all' is no folder here"),
             (["--model", "anything"], "--model is not used"),
             (["--rows", "5", "--embeddings", "ENCODER"], "measured from 20 pairs on, got 5"),
+            (
+                ["--rows", "500", "--embeddings", "hidden"],
+                "rows is 500, but of hidden states at most 240 pairs are kept",
+            ),
+            (["--json", "tests"], "--json: tests is a folder: name a file in it"),
+            (["--embeddings", "hidden", "--model", "/no/where"], "no tokenizer can be loaded from '/no/where'"),
             (["--json", "no/such/folder.json"], "there is no folder no/such"),
         ],
     )
@@ -135,6 +159,31 @@ class TestErrors:
         code, shown = run(str(tmp_path / "rows.jsonl"), "--embeddings", "columns")
         assert code == 1
         assert "row 4, column 'chosen_embedding': the vector has no numbers" in shown
+
+    def test_an_encoder_where_the_data_has_vectors(self, tmp_path, encoder):
+        code, shown = run(with_vectors(tmp_path / "rows.jsonl"), "--embeddings", encoder)
+        assert code == 1
+        assert "'chosen_embedding' of its own: measure such vectors with --embeddings columns, or drop" in shown
+
+    def test_rows_that_the_model_cannot_read_are_left_out_while_there_are_enough(self, data, tmp_path):
+        model = save_model(tmp_path)
+        template = Path(model) / "chat_template.jinja"
+        refusal = "{% if messages[0]['content'] == 'refused' %}{{ raise_exception('no') }}{% endif %}"
+        template.write_text(refusal + template.read_text())
+        rows = make_pairs(40).to_list()
+        rows[5]["prompt"][0]["content"] = "refused"
+        Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+        code, shown = run(str(tmp_path / "rows.jsonl"), "--embeddings", "hidden", "--model", model)
+        assert code == 0
+        assert "39 of 40 pairs" in shown
+        template.write_text("{{ messages[0]['content'] }}")  # a completion leaves no token
+        code, shown = run(data, "--embeddings", "hidden", "--model", model)
+        assert code == 1
+        assert "40 of 40 pairs cannot be read by the model's tokenizer, and it takes 20: `prefopt check`" in shown
+        template.unlink()
+        code, shown = run(data, "--embeddings", "hidden", "--model", model)
+        assert code == 1
+        assert "has no chat template: name a chat model (--model)" in shown
 
     def test_too_few_pairs(self, tmp_path):
         make_pairs(5).to_json(tmp_path / "rows.jsonl")
@@ -161,8 +210,8 @@ def test_the_verdict_says_when_draws_cannot_tell():
     trial = Trial((best, near), Outcome("dpo", "", (0.7, 0.69), (0.5, 0.5), (0.0, 0.0)), 30, 10)
     shown = _verdict(trial, near).plain
     assert "ranks 2 of 2 by held-out loss" in shown
-    assert "Loss against the best pair: +0.0010 ± 0.0090, which these draws cannot tell from none." in shown
-    assert "Loss against plain dpo: -0.0950 ± 0.0050." in shown
+    assert "Loss against the best pair: +0.0010 ± 0.0116, which these draws cannot tell from none." in shown
+    assert "Loss against plain dpo: -0.0950 ± 0.0065." in shown
 
 
 @pytest.mark.parametrize(("loss", "told"), [(0.6, False), (0.7, True)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from prefopt.analysis import trial as trials
 from prefopt.analysis.measures import Triplets
@@ -95,6 +96,11 @@ class TestStates:
         with pytest.raises(ValueError, match="row 1 has no rejected tokens"):
             states_of(make_model("llama"), [*rows(1), {"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": []}])
 
+    def test_an_adapter_that_puts_tokens_before_every_row_is_refused(self):
+        settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
+        with pytest.raises(ValueError, match="puts 4 tokens of its own before every row"):
+            states_of(get_peft_model(make_model("llama"), settings), rows(2))
+
     def test_a_head_that_is_no_plain_layer_is_refused(self):
         model = make_model("llama")
         model.config.logit_scale = 2.0
@@ -175,8 +181,19 @@ class TestTrial:
         assert [trial.rank(one) for one in trial.outcomes] == [1, 2, 3]
         assert [trial.accuracy_rank(one) for one in trial.outcomes] == [1, 1, 3]
         assert trial.gap(tied, best) == pytest.approx((0.1, 0.0), abs=1e-7)
-        assert trial.gap(last, best) == pytest.approx((0.2, 0.1), abs=1e-7)
+        # Differences 0.1 and 0.3: deviation 0.1 sqrt(2), times the root of 1/2 + 10/30.
+        assert trial.gap(last, best) == pytest.approx((0.2, 0.1 * (2 * 5 / 6) ** 0.5), abs=1e-7)
         assert trial.find("rbf", "f") is last
+
+    def test_four_draws_of_nothing_are_seldom_told_from_nothing(self):
+        # Each pair's loss over 40 rows is the mean of a rows' noise; four draws hold out ten of them.
+        generator, told = torch.Generator().manual_seed(0), 0
+        for _ in range(400):
+            noise = torch.randn(40, generator=generator)
+            draws = [float(noise[torch.randperm(40, generator=generator)[:10]].mean()) for _ in range(4)]
+            one, other = (Outcome("rbf", "kl", losses, (), ()) for losses in (tuple(draws), (0.0,) * 4))
+            told += Trial((one, other), other, 30, 10).tells(one, other)
+        assert told <= 0.06 * 400
 
     def test_embeddings_of_another_set_are_refused(self):
         with pytest.raises(ValueError, match="7 rows of embeddings for 40 rows of states"):

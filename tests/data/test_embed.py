@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,59 @@ def test_messages_are_read_as_their_contents():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}, {"content": "b"}]
     assert plain_text(messages) == "a\n\nb"
     assert plain_text("as it is") == "as it is"
+    parts = [{"type": "image"}, {"type": "text", "text": "c"}, {"type": "text", "text": "d", "index": None}]
+    assert plain_text([{"role": "user", "content": parts}, {"content": "b"}]) == "c\n\nd\n\nb"
+
+
+def test_a_text_without_tokens_has_a_null_vector(folder, tmp_path):
+    vectors = Encoder(str(folder), tmp_path)(["", "fox"])
+    assert vectors[0].tolist() == [0.0] * 16
+    assert float(vectors[1].norm()) == pytest.approx(1.0)
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    copy = tmp_path / "copied"
+    shutil.copytree(folder, copy)
+    return copy
+
+
+def write(file, content):
+    file.write_text(json.dumps(content))
+
+
+class TestFoldersOfSentenceTransformers:
+    def test_the_first_token_is_read_under_either_name(self, copied, tmp_path):
+        made = []
+        for modes in ({"pooling_mode_cls_token": True}, {"pooling_mode": "cls"}, {"pooling_mode": "mean"}):
+            write(copied / "1_Pooling" / "config.json", modes)
+            made.append(Encoder(str(copied), tmp_path)(TEXTS))
+        assert torch.equal(made[0], made[1])
+        assert not torch.allclose(made[0], made[2])
+
+    @pytest.mark.parametrize("modes", [{"pooling_mode": "lasttoken"}, {"pooling_mode": ["mean", "max"]}], ids=str)
+    def test_other_poolings_are_refused_under_their_newer_names(self, copied, tmp_path, modes):
+        write(copied / "1_Pooling" / "config.json", modes)
+        with pytest.raises(EncoderError, match=r"pools by .*a mean or first token is read"):
+            Encoder(str(copied), tmp_path)
+
+    def test_a_layer_after_the_pooling_is_refused(self, copied, tmp_path):
+        kinds = ["models.Transformer", "models.Pooling", "models.Normalize"]
+        write(copied / "modules.json", [{"type": f"sentence_transformers.{kind}"} for kind in kinds])
+        Encoder(str(copied), tmp_path)
+        kinds.insert(2, "models.Dense")
+        write(copied / "modules.json", [{"type": f"sentence_transformers.{kind}"} for kind in kinds])
+        with pytest.raises(EncoderError, match="has a layer 'Dense'"):
+            Encoder(str(copied), tmp_path)
+
+    def test_code_that_comes_with_an_encoder_is_not_run(self, copied, tmp_path):
+        settings = json.loads((copied / "config.json").read_text())
+        settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+        write(copied / "config.json", settings)
+        (copied / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        with pytest.raises(EncoderError, match="Code that comes with an encoder is not run"):
+            Encoder(str(copied), tmp_path)(TEXTS)
+        assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_no_encoder_is_refused(folder, tmp_path, monkeypatch):

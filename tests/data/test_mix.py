@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
-from prefopt.data import DataError, mix, parse_sources, validate
+from prefopt.data import DataError, in_proportion, mix, parse_sources, validate
 
 
 def _texts(name: str, count: int, **extra: object) -> Dataset:
@@ -45,6 +45,19 @@ def test_weighted_mixing_loses_no_row_and_holds_the_proportions() -> None:
     assert all(row["prompt"] == f"{row['source'][0]}{row['row']}" for row in mixed)
     # A source drawn again on purpose is no duplicate.
     assert validate(mixed).counts() == {}
+
+
+def test_rows_in_proportion_come_once_from_all_over_a_source_and_know_their_place() -> None:
+    sources = {"a.jsonl": _texts("a", 90), "b.jsonl": _texts("b", 90)}
+    parts = in_proportion(sources, [3, 1])
+    mixed = mix(parts)
+    assert Counter(mixed["source"]) == {"a.jsonl": 90, "b.jsonl": 30}
+    assert len(set(mixed["prompt"])) == 120
+    assert all(row["prompt"] == f"{row['source'][0]}{row['row']}" for row in mixed)
+    assert max(parts["b.jsonl"]["row"]) > 60
+    assert [len(part) for part in in_proportion(sources, [1000, 1]).values()] == [90, 1]
+    with pytest.raises(DataError, match=r"'a\.jsonl' has no rows"):
+        mix(in_proportion(sources | {"a.jsonl": sources["a.jsonl"].select([])}, [1, 1]))
 
 
 def test_mixing_is_deterministic_for_a_seed() -> None:

@@ -267,7 +267,8 @@ def select_kernel(
     if json_file is not None and json_file.is_dir():
         _fail(f"--json: {json_file} is a folder: name a file in it")
     try:
-        pairs = load_demo("train") if data is None else _read(data, split, [*(columns or []), *context.args], True)
+        words = [*(columns or []), *context.args]
+        pairs = load_demo("train") if data is None else _read(data, split, words, weighted=True)
         choice = choose(
             pairs, embeddings, rows=rows, model=lambda: _network(model), verify=verify,
             shown=lambda outcomes, total: track(outcomes, "Training", total, console=_console(), transient=True),

@@ -15,10 +15,10 @@ from datasets import Dataset
 from prefopt.analysis.measures import FEWEST, Measures, Triplets, measure
 from prefopt.analysis.selection import Selection, select
 from prefopt.analysis.states import States, states_of
-from prefopt.analysis.trial import PAIRS, SEEDS, STEPS, Outcome, Trial, expression, ranked, run_trial
+from prefopt.analysis.trial import PAIRS, STEPS, Outcome, Trial, expression, ranked, run_trial
 from prefopt.columns import EMBEDDINGS
 from prefopt.data import DataError, kind, tokenize_dataset, validate
-from prefopt.data.embed import DEFAULT, Encoder, texts_of, width_of
+from prefopt.data.embed import DEFAULT, Encoder, embed, width_of
 
 ROWS = 1000
 STATE_ROWS = 240
@@ -65,7 +65,7 @@ class Choice:
             made["trial"] = asdict(self.trial) | {
                 "rank": self.trial.rank(self.outcome),
                 "accuracy_rank": self.trial.accuracy_rank(self.outcome),
-                "seeds": SEEDS,
+                "seeds": len(self.outcome.losses),
                 "steps": STEPS,
             }
         return made
@@ -134,7 +134,7 @@ def _usable(dataset: Dataset) -> Dataset:
     if kind(dataset) != "pair":
         raise DataError("a kernel compares the two completions of a pair; these rows are single completions")
     bad = set(validate(dataset).bad_rows)
-    kept = dataset.select([row for row in range(len(dataset)) if row not in bad])
+    kept = _without(dataset, bad)
     if len(kept) < FEWEST:
         without = f" ({len(bad)} more cannot be trained on: prefopt check)" if bad else ""
         raise DataError(f"{len(kept)} pairs are too few to measure; it takes {FEWEST}{without}")
@@ -162,7 +162,11 @@ def _readable(pairs: Dataset, tokenizer: Any) -> Dataset:
             f"{len(bad)} of {len(pairs)} pairs cannot be read by the model's tokenizer, and it takes {FEWEST}: "
             "`prefopt check` with --model says which and why"
         )
-    return pairs.select([row for row in range(len(pairs)) if row not in bad])
+    return _without(pairs, bad)
+
+
+def _without(dataset: Dataset, bad: set[int]) -> Dataset:
+    return dataset.select([row for row in range(len(dataset)) if row not in bad])
 
 
 def _states(pairs: Dataset, network: Any, tokenizer: Any) -> States:
@@ -174,7 +178,6 @@ def _triplets(pairs: Dataset, embeddings: str, states: States | None) -> Triplet
     if embeddings == HIDDEN:
         assert states is not None
         return Triplets(states.prompt, states.chosen.pooled, states.rejected.pooled)
-    if embeddings == GIVEN:
-        return Triplets(*(torch.tensor(pairs[name]) for name in EMBEDDINGS))
-    encoder = Encoder(embeddings)
-    return Triplets(*(encoder(texts) for texts in texts_of(pairs).values()))
+    if embeddings != GIVEN:
+        pairs = embed(pairs, Encoder(embeddings))
+    return Triplets(*(torch.tensor(pairs[name]) for name in EMBEDDINGS))

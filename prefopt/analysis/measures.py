@@ -139,7 +139,7 @@ def geometry(triplets: Triplets) -> Geometry:
 
 
 def distribution(triplets: Triplets) -> Distribution:
-    halves = [_projected(triplets, half, torch.arange(len(triplets)) % 2 == half) for half in range(2)]
+    halves = [_projected(triplets, torch.arange(len(triplets)) % 2 == half) for half in range(2)]
     drift = abs(sum(float(chosen.mean() - rejected.mean()) for chosen, rejected in halves) / 2)
     chosen, rejected = (torch.cat(parts) for parts in zip(*halves, strict=True))
     centred = [torch.cat([half[side] - half[side].mean() for half in halves]) for side in range(2)]
@@ -153,8 +153,8 @@ def distribution(triplets: Triplets) -> Distribution:
     )
 
 
-def _projected(triplets: Triplets, half: int, held: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) places of the chosen and the rejected of one half, in pooled standard deviations."""
+def _projected(triplets: Triplets, held: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) places of the chosen and the rejected of the `held` rows, in pooled standard deviations."""
     direction = (triplets.chosen - triplets.rejected)[~held].mean(0)
     chosen, rejected = triplets.chosen[held] @ direction, triplets.rejected[held] @ direction
     deviation = ((chosen.var() + rejected.var()) / 2).sqrt()

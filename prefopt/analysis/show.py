@@ -11,7 +11,7 @@ from rich.text import Text
 
 from prefopt.analysis.kernels import GIVEN, HIDDEN, Choice
 from prefopt.analysis.measures import SLACK
-from prefopt.analysis.trial import SEEDS, STEPS, Outcome, Trial
+from prefopt.analysis.trial import STEPS, Outcome, Trial
 
 _MEANINGS = {
     "pnd": ("PND", "distance between chosen and rejected, mean"),
@@ -70,7 +70,7 @@ def _selection(choice: Choice) -> Text:
 
 
 def _ranking(trial: Trial, selected: Outcome) -> Table:
-    title = f"{len(trial.outcomes)} pairs, each trained {SEEDS} times {STEPS} steps on cached states"
+    title = f"{len(trial.outcomes)} pairs, each trained {len(selected.losses)} times {STEPS} steps on cached states"
     table = Table("rank", "kernel", "divergence", "held-out loss", "accuracy", "KL", title=title, title_justify="left")
     rows = sorted([*trial.outcomes, trial.baseline], key=lambda found: found.loss)
     for found in rows:
@@ -89,7 +89,7 @@ def _verdict(trial: Trial, selected: Outcome) -> Text:
     best, last, count = trial.outcomes[0], trial.outcomes[-1], len(trial.outcomes)
     text = Text(f"The selected pair ranks {trial.rank(selected)} of {count} by held-out loss ({selected.loss:.4f}; ")
     text.append(f"best {best.loss:.4f}, last {last.loss:.4f}) and {trial.accuracy_rank(selected)} by accuracy")
-    text.append(f" ({selected.accuracy:.3f} of {trial.held_out} pairs, {SEEDS} draws).")
+    text.append(f" ({selected.accuracy:.3f} of {trial.held_out} pairs, {len(selected.losses)} draws).")
     for other, name in ((best, "the best pair"), (trial.baseline, "plain dpo")):
         if other is not selected:
             gap, error = trial.gap(selected, other)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prefopt.losses.numerics import masked_mean
 from prefopt.scoring.head import Head, head_of, replaced_head
 
 PROMPT_TOKENS = 256
@@ -44,8 +46,7 @@ class Side:
     @property
     def pooled(self) -> Tensor:
         """(N, H) mean state of each completion."""
-        sums = (self.hidden * self.mask.unsqueeze(-1)).sum(1)
-        return sums / self.mask.sum(1, keepdim=True)
+        return masked_mean(self.hidden.mT, self.mask.unsqueeze(1))
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,6 @@ def _narrowed(head: Head, hidden: list[Tensor], completions: list[list[int]]) ->
     mass /= len(states)
     words = [word for word, _ in Counter(token for row in completions for token in row).most_common()]
     known = set(words)
-    likeliest = mass.argsort(descending=True).tolist()
-    words += [word for word in likeliest[: 2 * VOCABULARY] if word not in known][: max(VOCABULARY - len(words), 0)]
+    others = (word for word in mass.argsort(descending=True).tolist() if word not in known)
+    words += islice(others, max(VOCABULARY - len(words), 0))
     return words, max(1 - float(mass[torch.tensor(words)].sum()), 0.0)

@@ -20,6 +20,7 @@ from prefopt.analysis.states import Side, States
 from prefopt.losses import Loss, PreferenceBatch, Scores, parse
 from prefopt.losses.divergences import NAMES, divergence, named
 from prefopt.losses.kernel import KERNELS
+from prefopt.losses.numerics import masked_mean
 
 PAIRS = tuple((kernel, name) for kernel in KERNELS for name in NAMES)
 """All 28, four kernels by seven divergences."""
@@ -241,7 +242,7 @@ def _scores(
         token_mask=mask,
         token_divergences=torch.stack(parts, -1) if parts else None,
         divergences=tuple(wanted) or None,
-        hidden=(hidden * mask.unsqueeze(-1)).sum(1) / lengths.unsqueeze(-1),
+        hidden=masked_mean(hidden.mT, mask.unsqueeze(1)),
         prompt_hidden=prompt,
         prompt_embedding=embeddings[0],
         embedding=embeddings[1],

@@ -10,6 +10,8 @@ from typing import Any
 
 from _job import ROLES, Job
 
+from prefopt.files import write_whole
+
 
 class ReportError(RuntimeError):
     """A file, table or picture that cannot be made or read; the message says what to do."""
@@ -77,9 +79,7 @@ def read_results(path: Path | None) -> dict[str, list[dict[str, Any]]]:
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """All or nothing, so that an interruption leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, lambda file: file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8"))
 
 
 def find(results: Sequence[dict[str, Any]], job: Job, repeats: int) -> dict[str, Any] | None:

@@ -29,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.demo.data import load_demo
 from prefopt.demo.model import resolve_demo_model
+from prefopt.files import write_whole
+from prefopt.markdown import table as markdown_table
 
 SUMS = {"npo": "npo(beta=0.1) + sft(nll='mean')", "dpo": "dpo(beta=0.1) + sft(nll='mean')"}
 WAYS = {
@@ -101,18 +103,16 @@ def measure(total: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| sum, seed | way | a step's cost | steps in the same time | first term | sft |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in results.values():
-        for way, found in result["ways"].items():
-            changes = " | ".join(f"{value:+.3f}" for value in found["change"].values())
-            lines.append(
-                f"| `{result['sum']}`, {result['settings']['seed']} | {way} | {found['cost']:.2f} "
-                f"({found['from']:.2f} to {found['to']:.2f}) | {found['steps']} | {changes} |"
-            )
-    return "\n".join(lines)
+    rows = [
+        (
+            f"`{result['sum']}`, {result['settings']['seed']}", way,
+            f"{found['cost']:.2f} ({found['from']:.2f} to {found['to']:.2f})", str(found["steps"]),
+            *(f"{value:+.3f}" for value in found["change"].values()),
+        )
+        for result in results.values()
+        for way, found in result["ways"].items()
+    ]  # fmt: skip
+    return markdown_table(("sum, seed", "way", "a step's cost", "steps in the same time", "first term", "sft"), rows)
 
 
 def main() -> None:
@@ -140,9 +140,7 @@ def main() -> None:
         key = json.dumps({"sum": name, **settings, "ways": args.ways})
         if key not in results:
             results[key] = {"sum": SUMS[name], "settings": settings, "ways": measure(SUMS[name], args)}
-            unfinished = args.json.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(results, indent=1) + "\n")
-            unfinished.replace(args.json)
+            write_whole(args.json, lambda file: file.write_text(json.dumps(results, indent=1) + "\n"))
     print(table(results))
 
 

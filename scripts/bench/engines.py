@@ -20,6 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prefopt.files import write_whole
+from prefopt.markdown import table as markdown_table
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "dpo.py"
 PAIRS = ROOT / "prefopt" / "demo" / "data" / "train.jsonl"
@@ -109,20 +112,16 @@ def measure(options: argparse.Namespace, engine: str) -> dict[str, Any]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "| run | held-out loss | reward accuracy | reward margin | seconds, all told | loss, from one process's |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     alone = found.get("one")
     for engine in ENGINES:
         if (row := found.get(engine)) is None:
             continue
         apart = "" if alone is None or engine == "one" else f"{row['loss'] - alone['loss']:+.1e}"
-        lines.append(
-            f"| {row['engine']} | {row['loss']:.6f} | {row['accuracy']:.0%} | {row['margin']:.4f} "
-            f"| {row['seconds']:.0f} | {apart} |"
-        )
-    return "\n".join(lines)
+        measured = (f"{row['loss']:.6f}", f"{row['accuracy']:.0%}", f"{row['margin']:.4f}", f"{row['seconds']:.0f}")
+        rows.append((row["engine"], *measured, apart))
+    headings = ("run", "held-out loss", "reward accuracy", "reward margin", "seconds, all told")
+    return markdown_table((*headings, "loss, from one process's"), rows)
 
 
 def main() -> None:
@@ -140,7 +139,7 @@ def main() -> None:
     for engine in options.engines:
         if engine not in found:
             found[engine] = measure(options, engine)
-            options.json.write_text(json.dumps(found, indent=2) + "\n")
+            write_whole(options.json, lambda file: file.write_text(json.dumps(found, indent=2) + "\n"))
             print(f"{engine}: {found[engine]['seconds']:.0f} seconds", file=sys.stderr)
     print(table(found))
 

@@ -24,13 +24,12 @@ from trl import get_peft_config
 from trl.trainer.model_config import ModelConfig
 
 from prefopt import PreferenceConfig, PreferenceTrainer
-from prefopt.analysis import PAIRS, expression
+from prefopt.analysis.trial import BASELINE, PAIRS, expression
 from prefopt.demo.data import load_demo
 from prefopt.demo.model import resolve_demo_model
+from prefopt.files import write_whole
 from prefopt.losses.kernel import KERNELS
 from prefopt.markdown import table
-
-BASELINE = ("dpo", "")
 
 
 def settings(folder: str, loss: str, args: argparse.Namespace) -> PreferenceConfig:
@@ -72,9 +71,8 @@ def run(args: argparse.Namespace) -> None:
         if name in results:
             continue
         results[name] = measure(expression(*pair, "hidden"), path, tokenizer, args)
-        unfinished = args.json.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(results, indent=1) + "\n")
-        unfinished.replace(args.json)
+        text = json.dumps(results, indent=1) + "\n"
+        write_whole(args.json, lambda file, text=text: file.write_text(text))
         print(f"{name}: {results[name]['loss']:.4f}, {results[name]['accuracy']:.3f}", flush=True)
         gc.collect()
 

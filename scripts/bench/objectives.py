@@ -31,9 +31,11 @@ from trl.trainer.model_config import ModelConfig
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.demo.data import load_demo
 from prefopt.demo.model import resolve_demo_model
+from prefopt.files import write_whole
 from prefopt.losses import available, parse, presets
 from prefopt.losses.divergences import NAMES as DIVERGENCES
 from prefopt.losses.kernel import KERNELS
+from prefopt.markdown import table as markdown_table
 
 WRAPPERS = {
     "conflict_free": "dpo + sft",
@@ -115,9 +117,8 @@ def run(args: argparse.Namespace) -> None:
         # Other shares write the same file: what they added since is kept.
         results = json.loads(args.json.read_text()) if args.json.exists() else {}
         results[name] = result
-        unfinished = args.json.with_suffix(f".{part}.unfinished")
-        unfinished.write_text(json.dumps(results, indent=1) + "\n")
-        unfinished.replace(args.json)
+        text = json.dumps(results, indent=1) + "\n"
+        write_whole(args.json, lambda file, text=text: file.write_text(text))
         print(
             f"{name}: {result['first_pass']:.4g} -> {result['second_pass']:.4g}, "
             f"{result['seconds']:.2f} s a step, {result['over_dpo']:.2f} of dpo's",
@@ -129,13 +130,13 @@ def run(args: argparse.Namespace) -> None:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = ["| objective | first pass | second pass | falls | time / DPO's |", "|---|---|---|---|---|"]
+    rows = []
     for name, result in sorted(results.items()):
         first, second = result["first_pass"], result["second_pass"]
         falls = "yes" if second < first else "no"
-        name = name.replace("kernel=", "").replace("divergence=", "").replace("|", "\\|")
-        lines.append(f"| `{name}` | {first:.4g} | {second:.4g} | {falls} | {result['over_dpo']:.2f} |")
-    return "\n".join(lines)
+        name = name.replace("kernel=", "").replace("divergence=", "")
+        rows.append((f"`{name}`", f"{first:.4g}", f"{second:.4g}", falls, f"{result['over_dpo']:.2f}"))
+    return markdown_table(("objective", "first pass", "second pass", "falls", "time / DPO's"), rows)
 
 
 def main() -> None:

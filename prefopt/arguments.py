@@ -6,6 +6,8 @@ its place, the command line. Imports TRL's argument parser and our configuration
 
 from __future__ import annotations
 
+import argparse
+import ast
 import logging
 import math
 import os
@@ -27,6 +29,7 @@ from prefopt.config_file import check_values, read_config, set_environment
 from prefopt.data.errors import did_you_mean
 from prefopt.embeddings import refuse_mismatch
 from prefopt.files import is_file
+from prefopt.loss_options import settle
 from prefopt.losses import LossSyntaxError
 from prefopt.models import adapter_base
 from prefopt.redaction import command_line, guard_process, redact, remember
@@ -150,7 +153,8 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     if unknown:
         raise SystemExit(_no_option(unknown[0], parser))
     demo = bool(known.demo or _is_on(config.get("demo", False)))
-    parser.set_defaults_with_config(**_defaults(loss, config, words, demo))
+    objective, argv, config = _settled(loss, argv, config, words, known)
+    parser.set_defaults_with_config(**_defaults(objective, config, words, demo))
     script, training, model = _filled(parser, argv)
     _refuse_out_of_range(training)
     remember(training.hub_token)
@@ -263,7 +267,35 @@ def _take_config(argv: list[str]) -> tuple[dict[str, Any], Path | None]:
     return config, path
 
 
-def _defaults(loss: str, config: dict[str, Any], words: set[str], demo: bool) -> dict[str, Any]:
+def _settled(
+    loss: str, argv: list[str], config: dict[str, Any], words: set[str], known: argparse.Namespace
+) -> tuple[str | None, list[str], dict[str, Any]]:
+    """The recipe's objective with TRL's loss options in it, and the words and the config without those options."""
+    options = {name: config[name] for name in TRL_LOSS_OPTIONS if name in config}
+    options |= {name: getattr(known, name) for name in TRL_LOSS_OPTIONS if name in words}
+    if not options:
+        return loss, argv, config
+    given = known.loss if "loss" in words else config.get("loss")
+    if given is None and "loss" in config:
+        return loss, argv, config  # `loss: null` asks for TRL's options
+    settled = settle(loss, given, {name: _read(value) for name, value in options.items()})
+    if settled is None or given is not None:
+        return settled, argv, config
+    taken = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in options:
+        taken.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*")
+    return settled, taken.parse_known_args(argv)[1], {name: v for name, v in config.items() if name not in options}
+
+
+def _read(value: Any) -> Any:
+    """A value that a config has as text."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _defaults(loss: str | None, config: dict[str, Any], words: set[str], demo: bool) -> dict[str, Any]:
     """What every option is unless the command line says otherwise."""
     defaults: dict[str, Any] = {"report_to": "none", "output_dir": "runs/latest", "loss": loss}
     if not torch.accelerator.is_available():
@@ -273,8 +305,6 @@ def _defaults(loss: str, config: dict[str, Any], words: set[str], demo: bool) ->
     named = words | set(config)
     if demo or "model_name_or_path" not in named:
         defaults |= yaml.safe_load(DEMO_CONFIG.read_text(encoding="utf-8"))
-    if named & set(TRL_LOSS_OPTIONS) and "loss" not in named:
-        defaults.pop("loss")
     return defaults | config
 
 

@@ -1,0 +1,151 @@
+"""What shows in a row by itself, before any token is made: nulls, empty texts, wrong types, wrong roles.
+
+Imports nothing but the catalogue of problems, the formats and the names of columns.
+"""
+
+from __future__ import annotations
+
+import json
+import numbers
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prefopt.columns import GIVEN_LOGPS
+from prefopt.data.problems import KINDS
+from prefopt.data.schema import UNPARSED, same_texts, without_nulls
+
+Row = Mapping[str, Any]
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+
+MAX_WEIGHT = 1e9
+"""Largest weight of a row: beyond it other rows do not count, and float32 does not reach far."""
+
+_NOT_THE_TEMPLATES = frozenset(
+    {
+        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *(
+            "continue_final_message",
+            "tokenize",
+            "return_dict",
+            "return_tensors",
+            "padding",
+            "truncation",
+            "max_length",
+        ),
+    }
+)
+"""Arguments of `apply_chat_template` that a row may not set: they decide what is tokenized, not how it reads."""
+
+_ANSWERING = frozenset({"assistant", "tool", "function", "ipython"})
+
+
+TOLD = frozenset(name for name in KINDS if name.startswith(("empty", "chosen equals")))
+UNREADABLE = frozenset(name for name in KINDS if name.startswith(("unparseable", "wrong type", "null", "wrong role")))
+
+
+def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator[str]:
+    """Problems that show in a row by itself, each at most once."""
+    if any(_is_unparsed(row[side]) for side in sides):
+        yield "unparseable transcript"
+        return
+    yield from _text_problems(row["prompt"], "prompt")
+    for side in sides:
+        yield from _text_problems(row[side], side)
+    if len({isinstance(row[name], list) for name in ("prompt", *sides) if row[name] is not None}) > 1:
+        yield "wrong type: text beside messages"
+    if sides == ("completion",):
+        if not isinstance(row["label"], bool):
+            yield "wrong type: label"
+    elif row["chosen"] is not None and same_texts(row["chosen"], row["rejected"]):
+        yield "chosen equals rejected"
+    if "weight" in names and not _is_weight(row.get("weight")):
+        yield "bad weight"
+    if any(name in names and not _is_finite(row.get(name)) for name in GIVEN_LOGPS):
+        yield "bad log-probability"
+    if isinstance(row["prompt"], list):
+        if not _are_tools(row.get("tools")):
+            yield "wrong type: tools"
+        if not _are_template_arguments(row.get("chat_template_kwargs")):
+            yield "wrong type: chat_template_kwargs"
+
+
+def _is_unparsed(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and value[0].get("role") == UNPARSED
+
+
+def _text_problems(value: Any, column: str) -> Iterator[str]:
+    if value is None:
+        yield f"null {column}"
+    elif isinstance(value, str):
+        if not value.strip():
+            yield f"empty {column}"
+    elif isinstance(value, list):
+        yield from _message_problems(value, column)
+    else:
+        yield f"wrong type: {column}"
+
+
+def _message_problems(messages: list[Any], column: str) -> Iterator[str]:
+    if not messages:
+        yield f"empty {column}"
+        return
+    if not all(_is_message(message) for message in messages):
+        yield f"wrong type: {column}"
+        return
+    roles = [message["role"] for message in messages]
+    if not ROLES.issuperset(roles):
+        yield f"wrong role: unknown in {column}"
+    elif column == "prompt":
+        if roles[-1] == "assistant":
+            yield "wrong role: prompt ends with assistant"
+    elif roles[0] not in _ANSWERING or roles[-1] not in _ANSWERING:
+        yield f"wrong role: {column} is not the assistant's"
+    elif not _ANSWERING.issuperset(roles):
+        yield f"user turn inside {column}"
+    if _is_empty(messages[-1]):
+        yield f"empty {column}"
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return content is None or isinstance(content, str | list)
+
+
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    """Neither text nor a part (an image) nor a tool call: there is nothing to read or to learn."""
+    content = message.get("content")
+    if isinstance(content, str) and content.strip():
+        return False
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        if len(texts) < len(content) or any(isinstance(text, str) and text.strip() for text in texts):
+            return False
+    return not any(message.get(name) for name in ("tool_calls", "function_call"))
+
+
+def _is_weight(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    number: Any = value  # a comparison with nan is false
+    return bool(0 <= number <= MAX_WEIGHT)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _are_tools(value: Any) -> bool:
+    """A list of functions' descriptions, or the JSON text of one."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return not value or (isinstance(value, list) and all(isinstance(tool, dict) for tool in value))
+
+
+def _are_template_arguments(value: Any) -> bool:
+    return not value or (isinstance(value, dict) and not _NOT_THE_TEMPLATES.intersection(without_nulls(value)))

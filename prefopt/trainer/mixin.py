@@ -36,6 +36,7 @@ from prefopt.trainer.learned import LearnedLoss
 from prefopt.trainer.publishing import PublishingMixin
 from prefopt.trainer.saving import CheckpointMixin
 from prefopt.trainer.scoring import ScoringMixin
+from prefopt.trainer.start import StartCheck
 from prefopt.trainer.trackers import track
 from prefopt.weights import check_folder
 
@@ -96,6 +97,7 @@ class LossMixin(
                 if takes_collator:
                     bound["data_collator"] = self._own_collator
         super().__init__(**bound)
+        self.add_callback(StartCheck(self))  # type: ignore[attr-defined]
         if self.objective is None:
             self._set_up_checkpoints()
             if "weight" in sample:

@@ -177,17 +177,18 @@ class ScoringMixin:
             yield
             return
         peft_model = self.accelerator.unwrap_model(self.model)
-        if "ref" not in peft_model.peft_config:
-            with peft_model.disable_adapter():
+        with _same_trainable(peft_model):
+            if "ref" not in peft_model.peft_config:
+                with peft_model.disable_adapter():
+                    yield
+                return
+            # Training continues from an adapter: TRL keeps its frozen copy under this name.
+            active = peft_model.active_adapter
+            peft_model.set_adapter("ref")
+            try:
                 yield
-            return
-        # Training continues from an adapter: TRL keeps its frozen copy under this name.
-        active = peft_model.active_adapter
-        peft_model.set_adapter("ref")
-        try:
-            yield
-        finally:
-            peft_model.set_adapter(active)
+            finally:
+                peft_model.set_adapter(active)
 
     def _score(self, model: Any, inputs: Mapping[str, Any], all_logits: bool) -> tuple[PreferenceBatch, Any]:
         assert self.objective is not None
@@ -236,3 +237,15 @@ class ScoringMixin:
             ends = generator.generation_config.eos_token_id
             ends = tokenizer.eos_token_id if ends is None else ends
             return with_samples(inputs, generator, most, tokenizer.pad_token_id, ends)
+
+
+@contextlib.contextmanager
+def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
+    """What wants gradients afterwards is what wanted them before: PEFT's switching of adapters unfreezes them."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)

@@ -1,0 +1,207 @@
+"""What is checked as training starts: the optimizer trains the model, and its first update moves the weights.
+
+Everything here looks at parameters and optimizers and changes nothing. A run that fails a check stops with what is
+wrong and what to do, as it would otherwise run to its end with healthy losses and gradient norms.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+SAMPLED = 4096
+"""Most numbers of a parameter that are looked at before and after an update."""
+WORTH_A_STEP = 1e-8
+"""Gradients below this are as good as zero, also to Adam, whose epsilon it is."""
+LOST, FEW = 0.01, 0.10
+"""Shares of half-precision weights that an update must move: below the first a run stops, below the second warns."""
+_FINER_COPY = ("kahan", "compensation", "master")
+"""What optimizers call the state in which they keep what half-precision weights are too coarse for."""
+
+
+class StartCheck(TrainerCallback):
+    """Stops a run that trains nothing.
+
+    Args:
+        trainer: the trainer that it is added to.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self._settled = False
+        self._before: list[_Sample] = []
+
+    @property
+    def _mode(self) -> str:
+        mode: str = getattr(self._trainer.args, "step0_check", "error")
+        return mode
+
+    def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        trainer = self._trainer
+        # DeepSpeed keeps finer copies of the weights elsewhere, and takes its step within the backward pass.
+        self._settled = trainer.is_deepspeed_enabled or self._mode == "off"
+        self._before = []
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(_nothing_to_train(model))
+        if optimizer is None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return  # their optimizers hold pieces of parameters, which cannot be matched by identity
+        outside = not_in_optimizer(model, optimizer)
+        if outside is None:
+            raise ValueError(
+                "the optimizer holds no trainable parameter of the model, so nothing would be trained: it was made "
+                "for another model, or before the adapter was added or the weights were frozen. Make it from the "
+                "parameters that the trainer trains, or leave `optimizers` out"
+            )
+        if outside:
+            logger.warning(
+                "%d parameters want gradients but are not in the optimizer (%s): they are not trained, but count in "
+                "grad_norm and in clipping. Add them to the optimizer, or call requires_grad_(False) on them",
+                *(len(outside), _some(outside)),
+            )
+
+    def on_pre_optimizer_step(self, _: Any, state: Any, *__: Any, optimizer: Any = None, **___: Any) -> None:
+        # During a warm-up, looking at steps 1, 2, 4, 8 ... is enough.
+        if self._settled or optimizer is None:
+            return
+        step = state.global_step + 1
+        if step & (step - 1) == 0 or all(at_peak(group) for group in optimizer.param_groups):
+            self._before = list(_samples(optimizer))
+
+    def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        before, self._before = self._before, []
+        # Whether samples were taken depends on the step and the rate alone, so it is the same on every process.
+        if self._settled or optimizer is None or self._trainer.accelerator.optimizer_step_was_skipped:
+            return
+        if not before and not self._trainer.is_fsdp_enabled:
+            return
+        moved, total, coarse = 0, 0, False
+        for sample in before:
+            moved, total = moved + sample.moved(), total + len(sample.values)
+            coarse = coarse or sample.values.dtype in (torch.float16, torch.bfloat16)
+        if self._trainer.accelerator.num_processes > 1:
+            everyone = gather_object([(moved, total, coarse)])
+            moved, total = sum(m for m, _, _ in everyone), sum(t for _, t, _ in everyone)
+            coarse = any(c for _, _, c in everyone)
+        if total:
+            self._judge(moved, total, coarse, optimizer)
+
+    def _judge(self, moved: int, total: int, coarse: bool, optimizer: Any) -> None:
+        share = moved / total
+        coarse = coarse and not _keeps_finer_copy(optimizer)
+        enough = share >= FEW if coarse else moved > 0
+        full_rate = all(at_peak(group) for group in optimizer.param_groups)
+        self._settled = enough or full_rate
+        if enough or not full_rate:
+            return
+        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        if not coarse:
+            said = (
+                f"the first update at the full learning rate ({rate:g}) moved none of {total} weights that were "
+                "looked at, although they have gradients: nothing is trained. Raise the learning rate, or look at the "
+                "optimizer: it may hold copies of the weights in place of the model's own"
+            )
+        else:
+            said = (
+                f"the first update at the full learning rate ({rate:g}) moved {moved} of {total} weights that were "
+                f"looked at ({share:.1%}): in half precision the others are rounded back to what they were. Keep the "
+                "weights in float32 and compute in bfloat16 (--dtype float32 --bf16 true; in Python "
+                "model_init_kwargs={'dtype': 'float32'} and bf16=True), or train an adapter, or raise the learning "
+                "rate"
+            )
+        if share < LOST and self._mode == "error":
+            raise ValueError(f"{said}. To go on anyway, set step0_check to 'warn' or 'off'")
+        logger.warning(said)
+
+
+@dataclass
+class _Sample:
+    """Some numbers of one parameter, those that have a gradient.
+
+    Attributes:
+        parameter: it.
+        places: which of its numbers, counted in one row.
+        values: what they were before the update.
+    """
+
+    parameter: Tensor
+    places: Tensor
+    values: Tensor
+
+    def moved(self) -> int:
+        return int((_flat(self.parameter)[self.places] != self.values).sum())
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in one row."""
+    return getattr(tensor, "_local_tensor", tensor).detach().reshape(-1)
+
+
+def _samples(optimizer: Any) -> Iterator[_Sample]:
+    """Of every parameter that is about to be moved, up to `SAMPLED` numbers."""
+    for group in optimizer.param_groups:
+        if group["lr"] is not None and not float(group["lr"]) > 0:
+            continue
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None or gradient.layout is not torch.strided or not parameter.is_floating_point():
+                continue
+            values, gradient = _flat(parameter), _flat(gradient)
+            # Odd, so that not the same column of every row is taken.
+            every = max(len(values) // SAMPLED, 1) | 1
+            of_gradient = gradient[::every]
+            places = (torch.isfinite(of_gradient) & (of_gradient.abs() > WORTH_A_STEP)).nonzero().flatten() * every
+            if len(places):
+                yield _Sample(parameter, places, values[places].clone())
+
+
+def at_peak(group: dict[str, Any]) -> bool:
+    """Whether a group of parameters takes steps at the height of its schedule, or has none."""
+    if group["lr"] is None:
+        return False  # Adafactor's own schedule, whose height is unknown
+    rate = float(group["lr"])
+    return rate > 0 and rate >= 0.99 * float(group.get("initial_lr", rate))
+
+
+def not_in_optimizer(model: nn.Module, optimizer: Any) -> list[str] | None:
+    """The names of parameters that want gradients and that an optimizer does not hold; None if it holds none."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner  # accelerate's wrapper
+    # Optimizers that take their steps layer by layer in the backward pass stand behind one without parameters.
+    parts = getattr(optimizer, "optimizer_dict", None)
+    held = {id(p) for p in parts} if parts else {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    outside = [name for name, p in wanted.items() if id(p) not in held]
+    return None if len(outside) == len(wanted) else outside
+
+
+def _keeps_finer_copy(optimizer: Any) -> bool:
+    states = getattr(optimizer, "state", None) or {}
+    state: Any = next(iter(states.values()), {})
+    names = [str(name).lower() for name in (state if isinstance(state, dict) else {})]
+    return any(word in name for name in names for word in _FINER_COPY)
+
+
+def _nothing_to_train(model: Any) -> str:
+    if is_peft_model(model):
+        return (
+            f"no parameter of the model wants gradients, not even those of its adapter {model.active_adapter!r}, so "
+            "nothing would be trained: load a saved adapter with PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    return (
+        "no parameter of the model wants gradients (requires_grad=False), so nothing would be trained: call "
+        "requires_grad_(True) on what is to learn, or pass peft_config=... to train an adapter"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

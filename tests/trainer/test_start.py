@@ -1,0 +1,151 @@
+"""Runs that train nothing stop as they start, and healthy ones pass without a word."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests.trainer.runs import make_trainer, save_model
+
+LOGGER = "prefopt.trainer.start"
+
+
+def lora(**options):
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+
+
+def saved_adapter(tmp_path):
+    base = save_model(tmp_path)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora()).save_pretrained(tmp_path / "sft")
+    return base, str(tmp_path / "sft")
+
+
+def grad_norms(trainer):
+    return [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+
+def test_an_adapter_that_was_loaded_frozen_is_refused_by_name(tmp_path):
+    base, adapter = saved_adapter(tmp_path)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    trainer = make_trainer(tmp_path, model=model, max_steps=2)
+    with pytest.raises(ValueError, match=r"adapter 'default'.*is_trainable=True"):
+        trainer.train()
+
+
+def test_a_frozen_model_can_be_evaluated_but_not_trained(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path)).requires_grad_(False)
+    trainer = make_trainer(tmp_path, model=model, max_steps=2)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
+    with pytest.raises(ValueError, match="requires_grad_"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("continued", [True, False], ids=["continued", "new"])
+def test_scoring_the_reference_unfreezes_nothing(tmp_path, continued):
+    """LoRA-FA freezes A: its gradients are neither taken nor counted, however often adapters are switched."""
+    base, adapter = saved_adapter(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if continued:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    trainer = make_trainer(
+        tmp_path, model=model, max_steps=3, trainer_options={} if continued else {"peft_config": lora()}
+    )
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    norms = []
+
+    def count(*_, **__):
+        norms.append(sum(p.grad is not None for n, p in trainer.model.named_parameters() if "lora_A" in n))
+
+    trainer.callback_handler.callbacks[-1].on_pre_optimizer_step = count
+    trainer.train()
+    assert norms == [0, 0, 0]
+    wanted = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert wanted
+    assert all("lora_B.default" in name for name in wanted)
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
+    trainer = make_trainer(tmp_path, max_steps=2, trainer_options={"optimizers": (optimizer, None)})
+    with pytest.raises(ValueError, match="holds no trainable parameter"):
+        trainer.train()
+
+
+def test_an_optimizer_made_before_the_adapter_is_refused(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    options = {"optimizers": (torch.optim.AdamW(model.parameters(), lr=1e-3), None), "peft_config": lora()}
+    trainer = make_trainer(tmp_path, model=model, max_steps=2, trainer_options=options)
+    with pytest.raises(ValueError, match="before the adapter was added"):
+        trainer.train()
+
+
+def test_parameters_beside_the_optimizer_are_named(tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    optimizer = torch.optim.AdamW(model.model.layers[0].parameters(), lr=1e-3)
+    trainer = make_trainer(tmp_path, model=model, max_steps=1, trainer_options={"optimizers": (optimizer, None)})
+    with caplog.at_level(logging.WARNING, LOGGER):
+        trainer.train()
+    assert "are not in the optimizer (model.embed_tokens.weight" in caplog.text
+
+
+def test_updates_that_bf16_weights_cannot_hold_stop_the_run(tmp_path):
+    options = {"model_init_kwargs": {"dtype": "bfloat16"}, "learning_rate": 5e-8, "max_steps": 2}
+    with pytest.raises(ValueError, match=r"--dtype float32 --bf16 true"):
+        make_trainer(tmp_path, **options).train()
+    make_trainer(tmp_path, step0_check="off", **options).train()
+
+
+def test_bf16_weights_of_which_few_move_get_a_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, LOGGER):
+        make_trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"}, learning_rate=1e-5, max_steps=1).train()
+    assert "rounded back" in caplog.text
+
+
+def test_an_optimizer_that_holds_the_weights_but_moves_none_stops_the_run(tmp_path):
+    class Idle(torch.optim.SGD):
+        def step(self, closure=None):
+            return None
+
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    trainer = make_trainer(
+        tmp_path, model=model, max_steps=2, trainer_options={"optimizers": (Idle(model.parameters(), lr=0.1), None)}
+    )
+    with pytest.raises(ValueError, match="moved none of"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": 5e-7},
+        {"learning_rate": 1e-6, "warmup_steps": 100},
+        {"learning_rate": 0.0},
+        {"learning_rate": 1e-3, "warmup_steps": 3, "model_init_kwargs": {"dtype": "bfloat16"}},
+        {
+            "learning_rate": 5e-7,
+            "model_init_kwargs": {"dtype": "bfloat16"},
+            "trainer_options": {"peft_config": lora()},
+        },
+        {"loss": "hinge(beta=0.1)", "learning_rate": 1e-3, "optim": "sgd"},
+        {"optim": "adafactor", "learning_rate": 1e-4},
+    ],
+    ids=["float32", "warm-up", "no rate", "bf16 warm-up", "bf16 with LoRA", "sgd", "adafactor"],
+)
+def test_healthy_runs_pass_without_a_word(tmp_path, caplog, options):
+    with caplog.at_level(logging.WARNING, LOGGER):
+        make_trainer(tmp_path, **{"max_steps": 4, **options}).train()
+    assert not [record for record in caplog.records if record.name == LOGGER]
+
+
+def test_a_gradient_of_zero_is_no_fault(tmp_path, caplog):
+    """An objective that is satisfied moves nothing, and that is right."""
+    with caplog.at_level(logging.WARNING, LOGGER):
+        make_trainer(tmp_path, loss="0.0*dpo(beta=0.1)", max_steps=3).train()
+    assert not [record for record in caplog.records if record.name == LOGGER]

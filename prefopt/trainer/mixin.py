@@ -20,7 +20,7 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
-from prefopt.data import drop_overlong, kind, normalise, tokenize_dataset
+from prefopt.data import drop_overlong, normalise, tokenize_dataset
 from prefopt.losses import ConflictFree, Loss, LossOutput, Need, PreferenceBatch
 from prefopt.metrics import RunningMeans, batch_metrics
 from prefopt.scoring import TokenScores
@@ -28,6 +28,7 @@ from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.collate import PreferenceCollator, WithColumns, groups_of
 from prefopt.scoring.layout import Layout
 from prefopt.trainer.budget import TokenBudgetMixin
+from prefopt.trainer.checks import RunPlan, check_run
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.conflict import ConflictFreeMixin
 from prefopt.trainer.evaluation import EvaluationMixin
@@ -87,11 +88,19 @@ class LossMixin(
         data = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
         data = bound.get("train_dataset", data)
         sample: dict[str, Any] = next(iter(data), {}) if isinstance(data, (Dataset, IterableDataset)) else {}
+        # A subclass with a constructor of its own may bring held-out rows of its own.
+        plain = getattr(super().__init__, "__func__", None) is DPOTrainer.__init__
+        heldout = bound.get("eval_dataset") if plain else bound.get("eval_dataset", {})
+        references = (bound.get("ref_model") is not None, previous_model is not None)
+        check_run(RunPlan(self.objective, args, data, heldout, *references))
         if self.objective is not None:
             if args is not None:
                 # An adapter's random weights are drawn while TRL sets up; TRL seeds that itself since 1.15 only.
                 set_seed(args.seed)
-            self._before_trl(self.objective, args, sample)
+            if args is not None and args.accelerator_config is not None:
+                # Dispatching joins and slices batches by their first dimension, here rows instead of examples. TRL
+                # turns it off for a streamed training set only.
+                args.accelerator_config.dispatch_batches = False
             if bound.get("data_collator") is None and not {"image", "images"} & set(sample):
                 self._own_collator = self._make_collator(self.objective, args)
                 if takes_collator:
@@ -111,49 +120,6 @@ class LossMixin(
         self._previous_model = self._make_previous(self.objective, previous_model)
         self._after_trl(self.objective, bound.get("ref_model") is None, sample)
         self._set_up_checkpoints()
-
-    def _before_trl(self, objective: Loss, args: Any, sample: Mapping[str, Any]) -> None:
-        """Refuse options that cannot go together, and settle what TRL's constructor already uses."""
-        precomputes = getattr(args, "precompute_ref_log_probs", False)
-        if Need.MISMATCHED in objective.needs:
-            for option in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-                if getattr(args, option, 2) < 2:
-                    raise ValueError(
-                        f"{objective} moves completions to other examples' prompts within a batch: {option} must be "
-                        "at least 2"
-                    )
-            if precomputes:
-                raise ValueError(
-                    f"{objective} scores other completions of the batch under the reference at every step, which "
-                    "cannot be computed ahead: set precompute_ref_log_probs=False"
-                )
-        of_reference = Need.TOKENS | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
-        if precomputes and objective.needs & of_reference and objective.needs.compares:
-            raise ValueError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
-        if "sampled" in objective.roles:
-            self._refuse_for_samples(objective, args, sample)
-        if Need.EMBEDDINGS in objective.needs and sample and (missing := set(EMBEDDINGS) - set(sample)):
-            raise ValueError(
-                f"{objective} needs columns of embeddings; the data lacks {', '.join(sorted(missing))}: let "
-                "`prefopt.data.embed` add them, or take the policy's own with embeddings='hidden'"
-            )
-        for column in objective.columns:
-            if sample and column not in sample:
-                raise ValueError(f"{objective} needs a numeric column {column!r}; the data has {sorted(sample)}")
-        if getattr(args, "accelerator_config", None) is not None:
-            # Dispatching joins and slices batches by their first dimension, here rows instead of examples. TRL turns
-            # it off for a streamed training set only.
-            args.accelerator_config.dispatch_batches = False
-
-    @staticmethod
-    def _refuse_for_samples(objective: Loss, args: Any, sample: Mapping[str, Any]) -> None:
-        if getattr(args, "precompute_ref_log_probs", False):
-            raise ValueError(
-                f"{objective} learns from completions drawn while it trains, which no reference can score ahead: set "
-                "precompute_ref_log_probs=False"
-            )
-        if {"image", "images"} & set(sample):
-            raise ValueError(f"{objective} draws completions while it trains, which works for text only so far")
 
     def _make_collator(self, objective: Loss, args: Any) -> PreferenceCollator:
         args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False) if args is None else args
@@ -193,7 +159,7 @@ class LossMixin(
             self.data_collator = WithColumns(self.data_collator, objective.columns)
 
     def _make_learned(self, objective: Loss) -> LearnedLoss:
-        if self.accelerator.mixed_precision == "fp16":
+        if self.accelerator.mixed_precision == "fp16":  # asked for by `accelerate launch`, not by the arguments
             raise ValueError(f"{objective} has parameters of its own, which are not trained in fp16: use bf16")
         rate = getattr(self.args, "loss_learning_rate", None)
         return LearnedLoss(objective, self.args.learning_rate if rate is None else rate)
@@ -222,11 +188,6 @@ class LossMixin(
             if "prompt_ids" in next(iter(dataset)):
                 return dataset
             dataset = normalise(dataset, transcripts=False)
-            if self.objective.paired and kind(dataset) == "unpaired":
-                raise ValueError(
-                    f"{self.objective} compares two completions of one prompt, but the {dataset_name} set holds "
-                    "single labelled completions (prompt, completion, label); use a loss for unpaired data, as kto"
-                )
             dataset = tokenize_dataset(
                 dataset, processing_class, getattr(args, "dataset_num_proc", None), dataset_name
             )

@@ -18,8 +18,8 @@ from torch import Tensor
 from trl.models.utils import unwrap_model_for_generation
 
 from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
-from prefopt.losses import Loss, Need, PreferenceBatch
-from prefopt.scoring import Extras, TokenScores, extras_for
+from prefopt.losses import Loss, PreferenceBatch
+from prefopt.scoring import Extras, TokenScores
 from prefopt.scoring.adapters import fuse_lora
 from prefopt.scoring.cache import ReferenceCache, cache_root
 from prefopt.scoring.collate import COLUMN_PREFIX, COUNTED, PreferenceCollator, select_rows
@@ -88,12 +88,6 @@ class ScoringMixin:
         where = getattr(self.args, "reference_cache", "off")
         if where == "off":
             return None
-        if not objective.needs.compares or extras_for(objective).full_reference:
-            what = "the reference's whole distributions" if objective.needs.compares else "no reference"
-            raise ValueError(f"reference_cache={where!r} would have no effect: {objective} needs {what}")
-        if self.args.sync_ref_model or self.args.precompute_ref_log_probs:
-            option = "sync_ref_model" if self.args.sync_ref_model else "precompute_ref_log_probs"
-            raise ValueError(f"reference_cache={where!r} cannot be used with {option}=True")
         if self._own_collator is None:
             raise ValueError(f"reference_cache={where!r} is for text: this run has a collator of its own")
         reference = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
@@ -114,8 +108,6 @@ class ScoringMixin:
     def _make_previous(self, objective: Loss, previous_model: Any) -> Any:
         if previous_model is None:
             return None
-        if Need.PREVIOUS not in objective.needs:
-            raise ValueError(f"previous_model would have no effect: {objective} does not compare with one")
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
             raise ValueError(
                 "previous_model is not sharded, so it does not go with DeepSpeed or FSDP: put its log-probabilities "

@@ -1,0 +1,235 @@
+"""What can be refused before a model is loaded: options that cannot go together, data that the objective cannot use.
+
+A trainer's constructor, a recipe and its dry run all call `check_run`, so none of them passes what another refuses.
+Nothing here loads a model, asks the Hub or writes a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
+from transformers.integrations import integration_utils
+
+from prefopt.columns import EMBEDDINGS
+from prefopt.data.columns import column_names, kind_of_columns
+from prefopt.losses import ConflictFree, Loss, Need
+from prefopt.scoring import extras_for
+from prefopt.trainer.publishing import PushError
+
+_OF_TOKENS = Need.TOKENS | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before its model is loaded.
+
+    Attributes:
+        objective: the loss; None where TRL computes it.
+        args: the training arguments; None for TRL's defaults.
+        train: the training rows, a data set or a stream.
+        evaluation: the held-out rows, or a mapping of them by name, or None.
+        reference: whether a reference model is passed in.
+        previous: whether a previous iterate is passed in.
+        more_columns: columns that the data will have by the time of training.
+    """
+
+    objective: Loss | None
+    args: Any
+    train: Any
+    evaluation: Any = None
+    reference: bool = False
+    previous: bool = False
+    more_columns: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*_names(self.train), *self.more_columns)
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """A training argument; the default where the arguments lack it."""
+        return getattr(self.args, name, default)
+
+
+def check_run(plan: RunPlan) -> None:
+    """Refuse what cannot be trained as it is.
+
+    Raises:
+        ValueError: naming the option or the column, and what to do.
+        PushError: where the result is to be pushed and cannot be.
+    """
+    for check in (_rows, _evaluation, _trackers, _push):
+        check(plan)
+    if plan.objective is not None:
+        for look in (_pairs, _other_models, _mismatched, _precomputed, _sampled, _needed_columns, _cache, _precision):
+            look(plan, plan.objective)
+
+
+def _names(data: Any) -> list[str]:
+    if not isinstance(data, (Dataset, IterableDataset)) or (isinstance(data, Dataset) and len(data) == 0):
+        return []
+    return list(column_names(data)) or list(next(iter(data), {}))
+
+
+# ---- any run -----------------------------------------------------------------------------------------------------
+
+
+def _rows(plan: RunPlan) -> None:
+    if not isinstance(plan.train, (Dataset, IterableDataset)):
+        return  # TRL says what it takes
+    if isinstance(plan.train, IterableDataset):
+        if plan.args is not None and plan.args.max_steps <= 0:
+            raise ValueError(
+                "the training data is a stream, whose length is unknown, so the number of steps must be given: set "
+                "max_steps"
+            )
+    elif len(plan.train) == 0:
+        raise ValueError("the training data has no rows: nothing can be trained")
+
+
+def _evaluation(plan: RunPlan) -> None:
+    strategy = getattr(plan.option("eval_strategy"), "value", plan.option("eval_strategy"))
+    if strategy not in (None, "no") and plan.evaluation is None:
+        raise ValueError(
+            f"eval_strategy={strategy!r} needs held-out rows, but there are none: pass eval_dataset, or set "
+            "eval_strategy='no'"
+        )
+
+
+def _trackers(plan: RunPlan) -> None:
+    for name in plan.option("report_to") or ():
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to={name!r}: there is no such tracker. There are: {known}, none")
+        package = {"comet_ml": "comet_ml", "azure_ml": "azureml-mlflow", "flyte": "flytekit"}.get(name, name)
+        if not _installed(name):
+            ours = ', or pip install -e ".[trackers]" here,' if name in ("tensorboard", "wandb", "trackio") else ""
+            raise ValueError(
+                f"report_to={name!r} needs the package {package}, which is not installed: pip install {package}{ours} "
+                "or leave it out"
+            )
+
+
+def _installed(tracker: str) -> bool:
+    names = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
+    available: Callable[[], Any] | None = getattr(
+        integration_utils, f"is_{names.get(tracker, tracker)}_available", None
+    )
+    return available is None or bool(available())
+
+
+def _push(plan: RunPlan) -> None:
+    if not plan.option("push_to_hub", False):
+        return
+    repository = plan.option("hub_model_id")
+    if constants.HF_HUB_OFFLINE:
+        raise PushError("push_to_hub: HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or push later")
+    if repository is not None:
+        try:
+            validate_repo_id(repository)
+        except HFValidationError as error:
+            raise PushError(
+                f"push_to_hub: hub_model_id={repository!r} is no name that the Hub takes: {error}"
+            ) from None
+    if not (plan.option("hub_token") or get_token()):
+        raise PushError(
+            "push_to_hub: there is no token to write with: log in with `hf auth login`, set HF_TOKEN, give hub_token, "
+            "or leave push_to_hub out and push the saved folder later"
+        )
+
+
+# ---- runs on an objective of ours --------------------------------------------------------------------------------
+
+
+def _pairs(plan: RunPlan, objective: Loss) -> None:
+    if not objective.paired:
+        return
+    evaluation = plan.evaluation if isinstance(plan.evaluation, Mapping) else {"": plan.evaluation}
+    for name, rows in {
+        "train": plan.train,
+        **{f"eval {name}".strip(): rows for name, rows in evaluation.items()},
+    }.items():
+        if kind_of_columns(_names(rows)) == "unpaired":
+            raise ValueError(
+                f"{objective} compares two completions of one prompt, but the {name} set holds single labelled "
+                "completions (prompt, completion, label); use a loss for unpaired data, as kto"
+            )
+
+
+def _other_models(plan: RunPlan, objective: Loss) -> None:
+    if plan.reference and not objective.needs.frozen:
+        raise ValueError(f"ref_model would have no effect: {objective} compares with no reference; leave it out")
+    if plan.previous and Need.PREVIOUS not in objective.needs:
+        raise ValueError(f"previous_model would have no effect: {objective} does not compare with one")
+
+
+def _mismatched(plan: RunPlan, objective: Loss) -> None:
+    if Need.MISMATCHED not in objective.needs:
+        return
+    for option in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if plan.option(option, 2) < 2:
+            raise ValueError(
+                f"{objective} moves completions to other examples' prompts within a batch: {option} must be at least 2"
+            )
+    if plan.option("precompute_ref_log_probs", False):
+        raise ValueError(
+            f"{objective} scores other completions of the batch under the reference at every step, which cannot be "
+            "computed ahead: set precompute_ref_log_probs=False"
+        )
+
+
+def _precomputed(plan: RunPlan, objective: Loss) -> None:
+    if plan.option("precompute_ref_log_probs", False) and objective.needs & _OF_TOKENS and objective.needs.compares:
+        raise ValueError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
+
+
+def _sampled(plan: RunPlan, objective: Loss) -> None:
+    if "sampled" not in objective.roles:
+        return
+    if plan.option("precompute_ref_log_probs", False):
+        raise ValueError(
+            f"{objective} learns from completions drawn while it trains, which no reference can score ahead: set "
+            "precompute_ref_log_probs=False"
+        )
+    if {"image", "images"} & set(plan.columns):
+        raise ValueError(f"{objective} draws completions while it trains, which works for text only so far")
+
+
+def _needed_columns(plan: RunPlan, objective: Loss) -> None:
+    columns = plan.columns
+    if not columns:
+        return
+    if Need.EMBEDDINGS in objective.needs and (missing := set(EMBEDDINGS) - set(columns)):
+        raise ValueError(
+            f"{objective} needs columns of embeddings; the data lacks {', '.join(sorted(missing))}: let "
+            "`prefopt.data.embed` add them, or take the policy's own with embeddings='hidden'"
+        )
+    for column in objective.columns:
+        if column not in columns:
+            raise ValueError(f"{objective} needs a numeric column {column!r}; the data has {sorted(columns)}")
+
+
+def _cache(plan: RunPlan, objective: Loss) -> None:
+    where = plan.option("reference_cache", "off")
+    if where == "off":
+        return
+    if not objective.needs.compares or extras_for(objective).full_reference:
+        what = "the reference's whole distributions" if objective.needs.compares else "no reference"
+        raise ValueError(f"reference_cache={where!r} would have no effect: {objective} needs {what}")
+    for option in ("sync_ref_model", "precompute_ref_log_probs"):
+        if plan.option(option, False):
+            raise ValueError(f"reference_cache={where!r} cannot be used with {option}=True")
+
+
+def _precision(plan: RunPlan, objective: Loss) -> None:
+    if not plan.option("fp16", False):
+        return
+    if isinstance(objective, ConflictFree):
+        raise ValueError(f"{objective.name} does not go with fp16, whose loss scale differs between steps: use bf16")
+    if any(parameter.requires_grad for parameter in objective.parameters()):
+        raise ValueError(f"{objective} has parameters of its own, which are not trained in fp16: use bf16")

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from prefopt.losses import LossOutput, PreferenceBatch
+from prefopt.losses import Loss, LossOutput, PreferenceBatch
 
 SHOWN = 8
 """Most rows that a message quotes where all of a step are meant; those of many batches would fill the screen."""
@@ -92,6 +92,25 @@ def batch_metrics(batch: PreferenceBatch, output: LossOutput) -> dict[str, Tenso
                 if scores.ref_logps is not None:
                     metrics[f"ratios/{role}"] = scores.ratios
     return metrics
+
+
+def rewards_not_logged(objective: Loss) -> str | None:
+    """Why a run with this objective logs no rewards, and what to do; None where it logs them.
+
+    The package's own objectives without rewards have none by design (`sft`), and nothing can be done.
+    """
+    foreign = [
+        part for part in objective.modules()
+        if isinstance(part, Loss) and not type(part).__module__.startswith("prefopt.losses.")
+    ]  # fmt: skip
+    if objective.has_reward or not foreign:
+        return None
+    name = type(foreign[0]).__name__
+    return (
+        f"{name} has no method reward(), so rewards/*, their margins and accuracies are not logged. To log them, "
+        f"derive {name} from prefopt.losses.ReferencePairLoss, whose reward is beta * log-ratio, or give it a method "
+        "reward(self, scores) of its own that returns one value a completion"
+    )
 
 
 def describe_non_finite(

@@ -188,7 +188,7 @@ def _train(states: States, triplets: Triplets | None, loss: Loss, seed: int, ste
     for _ in range(steps):
         rows = seen[torch.randperm(len(seen), generator=generator)[:BATCH]]
         optimizer.zero_grad()
-        loss(batch_of(states, triplets, loss, policy, rows)).loss.backward()
+        loss(batch_of(states, triplets, loss, policy, rows)).loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     with torch.no_grad():
         batch = batch_of(states, None, _YARDSTICK, policy, held)

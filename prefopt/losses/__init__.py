@@ -15,7 +15,18 @@ from prefopt.losses.batchwise import AOT, AlphaDPO, AOTUnpaired, BetaDPO
 from prefopt.losses.binary import KTO
 from prefopt.losses.conflict import ConflictFree
 from prefopt.losses.cringe import Cringe, PairwiseCringe
-from prefopt.losses.direct import DPO, EXO, HDPO, IPO, Hinge, MarginDPO, NormalizedDPO, Robust
+from prefopt.losses.direct import (
+    DPO,
+    EXO,
+    HDPO,
+    IPO,
+    Hinge,
+    MarginDPO,
+    NormalizedDPO,
+    ReferencePairLoss,
+    Robust,
+    paired_roles,
+)
 from prefopt.losses.discovered import AQFL, AQL, CELL, DBAQL, PADLL, PFL, DiscoPOP
 from prefopt.losses.kernel import HMK, KernelDPO
 from prefopt.losses.likelihood import SFT
@@ -97,6 +108,7 @@ __all__ = [
     "PairwiseCringe",
     "PreferenceBatch",
     "Preset",
+    "ReferencePairLoss",
     "Reweighted",
     "Robust",
     "SLiC",
@@ -107,6 +119,7 @@ __all__ = [
     "SurrogateEnsemble",
     "WeightedSum",
     "available",
+    "paired_roles",
     "parse",
     "preset",
     "presets",

@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,10 @@ class Loss(nn.Module):
     batchwise: bool | None = None
     outermost: bool = False
 
+    if TYPE_CHECKING:
+        # torch types a call of any module as Any.
+        def __call__(self, batch: PreferenceBatch) -> LossOutput: ...
+
     @property
     def _label(self) -> str:
         """What messages and metrics call it: its registered name, else its class's."""
@@ -178,6 +182,16 @@ class Loss(nn.Module):
     def reward(self, scores: Scores) -> Tensor | None:
         """(N,) implicit reward that this objective gives a completion, or None if it defines none."""
         return None
+
+    @property
+    def has_reward(self) -> bool:
+        """Whether it, or one of the losses that it is made of, defines `reward`, so that `rewards/...` are logged."""
+        return any(
+            type(part).reward is not Loss.reward
+            for part in self.modules()
+            if isinstance(part, Loss)
+            and not any(isinstance(child, (Loss, nn.ModuleList)) for child in part.children())
+        )
 
     def needs_of(self, role: str) -> Need:
         """What has to be known about the completions of one role."""

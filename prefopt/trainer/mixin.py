@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer
 from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.data import drop_overlong, normalise, tokenize_dataset
 from prefopt.losses import ConflictFree, Loss, LossOutput, Need, PreferenceBatch
-from prefopt.metrics import RunningMeans, batch_metrics
+from prefopt.metrics import RunningMeans, batch_metrics, rewards_not_logged
 from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.collate import PreferenceCollator, WithColumns, groups_of
@@ -41,11 +41,37 @@ from prefopt.trainer.start import StartCheck
 from prefopt.trainer.trackers import track
 from prefopt.weights import check_folder
 
+if TYPE_CHECKING:
+    from datasets import DatasetDict, IterableDatasetDict
+    from peft import PeftConfig, PeftModel
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import (
+        BitsAndBytesConfig,
+        EvalPrediction,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+
+    # So that type checkers accept a user's `class Mine(LossMixin, TheirTrainer)`.
+    from trl import DPOTrainer as _Trainer
+else:
+    _Trainer = object
+
 logger = logging.getLogger(__name__)
 
 
 class LossMixin(
-    PublishingMixin, CheckpointMixin, TokenBudgetMixin, ConflictFreeMixin, EvaluationMixin, ScoringMixin, FiniteMixin
+    PublishingMixin,
+    CheckpointMixin,
+    TokenBudgetMixin,
+    ConflictFreeMixin,
+    EvaluationMixin,
+    ScoringMixin,
+    FiniteMixin,
+    _Trainer,
 ):
     """Gives a `trl.DPOTrainer` subclass a `loss` argument: `class Mine(LossMixin, TheirTrainer): ...`.
 
@@ -65,7 +91,10 @@ class LossMixin(
     state: Any
     data_collator: Any
     processing_class: Any
-    _signature_columns: list[str] | None
+    _signature_columns: Any
+    hub_model_id: Any
+    if TYPE_CHECKING:
+        create_model_card = PublishingMixin.create_model_card
 
     def __init__(
         self, *arguments: Any, loss: Loss | str | None = None, previous_model: Any = None, **keywords: Any
@@ -106,7 +135,7 @@ class LossMixin(
                 if takes_collator:
                     bound["data_collator"] = self._own_collator
         super().__init__(**bound)
-        self.add_callback(StartCheck(self))  # type: ignore[attr-defined]
+        self.add_callback(StartCheck(self))
         if self.objective is None:
             self._set_up_checkpoints()
             if "weight" in sample:
@@ -138,13 +167,15 @@ class LossMixin(
         self._check_budget(objective, self._own_collator is not None)
         self._check_conflict_free(objective)
         # First, since what is learned inside the loss takes its step with the same call.
-        self.add_callback(self._guard)  # type: ignore[attr-defined]
+        self.add_callback(self._guard)
         if any(parameter.requires_grad for parameter in objective.parameters()):
             self._learned = self._make_learned(objective)
-            self.add_callback(self._learned)  # type: ignore[attr-defined]
+            self.add_callback(self._learned)
         self._reference_cache = self._open_cache(objective)
+        if self.accelerator.is_main_process and (line := rewards_not_logged(objective)) is not None:
+            logger.warning(line)
         if (tracked := track(objective, self.callback_handler.callbacks, self.args.output_dir)) is not None:
-            self.add_callback(tracked)  # type: ignore[attr-defined]
+            self.add_callback(tracked)
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
         # Without a previous iterate the reference stands for it.
@@ -176,7 +207,7 @@ class LossMixin(
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if self.objective is None:
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)  # type: ignore[misc]
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self._own_collator is not None:
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
             if getattr(args, "pad_token", None) is not None:
@@ -195,7 +226,7 @@ class LossMixin(
 
     def _set_signature_columns_if_needed(self) -> None:
         fresh = self._signature_columns is None
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        super()._set_signature_columns_if_needed()
         if fresh and self.objective is not None and self._signature_columns is not None:
             more = ["completion_ids", "label", "weight", *GIVEN_LOGPS[2:], *EMBEDDINGS, *self.objective.columns]
             self._signature_columns += [name for name in more if name not in self._signature_columns]
@@ -206,7 +237,7 @@ class LossMixin(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self.objective is None:
-            return super().compute_loss(  # type: ignore[misc]
+            return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         try:
@@ -223,7 +254,7 @@ class LossMixin(
         output: LossOutput = self.objective(batch)
         loss = output.loss
         if getattr(self, "aux_loss_enabled", False):
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss  # type: ignore[attr-defined]
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
             self._means.add("aux_loss", outputs.aux_loss.reshape(1))
         self._refuse_non_finite(loss, batch, output, inputs)
         if self._share > 0:
@@ -338,6 +369,47 @@ class PreferenceTrainer(LossMixin, DPOTrainer):
     """
 
     _tag_names = [*DPOTrainer._tag_names, "prefopt"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | Mapping[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        loss: Loss | str | None = None,
+        previous_model: PreTrainedModel | PeftModel | None = None,
+    ) -> None:
+        # TRL's own arguments in its order, written out for editors and type checkers; a test compares the two.
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            loss=loss,
+            previous_model=previous_model,
+        )
 
 
 def _bind(init: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -23,13 +23,46 @@ class EvaluationMixin:
     """
 
     objective: Loss | None
+    args: Any
     accelerator: Any
+    processing_class: Any
+    _is_vision_dataset: bool
     _eval_means: RunningMeans
 
+    def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
+        """As transformers has it, for `evaluate` and `predict`: means count the rows of this loop alone."""
+        self._eval_means = RunningMeans()
+        try:
+            return super().evaluation_loop(*arguments, **keywords)  # type: ignore[misc]
+        except BaseException:
+            self._eval_means = RunningMeans()
+            raise
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """As transformers has it; takes raw rows as `evaluate` does, and its metrics hold the objective's."""
+        if self.objective is None:
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
+        if not self._is_vision_dataset:
+            test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")  # type: ignore[attr-defined]
+            if self.args.precompute_ref_log_probs and "ref_chosen_logps" not in (test_dataset.column_names or ()):
+                raise ValueError(
+                    "predict needs rows with ref_chosen_logps and ref_rejected_logps here, as "
+                    "precompute_ref_log_probs=True keeps no reference: pass them to evaluate, which computes these"
+                )
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
+        means = self._eval_means.drain()
+        return output._replace(
+            metrics={**output.metrics, **{f"{metric_key_prefix}_{name}": value for name, value in means.items()}}
+        )
+
     def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
-        if self.objective is not None and (counted := self._counted(inputs)) is not None:
+        if self.objective is None:
+            return super().prediction_step(model, inputs, *arguments, **keywords)  # type: ignore[misc]
+        if (counted := self._counted(inputs)) is not None:
             inputs = {**inputs, COUNTED: counted}
-        return super().prediction_step(model, inputs, *arguments, **keywords)  # type: ignore[misc]
+        made = super().prediction_step(model, inputs, *arguments, **keywords)  # type: ignore[misc]
+        self._record_eval_loss(made[0], inputs)
+        return made
 
     def _counted(self, inputs: Mapping[str, Any]) -> int | None:
         """How many of this process's examples count, the first ones; None for all.

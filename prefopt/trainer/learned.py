@@ -42,7 +42,7 @@ class LearnedLoss(TrainerCallback):
         for parameter in self._named.values():
             # Without one, as where another term has its turn, it is 0 on one process as on many.
             parameter.grad = mean_gradient(parameter.grad, parameter)
-        scale = given["optimizer"].param_groups[0]["lr"] / args.learning_rate if args.learning_rate > 0 else 1.0
+        scale = _height(given["optimizer"], args.learning_rate)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * scale
         self._optimizer.step()
@@ -77,3 +77,17 @@ class LearnedLoss(TrainerCallback):
                 key: value.clone() if key == "step" else value.to(parameter.device).clone()
                 for key, value in mine.items()
             }
+
+
+def _height(optimizer: Any, learning_rate: float) -> float:
+    """Where the model's schedule stands, 1 being its height; 1 where it has none that is known.
+
+    Args:
+        optimizer: the model's, as the trainer made it or as it was passed in.
+        learning_rate: the arguments', for optimizers that do not say what they started with.
+    """
+    group = optimizer.param_groups[0]
+    # Schedulers note the first; those that look at metrics do not, and leave what the optimizer was made with.
+    peak = group.get("initial_lr", getattr(optimizer, "defaults", {}).get("lr", learning_rate))
+    rate = group["lr"]
+    return float(rate) / float(peak) if rate is not None and peak else 1.0

@@ -27,6 +27,7 @@ from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.collate import PreferenceCollator, WithColumns, groups_of
 from prefopt.scoring.layout import Layout
+from prefopt.trainer import overrides
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.checks import RunPlan, check_run
 from prefopt.trainer.config import resolve_objective
@@ -96,9 +97,15 @@ class LossMixin(
     if TYPE_CHECKING:
         create_model_card = PublishingMixin.create_model_card
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        overrides.check_order(cls, LossMixin)
+
     def __init__(
         self, *arguments: Any, loss: Loss | str | None = None, previous_model: Any = None, **keywords: Any
     ) -> None:
+        self._wrapped = overrides.check(type(self), LossMixin)
+        self._scored = False
         bound, takes_collator = _bind(super().__init__, arguments, keywords)
         args = next((value for value in bound.values() if isinstance(value, DPOConfig)), None)
         self.objective = resolve_objective(loss, args)
@@ -166,6 +173,7 @@ class LossMixin(
         self._layout = self._make_layout(own_reference)
         self._check_budget(objective, self._own_collator is not None)
         self._check_conflict_free(objective)
+        self._check_overrides(objective)
         # First, since what is learned inside the loss takes its step with the same call.
         self.add_callback(self._guard)
         if any(parameter.requires_grad for parameter in objective.parameters()):
@@ -188,6 +196,16 @@ class LossMixin(
             self.data_collator = self._own_collator
         elif objective.columns or "weight" in sample:
             self.data_collator = WithColumns(self.data_collator, objective.columns)
+
+    def _check_overrides(self, objective: Loss) -> None:
+        own = [
+            c for c in overrides.own_classes(type(self), LossMixin) if {"compute_loss", "_compute_loss"} & {*vars(c)}
+        ]
+        if isinstance(objective, ConflictFree) and own:
+            raise ValueError(
+                f"{objective.name} takes the gradients of its own terms, so what {own[0].__name__}.compute_loss adds "
+                "would have no effect: write that as a prefopt Loss and make it one of the terms"
+            )
 
     def _make_learned(self, objective: Loss) -> LearnedLoss:
         if self.accelerator.mixed_precision == "fp16":  # asked for by `accelerate launch`, not by the arguments
@@ -240,6 +258,24 @@ class LossMixin(
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        if not self._wrapped:
+            return self._compute_loss(model, inputs, return_outputs)
+        self._scored = False
+        made = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not self._scored:
+            raise ValueError(
+                f"{self._wrapped[0].__name__}.compute_loss does not call super().compute_loss, so {self.objective} "
+                "has no effect: call it and change what it returns, or leave `loss` out"
+            )
+        return made
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+        """The objective's loss. TRL's `compute_loss` calls this, so overrides between the two wrap around it."""
+        if self.objective is None:
+            return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
+        self._scored = True
         try:
             batch, outputs = self._score(model, inputs, all_logits=return_outputs)
         except ValueError as error:
@@ -259,8 +295,6 @@ class LossMixin(
         self._refuse_non_finite(loss, batch, output, inputs)
         if self._share > 0:
             self._means.add_all(batch_metrics(batch, output))
-        if not self.model.training:
-            self._record_eval_loss(loss, inputs)
         loss = loss * self._share
         if isinstance(self.objective, ConflictFree):
             loss = self._backward_from(loss, [term * self._share for term in output.terms])
@@ -342,6 +376,20 @@ class LossMixin(
                 means["num_tokens"] = sum(gather_object([int(self._tokens_seen)]))
             logs.update({f"{prefix}{name}": value for name, value in means.items()})
         super().log(logs, start_time)
+
+    def hyperparameter_search(self, *arguments: Any, **keywords: Any) -> Any:
+        """Refused: transformers' search swaps the model and the arguments under a trainer that was set up for others.
+
+        Raises:
+            NotImplementedError: always; it says what works.
+        """
+        raise NotImplementedError(
+            "hyperparameter_search does not work here: it changes the model and the arguments of one trainer, whose "
+            f"objective ({self.objective or 'TRL'}) and reference were set up for others. Make one trainer per trial: "
+            "def trial_loss(trial): args = PreferenceConfig(..., learning_rate=trial.suggest_float(...)); trainer = "
+            f"{type(self).__name__}(model, args=args, ...); trainer.train(); return trainer.evaluate()['eval_loss']; "
+            "then optuna.create_study().optimize(trial_loss, n_trials=20)"
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):

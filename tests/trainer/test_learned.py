@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 from prefopt.losses import Need, PairLoss
-from tests.trainer.runs import make_pairs, make_trainer
+from tests.trainer.runs import make_pairs, make_trainer, save_model
 
 
 class Tempered(PairLoss):
@@ -56,6 +58,24 @@ def test_they_follow_the_models_schedule(tmp_path):
     trainer = run(tmp_path, loss_learning_rate=1e-2, lr_scheduler_type="linear")
     steps = torch.tensor([0.0, *logged(trainer, "learned/log_beta")]).diff()
     assert steps.tolist() == pytest.approx([1e-2 * (1 - i / 6) for i in range(6)], rel=0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor"])
+def test_their_rate_holds_with_an_optimizer_of_ones_own(tmp_path, optimizer):
+    """Whatever the model's own rate: 2e-3 where the arguments say 1e-6, or Adafactor's, which is in no argument."""
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    if optimizer == "AdamW":
+        optimizers = (torch.optim.AdamW(model.parameters(), lr=2e-3), None)
+    else:
+        own = Adafactor(model.parameters(), relative_step=True, warmup_init=True, lr=None)
+        optimizers = (own, AdafactorSchedule(own))
+    trainer = make_trainer(
+        tmp_path, model=model, loss_learning_rate=1e-3, learning_rate=1e-6, max_steps=6,
+        lr_scheduler_type="constant", train_dataset=make_pairs(16),
+        trainer_options={"loss": Tempered(), "optimizers": optimizers},
+    )  # fmt: skip
+    trainer.train()
+    assert float(trainer.objective.log_beta.detach()) == pytest.approx(6e-3, rel=0.05)
 
 
 def test_small_ones_are_logged_one_by_one_large_ones_in_brief(tmp_path):

@@ -18,6 +18,8 @@ from prefopt.losses import Loss, LossOutput, PreferenceBatch
 
 SHOWN = 8
 """Most rows that a message quotes where all of a step are meant; those of many batches would fill the screen."""
+PART_OF_LOSS = "loss/"
+"""How the names of terms begin whose means, each over examples of its own, add up to `loss`."""
 
 
 class RunningMeans:
@@ -65,6 +67,8 @@ class RunningMeans:
                 sums[name][0] += total
                 sums[name][1] += count
         means = {name: total / count for name, (total, count) in sums.items() if count > 0}
+        if parts := [means.pop(name) for name in [*means] if name.startswith(PART_OF_LOSS)]:
+            means["loss"] = sum(parts)
         return means | _unpaired_margins(means)
 
 

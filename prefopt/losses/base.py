@@ -281,11 +281,16 @@ class Loss(nn.Module):
         return torch.cat([s.logps.new_ones(len(s)) if s.weight is None else s.weight.to(s.logps) for s in scores])
 
     def _count(self, values: Tensor, batch: PreferenceBatch) -> Tensor | float:
-        # Unpaired roles have different sizes on different processes, whose gradients are averaged with equal weight:
-        # dividing by the mean count makes that average the mean over the global batch.
-        if batch.paired or world_size() == 1:
+        # Unpaired roles have different sizes on different processes and in accumulated micro-batches, whose gradients
+        # are averaged with equal weight: dividing by the mean count makes that average the mean over the global batch.
+        sizes = {} if batch.sizes is None or batch.paired else batch.sizes
+        if known := set(self.roles) <= set(sizes):
+            count = torch.stack([sizes[role].to(values) for role in self.roles]).sum()
+        else:
+            count = values.new_tensor(float(values.numel()))
+        if batch.paired or (world_size() == 1 and not known):
             return max(values.numel(), 1)
-        return (global_sum(values.new_tensor(float(values.numel()))) / world_size()).clamp(min=1e-12)
+        return (global_sum(count) / world_size()).clamp(min=1e-12)
 
     def _metrics(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         metrics: dict[str, Tensor] = {}

@@ -131,6 +131,9 @@ class PreferenceBatch:
             moved from the reference (`Need.MISMATCHED`).
         paired: whether row i of `chosen` and row i of `rejected` belong together.
         sampled: completions drawn from the current policy, one an example, for objectives that learn online.
+        sizes: mean number of completions of each role in the accumulated batches of a step, so that a loss is a mean
+            over the step's completions however they fall into batches. None where the batch is the whole step. Without
+            effect on pairs.
     """
 
     chosen: Scores | None = None
@@ -138,6 +141,7 @@ class PreferenceBatch:
     mismatched: Scores | None = None
     paired: bool = True
     sampled: Scores | None = None
+    sizes: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.paired or self.chosen is None or self.rejected is None:

@@ -28,6 +28,11 @@ class Wrapper(Loss):
         super().__init__()
         if loss.outermost:
             raise ValueError(f"loss cannot be {loss._label}, which must be the outermost one")
+        if not self.outermost and not loss.paired and len({term.roles for _, _, term in loss.terms()}) > 1:
+            raise ValueError(
+                f"loss must give one value a completion, but the terms of {loss} are about different completions: put "
+                f"each of them into a {self._label}(...) of its own and add these up"
+            )
         self.loss = loss
         self.needs = loss.needs
         self.roles = loss.roles

@@ -24,6 +24,9 @@ COLUMN_PREFIX = "column_"
 COUNTED = "counted_examples"
 """How many of a batch's examples count, the first ones; the others fill up the last batch of an evaluation."""
 
+SIZES = "role_sizes"
+"""(2,) mean number of chosen and of rejected rows in the micro-batches of a step, where more than one make it up."""
+
 
 @dataclass
 class PreferenceCollator:
@@ -154,7 +157,8 @@ def groups_of(batch: Mapping[str, Any]) -> RowGroups:
     if "roles" in batch:
         embeddings = {name: batch[name] for name in EMBEDDINGS if name in batch}
         paired, counted = bool(batch["paired"]), batch.get(COUNTED)
-        return RowGroups(batch["roles"], batch["examples"], columns, paired, counted, embeddings)
+        sizes = dict(zip(("chosen", "rejected"), batch[SIZES], strict=True)) if SIZES in batch else None
+        return RowGroups(batch["roles"], batch["examples"], columns, paired, counted, embeddings, sizes)
     ids = batch["input_ids"]
     half = torch.arange(ids.shape[0] // 2, device=ids.device)
     roles = torch.cat([torch.full_like(half, CHOSEN), torch.full_like(half, REJECTED)])

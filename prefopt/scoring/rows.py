@@ -32,6 +32,7 @@ class RowGroups:
         paired: whether every example has one chosen and one rejected row, in the same order.
         counted: the first so many examples count; what comes after them only fills the batch up. All if None.
         embeddings: (E, H) each, by the name of the column that they came in: those of prompts and of each role.
+        sizes: as in `PreferenceBatch`.
     """
 
     roles: Tensor
@@ -40,6 +41,7 @@ class RowGroups:
     paired: bool
     counted: int | None = None
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    sizes: Mapping[str, Tensor] | None = None
 
     def rows_of(self, role: int) -> Tensor:
         """The rows that play a role in an example that counts."""
@@ -120,4 +122,4 @@ def assemble_batch(
             values["divergences"] = loss.divergences
         columns = {name: column[groups.examples[rows]] for name, column in groups.columns.items()}
         roles[role] = Scores(**values, columns=columns)
-    return PreferenceBatch(**roles, paired=groups.paired)
+    return PreferenceBatch(**roles, paired=groups.paired, sizes=groups.sizes)

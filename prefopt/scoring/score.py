@@ -57,7 +57,7 @@ def score_batch(
     # Rows of other collators cannot be told apart from what belongs to them (images, say), so they stay together.
     if every_role or not _is_ours(inputs):
         kept = kept | (groups.roles != MISMATCHED)
-    scored = inputs if bool(kept.all()) else select_rows(inputs, kept)
+    scored = inputs if bool(kept.all()) else select_rows(inputs, _one_at_least(kept))
     groups = groups_of(scored)
     extras = extras_for(loss)
     reference, ref_logps = _reference(scored, groups, loss, models, extras)
@@ -86,6 +86,7 @@ def _reference(
     # Logits are compared row by row with the policy's, so they are kept for all rows or for none.
     if bool(rows.all()) or extras.full_reference or not _is_ours(inputs):
         return models.reference(inputs, extras.full_reference), None
+    rows = _one_at_least(rows)
     some = models.reference(select_rows(inputs, rows), False)
     width = inputs["input_ids"].shape[1] - 1
     logps = some.logps.new_zeros((len(rows), width))
@@ -125,6 +126,16 @@ def _mismatched(inputs: Mapping[str, Any], loss: Loss, models: Models) -> Any:
         policy = models.policy(moved, BARE, None)
     reference = models.reference(moved, False).logps if loss.needs.compares else None
     return assemble_batch(groups_of(moved), policy, loss, reference).mismatched
+
+
+def _one_at_least(rows: Tensor) -> Tensor:
+    """(R,) bool, `rows`, or the first row where they are none.
+
+    A micro-batch of single completions may lack every role that a model is asked about. No model can be called without
+    a row, and it must be called all the same: other processes wait for it, in an exchange of shards, gradients or
+    cached values. What the row that stands in gives belongs to a role that the loss does not read.
+    """
+    return rows if bool(rows.any()) else torch.arange(len(rows), device=rows.device) == 0
 
 
 def _is_ours(inputs: Mapping[str, Any]) -> bool:

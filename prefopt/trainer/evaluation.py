@@ -9,8 +9,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from prefopt.losses import Loss
-from prefopt.metrics import RunningMeans
+from prefopt.losses import ConflictFree, Loss, LossOutput
+from prefopt.metrics import PART_OF_LOSS, RunningMeans
 from prefopt.scoring.collate import COUNTED, groups_of
 
 
@@ -28,6 +28,7 @@ class EvaluationMixin:
     processing_class: Any
     _is_vision_dataset: bool
     _eval_means: RunningMeans
+    _evaluated: LossOutput  # what the objective made of the batch
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
         """As transformers has it, for `evaluate` and `predict`: means count the rows of this loop alone."""
@@ -81,10 +82,23 @@ class EvaluationMixin:
         """Add a batch to the mean over examples, in which each process's loss has the share that its examples have.
 
         Losses are such that their mean over processes is that of all examples together. For pairs each is a mean over
-        the process's own examples; for single completions it is a sum, divided by the processes' mean count.
+        the process's own examples; for single completions it is a sum, divided by the processes' mean count. There
+        each term of the objective has a mean over the completions that it is about: a batch may hold none of them.
         """
         groups = groups_of(inputs)
-        rows = torch.cat([groups.rows_of(0), groups.rows_of(1)])
-        count = len(set(groups.examples[rows].tolist()))
-        share = count if groups.paired else sum(gather_object([count])) / self.accelerator.num_processes
-        self._eval_means.add("loss", loss * share, torch.tensor(count))
+        counts = {role: len(groups.rows_of(number)) for number, role in enumerate(("chosen", "rejected"))}
+        if groups.paired:
+            self._eval_means.add("loss", loss * counts["chosen"], torch.tensor(counts["chosen"]))
+            return
+        objective: Any = self.objective
+        objective = objective.loss if isinstance(objective, ConflictFree) else objective
+        output, every = self._evaluated, tuple(counts)
+        # What was added to the objective's own value, such as experts' load balancing, is about all completions.
+        parts = [(loss - output.loss, every)]
+        roles = [term.roles if set(term.roles) <= set(every) else every for _, _, term in objective.terms()]
+        parts += zip(output.terms or (output.loss,), roles, strict=True)
+        everyone = gather_object([counts])
+        for number, (value, about) in enumerate(parts):
+            mine, all_of_them = (sum(some[role] for some in of for role in about) for of in ([counts], everyone))
+            share = all_of_them / self.accelerator.num_processes
+            self._eval_means.add(f"{PART_OF_LOSS}{number}", value * share, torch.tensor(mine))

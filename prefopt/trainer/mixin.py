@@ -28,6 +28,7 @@ from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.collate import PreferenceCollator, WithColumns, groups_of
 from prefopt.scoring.layout import Layout
 from prefopt.trainer import overrides
+from prefopt.trainer.accumulation import AccumulationMixin
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.checks import RunPlan, check_run
 from prefopt.trainer.config import resolve_objective
@@ -67,6 +68,7 @@ logger = logging.getLogger(__name__)
 class LossMixin(
     PublishingMixin,
     CheckpointMixin,
+    AccumulationMixin,
     TokenBudgetMixin,
     ConflictFreeMixin,
     EvaluationMixin,
@@ -295,6 +297,8 @@ class LossMixin(
         self._refuse_non_finite(loss, batch, output, inputs)
         if self._share > 0:
             self._means.add_all(batch_metrics(batch, output))
+        if not self.model.training:
+            self._evaluated = output
         loss = loss * self._share
         if isinstance(self.objective, ConflictFree):
             loss = self._backward_from(loss, [term * self._share for term in output.terms])

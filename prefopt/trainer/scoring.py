@@ -22,7 +22,7 @@ from prefopt.losses import Loss, PreferenceBatch
 from prefopt.scoring import Extras, TokenScores
 from prefopt.scoring.adapters import fuse_lora
 from prefopt.scoring.cache import ReferenceCache, cache_root
-from prefopt.scoring.collate import COLUMN_PREFIX, COUNTED, PreferenceCollator, select_rows
+from prefopt.scoring.collate import COLUMN_PREFIX, COUNTED, SIZES, PreferenceCollator, select_rows
 from prefopt.scoring.fingerprint import fingerprint, is_sharded
 from prefopt.scoring.frozen import FrozenLayers, frozen_depth, same_below
 from prefopt.scoring.layout import Layout
@@ -33,7 +33,7 @@ from prefopt.trainer.state import CacheWriter
 
 logger = logging.getLogger(__name__)
 
-_NOT_FOR_THE_MODEL = {"completion_mask", "roles", "examples", "paired", COUNTED, *GIVEN_LOGPS, *EMBEDDINGS}
+_NOT_FOR_THE_MODEL = {"completion_mask", "roles", "examples", "paired", COUNTED, SIZES, *GIVEN_LOGPS, *EMBEDDINGS}
 
 
 class ScoringMixin:

@@ -295,10 +295,9 @@ def cache(
     from datetime import datetime
     from pathlib import Path
 
-    from rich.table import Table
-
     from prefopt.scoring.cache import cache_root, entries
     from prefopt.scoring.cache import prune as delete
+    from prefopt.tables import table
 
     root = cache_root() if folder is None else Path(folder)
     if prune or older_than is not None:
@@ -311,12 +310,12 @@ def cache(
     if not found:
         _console().print(f"No references are kept in {root}", soft_wrap=True)
         return
-    table = Table("name", "model", "precision", "completions", "MB", "last written")
+    made = table("name", "model", "precision", "completions", "MB", "last written", right=("completions", "MB"))
     for entry in found:
         written = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
         about = (Text(str(entry.about.get(key, ""))) for key in ("model", "precision"))
-        table.add_row(entry.name, *about, str(entry.rows), f"{entry.size / 1e6:.1f}", written)
-    _console().print(table)
+        made.add_row(entry.name, *about, str(entry.rows), f"{entry.size / 1e6:.1f}", written)
+    _console().print(made)
 
 
 @app.command()

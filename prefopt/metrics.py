@@ -6,6 +6,7 @@ logging costs one exchange between processes per log line instead of one per met
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -82,6 +83,15 @@ def _unpaired_margins(means: Mapping[str, float]) -> dict[str, float]:
             if rejected is not None and f"{prefix}margins" not in means:
                 margins[f"{prefix}margins"] = chosen - rejected
     return margins
+
+
+def still_reference(logs: Mapping[str, float]) -> bool:
+    """Whether these numbers, of a policy before its first update, say that it is the reference up to rounding.
+
+    Both completions of a pair then have the same reward, and `rewards/accuracies` counts ties and rounding.
+    """
+    ratios = [(f"ratios/{role}", f"lengths/{role}") for role in ("chosen", "rejected")]
+    return all(abs(logs.get(ratio, math.inf)) <= 0.01 * logs.get(length, 1.0) for ratio, length in ratios)
 
 
 def batch_metrics(batch: PreferenceBatch, output: LossOutput) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from prefopt.redaction import redacted
 from prefopt.scoring import ROLES
 from prefopt.scoring.collate import ROW_TENSORS, PreferenceCollator
 from prefopt.scoring.tree import plant
+from prefopt.tables import table
 from prefopt.trainer import PreferenceConfig, expression_from_trl_options
 from prefopt.trainer.config import default_of
 
@@ -88,9 +89,7 @@ def _global_batch(training: PreferenceConfig, paper: dict[str, Any]) -> str:
 
 def _paper(paper: dict[str, Any], *parts: Any) -> Table:
     """What the config says about the paper; for what the paper leaves open, the value that applies instead."""
-    table = Table(title="The paper, as the config has it")
-    table.add_column("what")
-    table.add_column("value")
+    made = table("what", "value", title="The paper, as the config has it")
     values = {name: value for part in parts for name, value in vars(part).items()}
     bundled = {"model_name_or_path": "the bundled model", "dataset_name": "the bundled pairs"}
     for key, value in paper.items():
@@ -102,26 +101,24 @@ def _paper(paper: dict[str, Any], *parts: Any) -> Table:
             key = "unknown: ours"
             used = {name: values[name] or bundled.get(name, values[name]) for name in lines if name in values}
             lines = [f"{name}: {getattr(used[name], 'value', used[name])}" if name in used else name for name in lines]
-        table.add_row(key, Text("\n".join(map(str, lines)) or "nothing"))
-    return table
+        made.add_row(key, Text("\n".join(map(str, lines)) or "nothing"))
+    return made
 
 
 def _settings(
     script: ScriptArguments, training: PreferenceConfig, model: ModelConfig, expression: str | None
 ) -> Table:
     """Every setting that differs from its default, and the few that people look for."""
-    table = Table(title="Settings that differ from TRL's defaults, and the main ones")
-    table.add_column("option")
-    table.add_column("value")
-    table.add_row("loss", str(parse(expression)) if expression else f"TRL's own {training.loss_type}")
+    made = table("option", "value", title="Settings that differ from TRL's defaults, and the main ones")
+    made.add_row("loss", str(parse(expression)) if expression else f"TRL's own {training.loss_type}")
     for part in (model, script, training):
         for option in dataclasses.fields(part):
             value = getattr(part, option.name)
             # Settings that transformers derives by itself say nothing about the run.
             hidden = option.name in _DERIVED or option.name.endswith("token") or value in (None, [], "")
             if option.name in _MAIN or (value != default_of(option) and not hidden):
-                table.add_row(option.name, Text(str(redacted(getattr(value, "value", value), option.name))))
-    return table
+                made.add_row(option.name, Text(str(redacted(getattr(value, "value", value), option.name))))
+    return made
 
 
 def _first_batch(
@@ -208,13 +205,11 @@ def _memory(
         "activations": f"activations of {kept.rows.tokens} tokens" + ("" if kept.counted else ", a rule of thumb"),
     }
     shape = f"{rows.count} x {rows.length}, {rows.scored} scored"
-    table = Table(title=f"Memory per process for rows like these ({shape}), {engine}")
-    table.add_column("part")
-    table.add_column("GB", justify="right")
+    made = table("part", "GB", right=("GB",), title=f"Memory per process for rows like these ({shape}), {engine}")
     for part, size in need.parts.items():
-        table.add_row(labels.get(part, part), f"{size / 1e9:.2f}")
-    table.add_row("sum", f"{need.total / 1e9:.2f}", style="bold")
-    return table
+        made.add_row(labels.get(part, part), f"{size / 1e9:.2f}")
+    made.add_row("sum", f"{need.total / 1e9:.2f}", style="bold")
+    return made
 
 
 def _rows(training: PreferenceConfig, batch: dict[str, torch.Tensor]) -> Rows:

@@ -40,6 +40,7 @@ from prefopt.losses import parse
 from prefopt.models import Limits, adapter_base, check_weights, limits_of, load_model, load_tokenizer
 from prefopt.plan import show_batch, show_settings
 from prefopt.progress import RunProgress
+from prefopt.tables import table
 from prefopt.trainer import PreferenceTrainer
 from prefopt.trainer.disk import check_writable
 from prefopt.trainer.engine import describe_engine, engine_not_used
@@ -376,14 +377,12 @@ def _answers(recipe: Recipe, trainer: PreferenceTrainer) -> Any:
 
 
 def _comparison(before: dict[str, float] | None, after: dict[str, float]) -> Table:
-    table = Table(title="Held-out rows")
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    made = table("", "before", "after", right=("before", "after"), title="Held-out rows")
     for name in sorted(after):
         if name.removeprefix("eval_").startswith(("loss", "rewards/", "ratios/", "logps/", "entropy")):
             old = "" if before is None or name not in before else f"{before[name]:.4g}"
-            table.add_row(name.removeprefix("eval_"), old, f"{after[name]:.4g}")
-    return table
+            made.add_row(name.removeprefix("eval_"), old, f"{after[name]:.4g}")
+    return made
 
 
 def _save_results(path: Path, results: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from prefopt.activations import Activations, Rows, causal_model, made_up_rows
 from prefopt.losses import ConflictFree, Loss, parse
 from prefopt.memory import ENGINES, FOUR_BIT, Estimate, Setting, Sizes, count, estimate, kept_under, of_terms
 from prefopt.models import adapter_base
+from prefopt.tables import table
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 TITLES = {
@@ -144,9 +145,11 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     for line in _head(job, loss, name, built_in, rows, found[0][1]):
         console.print(Text(line), soft_wrap=True)
-    console.print(_table(job, [way for way, _, _ in found]))
     for line in _advice(job, name, [way for way, _, _ in found]):
         console.print(Text(line), soft_wrap=True)
+    for method in dict.fromkeys(way.method for way, _, _ in found):
+        console.print()
+        console.print(_table(job, [way for way, _, _ in found if way.method == method]))
 
 
 def model_config(model: str) -> tuple[str, Any, bool]:
@@ -240,7 +243,7 @@ def _title(job: Job, engine: str) -> str:
     return "one process" if job.gpus == 1 and engine == "ddp" else TITLES[engine]
 
 
-COLUMNS = {
+PARTS = {
     "weights": ("weights",),
     "reference": ("reference model",),
     "gradients": ("gradients", "terms' gradients or moments"),
@@ -250,27 +253,25 @@ COLUMNS = {
     "logits": ("logits, a chunk at a time",),
     "buffers": ("buffers",),
 }
-"""A column of the table and the parts of an estimate that it adds up."""
+"""A row of the table and the parts of an estimate that it adds up."""
 
 
 def _table(job: Job, found: list[Way]) -> Table:
-    gpus = f"{job.gpus} GPU{'s' * (job.gpus > 1)} of {job.memory:g} GB"
-    table = Table(title=f"GB on {'each of ' * (job.gpus > 1)}{gpus}; up to {USABLE * job.memory:.0f} GB fit")
-    for heading in ("", "", *COLUMNS, "sum", "fits", "main memory"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    previous = None
-    for way in found:
-        parts = way.need.parts
-        sums = [sum(parts.get(part, 0) for part in group) for group in COLUMNS.values()]
-        cells = [f"{size / 1e9:.1f}" if size else "-" for size in sums]
-        shown = METHODS[way.method] if way.method != previous else ""
-        if previous not in (None, way.method):
-            table.add_section()
-        previous = way.method
-        host = f"{way.need.host / 1e9:.0f}" if way.need.host else ""
-        good = Text("yes", style="green") if fits(job, way) else Text("no", style="red")
-        table.add_row(shown, _title(job, way.engine), *cells, f"{way.need.total / 1e9:.1f}", good, host)
-    return table
+    """What one method needs: a column an engine, so that all of them fit into 80 columns."""
+    method = METHODS[found[0].method]
+    title = f"{method[0].upper()}{method[1:]}: GB a GPU"
+    engines = [_title(job, way.engine).replace(" + ", "\n+ ") for way in found]
+    made = table("", *engines, right=engines, title=title, title_justify="left", min_width=len(title))
+    for name, group in PARTS.items():
+        sizes = [sum(way.need.parts.get(part, 0) for part in group) for way in found]
+        made.add_row(name, *(f"{size / 1e9:.1f}" if size else "-" for size in sizes))
+    made.add_section()
+    made.add_row("sum", *(f"{way.need.total / 1e9:.1f}" for way in found), style="bold")
+    answers = (Text("yes", style="green") if fits(job, way) else Text("no", style="red") for way in found)
+    made.add_row(f"fits in {USABLE * job.memory:.0f}", *answers)
+    if any(way.need.host for way in found):
+        made.add_row("main memory", *(f"{way.need.host / 1e9:.0f}" if way.need.host else "-" for way in found))
+    return made
 
 
 def _advice(job: Job, name: str, found: list[Way]) -> list[str]:

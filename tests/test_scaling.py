@@ -12,27 +12,30 @@ from typer.testing import CliRunner
 from prefopt.arguments import parse_arguments
 from prefopt.cli import app
 from prefopt.memory import ENGINES
-from prefopt.scaling import COLUMNS, FAMILIES, RECIPE_DEFAULTS, model_config
+from prefopt.scaling import FAMILIES, PARTS, RECIPE_DEFAULTS, model_config
 from prefopt.trainer import PreferenceConfig
 from tests.tiny import make_config
 
 ROOT = Path(__file__).parents[1]
 
 
-def plan(*words: str) -> str:
-    done = CliRunner().invoke(app, ["plan", *words], env={"COLUMNS": "200"}, catch_exceptions=False)
+def plan(*words: str, columns: int = 80) -> str:
+    done = CliRunner().invoke(app, ["plan", *words], env={"COLUMNS": str(columns)}, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
 
 
 def rows_of(shown: str) -> dict[tuple[str, str], list[str]]:
-    """The table's cells by method and engine."""
-    found, method = {}, ""
-    for line in shown.splitlines():
-        cells = [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
-        if len(cells) == len(COLUMNS) + 5 and cells[1]:
-            method = cells[0] or method
-            found[method, cells[1]] = cells[2:]
+    """The tables' cells by method and engine: those of the parts, the sum, whether it fits, main memory."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for method, table in re.findall(r"^(\S[^\n]*): GB a GPU *\n(.*?)└", shown, re.MULTILINE | re.DOTALL):
+        heading, body = table.split("┡")
+        lines = [[cell.strip() for cell in line.split("┃")[2:-1]] for line in heading.splitlines() if "┃" in line]
+        engines = [" ".join(filter(None, words)) for words in zip(*lines, strict=True)]
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in body.splitlines() if "│" in line]
+        assert [row[0] for row in rows[: len(PARTS)]] == list(PARTS)
+        for engine, *cells in zip(engines, *(row[1:] for row in rows), strict=True):
+            found[method.replace("Full", "full"), engine] = [*cells, ""][: len(PARTS) + 3]
     return found
 
 
@@ -47,7 +50,7 @@ def test_it_takes_the_simplest_engine_that_fits_and_says_why():
     fitting = [engine for (_, engine), cells in found.items() if cells[-2] == "yes"]
     assert f"full fine-tuning: {fitting[0]}, the simplest that fits" in shown
     for cells in found.values():
-        assert float(cells[-3]) == pytest.approx(sum(float(c) for c in cells[: len(COLUMNS)] if c != "-"), abs=0.5)
+        assert float(cells[-3]) == pytest.approx(sum(float(c) for c in cells[: len(PARTS)] if c != "-"), abs=0.5)
         assert cells[-2] == ("yes" if float(cells[-3]) <= 0.92 * 80 else "no")
     (words,) = commands(shown)
     file = words[words.index("--config_file") + 1]
@@ -63,7 +66,7 @@ def test_more_gpus_make_what_is_sharded_smaller_and_nothing_else():
 
 
 def test_a_reference_free_loss_and_adapters_keep_no_reference():
-    column = list(COLUMNS).index("reference")
+    column = list(PARTS).index("reference")
     shown = plan("--model", "1B", "--gpus", "2", "--loss", "simpo(beta=2.0)")
     assert {cells[column] for cells in rows_of(shown).values()} == {"-"}
     assert "no reference model, since simpo(beta=2.0) compares with none" in shown
@@ -79,7 +82,7 @@ def test_conflict_free_is_planned_with_what_it_keeps_on_the_engine_that_takes_it
     plain, free = plan(*words, "dpo + sft"), plan(*words, f"conflict_free(dpo + sft{momentum})")
     assert [engine for _, engine in rows_of(free)] == ["DDP"]
     assert "conflict_free goes with one process or DDP alone" in free
-    column = list(COLUMNS).index("gradients")
+    column = list(PARTS).index("gradients")
     name = ("full fine-tuning", "DDP")
     # A float32 copy, or moment, of each term beside the gradient.
     assert float(rows_of(free)[name][column]) == pytest.approx(3 * float(rows_of(plain)[name][column]), abs=0.2)
@@ -145,7 +148,7 @@ def test_lengths_budget_and_checkpointing_reach_the_activations():
     def activations(*words: str) -> float:
         cells = rows_of(plan("--model", "1B", "--method", "lora", *words))["LoRA", "one process"]
         # The head's turn is in a column of its own and is taken off this one.
-        return sum(float(cells[list(COLUMNS).index(name)]) for name in ("activations", "logits"))
+        return sum(float(cells[list(PARTS).index(name)]) for name in ("activations", "logits"))
 
     usual = activations()
     assert activations("--max_length", "2048") == pytest.approx(2 * usual, rel=0.2)
@@ -155,6 +158,15 @@ def test_lengths_budget_and_checkpointing_reach_the_activations():
     assert activations("--layout", "padded") > 1.1 * usual
     # Single completions: 8 rows of 257 - 1 + 767.
     assert "8184 tokens at once" in plan("--model", "1B", "--loss", "kto", "--prompt_length", "257")
+
+
+def test_it_fits_into_80_columns_whatever_its_numbers_with_the_summary_first():
+    shown = plan("--model", "70B", "--gpus", "8")
+    assert "…" not in shown
+    tables = [line for line in shown.splitlines() if line[:1] in "┃│"]
+    assert max(map(len, tables)) <= 80
+    assert shown.index("full fine-tuning: ZeRO-3 + offload") < shown.index("GB a GPU")
+    assert float(rows_of(shown)["full fine-tuning", "DDP"][-3]) > 1000
 
 
 def test_a_folder_is_read_and_no_weights_are_needed(tmp_path):

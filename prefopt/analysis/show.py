@@ -12,6 +12,7 @@ from rich.text import Text
 from prefopt.analysis.kernels import GIVEN, HIDDEN, Choice
 from prefopt.analysis.measures import SLACK
 from prefopt.analysis.trial import STEPS, Outcome, Trial
+from prefopt.tables import table
 
 _MEANINGS = {
     "pnd": ("PND", "distance between chosen and rejected, mean"),
@@ -47,12 +48,12 @@ def command(choice: Choice) -> str:
 
 
 def _measures(choice: Choice) -> Table:
-    table = Table("measure", "value", "what it is")
+    made = table("measure", "value", "what it is", right=("value",))
     values = choice.measures.as_dict()
     for key, (name, meaning) in _MEANINGS.items():
         error = f" ± {values['nag_error']:.3f}" if key == "nag" else ""
-        table.add_row(name, f"{values[key]:.3f}{error}", meaning)
-    return table
+        made.add_row(name, f"{values[key]:.3f}{error}", meaning)
+    return made
 
 
 def _selection(choice: Choice) -> Text:
@@ -71,17 +72,18 @@ def _selection(choice: Choice) -> Text:
 
 def _ranking(trial: Trial, selected: Outcome) -> Table:
     title = f"{len(trial.outcomes)} pairs, each trained {len(selected.losses)} times {STEPS} steps on cached states"
-    table = Table("rank", "kernel", "divergence", "held-out loss", "accuracy", "KL", title=title, title_justify="left")
+    numbers = ("held-out loss", "accuracy", "KL")
+    made = table("rank", "kernel", "divergence", *numbers, right=numbers, title=title, title_justify="left")
     rows = sorted([*trial.outcomes, trial.baseline], key=lambda found: found.loss)
     for found in rows:
         plain = found is trial.baseline
         rank = "" if plain else str(trial.rank(found))
         style = "bold" if found is selected else "dim" if plain else None
         name = found.divergence or "for comparison"
-        table.add_row(
+        made.add_row(
             rank, found.kernel, name, f"{found.loss:.4f}", f"{found.accuracy:.3f}", f"{found.kl:.4f}", style=style
         )
-    return table
+    return made
 
 
 def _verdict(trial: Trial, selected: Outcome) -> Text:

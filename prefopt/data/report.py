@@ -1,6 +1,6 @@
 """What validation found: problems with their rows, as counts, as a table, and as the message that stops a run.
 
-It knows nothing of how problems are found (`validate.py`) and imports rich alone, beside this folder's errors.
+It knows nothing of how problems are found (`validate.py`) and imports rich and `prefopt.tables` alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
+
+from prefopt.tables import table
 
 Severity = Literal["error", "warning", "info"]
 
@@ -65,25 +67,22 @@ class Report:
         return ", ".join(names) + (" ..." if len(problem.rows) > shown else "")
 
     def table(self) -> Table:
-        """Problem, severity, count, first row numbers, what to do."""
+        """Problem with its severity, count, first row numbers, what to do."""
         bad = len(self.bad_rows)
         title = f"{self.total} rows, {bad} with errors" if self.problems else f"{self.total} rows, no problem found"
-        table = Table(title=title, caption="Rows are numbered from 0.", show_lines=True)
-        table.add_column("problem")
-        table.add_column("severity")
-        table.add_column("rows", justify="right")
-        table.add_column("first rows (from 0)")
-        table.add_column("what it means, what to do")
+        made = table(
+            "problem", "rows", "first rows (from 0)", "what it means, what to do", right=("rows",),
+            title=title, caption="Rows are numbered from 0.", show_lines=True,
+        )  # fmt: skip
         for problem in self.problems:
             # As plain text: row names and texts may hold the brackets that rich reads as markup.
-            table.add_row(
-                Text(problem.kind),
-                Text(problem.severity, style=_STYLES[problem.severity]),
+            made.add_row(
+                Text(f"{problem.kind}\n").append(problem.severity, style=_STYLES[problem.severity]),
                 str(len(problem.rows)),
                 Text(self.first_rows(problem)),
                 Text(f"{problem.explanation} {problem.advice}".strip()),
             )
-        return table
+        return made
 
     def message(self) -> str:
         """The report as text for an error: one line a problem."""

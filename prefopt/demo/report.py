@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefopt.demo.rule import RULE, follows_rule
+from prefopt.tables import table
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -157,13 +158,13 @@ def side_by_side(
             f"{len(prompts)} prompts, {len(before)} answers before and {len(after)} after: counts differ."
         )
     limit = len(prompts) if shown is None else min(shown, len(prompts))
-    table = Table(title=f"Greedy answers to {limit} of {len(prompts)} held-out prompts", show_lines=True, expand=True)
-    table.add_column("Prompt", ratio=2)
-    table.add_column("Before", ratio=4)
-    table.add_column("After", ratio=4)
+    title = f"Greedy answers to {limit} of {len(prompts)} held-out prompts"
+    made = table("Prompt", "Before", "After", title=title, show_lines=True, expand=True)
+    for column, ratio in zip(made.columns, (2, 4, 4), strict=True):
+        column.ratio = ratio
     for prompt, old, new in list(zip(prompts, before, after, strict=True))[:limit]:
-        table.add_row(Text(_question(prompt)), _answer_cell(old), _answer_cell(new))
-    return Group(table, summary_panel(before, after, before_metrics, after_metrics))
+        made.add_row(Text(_question(prompt)), _answer_cell(old), _answer_cell(new))
+    return Group(made, summary_panel(before, after, before_metrics, after_metrics))
 
 
 def summary_panel(

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from prefopt.logic.decompile import Decompiled
 from prefopt.logic.structure import NAMED, Structure, name_of, named
+from prefopt.tables import table
 
 
 def explain(found: Decompiled, title: str) -> Group:
@@ -48,16 +49,15 @@ def _closed_form(found: Decompiled) -> str:
 
 
 def _truth_table(structure: Structure) -> Table:
-    table = Table(title="Truth table", title_justify="left")
-    for name in structure.names:
-        table.add_column(name, justify="center")
-    table.add_column("counts for")
+    made = table(*structure.names, "counts for", title="Truth table", title_justify="left")
+    for column in made.columns[:-1]:
+        column.justify = "center"
     true, false = structure.rows
     for row in reversed(range(1 << structure.count)):
         sides = [side for side, rows in (("T", true), ("B", false)) if rows >> row & 1]
         what = {(): "neither: ruled out", ("T",): "true side", ("B",): "false side"}.get(tuple(sides), "both sides")
-        table.add_row(*f"{row:0{structure.count}b}", what)
-    return table
+        made.add_row(*f"{row:0{structure.count}b}", what)
+    return made
 
 
 def _place(structure: Structure) -> str:

@@ -123,6 +123,10 @@ class PreferenceConfig(DPOConfig):
         if self.bf16 is None and not torch.accelerator.is_available():
             # TRL's default of bf16 is a hundred times slower than float32 on CPUs without bf16 units.
             self.bf16 = False
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            # TRL sets the old names, which transformers warns of once it has the new ones.
+            if getattr(self, f"activation_{name}", True) is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
         if self.layout not in ("auto", "tree", "padded"):
             raise ValueError(f"layout must be 'auto', 'tree' or 'padded', got {self.layout!r}")

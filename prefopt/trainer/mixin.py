@@ -263,7 +263,7 @@ class LossMixin(
         if not self._wrapped:
             return self._compute_loss(model, inputs, return_outputs)
         self._scored = False
-        made = super().compute_loss(  # type: ignore[misc]
+        made = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
         if not self._scored:
@@ -276,7 +276,7 @@ class LossMixin(
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
         """The objective's loss. TRL's `compute_loss` calls this, so overrides between the two wrap around it."""
         if self.objective is None:
-            return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
+            return super()._compute_loss(model, inputs, return_outputs)
         self._scored = True
         try:
             batch, outputs = self._score(model, inputs, all_logits=return_outputs)

@@ -1,0 +1,23 @@
+"""Tables for a terminal that lose nothing where it is narrow: long words are broken, not cut. Imports rich alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from rich.table import Column, Table
+
+
+def table(*headings: str, right: Collection[str] = (), **options: Any) -> Table:
+    """A table without rows.
+
+    Args:
+        headings: of the columns.
+        right: those of them that hold numbers, which are set to the right and narrowed last.
+        options: of `rich.table.Table`.
+    """
+    made = Table(*(Column(name, overflow="fold") for name in headings), **options)
+    for column in made.columns:
+        if column.header in right:
+            column.justify, column.no_wrap = "right", True
+    return made

@@ -27,6 +27,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from prefopt.config_file import check_values, read_config, set_environment
 from prefopt.data.errors import did_you_mean
+from prefopt.data.formats import NAMES
 from prefopt.embeddings import refuse_mismatch
 from prefopt.files import is_file
 from prefopt.loss_options import settle
@@ -51,6 +52,7 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
     Args:
         demo: the bundled model, pairs and training settings in place of those that the config names; its loss stays.
         columns: how the data set names its columns: `prompt=question chosen=response_j rejected=response_k`.
+        format: the layout of the data set, where it is not recognised: one of `prefopt.data.formats.NAMES`.
         chat_template: a Jinja template, or a file with one, in place of the tokenizer's own.
         ref_model_name_or_path: the frozen reference, where it is not the model that training starts from.
         previous_model_name_or_path: the previous iterate, for losses that compare with it, such as inpo.
@@ -69,6 +71,10 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
     columns: list[str] | None = field(
         default=None,
         metadata={"help": "How the data set names its columns, e.g. prompt=question chosen=good rejected=bad"},
+    )
+    format: str | None = field(
+        default=None,
+        metadata={"help": f"The data set's layout, where it is not recognised: {', '.join(NAMES)}.", "choices": NAMES},
     )
     chat_template: str | None = field(
         default=None,
@@ -324,6 +330,8 @@ def _refuse_what_is_ignored(script: RecipeArguments, model: ModelConfig, words: 
         raise SystemExit(f"--eval_rows must be 0 or more, got {script.eval_rows}")
     if script.dataset_name is None and script.columns:
         raise SystemExit("--columns renames columns of a data set of yours: name it with --dataset_name")
+    if script.dataset_name is None and script.format:
+        raise SystemExit("--format is the layout of a data set of yours: name it with --dataset_name")
     if script.dataset_streaming and script.on_bad_rows == "drop":
         raise SystemExit("--dataset_streaming cannot validate rows ahead, so --on_bad_rows drop has no effect with it")
     if script.dataset_streaming and script.dataset_name is None:

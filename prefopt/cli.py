@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +18,21 @@ from prefopt.losses import Loss, Preset, available, presets
 from prefopt.losses.registry import describe_arguments
 from prefopt.short_errors import short_errors
 
-app = typer.Typer(help="Preference optimization for language models.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Preference optimization for language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    # `--max_length` is `--max-length`, as in the recipes.
+    context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},
+)
 
 Columns = Annotated[
     list[str] | None,
     typer.Option("--columns", help="How the data names its columns: prompt=question chosen=good rejected=bad"),
+]
+Config = Annotated[str | None, typer.Option("--config", help="The configuration of a set that has several.")]
+Layout = Annotated[
+    str | None, typer.Option("--format", help="The data's layout, where it is not recognised: sharegpt, swift, ...")
 ]
 
 
@@ -201,18 +212,24 @@ def check(
     data: Annotated[str, typer.Argument(help="A file, a save_to_disk folder or a Hub name; a.jsonl:0.7,b.jsonl:0.3")],
     columns: Columns = None,
     split: Annotated[str, typer.Option(help="The split to check.")] = "train",
+    config: Config = None,
+    layout: Layout = None,
     model: Annotated[str | None, typer.Option(help="Check lengths with this model's tokenizer.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest prompt and completion, in tokens.")] = None,
 ) -> None:
     """Validate a preference data set and print what is wrong with it."""
     from prefopt.data import DataError, kind, validate
+    from prefopt.data.reading import described
 
     if max_length is not None and model is None:
         _fail("--max-length counts tokens: name the tokenizer with --model")
     if max_length is not None and max_length < 2:
         _fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
     try:
-        dataset = _read(data, split, [*(columns or []), *context.args])
+        data, words = _words(data, columns, context.args)
+        dataset = _read(data, split, words, config=config, layout=layout, say=_say)
+        for line in described(dataset):
+            _say(line)
         tokenizer = None
         if model is not None:
             from prefopt.models import load_tokenizer
@@ -227,6 +244,42 @@ def check(
     _console().print(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def pair(
+    data: Annotated[str, typer.Argument(help="A file, a save_to_disk folder or a Hub name.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    prompt: Annotated[str | None, typer.Option(help="Column of the prompt, unless the answers hold it.")] = None,
+    first: Annotated[str | None, typer.Option(help="Column of the first of two answers.")] = None,
+    second: Annotated[str | None, typer.Option(help="Column of the second.")] = None,
+    winner: Annotated[str | None, typer.Option(help="Column that says which of the two is better.")] = None,
+    first_wins: Annotated[str, typer.Option(help="Its values that mean the first, with commas.")] = "",
+    second_wins: Annotated[str, typer.Option(help="Its values that mean the second; all others are ties.")] = "",
+    answers: Annotated[str | None, typer.Option(help="Column that lists the answers, in place of two.")] = None,
+    text: Annotated[str | None, typer.Option(help="Field of an answer with its text, if it is an object.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Field or column of ranks: the lowest is the best.")] = None,
+    score: Annotated[str | None, typer.Option(help="Field or column of scores: the highest is the best.")] = None,
+    every: Annotated[bool, typer.Option("--every", help="All pairs of a row, not only best and worst.")] = False,
+    split: Annotated[str, typer.Option(help="The split to pair.")] = "train",
+    config: Config = None,
+) -> None:
+    """Write pairs (prompt, chosen, rejected) from rows that compare or rank answers."""
+    from prefopt.data import DataError, load_preferences
+    from prefopt.data.rankings import Pairing, write_pairs
+
+    better, worse = (
+        tuple(value.strip() for value in given.split(",") if value) for given in (first_wins, second_wins)
+    )
+    how = Pairing(prompt, first, second, winner, better, worse, answers, text, rank, score, every)
+    try:
+        found = write_pairs(load_preferences(data, split=split, config=config), how, out)
+    except (DataError, OSError) as error:
+        _fail(str(error))
+    _say(
+        f"{out}: {found['pairs']} pairs from {found['rows']} rows; {found['rows without a pair']} rows made none (a "
+        f"tie, or an answer is missing). Look at them: prefopt check {out}"
+    )
 
 
 @app.command("select-kernel", context_settings={"allow_extra_args": True})
@@ -267,8 +320,10 @@ def select_kernel(
     if json_file is not None and json_file.is_dir():
         _fail(f"--json: {json_file} is a folder: name a file in it")
     try:
-        words = [*(columns or []), *context.args]
-        pairs = load_demo("train") if data is None else _read(data, split, words, weighted=True)
+        pairs = load_demo("train")
+        if data is not None:
+            data, words = _words(data, columns, context.args)
+            pairs = _read(data, split, words, weighted=True)
         choice = choose(
             pairs, embeddings, rows=rows, model=lambda: _network(model), verify=verify,
             shown=lambda outcomes, total: track(outcomes, "Training", total, console=_console(), transient=True),
@@ -370,16 +425,41 @@ def plan(context: typer.Context) -> None:
         _fail(str(error))
 
 
-def _read(data: str, split: str, columns: list[str], weighted: bool = False) -> Any:
-    """The normalised rows of a data set, or of a mixture; what follows the first pair of --columns is its words.
+def _words(data: str, columns: list[str] | None, rest: list[str]) -> tuple[str, list[str]]:
+    """DATA and the pairs of --columns, whichever of them comes first: `--columns a=x b=y DATA` has DATA at its end."""
+    words = [data, *rest]
+    named = [word for word in words if "=" not in word or Path(word).exists()]
+    if columns and len(named) == 1:
+        data = named[0]
+        words.remove(data)
+        return data, [*columns, *words]
+    return data, [*(columns or []), *rest]
+
+
+def _read(
+    data: str,
+    split: str,
+    columns: list[str],
+    weighted: bool = False,
+    config: str | None = None,
+    layout: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Any:
+    """The normalised rows of a data set, or of a mixture; `columns` are the words of --columns.
 
     Each row comes once; `weighted` keeps of a mixture with weights what they say.
     """
-    from prefopt.data import in_proportion, load_preferences, mix, normalise, parse_columns, parse_sources
+    from datasets import disable_progress_bars
 
+    from prefopt.data import in_proportion, mix, parse_columns, parse_sources, read_preferences
+
+    disable_progress_bars()
     mapping = parse_columns([word for given in columns for word in given.split()])
     sources = dict(parse_sources(data))
-    loaded = {name: normalise(load_preferences(name, split=split, columns=mapping)) for name in sources}
+    loaded = {
+        name: read_preferences(name, config=config, split=split, columns=mapping, format=layout, say=say)
+        for name in sources
+    }
     if weighted and len(loaded) > 1 and None not in sources.values():
         loaded = in_proportion(loaded, [weight or 0.0 for weight in sources.values()])
     return mix(loaded) if len(loaded) > 1 else next(iter(loaded.values()))
@@ -395,6 +475,10 @@ def _network(name: str | None) -> tuple[Any, Any]:
     name = str(resolve_demo_model(say=lambda line: _console().print(line, soft_wrap=True))) if name is None else name
     tokenizer = load_tokenizer(name)  # first: its errors say what was looked for
     return load_model(name, {"dtype": torch.float32}), tokenizer
+
+
+def _say(line: str) -> None:
+    _console().print(Text(line), soft_wrap=True)
 
 
 def _console() -> Console:

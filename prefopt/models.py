@@ -69,10 +69,12 @@ class Limits:
     Attributes:
         vocabulary: tokens that it has embeddings for; None where its configuration does not say.
         positions: longest row, where positions are learned one by one; None for all others, which have no such end.
+        images: whether it reads images.
     """
 
     vocabulary: int | None
     positions: int | None
+    images: bool = False
 
 
 def limits_of(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Limits:
@@ -83,7 +85,7 @@ def limits_of(name: str, *, revision: str = "main", trust_remote_code: bool = Fa
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     positions = None if rotary or getattr(config, "auto_map", None) else _learned_positions(config)
-    return Limits(getattr(text, "vocab_size", None), positions)
+    return Limits(getattr(text, "vocab_size", None), positions, getattr(config, "vision_config", None) is not None)
 
 
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,17 @@ from trl import get_peft_config, get_quantization_config
 
 from prefopt.arguments import Recipe, RecipeArguments, parse_arguments
 from prefopt.data import (
+    DataError,
     clean,
-    load_preferences,
     mix,
-    normalise,
     parse_columns,
     parse_sources,
+    read_preferences,
     validate,
 )
+from prefopt.data.columns import column_names, without_columns
 from prefopt.data.embed import EncoderError, find_encoder
+from prefopt.data.unused import MEDIA, unused_columns
 from prefopt.demo.data import heldout_prompts, load_demo
 from prefopt.demo.model import HUB_ID, HUB_TIMEOUT_S, resolve_demo_model
 from prefopt.demo.report import Answer, PairMetrics, greedy_answers, side_by_side, summarize
@@ -79,6 +81,8 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
     if script.embeddings is not None:
         find_encoder(script.embeddings)  # what cannot be had is said before the data is looked through
     train, heldout = _bundled(recipe) if recipe.bundled_data else _loaded(recipe, limits.vocabulary)
+    if not limits.images:
+        _refuse_images(recipe, {**heldout, **train})
     train, heldout = with_embeddings(recipe, train, heldout)
     return _mixed(recipe, train), _mixed(recipe, heldout, weighted=False) if heldout else None
 
@@ -132,14 +136,44 @@ def _load_sources(recipe: Recipe, split: str) -> dict[str, Any]:
     """Every source of `--dataset_name` by name, in the standard columns."""
     script = recipe.script
     columns = parse_columns(script.columns)
+    # Held-out rows have the layout of the training rows, which is said once.
+    say = _line(recipe) if split == script.dataset_train_split else _silent
     return {
-        name: normalise(
-            load_preferences(
-                name, config=script.dataset_config, split=split, columns=columns, streaming=script.dataset_streaming
-            )
+        name: read_preferences(
+            name,
+            config=script.dataset_config,
+            split=split,
+            columns=columns,
+            format=script.format,
+            streaming=script.dataset_streaming,
+            used=_used_columns(recipe),
+            say=say,
         )
         for name, _ in parse_sources(str(script.dataset_name))
     }
+
+
+def _line(recipe: Recipe) -> Callable[[str], None]:
+    return lambda text: recipe.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _refuse_images(recipe: Recipe, sources: dict[str, Any]) -> None:
+    for name, rows in sources.items():
+        media = [column for column in MEDIA if column in column_names(rows)]
+        if media:
+            raise DataError(
+                f"{name}: column {media[0]!r} is filled, and {recipe.model.model_name_or_path} reads text alone. Name "
+                f"a model that reads it, or pass --columns unused={media[0]} to train on the texts."
+            )
+
+
+def _used_columns(recipe: Recipe) -> tuple[str, ...]:
+    loss = recipe.training.loss
+    return (*MEDIA, *(parse(loss).columns if isinstance(loss, str) else ()))
 
 
 def _load_test_split(recipe: Recipe) -> dict[str, Any] | None:
@@ -156,6 +190,10 @@ def _load_test_split(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _mixed(recipe: Recipe, sources: dict[str, Any], weighted: bool = True) -> Any:
+    # What is not used has been named; left in, the trainer would name it again.
+    sources = {
+        name: without_columns(rows, unused_columns(rows, _used_columns(recipe))) for name, rows in sources.items()
+    }
     if len(sources) == 1:
         return next(iter(sources.values()))
     given = [weight for _, weight in parse_sources(str(recipe.script.dataset_name))]

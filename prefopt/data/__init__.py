@@ -9,6 +9,7 @@ from prefopt.data.errors import DataError
 from prefopt.data.fit import drop_overlong
 from prefopt.data.load import load_preferences, parse_columns
 from prefopt.data.mix import in_proportion, mix, parse_sources, with_origin
+from prefopt.data.read import read_preferences
 from prefopt.data.report import Problem, Report
 from prefopt.data.schema import kind, normalise
 from prefopt.data.tokenize import tokenize_dataset, tokenize_row
@@ -27,6 +28,7 @@ __all__ = [
     "normalise",
     "parse_columns",
     "parse_sources",
+    "read_preferences",
     "rename_columns",
     "tokenize_dataset",
     "tokenize_row",

@@ -6,7 +6,8 @@ silently, since `answer` may as well be the gold answer as the preferred one. It
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -16,7 +17,8 @@ from prefopt.data.errors import DataError, did_you_mean
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 UNPAIRED_COLUMNS = ("prompt", "completion", "label")
-_OURS = frozenset((*PAIR_COLUMNS, *UNPAIRED_COLUMNS, "messages"))
+_OURS = frozenset((*PAIR_COLUMNS, *UNPAIRED_COLUMNS, "messages", "system", "input"))
+_TEXTS = _OURS - {"label"}
 
 # Most telling first: where a set has several of them, the first one found is suggested.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -34,6 +36,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("conversations", "conversation", "dialogue", "dialog", "chat"),
 }  # fmt: skip
 
+_ABOUT_THE_ROW = re.compile(
+    r"(^|_)(id|idx|index|hash|uuid|url|model|source|dataset|split|lang(uage)?|date|time(stamp)?|label|type|category|"
+    r"topic|annotator|author|user_?name|license|meta(data)?|comments?|notes?|rationales?|reason(ing)?s?|explanations?|"
+    r"critiques?|feedback|judg(e)?ments?|system(_prompt|_message)?|tools)s?$|^(chosen|rejected)_|_(chosen|rejected)$",
+    re.IGNORECASE,
+)
+"""Names of columns that say something about a row and are not its prompt, however long their texts."""
+
 _LISTED = 30
 """Most columns that a message lists, each with the beginning of its name: a file without a header has a text there."""
 
@@ -49,6 +59,22 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
 
 def first_rows(dataset: Dataset | IterableDataset, count: int) -> list[dict[str, Any]]:
     return list(islice(iter(dataset), count))
+
+
+def without_columns(dataset: DatasetT, names: Iterable[str]) -> DatasetT:
+    gone = [name for name in names if name in column_names(dataset)]
+    return dataset.remove_columns(gone) if gone else dataset
+
+
+def is_metadata(name: str) -> bool:
+    """Whether a column's name says that it is about the row, not a part of it."""
+    return bool(_ABOUT_THE_ROW.search(name))
+
+
+def text_columns(columns: Mapping[str, str] | None = None) -> frozenset[str]:
+    """Names of columns that hold text, never numbers: ours, their aliases, and what `columns` maps to ours."""
+    aliases = {alias for ours in _TEXTS for alias in ALIASES.get(ours, ())}
+    return _TEXTS | aliases | {theirs for ours, theirs in (columns or {}).items() if ours in _TEXTS}
 
 
 def rename_columns(dataset: DatasetT, columns: Mapping[str, str]) -> DatasetT:
@@ -85,37 +111,62 @@ def kind_of_columns(names: Sequence[str]) -> str | None:
     return None
 
 
-def missing_columns_message(names: Sequence[str]) -> str:
-    """What is missing, what was found, and the `--columns` that would make it work."""
+def missing_columns_message(names: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()) -> str:
+    """What is missing, what was found, and the `--columns` that makes it work, where one does.
+
+    Args:
+        names: the dataset's columns.
+        rows: its first rows; what their values cannot be is not suggested.
+    """
+    from prefopt.data.rankings import pairing_advice
+
+    start = f"These columns make no preference set: {_listed(names)}. "
+    if advice := pairing_advice(names, rows):
+        return start + advice
     candidates = (("chosen", "rejected"), ("prompt", "completion", "label"), ("messages", "label"))
-    found = {wanted: _find(wanted, names) for columns in candidates for wanted in columns}
-    found["prompt"] = _find("prompt", names)
+    usable = [name for name in names if not rows or any(isinstance(row.get(name), str | list) for row in rows)]
+    found = {wanted: _find(wanted, usable) for columns in candidates for wanted in columns}
+    found["label"] = _find("label", [name for name in names if _may_be_label(name, rows)])
+    if found["rejected"] and not found["chosen"]:
+        found["chosen"] = found["completion"]
 
     def reach(columns: tuple[str, ...]) -> float:
         return sum(found[wanted] is not None for wanted in columns) / len(columns)
 
     nearest = max(candidates, key=reach)
-    lines = [
-        f"These columns make no preference set: {_listed(names)}. Needed: prompt, chosen, rejected (prompt may be "
-        "left out where chosen and rejected hold whole conversations); or prompt, completion, label; "
-        "or messages, label."
-    ]
+    needed = (
+        "Needed: prompt, chosen, rejected (prompt may be left out where chosen and rejected hold whole "
+        "conversations); or prompt, completion, label; or messages, label. "
+    )
     if reach(nearest) == 0:
-        lines.append(
-            "None of them looks like a needed one. Map them with --columns prompt=... chosen=... rejected=..."
+        return (
+            f"{start}{needed}None of them looks like a needed one. Map them with --columns prompt=... chosen=... "
+            "rejected=..."
         )
-        return " ".join(lines)
     mapped = ("prompt", *nearest) if nearest[0] == "chosen" else nearest
-    arguments = [f"{wanted}={str(found[wanted])[:60]}" for wanted in mapped if found[wanted] not in (None, wanted)]
     lacking = [wanted for wanted in nearest if found[wanted] is None]
-    if arguments:
-        lines.append(f"If that is what they mean, pass: --columns {' '.join(arguments)}.")
-    if lacking:
-        lines.append(
-            f"No column looks like {' or '.join(lacking)}; add it (as {lacking[0]}=NAME if it has another name), "
-            "or choose a set that holds preferences."
+    if not lacking:
+        arguments = [f"{wanted}={str(found[wanted])[:60]}" for wanted in mapped if found[wanted] not in (None, wanted)]
+        return f"{start}{needed}If that is what they mean, pass: --columns {' '.join(arguments)}."
+    texts = [found[wanted] for wanted in nearest if wanted != "label" and found[wanted]]
+    if lacking == ["label"]:
+        return (
+            f"{start}{needed}{' and '.join(map(repr, texts))} look like a conversation, but no column looks like "
+            "label, and there is no second answer to prefer it to: without labels and pairs this is data for "
+            "supervised fine-tuning. Add label (true or false), or chosen and rejected, or choose a set that holds "
+            "preferences."
         )
-    return " ".join(lines)
+    return (
+        f"{start}{needed}No column looks like {' or '.join(lacking)}; add it, or map it with --columns "
+        f"{lacking[0]}=NAME if it has another name, or choose a set that holds preferences."
+    )
+
+
+def _may_be_label(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Two values at most: a rating or a text is none."""
+    values = [row.get(name) for row in rows]
+    simple = all(value is None or isinstance(value, str | int | float) for value in values)
+    return simple and len({str(value) for value in values if value is not None}) <= 2
 
 
 def _find(wanted: str, names: Sequence[str]) -> str | None:

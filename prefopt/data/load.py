@@ -6,15 +6,13 @@ It may import datasets and this folder's errors and columns. It never changes a 
 
 from __future__ import annotations
 
-import gzip
+import csv
 import importlib.util
 import io
-import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -22,7 +20,9 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from prefopt.data.columns import rename_columns
+from prefopt.data.columns import text_columns as _text_columns
 from prefopt.data.errors import DataError, did_you_mean
+from prefopt.data.json_files import holds_dates, open_binary, raise_for_broken_json, read_by_rows
 
 # File ending -> the builder of `datasets` that reads it; each may be followed by a compression ending.
 BUILDERS = {
@@ -37,6 +37,14 @@ MAX_ENTRIES = 10_000
 
 COMPRESSIONS = (".gz", ".zst")
 
+TEXT_COLUMNS = _text_columns()
+
+_MISSING = ["", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "NaN", "nan", "-NaN", "-nan", "NULL", "null", "None"]
+"""Cells without a value, in columns that are no text."""
+
+_FIRST_BLOCK = 1 << 20
+"""Files of fewer bytes are one block, decompressed as well, to the reader that takes types from the first block."""
+
 
 def load_preferences(
     name: str,
@@ -45,11 +53,13 @@ def load_preferences(
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     streaming: bool = False,
+    text_columns: Collection[str] = TEXT_COLUMNS,
 ) -> Dataset | IterableDataset:
     """Rows of `name`: a JSON, JSONL, CSV or Parquet file (plain, .gz or .zst), a `save_to_disk` folder or a Hub name.
 
     A path that exists always wins over a Hub name. `columns` maps our name to the dataset's own, as in
-    `{"prompt": "question"}`. A single file holds one split, `train`; slices such as `train[:100]` work.
+    `{"prompt": "question"}`. In a CSV file the columns `text_columns` are text whatever stands in them: `42`, `true`
+    and `NA` stay what they are. A single file holds one split, `train`; slices such as `train[:100]` work.
     """
     try:
         path = Path(name).expanduser()
@@ -64,7 +74,7 @@ def load_preferences(
     if path.is_dir() and _is_saved_folder(path):
         dataset = _load_saved(path, split, streaming)
     elif path.is_file():
-        dataset = _load_file(path, split, streaming)
+        dataset = _load_file(path, split, streaming, text_columns)
     elif not path.exists() and _means_a_file(name):
         raise DataError(f"No file at {name!r} (looked in {path.parent.resolve()}).{_near_files(path)}")
     else:
@@ -182,7 +192,7 @@ def _load_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDa
     return loaded.to_iterable_dataset() if streaming else loaded
 
 
-def _load_file(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+def _load_file(path: Path, split: str, streaming: bool, text_columns: Collection[str]) -> Dataset | IterableDataset:
     builder, compression = _file_kind(path)
     if builder is None:
         raise DataError(
@@ -202,12 +212,35 @@ def _load_file(path: Path, split: str, streaming: bool) -> Dataset | IterableDat
         return _load_compressed_parquet(path, split, streaming)
     if builder == "json":
         # `datasets` does not say which line is broken, reads streams late, and lets text that is not UTF-8 pass.
-        _raise_for_broken_json(path)
+        raise_for_broken_json(path)
+        if streaming and path.stat().st_size > _FIRST_BLOCK:
+            return read_by_rows(path, split, streaming)
+    options: dict[str, Any] = {}
+    if builder == "csv":
+        options = _csv_options(path, text_columns)
     try:
-        dataset = datasets.load_dataset(builder, data_files=str(path), split=split, streaming=streaming)
+        dataset = datasets.load_dataset(builder, data_files=str(path), split=split, streaming=streaming, **options)
     except Exception as error:
+        if builder == "json" and path.stat().st_size > _FIRST_BLOCK:
+            return read_by_rows(path, split, streaming)
         raise DataError(f"{path}: {_file_trouble(error, str(builder))}") from error
+    if builder == "json" and holds_dates(dataset.features):
+        return read_by_rows(path, split, streaming)
     return dataset
+
+
+def _csv_options(path: Path, text_columns: Collection[str]) -> dict[str, Any]:
+    """For pandas: leave columns of text alone, where `NA` is an answer and `42` not a number."""
+    try:
+        with open_binary(path) as stream:
+            header = next(csv.reader([stream.readline().decode("utf-8-sig")]), [])
+    except (OSError, EOFError, ValueError, csv.Error):
+        return {}  # what is wrong with the file is told when it is read
+    texts = [name for name in header if name in text_columns]
+    if not texts:
+        return {}
+    missing = {name: _MISSING for name in header if name not in texts}
+    return {"converters": dict.fromkeys(texts, str), "keep_default_na": False, "na_values": missing}
 
 
 def _file_trouble(error: Exception, builder: str) -> str:
@@ -231,7 +264,7 @@ def _first_line(error: BaseException) -> str:
 def _load_compressed_parquet(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
     # Parquet is read from its end, so `datasets` cannot look through the compression; these files fit in memory.
     try:
-        with _open_binary(path) as stream:
+        with open_binary(path) as stream:
             dataset = Dataset(pq.read_table(io.BytesIO(stream.read())))
     except Exception as error:
         raise DataError(
@@ -240,111 +273,6 @@ def _load_compressed_parquet(path: Path, split: str, streaming: bool) -> Dataset
     if "[" in split:
         raise DataError(f"{path}: the slice {split!r} does not work on compressed parquet. Decompress the file first.")
     return dataset.to_iterable_dataset() if streaming else dataset
-
-
-def _open_binary(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        zstandard: Any = importlib.import_module("zstandard")
-        stream: IO[bytes] = zstandard.open(path, "rb")
-        return stream
-    return open(path, "rb")
-
-
-def _raise_for_broken_json(path: Path) -> None:
-    """Names the first line that is not a JSON object; returns quietly where every line is one."""
-    try:
-        _check_json(path)
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path}: the compressed file ends early or is damaged ({error}). Fetch it again.") from error
-
-
-def _check_json(path: Path) -> None:
-    with _open_binary(path) as stream:
-        first = _first_byte(stream)
-    if first == b"":
-        raise DataError(f"{path}: the file is empty. Check that it was written or downloaded to the end.")
-    # A .json file is one value, an array of rows or an object; .jsonl is one object a line. Content decides.
-    if first == b"[":
-        _check_whole_json(path)
-        return
-    if first in (b"\xff", b"\xfe", b"\0"):
-        raise DataError(f"{path}, line 1: not UTF-8 text (it begins as UTF-16 or UTF-32 does). Save it as UTF-8.")
-    for number, line in _lines(path):
-        try:
-            row = _parsed(line)
-        except (ValueError, RecursionError) as error:
-            if number == 1 and line.strip() in (b"{", b"{}") and isinstance(error, json.JSONDecodeError):
-                _check_whole_json(path)
-                return
-            raise DataError(
-                f"{path}, line {number}: not valid JSON ({_json_reason(error)}): {_excerpt(line)}. "
-                "Each line must be one complete JSON object; repair or delete this line."
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, line {number}: a JSON {type(row).__name__} where an object with named columns is needed: "
-                f'{_excerpt(line)}. Write each row as {{"prompt": ..., "chosen": ..., "rejected": ...}}.'
-            )
-
-
-def _first_byte(stream: IO[bytes]) -> bytes:
-    while (byte := stream.read(1)).isspace():
-        pass
-    return byte
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Non-blank lines, numbered from 1 as editors do."""
-    with _open_binary(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield number, line
-
-
-def _parsed(text: bytes) -> Any:
-    """What JSON text holds.
-
-    Raises:
-        ValueError: for text that is no JSON, also where Python would let it pass: halves of characters.
-        RecursionError: where it is nested beyond reading.
-    """
-    value = json.loads(text.decode("utf-8-sig"))
-    if b"\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def _check_whole_json(path: Path) -> None:
-    with _open_binary(path) as stream:
-        text = stream.read()
-    try:
-        rows = _parsed(text)
-    except (ValueError, RecursionError) as error:
-        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path}{where}: not valid JSON ({_json_reason(error)}). Repair the file there.") from error
-    for number, row in enumerate(rows if isinstance(rows, list) else ()):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, row {number} (from 0): a JSON {type(row).__name__} where an object with named columns is "
-                'needed. Write each row as {"prompt": ..., "chosen": ..., "rejected": ...}.'
-            )
-
-
-def _json_reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 text at byte {error.start}"
-    if isinstance(error, UnicodeEncodeError):
-        return f"half of a character, {error.object[error.start]!a}, stands alone"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
-
-
-def _excerpt(line: bytes, limit: int = 80) -> str:
-    text = line.decode("utf-8", errors="replace").strip()
-    return repr(text if len(text) <= limit else text[:limit] + "...")
 
 
 def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:

@@ -113,15 +113,17 @@ def _catalogue() -> dict[str, Kind]:
         "unparseable transcript": Kind(
             "error",
             "'chosen' or 'rejected' does not alternate '\\n\\nHuman: ' and '\\n\\nAssistant: ' up to an answer of the "
-            "assistant, or the two differ in what the human says.",
+            "assistant, or the two (or a column 'prompt') differ in what the human says.",
             "Repair the text, or give prompt, chosen and rejected as columns.",
         )
     }
     for column in ("prompt", "chosen", "rejected", "completion"):
-        kinds[f"null {column}"] = Kind("error", f"Column '{column}' is null.", "Fill it in or delete the row.")
+        # A prompt may have been looked for in front of the completions: there need not be a column of that name.
+        what = "The prompt" if column == "prompt" else f"Column '{column}'"
+        kinds[f"null {column}"] = Kind("error", f"{what} is null.", "Fill it in or delete the row.")
         kinds[f"empty {column}"] = Kind(
             "error",
-            f"Column '{column}' has no text: it is empty, only white space, or its last message is.",
+            f"{what} has no text: it is empty, only white space, or its last message is.",
             "Fill it in or delete the row.",
         )
         kinds[f"wrong type: {column}"] = Kind(

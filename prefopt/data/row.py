@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prefopt.columns import GIVEN_LOGPS
+from prefopt.data.messages import same_texts, without_nulls
 from prefopt.data.problems import KINDS
-from prefopt.data.schema import UNPARSED, same_texts, without_nulls
+from prefopt.data.transcripts import UNPARSED
 
 Row = Mapping[str, Any]
 

@@ -6,12 +6,13 @@ lists of messages, one of the two throughout. Other columns travel along. No row
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
-from pyarrow.lib import ArrowException  # type: ignore[import-untyped]
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from prefopt.data.columns import (
     PAIR_COLUMNS,
@@ -23,18 +24,17 @@ from prefopt.data.columns import (
     rename_columns,
 )
 from prefopt.data.errors import DataError
-from prefopt.data.transcripts import looks_like_transcript, split_transcripts
+from prefopt.data.formats import IMPLICIT, read_format
+from prefopt.data.maps import MESSAGE, MESSAGES, PEEKED_ROWS, map_rows
+from prefopt.data.messages import as_messages, role, same_texts, writing
+from prefopt.data.prompts import CONTEXT, add_context, check_implicit, check_repeated, extract_prompt
+from prefopt.data.transcripts import check_transcripts, from_transcripts, looks_like_transcript
+from prefopt.data.unused import unused_columns, unused_line, without_empty_media
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Style = Literal["text", "messages"]
-
-# Marks a transcript that could not be parsed: the whole text is kept under this role, so that validation can report
-# the row and the file of dropped rows can show it.
-UNPARSED = "unparsed transcript"
-
-_PEEKED_ROWS = 64
-_MESSAGE = '{"role", "content"}'
-_MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 
 
 def kind(dataset: Dataset | IterableDataset) -> Literal["pair", "unpaired"]:
@@ -47,64 +47,83 @@ def kind(dataset: Dataset | IterableDataset) -> Literal["pair", "unpaired"]:
 
 
 def normalise(
-    dataset: Dataset | IterableDataset, columns: Mapping[str, str] | None = None, *, transcripts: bool = True
+    dataset: Dataset | IterableDataset,
+    columns: Mapping[str, str] | None = None,
+    *,
+    format: str | None = None,
+    transcripts: bool = True,
+    used: Collection[str] = (),
+    say: Callable[[str], object] | None = None,
 ) -> Dataset | IterableDataset:
     """The dataset in canonical columns; unchanged where it has them already.
 
-    Converted are: prompts left implicit in `chosen` and `rejected` (their shared beginning), Human/Assistant
-    transcripts, plain prompts beside message completions and the reverse, `messages` + `label`, labels written 0/1.
-    `transcripts=False` leaves transcripts the plain text that they are.
+    Converted are: the layouts of `formats.py`, messages written in other ways (one a side, `from`/`value`, JSON text),
+    prompts left implicit in `chosen` and `rejected` (their shared beginning), Human/Assistant transcripts, plain
+    prompts beside message completions and the reverse, `messages` + `label`, labels written 0/1.
+
+    Args:
+        dataset: rows as they were loaded.
+        columns: our name -> the dataset's own. Mapping `system` puts a system message in front of every prompt (rows
+            of plain text become conversations), mapping `input` appends its text to the prompt.
+        format: a layout's name, where it is not recognised by itself or another is meant.
+        transcripts: read Human/Assistant transcripts as conversations, not as the plain text that they are.
+        used: columns that the objective or the model reads; others that could matter are named.
+        say: takes the lines about the layout that was read and about columns that are not used; logged if left out.
+
+    Raises:
+        DataError: where no preferences are found, or where the prompt would have to be guessed.
     """
+    say = say or logger.warning
     if columns:
         dataset = rename_columns(dataset, columns)
+    dataset, taken, line = read_format(dataset, format)
+    dataset, rewritten = _rewrite_messages(without_empty_media(dataset))
+    rows = first_rows(dataset, PEEKED_ROWS)
+    names = column_names(dataset)
+    if kind_of_columns(names) is None:
+        raise DataError(missing_columns_message(names, rows))
     if kind(dataset) == "pair":
-        return _normalise_pairs(dataset, transcripts)
-    return _boolean_label(_normalise_unpaired(dataset))
+        dataset = _normalise_pairs(dataset, rows, transcripts, format == IMPLICIT)
+    else:
+        dataset = _boolean_label(_normalise_unpaired(dataset, rows))
+    dataset = add_context(dataset, [name for name in CONTEXT if name in (columns or {}) or name in taken])
+    for told in (line, rewritten, unused_line(unused_columns(dataset, used))):
+        if told:
+            say(told)
+    return dataset
 
 
-def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """The shared beginning of two whole conversations or texts, and what is left of each.
+def _rewrite_messages(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, str]:
+    """Columns of messages as lists of `role` and `content`, and a line about those that are text in the file."""
+    names = [name for name in (*PAIR_COLUMNS, "completion", "messages") if name in column_names(dataset)]
+    rows = first_rows(dataset, PEEKED_ROWS) if names else []
+    written = {name: [writing(row.get(name)) for row in rows] for name in names}
+    changed = [name for name, kinds in written.items() if "other messages" in kinds and "text" not in kinds]
+    if not changed:
+        return dataset, ""
+    parsed = [name for name in changed if any(isinstance(row.get(name), str) for row in rows)]
+    line = f"Read as messages, from the JSON text that they are: {', '.join(parsed)}." if parsed else ""
+    features = {name: _of_messages(dataset.features and dataset.features.get(name)) for name in changed}
 
-    Messages: the leading messages that are equal. Text: the common prefix, cut back to a word boundary, the space
-    before the first differing word going to the completions (that is how tokenizers cut words). At least one message
-    or character stays in each completion.
-    """
-    most = min(len(chosen), len(rejected))
-    shared = 0
-    while shared < most and same_texts(chosen[shared], rejected[shared]):
-        shared += 1
-    if shared == most:
-        # One is the beginning of the other, or both are equal: the last item stays in the completion.
-        shared = max(0, most - 1)
-    if isinstance(chosen, str):
-        shared = _word_boundary(chosen, rejected, shared)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    def rewrite(row: Row) -> Row:
+        return {name: as_messages(row.get(name)) for name in changed}
 
-
-def same_texts(left: Any, right: Any) -> bool:
-    """Equality of texts, messages or lists of them, a field that is null being the same as one that is not there.
-
-    Arrow gives every message of a column all fields of any of them (`tool_calls: None`).
-    """
-    return left == right or bool(without_nulls(left) == without_nulls(right))
+    return map_rows(dataset, rewrite, features, "Reading messages"), line
 
 
-def without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _word_boundary(left: str, right: str, cut: int) -> int:
-    def splits_a_word(at: int) -> bool:
-        return any(side[at - 1 : at].isalnum() and side[at : at + 1].isalnum() for side in (left, right))
-
-    boundary = cut
-    while boundary > 0 and splits_a_word(boundary):
-        boundary -= 1
-    # Scripts without spaces have no boundary to go back to: keep what is shared.
-    boundary = boundary or cut
-    return boundary - 1 if boundary > 0 and left[boundary - 1] == " " else boundary
+def _of_messages(feature: Any) -> Any:
+    """The type of a column once its messages are lists of `role` and `content`; None where it has to be inferred."""
+    feature = getattr(feature, "feature", feature)
+    feature = feature[0] if isinstance(feature, list) and feature else feature
+    if not isinstance(feature, Mapping):
+        return None
+    if "from" not in feature:
+        return [feature]
+    # Whether some later row calls a function is not known, and a field that the type lacks would be lost.
+    text = Value("string")
+    calls = [{"type": text, "function": {"name": text, "arguments": text}}]
+    given = {name: feature[name] for name in ("role", "content") if name in feature}
+    return [{"role": text, "content": text, **given, "tool_calls": calls}]
 
 
 def _style(rows: Sequence[Row], column: str) -> Style | None:
@@ -118,67 +137,55 @@ def _style(rows: Sequence[Row], column: str) -> Style | None:
     return None
 
 
-def _normalise_pairs(dataset: Dataset | IterableDataset, read_transcripts: bool) -> Dataset | IterableDataset:
-    rows = first_rows(dataset, _PEEKED_ROWS)
+def _normalise_pairs(
+    dataset: Dataset | IterableDataset, rows: Sequence[Row], read_transcripts: bool, implicit: bool
+) -> Dataset | IterableDataset:
     styles = {name: _style(rows, name) for name in PAIR_COLUMNS}
-    has_prompt = "prompt" in column_names(dataset)
+    names = column_names(dataset)
+    has_prompt = "prompt" in names
     transcripts = [
         looks_like_transcript(row.get("chosen")) and looks_like_transcript(row.get("rejected")) for row in rows
     ]
     if read_transcripts and transcripts and 2 * sum(transcripts) >= len(transcripts):
-        # A separate prompt column repeats what the transcripts hold.
-        return _map(dataset, _from_transcripts, dict.fromkeys(PAIR_COLUMNS, _MESSAGES), "Reading transcripts")
-    if styles["chosen"] != styles["rejected"] and None not in (styles["chosen"], styles["rejected"]):
+        check_transcripts(names, rows)
+        return map_rows(dataset, from_transcripts, dict.fromkeys(PAIR_COLUMNS, MESSAGES), "Reading transcripts")
+    sides = {styles["chosen"], styles["rejected"]}
+    if styles["prompt"] == "messages" and "text" in sides:
+        written = [name for name in ("chosen", "rejected") if styles[name] == "text"]
+        features = dict.fromkeys(written, MESSAGES)
+        return map_rows(dataset, partial(_as_answers, written), features, "Writing completions as messages")
+    if sides == {"text", "messages"}:
         raise DataError(
             f"Column 'chosen' holds {styles['chosen']} and column 'rejected' holds {styles['rejected']}. "
             "Write both as plain text or both as lists of messages."
         )
+    if not has_prompt and not implicit:
+        check_implicit(names, rows)
     if styles["chosen"] == "messages" and (not has_prompt or styles["prompt"] == "text" or _repeats_prompt(rows)):
-        return _map(dataset, _pair_from_messages, _copied(dataset, "chosen"), "Separating prompts")
+        check_repeated(rows)
+        return map_rows(dataset, _pair_from_messages, _copied(dataset, "chosen"), "Separating prompts")
     if not has_prompt:
-        return _map(dataset, _pair_from_text, _copied(dataset, "chosen"), "Separating prompts")
-    if styles["prompt"] == "messages" and styles["chosen"] == "text":
-        features = {"chosen": _MESSAGES, "rejected": _MESSAGES}
-        return _map(dataset, _completions_to_messages, features, "Writing completions as messages")
+        return map_rows(dataset, _pair_from_text, _copied(dataset, "chosen"), "Separating prompts")
     return dataset
 
 
-def _normalise_unpaired(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def _normalise_unpaired(dataset: Dataset | IterableDataset, rows: Sequence[Row]) -> Dataset | IterableDataset:
     names = column_names(dataset)
-    rows = first_rows(dataset, _PEEKED_ROWS)
     if not set(UNPAIRED_COLUMNS) <= set(names):
         if _style(rows, "messages") != "messages":
             plain = _style(rows, "messages") == "text"
             found = "plain text" if plain else f"no list of messages in its first {len(rows)} rows"
-            raise DataError(f"Column 'messages' holds {found}. It must hold lists of {_MESSAGE} messages.")
+            raise DataError(f"Column 'messages' holds {found}. It must hold lists of {MESSAGE} messages.")
         # Removed only after the map, so that nothing of `messages` is lost if it fails.
         features = _copied(dataset, "messages", ("prompt", "completion"))
-        return _map(dataset, _from_messages, features, "Separating prompts").remove_columns("messages")
+        return map_rows(dataset, _from_messages, features, "Separating prompts").remove_columns("messages")
     styles = {name: _style(rows, name) for name in ("prompt", "completion")}
     if styles["completion"] == "messages" and styles["prompt"] == "text":
-        return _map(dataset, _prompt_to_messages, {"prompt": _MESSAGES}, "Writing prompts as messages")
+        return map_rows(dataset, _prompt_to_messages, {"prompt": MESSAGES}, "Writing prompts as messages")
     if styles["prompt"] == "messages" and styles["completion"] == "text":
-        return _map(dataset, _completions_to_messages, {"completion": _MESSAGES}, "Writing completions as messages")
+        features = {"completion": MESSAGES}
+        return map_rows(dataset, partial(_as_answers, ["completion"]), features, "Writing completions as messages")
     return dataset
-
-
-def _map(
-    dataset: Dataset | IterableDataset, function: Callable[[Row], Row], changed: Mapping[str, Any], desc: str
-) -> Dataset | IterableDataset:
-    """`dataset.map` with the types stated: left to be guessed, a first batch of empty prompts fixes a wrong one."""
-    if dataset.features is None or any(feature is None for feature in changed.values()):
-        return dataset.map(function)
-    features = Features({**dataset.features, **changed})
-    if not isinstance(dataset, Dataset):
-        return dataset.map(function, features=features)
-    try:
-        return dataset.map(function, features=features, desc=desc)
-    except (TypeError, ValueError, ArrowException) as error:
-        said = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"{desc}: the columns {', '.join(changed)} do not hold one kind of value throughout: {said}. Write every "
-            f"text as a string, or every one as a list of {_MESSAGE} messages."
-        ) from error
 
 
 def _copied(
@@ -187,14 +194,6 @@ def _copied(
     """Types for the columns cut out of `column`: its own."""
     feature = dataset.features[column] if dataset.features is not None else None
     return dict.fromkeys(targets, feature)
-
-
-def _from_transcripts(row: Row) -> Row:
-    parts = split_transcripts(row["chosen"], row["rejected"])
-    if parts is None:
-        unread = ([], *([{"role": UNPARSED, "content": row[side]}] for side in ("chosen", "rejected")))
-        return dict(zip(PAIR_COLUMNS, unread, strict=True))
-    return dict(zip(PAIR_COLUMNS, parts, strict=True))
 
 
 def _pair_from_text(row: Row) -> Row:
@@ -209,7 +208,7 @@ def _pair_from_messages(row: Row) -> Row:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if not chosen or not rejected or not isinstance(chosen, list) or not isinstance(rejected, list):
         return {"prompt": _as_messages(prompt, "user"), "chosen": chosen, "rejected": rejected}
-    if isinstance(prompt, str) and _role(chosen[0]) == _role(rejected[0]) == "assistant":
+    if isinstance(prompt, str) and role(chosen[0]) == role(rejected[0]) == "assistant":
         return {"prompt": _as_messages(prompt, "user"), "chosen": chosen, "rejected": rejected}
     if isinstance(prompt, list) and not (_opens_with(chosen, prompt) and _opens_with(rejected, prompt)):
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -230,10 +229,6 @@ def _opens_with(messages: Any, prompt: list[Any]) -> bool:
     return isinstance(messages, list) and len(messages) > len(prompt) and same_texts(messages[: len(prompt)], prompt)
 
 
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, dict) else None
-
-
 def _as_messages(text: Any, role: str) -> Any:
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
@@ -242,14 +237,14 @@ def _prompt_to_messages(row: Row) -> Row:
     return {"prompt": _as_messages(row["prompt"], "user")}
 
 
-def _completions_to_messages(row: Row) -> Row:
-    return {name: _as_messages(row[name], "assistant") for name in ("chosen", "rejected", "completion") if name in row}
+def _as_answers(names: Sequence[str], row: Row) -> Row:
+    return {name: _as_messages(row[name], "assistant") for name in names}
 
 
 def _from_messages(row: Row) -> Row:
     """The last message is what the label judges, if it is the assistant's; everything before it is the prompt."""
     messages = row["messages"]
-    if not isinstance(messages, list) or not messages or _role(messages[-1]) != "assistant":
+    if not isinstance(messages, list) or not messages or role(messages[-1]) != "assistant":
         return {"prompt": messages, "completion": []}
     return {"prompt": messages[:-1], "completion": messages[-1:]}
 

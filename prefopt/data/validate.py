@@ -18,10 +18,11 @@ from jinja2.exceptions import SecurityError
 
 from prefopt.data.columns import column_names
 from prefopt.data.errors import DataError
+from prefopt.data.messages import without_nulls
 from prefopt.data.problems import KINDS
 from prefopt.data.report import Problem, Report
 from prefopt.data.row import TOLD, UNREADABLE, row_problems
-from prefopt.data.schema import kind, without_nulls
+from prefopt.data.schema import kind
 from prefopt.data.templates import template_trouble
 from prefopt.data.tokenize import Processing, text_tokenizer, tokenize_row
 from prefopt.files import write_whole

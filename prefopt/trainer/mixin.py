@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.data import drop_overlong, normalise, tokenize_dataset
+from prefopt.data.unused import MEDIA, without_empty_media
 from prefopt.losses import ConflictFree, Loss, LossOutput, Need, PreferenceBatch
 from prefopt.metrics import RunningMeans, batch_metrics, rewards_not_logged
 from prefopt.scoring import TokenScores
@@ -123,6 +124,11 @@ class LossMixin(
         self._terms, self._term_gradients, self._moment_step = (), [], None
         self._learned: LearnedLoss | None = None
         self._reference_cache: ReferenceCache | None = None
+        for name, value in bound.items():
+            if isinstance(value, (Dataset, IterableDataset)):
+                bound[name] = without_empty_media(value)  # TRL goes by a column's name alone
+            elif name == "eval_dataset" and isinstance(value, dict):
+                bound[name] = type(value)({key: without_empty_media(rows) for key, rows in value.items()})
         data = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
         data = bound.get("train_dataset", data)
         sample: dict[str, Any] = next(iter(data), {}) if isinstance(data, (Dataset, IterableDataset)) else {}
@@ -238,7 +244,11 @@ class LossMixin(
         with args.main_process_first(local=False, desc=f"preparing the {dataset_name} set"):
             if "prompt_ids" in next(iter(dataset)):
                 return dataset
-            dataset = normalise(dataset, transcripts=False)
+            used = (*self.objective.columns, *(() if self._own_collator is not None else MEDIA))
+            told = dataset_name == "train" and args.should_log
+            dataset = normalise(
+                dataset, transcripts=False, used=used, say=logger.warning if told else lambda line: None
+            )
             dataset = tokenize_dataset(
                 dataset, processing_class, getattr(args, "dataset_num_proc", None), dataset_name
             )

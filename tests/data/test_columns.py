@@ -20,7 +20,7 @@ from prefopt.data import DataError, normalise
         (["instruction", "Response_Chosen", "rejected"], r"--columns prompt=instruction chosen=Response_Chosen\.$"),
         (["query", "answer", "thumbs_up"], r"--columns prompt=query completion=answer label=thumbs_up\.$"),
         (["conversations", "label"], r"--columns messages=conversations\.$"),
-        (["question", "answer"], r"prompt=question completion=answer\. No column looks like label"),
+        (["question", "answer"], r"'question' and 'answer'.* no column looks like label.*supervised fine-tuning"),
         (["prompt", "chosen"], r"No column looks like rejected"),
         (["alpha", "omega"], r"None of them looks like a needed one"),
     ],

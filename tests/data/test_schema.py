@@ -10,7 +10,8 @@ from datasets import Dataset
 from trl.data_utils import extract_prompt as trl_extract_prompt
 
 from prefopt.data import DataError, clean, kind, load_preferences, normalise, validate
-from prefopt.data.schema import UNPARSED, extract_prompt
+from prefopt.data.prompts import extract_prompt
+from prefopt.data.transcripts import UNPARSED
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data"
 

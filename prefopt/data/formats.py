@@ -1,0 +1,253 @@
+"""The layouts of preference data that other tools write, as one table: how each is recognised, what becomes of it.
+
+A format only moves values into our columns; `messages.py` rewrites messages, `schema.py` does the rest. Formats whose
+columns and values leave one reading are taken by themselves, and the line that says so is returned; the others have to
+be asked for by name (`--format`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from prefopt.data.columns import column_names, first_rows
+from prefopt.data.errors import DataError, did_you_mean
+from prefopt.data.maps import PEEKED_ROWS, map_rows
+from prefopt.data.messages import as_messages, role, writing
+
+Row = dict[str, Any]
+
+IMPLICIT = "implicit"
+"""Not a layout of columns: says that `chosen` and `rejected` begin with their prompt, as a person knows."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One layout.
+
+    Attributes:
+        name: what `--format` calls it.
+        about: whose it is, in a few words.
+        columns: our column -> where its value is, a column or a field of one (`input.messages`).
+        also: columns that belong to the layout and may be missing.
+        fits: whether the values of a row are what the layout says.
+        row: what is left to do once the values are in our columns.
+        automatic: taken without being asked for, as its columns and values have one reading.
+    """
+
+    name: str
+    about: str
+    columns: Mapping[str, str]
+    also: Mapping[str, str]
+    fits: Callable[[Row], bool]
+    row: Callable[[Row], Row] | None = None
+    automatic: bool = True
+
+    @property
+    def needs(self) -> set[str]:
+        return {path.partition(".")[0] for path in self.columns.values()}
+
+
+def _at(row: Any, path: str) -> Any:
+    for name in path.split("."):
+        if isinstance(row, list):
+            row = row[int(name)] if name.isdigit() and int(name) < len(row) else None
+        else:
+            row = row.get(name) if isinstance(row, Mapping) else None
+    return row
+
+
+def _opens_turn(messages: Any) -> bool:
+    """Messages to be answered: they end with what a user or a tool says."""
+    messages = as_messages(messages)
+    return isinstance(messages, list) and bool(messages) and role(messages[-1]) in ("user", "tool")
+
+
+def _is_answer(value: Any) -> bool:
+    """A text, or messages that begin with the assistant's."""
+    if writing(value) == "text":
+        return True
+    messages = as_messages(value)
+    return isinstance(messages, list) and bool(messages) and role(messages[0]) == "assistant"
+
+
+def _is_conversation(value: Any) -> bool:
+    messages = as_messages(value)
+    return isinstance(messages, list) and any(role(message) == "user" for message in messages)
+
+
+def _ends_answered(messages: Any) -> bool:
+    return _is_conversation(messages) and role(as_messages(messages)[-1]) == "assistant"
+
+
+def _split(row: Row) -> Row:
+    """Whole conversation in `prompt` and `chosen`: all up to the last user's turn, and the answer behind it."""
+    messages = as_messages(row["chosen"])
+    if not _is_conversation(messages):
+        return {"prompt": None, "chosen": messages}
+    cut = max(place for place, message in enumerate(messages) if role(message) == "user") + 1
+    return {"prompt": messages[:cut], "chosen": messages[cut:]}
+
+
+def _are_texts(*values: Any) -> bool:
+    return all(writing(value) == "text" for value in values)
+
+
+_PAIR = {"chosen": "chosen", "rejected": "rejected"}
+_SYSTEM = {"system": "system"}
+_CHAT = _SYSTEM | {"tools": "tools"}
+
+FORMATS = (
+    Format(
+        "openai",
+        "OpenAI's preference format",
+        {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},
+        {"tools": "input.tools"},
+        lambda row: (
+            _opens_turn(_at(row, "input.messages"))
+            and _is_answer(row["preferred_output"])
+            and _is_answer(row["non_preferred_output"])
+        ),
+    ),
+    Format(
+        "sharegpt",
+        "conversations with two answers",
+        {"prompt": "conversations", **_PAIR},
+        _CHAT,
+        lambda row: _opens_turn(row["conversations"]) and _is_answer(row["chosen"]) and _is_answer(row["rejected"]),
+    ),
+    Format(
+        "axolotl",
+        "messages with two answers",
+        {"prompt": "messages", **_PAIR},
+        _CHAT,
+        lambda row: _opens_turn(row["messages"]) and _is_answer(row["chosen"]) and _is_answer(row["rejected"]),
+    ),
+    Format(
+        "swift",
+        "ms-swift: messages with a rejected answer",
+        {"prompt": "messages", "chosen": "messages", "rejected": "rejected_response"},
+        _CHAT,
+        lambda row: _ends_answered(row["messages"]) and _is_answer(row["rejected_response"]),
+        row=_split,
+    ),
+    Format(
+        "swift",
+        "ms-swift: two whole conversations",
+        {"chosen": "messages", "rejected": "rejected_messages"},
+        _CHAT,
+        lambda row: _ends_answered(row["messages"]) and _ends_answered(row["rejected_messages"]),
+    ),
+    Format(
+        "swift",
+        "ms-swift: query, response and a rejected response",
+        {"prompt": "query", "chosen": "response", "rejected": "rejected_response"},
+        _SYSTEM,
+        lambda row: not row.get("history") and _are_texts(row["query"], row["response"], row["rejected_response"]),
+    ),
+    Format(
+        "orca",
+        "question with two answers",
+        {"prompt": "question", **_PAIR},
+        _SYSTEM,
+        lambda row: _are_texts(row["question"], row["chosen"], row["rejected"]),
+        automatic=False,
+    ),
+    Format(
+        "alpaca",
+        "instruction with two answers",
+        {"prompt": "instruction", **_PAIR},
+        {"input": "input", **_SYSTEM},
+        lambda row: _are_texts(row["instruction"], row["chosen"], row["rejected"]),
+        automatic=False,
+    ),
+    Format(
+        "alpaca",
+        "instruction with a list of two outputs, the better one first",
+        {"prompt": "instruction", "chosen": "output.0", "rejected": "output.1"},
+        {"input": "input", **_SYSTEM},
+        lambda row: isinstance(row["output"], list) and len(row["output"]) == 2 and _are_texts(*row["output"]),
+        automatic=False,
+    ),
+)
+
+NAMES = (*dict.fromkeys(layout.name for layout in FORMATS), IMPLICIT)
+
+
+def read_format(
+    dataset: Dataset | IterableDataset, name: str | None = None
+) -> tuple[Dataset | IterableDataset, dict[str, str], str]:
+    """The dataset with the values of its layout in our columns, where each came from, and a line that says so.
+
+    The last two are empty where nothing was to be done.
+
+    Raises:
+        DataError: for an unknown `name`, or one that the dataset's columns or values do not fit.
+    """
+    names = column_names(dataset)
+    layout = _recognised(dataset, names) if name is None else _asked_for(dataset, name, names)
+    if layout is None:
+        return dataset, {}, ""
+    paths = {**layout.columns, **{ours: path for ours, path in layout.also.items() if _has(dataset, path)}}
+
+    def move(row: Row) -> Row:
+        moved = {ours: _at(row, path) for ours, path in paths.items()}
+        return {**moved, **(layout.row(moved) if layout.row else {})}
+
+    features = {ours: _feature_at(dataset, path) for ours, path in paths.items()}
+    gone = [name for name in {path.partition(".")[0] for path in paths.values()} if name not in paths]
+    told = dict(paths)
+    if layout.row is not None:
+        told |= {"prompt": "messages up to the last user's", "chosen": "the messages behind it"}
+    line = f"Read as {layout.name} ({layout.about}): {', '.join(f'{ours} = {path}' for ours, path in told.items())}."
+    return map_rows(dataset, move, features, f"Reading {layout.name}", remove=gone), paths, line
+
+
+def _recognised(dataset: Dataset | IterableDataset, names: Sequence[str]) -> Format | None:
+    layouts = [layout for layout in FORMATS if layout.automatic and layout.needs <= set(names)]
+    if "prompt" in names or not layouts:
+        return None
+    rows = first_rows(dataset, PEEKED_ROWS)
+    return next((layout for layout in layouts if _most_fit(layout, rows)), None)
+
+
+def _most_fit(layout: Format, rows: Sequence[Row]) -> bool:
+    # A few broken rows do not make another layout of it; validation reports them.
+    return bool(rows) and 2 * sum(map(layout.fits, rows)) > len(rows)
+
+
+def _asked_for(dataset: Dataset | IterableDataset, name: str, names: Sequence[str]) -> Format | None:
+    if name not in NAMES:
+        hint = did_you_mean(name[:60], NAMES)
+        raise DataError(f"--format {name[:60]!r} is not known.{hint} Use one of {', '.join(NAMES)}.")
+    if name == IMPLICIT:
+        return None
+    layouts = [layout for layout in FORMATS if layout.name == name]
+    rows = first_rows(dataset, PEEKED_ROWS)
+    for layout in layouts:
+        if layout.needs <= set(names) and _most_fit(layout, rows):
+            return layout
+    about = "; or ".join(f"{', '.join(sorted(layout.needs))} ({layout.about})" for layout in layouts)
+    raise DataError(
+        f"--format {name} is columns {about}. The dataset's columns {', '.join(names[:30])} are not that, or do not "
+        "hold that. Choose another format, or map the columns with --columns prompt=... chosen=... rejected=..."
+    )
+
+
+def _has(dataset: Dataset | IterableDataset, path: str) -> bool:
+    if dataset.features is not None:
+        return _feature_at(dataset, path) is not None
+    return any(_at(row, path) is not None for row in first_rows(dataset, PEEKED_ROWS))
+
+
+def _feature_at(dataset: Dataset | IterableDataset, path: str) -> Any:
+    feature: Any = dataset.features
+    for name in path.split("."):
+        if name.isdigit():
+            feature = getattr(feature, "feature", None)
+        else:
+            feature = feature.get(name) if isinstance(feature, Mapping) else None
+    return feature

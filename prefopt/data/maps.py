@@ -1,0 +1,45 @@
+"""`dataset.map` for conversions of columns, with the types of the result stated and errors that name the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, Value
+from pyarrow.lib import ArrowException  # type: ignore[import-untyped]
+
+from prefopt.data.errors import DataError
+
+PEEKED_ROWS = 64
+"""Rows that are looked at to tell how a column is written."""
+MESSAGE = '{"role", "content"}'
+MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+
+
+def map_rows(
+    dataset: Dataset | IterableDataset,
+    function: Callable[[dict[str, Any]], dict[str, Any]],
+    changed: Mapping[str, Any],
+    desc: str,
+    remove: Sequence[str] = (),
+) -> Dataset | IterableDataset:
+    """`dataset.map`; `changed` has the types of the columns that `function` returns, None for one to be inferred.
+
+    Left to be guessed, a first batch of empty prompts fixes a wrong type.
+    """
+    options: dict[str, Any] = {"remove_columns": list(remove)} if remove else {}
+    if dataset.features is not None and all(feature is not None for feature in changed.values()):
+        rest = {name: feature for name, feature in dataset.features.items() if name not in remove}
+        options["features"] = Features({**rest, **changed})
+    if not isinstance(dataset, Dataset):
+        return dataset.map(function, **options)
+    try:
+        return dataset.map(function, desc=desc, **options)
+    except DataError:
+        raise
+    except (TypeError, ValueError, ArrowException) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{desc}: the columns {', '.join(changed)} do not hold one kind of value throughout: {said}. Write every "
+            f"text as a string, or every one as a list of {MESSAGE} messages."
+        ) from error

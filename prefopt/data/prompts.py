@@ -1,0 +1,237 @@
+"""Where the prompt of a pair is when there is no column `prompt`: in front of both completions, or in another column.
+
+Cutting it out of plain answers would train on half an answer without its question, so what is not clear is asked
+about. Imports this folder's columns and messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from prefopt.data.columns import ALIASES, column_names, is_metadata
+from prefopt.data.errors import DataError
+from prefopt.data.formats import IMPLICIT
+from prefopt.data.maps import MESSAGES, map_rows
+from prefopt.data.messages import plain_text, role, same_texts, writing
+
+Row = Mapping[str, Any]
+
+CONTEXT = ("input", "system")
+"""Columns that become a part of the prompt where they are mapped: its end, and a system message in front of it."""
+
+_SHARING = 0.9
+"""Least share of rows whose two texts begin alike where the prompt is in front of them; bad rows make up the rest."""
+_DISTINCT_FROM = 4
+"""Rows from which on one beginning that all share is taken for a phrase of the answers, and no prompt."""
+
+
+def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """The shared beginning of two whole conversations or texts, and what is left of each.
+
+    Messages: the leading messages that are equal. Text: the common prefix, cut back to a word boundary, the space
+    before the first differing word going to the completions (that is how tokenizers cut words). At least one message
+    or character stays in each completion.
+    """
+    most = min(len(chosen), len(rejected))
+    shared = 0
+    while shared < most and same_texts(chosen[shared], rejected[shared]):
+        shared += 1
+    if shared == most:
+        # One is the beginning of the other, or both are equal: the last item stays in the completion.
+        shared = max(0, most - 1)
+    if isinstance(chosen, str):
+        # Scripts without spaces have no boundary to go back to: keep what is shared.
+        shared = _word_boundary(chosen, rejected, shared) or shared
+        shared -= shared > 0 and chosen[shared - 1] == " "
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _word_boundary(left: str, right: str, cut: int) -> int:
+    def splits_a_word(at: int) -> bool:
+        return any(side[at - 1 : at].isalnum() and side[at : at + 1].isalnum() for side in (left, right))
+
+    while cut > 0 and splits_a_word(cut):
+        cut -= 1
+    return cut
+
+
+def check_implicit(names: Sequence[str], rows: Sequence[Row]) -> None:
+    """Refuses pairs without a column `prompt` where the prompt may not be in front of chosen and rejected.
+
+    Raises:
+        DataError: naming the column that looks like the prompt and the `--columns` to pass, or saying that both sides
+            are answers.
+    """
+    pairs = [row for row in rows if _comparable(row.get("chosen"), row.get("rejected"))]
+    shared = [extract_prompt(row["chosen"], row["rejected"])[0] for row in pairs]
+    if any(isinstance(part, list) for part in shared):
+        # Whole conversations say by their roles what the prompt is.
+        whole = [any(role(message) == "user" for message in part) for part in shared if isinstance(part, list)]
+        if 2 * sum(whole) > len(whole):
+            return
+    candidates = _candidates(names, pairs or rows, shared)
+    if candidates:
+        raise DataError(_ask(candidates, names, rows))
+    if pairs and not _are_prompts(pairs, shared):
+        raise DataError(_answers_only(pairs, shared))
+
+
+def _comparable(chosen: Any, rejected: Any) -> bool:
+    texts = isinstance(chosen, str) and isinstance(rejected, str)
+    if not (texts or (isinstance(chosen, list) and isinstance(rejected, list))):
+        return False
+    return bool(chosen and rejected) and not same_texts(chosen, rejected)
+
+
+def _are_prompts(pairs: Sequence[Row], shared: Sequence[Any]) -> bool:
+    """Whether what the two sides share is there in (nearly) every row, whole words, and not one phrase for all."""
+    if any(isinstance(part, list) for part in shared):
+        return False
+    whole = [
+        bool(part.strip()) and _ends_word(part, row["chosen"], row["rejected"])
+        for row, part in zip(pairs, shared, strict=True)
+    ]
+    one_phrase = len(pairs) >= _DISTINCT_FROM and len(set(shared)) == 1
+    return sum(whole) >= _SHARING * len(whole) and not one_phrase
+
+
+def _ends_word(part: str, chosen: str, rejected: str) -> bool:
+    """The share ends where a word does on both sides; scripts without spaces need two characters and more."""
+    at = len(part)
+    inside = any(part[-1].isalnum() and side[at : at + 1].isalnum() for side in (chosen, rejected))
+    return not inside or (at > 1 and not part.isascii())
+
+
+def _candidates(names: Sequence[str], rows: Sequence[Row], shared: Sequence[Any]) -> list[str]:
+    """Columns that may be the prompt, the most telling name first; those repeated in front of both sides are not."""
+    by_alias = {alias: place for place, alias in enumerate((*ALIASES["prompt"], *ALIASES["messages"]))}
+    found = []
+    for name in names:
+        if name in ("chosen", "rejected", "prompt") or (name.lower() not in by_alias and is_metadata(name)):
+            continue
+        texts = [plain_text(row.get(name)).strip() if writing(row.get(name)) else "" for row in rows]
+        if not any(texts) or (name.lower() not in by_alias and not _reads_like_prompts(texts)):
+            continue
+        repeated = [bool(text) and text in plain_text(part) for text, part in zip(texts, shared, strict=False)]
+        if not repeated or not all(repeated):
+            found.append(name)
+    return sorted(found, key=lambda name: by_alias.get(name.lower(), len(by_alias)))
+
+
+def _reads_like_prompts(texts: Sequence[str]) -> bool:
+    """Texts of several words that differ from row to row, which names of models, topics or languages do not."""
+    words = [len(text.split()) if text.isascii() else max(len(text.split()), len(text) // 3) for text in texts]
+    return sum(words) >= 3 * len(texts) and 2 * len(set(texts)) > len(texts)
+
+
+def _ask(candidates: Sequence[str], names: Sequence[str], rows: Sequence[Row]) -> str:
+    prompt, *others = candidates
+    mapped = {"prompt": prompt}
+    for ours in ("input", "system"):
+        filled = ours in names and any(plain_text(row.get(ours)).strip() for row in rows)
+        if filled and prompt != ours:
+            mapped[ours] = ours
+    others = [name for name in others if name not in mapped.values()]
+    also = f" (or {', '.join(map(repr, others[:5]))})" if others else ""
+    arguments = " ".join(f"{ours}={theirs}" for ours, theirs in mapped.items())
+    return (
+        f"There is no column 'prompt', but column {prompt!r}{also} looks like it, so no prompt is cut out of 'chosen' "
+        f"and 'rejected'. Pass: --columns {arguments}. If 'chosen' and 'rejected' themselves begin with the prompt, "
+        f"pass --format {IMPLICIT}. In Python: prefopt.data.normalise(dataset, {mapped})."
+    )
+
+
+def _answers_only(pairs: Sequence[Row], shared: Sequence[Any]) -> str:
+    at = min(range(len(pairs)), key=lambda place: len(shared[place]))
+    sides = " and ".join(repr(plain_text(pairs[at][side])[:60]) for side in ("chosen", "rejected"))
+    return (
+        "There is no column 'prompt', and 'chosen' and 'rejected' do not begin with a prompt that differs from row to "
+        f"row (the least alike of the first {len(pairs)} rows: {sides}), so they look like answers without their "
+        "prompts. Add a column 'prompt', or map it with --columns prompt=NAME. If they do begin with the prompt, pass "
+        f"--format {IMPLICIT} (in Python: prefopt.data.normalise(dataset, format={IMPLICIT!r}))."
+    )
+
+
+def check_repeated(rows: Sequence[Row]) -> None:
+    """Refuses a plain prompt beside whole conversations that do not hold it: one of the two would be dropped.
+
+    Raises:
+        DataError: with a row's prompt and the conversation's.
+    """
+    whole = [
+        (row["prompt"], extract_prompt(row["chosen"], row["rejected"])[0])
+        for row in rows
+        if isinstance(row.get("prompt"), str)
+        and isinstance(row.get("chosen"), list)
+        and isinstance(row.get("rejected"), list)
+        and role(next(iter(row["chosen"]), None)) != "assistant"
+    ]
+    differing = [(text, shared) for text, shared in whole if not _says(plain_text(shared), text)]
+    if 2 * len(differing) > len(whole):
+        text, shared = differing[0]
+        raise DataError(
+            "'chosen' and 'rejected' are whole conversations, and column 'prompt' says something else than they do: "
+            f"{text[:80]!r} beside {plain_text(shared)[:80]!r}. To read the conversations alone, pass --columns "
+            "unused=prompt; to put the column in front of them as a system message, pass --columns system=prompt."
+        )
+
+
+def _says(shared: str, text: str) -> bool:
+    # A prompt may be written with a template's words around it, or without the system message.
+    left, right = " ".join(shared.split()), " ".join(text.split())
+    return right in left or (bool(left) and left in right)
+
+
+def add_context(dataset: Dataset | IterableDataset, mapped: Sequence[str]) -> Dataset | IterableDataset:
+    """Normalised rows with the columns `mapped` (of `CONTEXT`) made a part of the prompt, and gone."""
+    if "input" in mapped:
+        feature = dataset.features["prompt"] if dataset.features is not None else None
+        dataset = map_rows(dataset, _with_input, {"prompt": feature}, "Appending input", ["input"])
+    if "system" not in mapped:
+        return dataset
+    features = {"prompt": MESSAGES}
+    if dataset.features is not None:
+        kept = {"prompt": dataset.features["prompt"]}
+        names = [name for name in ("prompt", "chosen", "rejected", "completion") if name in column_names(dataset)]
+        plain = getattr(kept["prompt"], "dtype", None) in ("string", "large_string")
+        features = dict.fromkeys(names, MESSAGES) if plain else kept
+    return map_rows(dataset, _with_system, features, "Adding system messages", ["system"])
+
+
+def _with_input(row: Row) -> dict[str, Any]:
+    prompt, text = row["prompt"], row.get("input")
+    if not isinstance(text, str) or not text.strip():
+        return {"prompt": prompt}
+    if isinstance(prompt, str):
+        return {"prompt": f"{prompt}\n{text}" if prompt.strip() else text}
+    if not prompt or not isinstance(prompt[-1].get("content"), str):
+        raise DataError(
+            f"--columns input=...: a row's prompt has no text to append {text[:60]!r} to. Take the column out, or "
+            "append it to the messages yourself."
+        )
+    return {"prompt": [*prompt[:-1], {**prompt[-1], "content": f"{prompt[-1]['content']}\n{text}"}]}
+
+
+def _with_system(row: Row) -> dict[str, Any]:
+    """The row as a conversation that begins with its system message, if it has one."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
+    found = {
+        name: [{"role": roles[name], "content": row[name]}] if isinstance(row[name], str) else row[name]
+        for name in roles
+        if name in row
+    }
+    text = plain_text(row.get("system"))
+    if not text.strip():
+        return found
+    prompt = found["prompt"] or []
+    if prompt and role(prompt[0]) in ("system", "developer"):
+        if plain_text(prompt[0]).strip() != text.strip():
+            raise DataError(
+                "--columns system=...: a row's conversation has a system message already, "
+                f"{plain_text(prompt[0])[:60]!r}, beside {text[:60]!r} of the column. Keep one of them."
+            )
+        return found
+    return {**found, "prompt": [{"role": "system", "content": text}, *prompt]}

@@ -1,0 +1,37 @@
+"""From a name to normalised rows, for the commands and the recipes: load, read the layout, say what is not used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from datasets import Dataset, IterableDataset
+
+from prefopt.data.columns import text_columns
+from prefopt.data.errors import DataError
+from prefopt.data.load import load_preferences
+from prefopt.data.schema import normalise
+
+
+def read_preferences(
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    format: str | None = None,
+    streaming: bool = False,
+    used: Collection[str] = (),
+    say: Callable[[str], object] | None = None,
+) -> Dataset | IterableDataset:
+    """`normalise(load_preferences(name))`; arguments as there.
+
+    Raises:
+        DataError: of both, the second with the set's name in it.
+    """
+    loaded = load_preferences(
+        name, config=config, split=split, streaming=streaming, text_columns=text_columns(columns)
+    )
+    try:
+        return normalise(loaded, columns, format=format, used=used, say=say)
+    except DataError as error:
+        raise DataError(f"{name}: {error}".replace("prefopt pair DATA", f"prefopt pair {name}")) from error

@@ -1,0 +1,41 @@
+"""What was read, in lines a person checks at a glance: which columns are used, and the first row in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.data.columns import PAIR_COLUMNS, UNPAIRED_COLUMNS, column_names, first_rows
+from prefopt.data.messages import without_nulls
+from prefopt.data.schema import kind
+
+_READ = (*PAIR_COLUMNS, *UNPAIRED_COLUMNS, "weight", "tools", "chat_template_kwargs", *GIVEN_LOGPS, *EMBEDDINGS)
+_EXCERPT = 90
+
+
+def described(dataset: Dataset | IterableDataset) -> Iterator[str]:
+    """Lines about a normalised dataset: its columns, those that travel along, its first row."""
+    names = column_names(dataset)
+    sides = PAIR_COLUMNS if kind(dataset) == "pair" else UNPAIRED_COLUMNS
+    row = next(iter(first_rows(dataset, 1)), {})
+    form = "conversations" if isinstance(row.get(sides[1]), list) else "plain text"
+    others = [name for name in names if name not in _READ and not name.endswith("_ids")]
+    read = ", ".join(name for name in names if name not in others)
+    yield f"Read as {form}: {read}." + (f" Not read: {', '.join(others[:20])}." if others else "")
+    for name in sides if row else ():
+        yield f"  {name:>10}: {_excerpt(row.get(name))}"
+
+
+def _excerpt(value: Any) -> str:
+    if isinstance(value, list):
+        value = " | ".join(
+            f"{message.get('role')}: {message.get('content') or without_nulls(message.get('tool_calls')) or ''}"
+            for message in value
+            if isinstance(message, dict)
+        )
+    text = value if isinstance(value, str) else str(value)
+    shown = text if len(text) <= _EXCERPT else f"{text[:60]} ... {text[-25:]}"
+    return repr(shown)

@@ -1,0 +1,114 @@
+"""Columns that could matter and are not used: named once, with what would use them; empty ones for images are dropped.
+
+Ids, sources and other words about a row are nobody's business and are never named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from prefopt.data.columns import column_names, first_rows
+from prefopt.data.errors import DataError
+from prefopt.data.maps import PEEKED_ROWS
+from prefopt.data.messages import plain_text
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+_SYSTEM = re.compile(r"(system|sys)(_?(prompt|message|instruction))?", re.IGNORECASE)
+_INPUT = re.compile(r"inputs?|contexts?|backgrounds?|passages?|documents?|histor(y|ies)", re.IGNORECASE)
+_NUMBER = re.compile(r"margins?|(\w+_)?(weight|score|rating|reward)s?(_\w+)?", re.IGNORECASE)
+_TOOLS = re.compile(r"(available_)?(tools|functions)", re.IGNORECASE)
+
+
+def unused_columns(dataset: Dataset | IterableDataset, used: Collection[str] = ()) -> dict[str, str]:
+    """Columns of a normalised dataset that hold something, could matter and are not used -> what would use them.
+
+    Args:
+        dataset: in canonical columns.
+        used: columns that the objective or the model reads, beside those that are always read.
+    """
+    names = [name for name in column_names(dataset) if name not in {*used, "weight"}]
+    rows = first_rows(dataset, PEEKED_ROWS)
+    found = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        hint = _hint(name, values, rows)
+        if hint and any(map(_has_content, values)):
+            found[name] = hint
+    return found
+
+
+def unused_line(unused: dict[str, str]) -> str:
+    """One line that names them, columns with one remedy together; empty where there are none."""
+    by_hint: dict[str, list[str]] = {}
+    for name, hint in unused.items():
+        by_hint.setdefault(hint, []).append(name)
+    parts = [f"{', '.join(names)} ({hint})" for hint, names in by_hint.items()]
+    return f"Columns not used: {'; '.join(parts)}." if parts else ""
+
+
+def _hint(name: str, values: Sequence[Any], rows: Sequence[dict[str, Any]]) -> str:
+    if name in MEDIA:
+        return "read by vision models only"
+    if _TOOLS.fullmatch(name):
+        if isinstance(rows[0].get("prompt") if rows else None, list) and name == "tools":
+            return ""
+        return "tools belong to conversations: write the prompt as messages, the column as 'tools'"
+    if _NUMBER.fullmatch(name):
+        numbers = all(value is None or isinstance(value, int | float) for value in values)
+        return "a 'weight' weighs rows, a 'margin' is read by margin_dpo: map it to one of them" if numbers else ""
+    for ours, pattern, where in (("system", _SYSTEM, "puts it in front of"), ("input", _INPUT, "appends it to")):
+        if pattern.fullmatch(name):
+            texts = [plain_text(value).strip() for value in values]
+            # Where the prompt repeats the column, nothing is lost.
+            if all(text in plain_text(row.get("prompt")) for text, row in zip(texts, rows, strict=True)):
+                return ""
+            return f"--columns {ours}={name} {where} the prompt"
+    return ""
+
+
+def _has_content(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")  # JSON text of nothing
+    if isinstance(value, list):
+        return any(map(_has_content, value))
+    return value is not None and value != {}
+
+
+def without_empty_media(dataset: Any) -> Any:
+    """The dataset without columns for images and the like that hold nothing; trainers go by the name of a column.
+
+    Raises:
+        DataError: from a stream, as soon as a row fills a column that its first rows left empty.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return dataset
+    media = [name for name in column_names(dataset) if name in MEDIA]
+    if isinstance(dataset, Dataset):
+        empty = [name for name in media if _is_blank(dataset, name)]
+        return dataset.remove_columns(empty) if empty else dataset
+    rows = first_rows(dataset, PEEKED_ROWS) if media else []
+    empty = [name for name in media if not any(_has_content(row.get(name)) for row in rows)]
+    if not empty:
+        return dataset
+
+    def check(row: dict[str, Any], index: int) -> dict[str, Any]:
+        for name in empty:
+            if _has_content(row.get(name)):
+                raise DataError(
+                    f"Row {index} (from 0) of the stream has {name!r}, which the first {PEEKED_ROWS} rows leave "
+                    "empty. Take these rows out, or put one of them first."
+                )
+        return {}
+
+    return dataset.map(check, with_indices=True, remove_columns=empty)
+
+
+def _is_blank(dataset: Dataset, name: str) -> bool:
+    # Not decoded: whether there is an image can be told without opening it.
+    column = dataset.select_columns(name).with_format("arrow")
+    return not any(_has_content(value) for batch in column.iter(1000) for value in batch[name].to_pylist())

@@ -1,0 +1,138 @@
+"""Rankings and comparisons are told to be paired first, with a command that works, and are paired by it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from prefopt.cli import app
+from prefopt.data import DataError, normalise
+
+Row = dict[str, Any]
+
+
+def talk(answer: str) -> list[Row]:
+    return [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+
+
+PUBLISHED: dict[str, tuple[list[Row], list[Row]]] = {
+    "nectar": (
+        [{"prompt": "Hi", "answers": [{"answer": "Go.", "rank": 2.0}, {"answer": "Hello.", "rank": 1.0}]}],
+        [{"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."}],
+    ),
+    "ultrafeedback": (
+        [
+            {
+                "instruction": "Hi",
+                "completions": [{"response": r, "overall_score": s} for r, s in (("c", 1.0), ("a", 9.0), ("b", 5.0))],
+            }
+        ],
+        [{"prompt": "Hi", "chosen": "a", "rejected": "c"}],
+    ),
+    "two lists": (
+        [{"prompt": "Hi", "responses": ["b", "a"], "scores": [0.1, 0.9]}],
+        [{"prompt": "Hi", "chosen": "a", "rejected": "b"}],
+    ),
+    "shp": (
+        [
+            {"history": "Why?", "human_ref_A": "So.", "human_ref_B": "No.", "labels": 0, "score_A": 2, "score_B": 9},
+            {"history": "How?", "human_ref_A": "So.", "human_ref_B": "No.", "labels": 1, "score_A": 9, "score_B": 2},
+        ],
+        [
+            {"prompt": "Why?", "chosen": "No.", "rejected": "So."},
+            {"prompt": "How?", "chosen": "So.", "rejected": "No."},
+        ],
+    ),
+    "arena": (
+        [
+            {"model_a": "x", "model_b": "y", "winner": w, "conversation_a": talk("a"), "conversation_b": talk("b")}
+            for w in ("model_b", "tie", "model_a")
+        ],
+        [{"chosen": talk("b"), "rejected": talk("a")}, {"chosen": talk("a"), "rejected": talk("b")}],
+    ),
+    "one winner seen": (
+        [{"prompt": "Hi", "response_a": "a", "response_b": "b", "winner": "A"}],
+        [{"prompt": "Hi", "chosen": "a", "rejected": "b"}],
+    ),
+    "helpsteer3": (
+        [{"context": talk("x")[:1], "response1": "a", "response2": "b", "overall_preference": n} for n in (-2, 0, 3)],
+        [
+            {"prompt": talk("x")[:1], "chosen": "a", "rejected": "b"},
+            {"prompt": talk("x")[:1], "chosen": "b", "rejected": "a"},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_command_that_is_printed_pairs_the_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows, pairs = PUBLISHED[name]
+    Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = CliRunner()
+    told = run.invoke(app, ["check", "data.jsonl"])
+    assert told.exit_code == 1
+    assert "paired first" in told.output
+    assert "--columns" not in told.output
+    command = re.search(r"prefopt (pair data\.jsonl .*?)\. ", told.output)
+    assert command is not None
+    done = run.invoke(app, shlex.split(command[1]))
+    assert done.exit_code == 0, done.output
+    assert [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()] == pairs
+    ties = len(rows) - len(pairs)
+    assert f"{len(pairs)} pairs from {len(rows)} rows; {ties} rows made none" in done.output
+    assert run.invoke(app, ["check", "pairs.jsonl"]).exit_code == 0
+
+
+def test_a_verdict_that_does_not_say_its_side_is_asked_for(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi", "response_1": "a", "response_2": "b", "winner": n} for n in (1, 2)]
+    with pytest.raises(
+        DataError, match=r"--first-wins=\.\.\. --second-wins=\.\.\.\. Put the values of 'winner' \(here 1, 2\)"
+    ):
+        normalise(Dataset.from_list(rows))
+
+
+def test_all_pairs_of_a_ranking_and_ties(tmp_path: Path) -> None:
+    path, out = tmp_path / "data.jsonl", tmp_path / "pairs.jsonl"
+    answers = [{"text": t, "rank": r} for t, r in (("c", 3), ("a", 1), ("b", 1), (None, 2))]
+    path.write_text(json.dumps({"answers": answers}) + "\n" + json.dumps({"answers": answers[1:3]}))
+    options = ["--out", str(out), "--answers", "answers", "--text", "text", "--rank", "rank", "--every"]
+    done = CliRunner().invoke(app, ["pair", str(path), *options])
+    assert "2 pairs from 2 rows; 1 rows made none" in done.output.replace("\n", " ")
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert made == [{"chosen": "a", "rejected": "c"}, {"chosen": "b", "rejected": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--first", "a"], "Two answers need all of"),
+        (["--answers", "a"], "needs what orders them"),
+        (["--answers", "a", "--rank", "r", "--first", "b"], "give one of the two"),
+        (["--answers", "nothing", "--rank", "r"], "no column 'nothing'"),
+        (
+            ["--first", "a", "--second", "b", "--winner", "w", "--first-wins", "x", "--second-wins", "y"],
+            "None of the 1",
+        ),
+    ],
+)
+def test_what_makes_no_pair_is_refused_and_nothing_written(tmp_path: Path, options: list[str], message: str) -> None:
+    path, out = tmp_path / "data.jsonl", tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"a": "x", "b": "y", "w": "tie", "r": 1}))
+    done = CliRunner().invoke(app, ["pair", str(path), "--out", str(out), *options])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert not out.exists()
+
+
+def test_questions_with_one_answer_are_no_preferences() -> None:
+    with pytest.raises(DataError, match="supervised fine-tuning") as raised:
+        normalise(Dataset.from_list([{"question": "2+2?", "answer": "4"}]))
+    assert "--columns" not in str(raised.value)

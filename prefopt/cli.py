@@ -1,4 +1,7 @@
-"""The `prefopt` command: look objectives up, check data, plan a run, run the bundled job, merge adapters."""
+"""The `prefopt` command: look objectives up, check data, plan a run, run the bundled job, merge adapters.
+
+What a command needs is imported inside it, so that `--help` does not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from prefopt.catalogue import data_of, facts, families, losses_table, objectives_table, reference_of
-from prefopt.losses import Loss, Preset, available, presets
-from prefopt.losses.registry import describe_arguments
+from prefopt import __version__
 from prefopt.short_errors import short_errors
+
+if TYPE_CHECKING:
+    from prefopt.losses import Loss
 
 app = typer.Typer(
     help="Preference optimization for language models.",
@@ -36,6 +40,22 @@ Layout = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"prefopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    # Without a docstring: the help is the app's.
+    pass
+
+
 @app.command()
 def losses(
     names: Annotated[list[str] | None, typer.Argument(help="Losses, presets or expressions to explain.")] = None,
@@ -47,6 +67,9 @@ def losses(
     span: Annotated[float | None, typer.Option(help="Half the width of a plot's x-axis, in nats; 40.")] = None,
 ) -> None:
     """List the objectives, explain some, or plot them."""
+    from prefopt.catalogue import losses_table, objectives_table
+    from prefopt.losses import available
+
     if plot is None and (vary or span is not None):
         _fail("--vary and --span are about a picture: add --plot FILE.png")
     if plot is not None and markdown:
@@ -71,6 +94,10 @@ def losses(
 
 
 def _list() -> None:
+    from prefopt.catalogue import facts, families
+    from prefopt.losses import presets
+    from prefopt.losses.registry import describe_arguments
+
     console = _console()
     for family in families():
         console.print(Text(f"\n{family.name}: ", style="bold").append(family.about, style="not bold"))
@@ -93,7 +120,9 @@ def _entry(title: str, formula: str, parts: list[str]) -> None:
 
 
 def _explain(text: str) -> None:
-    from prefopt.losses import LossSyntaxError, parse
+    from prefopt.catalogue import facts
+    from prefopt.losses import LossSyntaxError, Preset, available, parse, presets
+    from prefopt.losses.registry import describe_arguments
 
     console = _console()
     maker = available().get(text) or presets().get(text)
@@ -142,6 +171,9 @@ def _docstring(documented: object) -> None:
 
 def _account(loss: Loss, words: list[str]) -> None:
     """An expression with every argument, and what it asks for; `words` may name presets that it came from."""
+    from prefopt.catalogue import data_of, reference_of
+    from prefopt.losses import Loss, presets
+
     console = _console()
     console.print(Text(str(loss), style="bold"))
     console.print(Text(f"\nData: {data_of(loss)}"))
@@ -404,7 +436,7 @@ def merge(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def demo(context: typer.Context) -> None:
-    """Train the bundled model on the bundled pairs; takes every option of recipes/dpo.py."""
+    """Train the bundled model on the bundled pairs, or yours: --model_name_or_path, --dataset_name, --loss ..."""
     from prefopt.recipe import main as run_recipe
 
     with short_errors():
@@ -493,4 +525,10 @@ def _fail(message: str) -> None:
 
 
 def main() -> None:
-    app()
+    """The command line; errors of prefopt's own end it with their message alone."""
+    with short_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()

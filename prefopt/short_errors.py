@@ -13,7 +13,8 @@ from types import TracebackType
 
 from prefopt.redaction import redact
 
-_OURS = (ValueError, TypeError, OSError, ArithmeticError)
+_USUAL = (ValueError, TypeError, OSError, ArithmeticError)
+"""Kinds of Python's own that prefopt raises with words for users; RuntimeErrors are so only under a name of ours."""
 
 
 def show_short_errors() -> None:
@@ -46,16 +47,17 @@ def short_errors() -> Iterator[None]:
     """
     try:
         yield
-    except _OURS as error:
+    except Exception as error:
         if not is_ours(error) or os.environ.get("PREFOPT_VERBOSE"):
             raise
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(redact(f"error: {error}")) from error
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether the frame that raised an error is in prefopt."""
+    """Whether the frame that raised an error is in prefopt, and its kind one that carries words for users."""
     module, traceback = "", error.__traceback__
     while traceback is not None:
         module = str(traceback.tb_frame.f_globals.get("__name__", ""))
         traceback = traceback.tb_next
-    return isinstance(error, _OURS) and module.startswith("prefopt.")
+    meant = isinstance(error, _USUAL) or type(error).__module__.startswith("prefopt.")
+    return meant and module.startswith("prefopt.")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import prefopt
 from prefopt.catalogue import FAMILIES, facts, families, losses_table, objectives_table, presets_table
-from prefopt.cli import app
+from prefopt.cli import app, main
 from prefopt.losses import Loss, available, presets, register
 from prefopt.losses.registry import _LOSSES
+from prefopt.trainer.checkpoints import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
@@ -208,3 +212,46 @@ class TestCache:
         result = CliRunner().invoke(app, ["cache", "--folder", str(tmp_path), "--prune", "nothing"])
         assert result.exit_code == 1
         assert "no reference named nothing" in result.output
+
+
+class TestStart:
+    """The command as people start it, in a process of its own."""
+
+    @staticmethod
+    def python(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    @pytest.mark.parametrize("module", ["prefopt", "prefopt.cli"])
+    def test_as_a_module(self, module):
+        done = self.python("-m", module, "--help")
+        assert done.returncode == 0
+        assert "select-kernel" in done.stdout
+
+    def test_its_version(self):
+        result = CliRunner().invoke(app, ["--version"])
+        assert (result.exit_code, result.output) == (0, f"prefopt {prefopt.__version__}\n")
+
+    def test_help_waits_for_no_heavy_library(self):
+        heavy = ("torch", "transformers", "trl", "datasets", "sympy")
+        code = f"import sys, prefopt.cli; print([name for name in {heavy} if name in sys.modules])"
+        assert self.python("-c", code).stdout.strip() == "[]"
+
+
+class TestErrors:
+    def run_raising(self, error: Exception, monkeypatch) -> str:
+        """What ends the program when a command raises an error within prefopt."""
+        source = compile("def raising(error):\n    raise error\n", "raising.py", "exec")
+        scope = {"__name__": "prefopt.somewhere"}
+        exec(source, scope)
+        monkeypatch.setattr("prefopt.cli.app", lambda: scope["raising"](error))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return str(ended.value)
+
+    @pytest.mark.parametrize("error", [ValueError("no such row"), CheckpointError("no such row")])
+    def test_our_own_are_a_line(self, error, monkeypatch):
+        assert self.run_raising(error, monkeypatch) == "error: no such row"
+
+    def test_a_defect_keeps_its_traceback(self, monkeypatch):
+        with pytest.raises(RuntimeError, match="tensors"):
+            self.run_raising(RuntimeError("tensors on two devices"), monkeypatch)

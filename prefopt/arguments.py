@@ -28,12 +28,14 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from prefopt.config_file import check_values, read_config, set_environment
 from prefopt.data.errors import did_you_mean
 from prefopt.data.formats import NAMES
+from prefopt.demo.model import HUB_ID
 from prefopt.embeddings import refuse_mismatch
 from prefopt.files import is_file
+from prefopt.launched import launch_command
 from prefopt.loss_options import settle
 from prefopt.losses import LossSyntaxError
 from prefopt.models import adapter_base
-from prefopt.redaction import command_line, guard_process, redact, remember
+from prefopt.redaction import guard_process, redact, remember
 from prefopt.short_errors import show_short_errors
 from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.config import TRL_LOSS_OPTIONS
@@ -61,6 +63,8 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
             `embeddings='given'`: a folder, a Hub name or `all-MiniLM-L6-v2`.
         eval_rows: rows held out of the training split where the data has no test split; 0 for none.
         dry_run: validate the data, show the resolved settings, one decoded batch, steps and memory; train nothing.
+        overwrite_output_dir: write over the earlier run that the named output folder holds. Without it such a folder
+            is refused; the folder of the default is moved aside.
         evaluate_first: also evaluate before training, to show what training changed.
     """
 
@@ -106,6 +110,9 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
         metadata={"help": "Rows to hold out of the training split where there is no test split; 0 for none."},
     )
     dry_run: bool = field(default=False, metadata={"help": "Show what would happen and train nothing."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write over an earlier run in a folder that --output_dir names."}
+    )
     evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
 
 
@@ -122,6 +129,9 @@ class Recipe:
         command: the command line without secrets, for the model card.
         base_model: the name that the model card gives the model, where that is not `model.model_name_or_path`.
         heldout_split: where the held-out rows come from; known once the data is loaded.
+        bundled_model: whether no model was named.
+        output_named: whether the output folder was named, rather than taken by default.
+        has_room: whether an earlier run in the output folder was looked after.
     """
 
     script: RecipeArguments
@@ -132,6 +142,9 @@ class Recipe:
     command: str | None = None
     base_model: str | None = None
     heldout_split: str = ""
+    bundled_model: bool = False
+    output_named: bool = True
+    has_room: bool = False
 
     @property
     def bundled_data(self) -> bool:
@@ -145,8 +158,8 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     `--dataset_name` the bundled preference pairs are used.
     """
     _quiet_libraries()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    command = f"accelerate launch {command_line([_script(), *argv])}"
+    given, argv = argv, list(sys.argv[1:] if argv is None else argv)
+    command = launch_command(given)
     guard_process()
     show_short_errors()
     config, path = _take_config(argv)
@@ -160,7 +173,9 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
         raise SystemExit(_no_option(unknown[0], parser))
     demo = bool(known.demo or _is_on(config.get("demo", False)))
     objective, argv, config = _settled(loss, argv, config, words, known)
-    parser.set_defaults_with_config(**_defaults(objective, config, words, demo))
+    defaults, notes = _defaults(objective, config, words, demo)
+    _refuse_steps_and_epochs(config, words, known)
+    parser.set_defaults_with_config(**defaults)
     script, training, model = _filled(parser, argv)
     _refuse_out_of_range(training)
     remember(training.hub_token)
@@ -169,7 +184,13 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     console = _Console(quiet=not PartialState().is_main_process)
     if demo:
         console.print(_swapped(config, words, str(training.loss or training.loss_type)), soft_wrap=True, markup=False)
-    return Recipe(script, training, model, console, paper, command)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    return Recipe(
+        script, training, model, console, paper, command,
+        bundled_model=model.model_name_or_path is None,
+        output_named="output_dir" in words or ("output_dir" in config and not demo),
+    )  # fmt: skip
 
 
 class _Console(Console):
@@ -177,12 +198,6 @@ class _Console(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(redact(part) if isinstance(part, str) else part for part in objects), **options)
-
-
-def _script() -> str:
-    """The recipe that runs, as a command names it: `recipes/dpo.py`."""
-    script = Path(sys.argv[0])
-    return f"recipes/{script.name}" if script.parent.name == "recipes" else "recipes/dpo.py"
 
 
 def _filled(parser: TrlParser, argv: Sequence[str]) -> tuple[RecipeArguments, PreferenceConfig, ModelConfig]:
@@ -301,17 +316,44 @@ def _read(value: Any) -> Any:
         return value
 
 
-def _defaults(loss: str | None, config: dict[str, Any], words: set[str], demo: bool) -> dict[str, Any]:
-    """What every option is unless the command line says otherwise."""
+def _defaults(
+    loss: str | None, config: dict[str, Any], words: set[str], demo: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """What every option is unless the command line says otherwise, and what there is to say about it."""
     defaults: dict[str, Any] = {"report_to": "none", "output_dir": "runs/latest", "loss": loss}
+    notes = []
     if not torch.accelerator.is_available():
         defaults["use_cpu"] = True
     if demo:
         config = {name: value for name, value in config.items() if name in _OBJECTIVE}
-    named = words | set(config)
-    if demo or "model_name_or_path" not in named:
+    named = words | {name for name, value in config.items() if value is not None}
+    epochs_are_asked_for = "num_train_epochs" in words and "max_steps" not in words
+    if demo or not named & {"model_name_or_path", "dataset_name"}:
         defaults |= yaml.safe_load(DEMO_CONFIG.read_text(encoding="utf-8"))
-    return defaults | config
+        epochs_are_asked_for |= "num_train_epochs" in named and "max_steps" not in named
+        if epochs_are_asked_for:
+            notes.append(f"The bundled job's {defaults['max_steps']} steps do not apply: num_train_epochs is set.")
+    elif "model_name_or_path" not in named:
+        notes.append(
+            f"No --model_name_or_path: the bundled {HUB_ID} is trained, with the settings of any model (the bundled "
+            "job's own are for its own data)."
+        )
+    if epochs_are_asked_for:
+        if config.get("max_steps", -1) != -1:
+            notes.append(f"The config's max_steps {config['max_steps']} does not apply: --num_train_epochs is set.")
+        config = {**config, "max_steps": -1}
+    return defaults | config, notes
+
+
+def _refuse_steps_and_epochs(config: dict[str, Any], words: set[str], known: argparse.Namespace) -> None:
+    """Both in one place: `max_steps` would win, and the epochs would have no effect."""
+    both = {"max_steps", "num_train_epochs"}
+    for where, names, steps in (("", words, known.max_steps), ("the config: ", set(config), config.get("max_steps"))):
+        if both <= names and steps is not None and float(steps) > 0:
+            raise SystemExit(
+                f"{where}num_train_epochs would have no effect beside max_steps {steps}, which decides how long to "
+                "train: leave one of them out"
+            )
 
 
 def _swapped(config: dict[str, Any], words: set[str], loss: str) -> str:

@@ -6,9 +6,9 @@ Loads a tokenizer and a model's configuration, never its weights.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -20,6 +20,7 @@ from trl import ModelConfig, ScriptArguments
 
 from prefopt.activations import Rows, causal_model
 from prefopt.data import tokenize_dataset
+from prefopt.demo.model import HUB_ID
 from prefopt.losses import Loss, Need, parse
 from prefopt.memory import ENGINES, FOUR_BIT, FOUR_BIT_PLAIN, Setting, count, estimate, kept_under, of_terms
 from prefopt.models import adapter_base, adapter_settings
@@ -30,6 +31,9 @@ from prefopt.scoring.tree import plant
 from prefopt.tables import table
 from prefopt.trainer import PreferenceConfig, expression_from_trl_options
 from prefopt.trainer.config import default_of
+
+if TYPE_CHECKING:
+    from prefopt.arguments import Recipe
 
 _MAIN = {"output_dir", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "seed", "max_length"}
 _DERIVED = {
@@ -44,10 +48,11 @@ _DERIVED = {
 }
 
 
-def show_settings(
-    console: Console, script: ScriptArguments, training: PreferenceConfig, model: ModelConfig, paper: dict[str, Any]
-) -> None:
+def show_settings(recipe: Recipe) -> None:
     """Print what is known before any model or data is looked at: objective, settings, global batch, the paper."""
+    console, script, training, model, paper = (
+        recipe.console, recipe.script, recipe.training, recipe.model, recipe.paper,
+    )  # fmt: skip
     expression = training.loss or expression_from_trl_options(training)
     if expression:
         console.print(_objective(parse(expression)), soft_wrap=True)
@@ -58,13 +63,12 @@ def show_settings(
 
 
 def show_batch(console: Console, training: PreferenceConfig, model: ModelConfig, train: Any, tokenizer: Any) -> None:
-    """Print the first batch as the loss will see it, the number of steps and a memory estimate."""
+    """Print the first batch as the loss will see it, and a memory estimate."""
     expression = training.loss or expression_from_trl_options(training)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batch = _first_batch(training, tokenizer, train, expression)
     console.print(*_decoded(batch, tokenizer), sep="\n")
-    console.print(_steps(training, train))
     console.print(_memory(training, model, expression, batch))
 
 
@@ -82,8 +86,8 @@ def _global_batch(training: PreferenceConfig, paper: dict[str, Any]) -> str:
     each, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
     world = PartialState().num_processes
     line = f"Global batch: {each} a process x {steps} accumulated x {world} process(es) = {each * steps * world}"
-    if paper.get("devices"):
-        line += f"; on the paper's {paper['devices']} device(s) {each * steps * paper['devices']}"
+    if isinstance(devices := paper.get("devices"), int):
+        line += f"; on the paper's {devices} device(s) {each * steps * devices}"
     return line
 
 
@@ -111,6 +115,8 @@ def _settings(
     """Every setting that differs from its default, and the few that people look for."""
     made = table("option", "value", title="Settings that differ from TRL's defaults, and the main ones")
     made.add_row("loss", str(parse(expression)) if expression else f"TRL's own {training.loss_type}")
+    if model.model_name_or_path is None:
+        made.add_row("model_name_or_path", f"the bundled {HUB_ID}")
     for part in (model, script, training):
         for option in dataclasses.fields(part):
             value = getattr(part, option.name)
@@ -147,28 +153,40 @@ def _decoded(batch: dict[str, torch.Tensor], tokenizer: Any, shown: int = 4) -> 
         head = f"example {int(batch['examples'][row])}, {role}: {sum(real) - sum(scored)} prompt tokens, "
         head += f"{sum(scored)} scored, {len(real) - sum(real)} padding\n"
         line = Text(head, style="bold")
-        for i, (token, is_scored, is_real) in enumerate(zip(ids, scored, real, strict=True)):
-            if is_real:
-                text = tokenizer.decode([token]).replace("\n", "\\n")
-                style = "reverse green" if is_scored else "dim"
-                line.append(f"[{text}]" if is_scored else text, style=style if i % 2 or not is_scored else "green")
+        whole = [(token, bool(mark)) for token, mark, there in zip(ids, scored, real, strict=True) if there]
+        for i, (text, is_scored) in enumerate(_readable(whole, tokenizer)):
+            style = "reverse green" if is_scored else "dim"
+            line.append(f"[{text}]" if is_scored else text, style=style if i % 2 or not is_scored else "green")
         lines.append(line)
-    lines.append(Text("[bracketed] tokens are scored; the rest is context.\n", style="dim"))
+    lines.append(
+        Text(
+            "[bracketed] tokens are scored; the rest is context. Tokens that make up one character share brackets.\n",
+            style="dim",
+        )
+    )
     return lines
 
 
-def _steps(training: PreferenceConfig, train: Any) -> str:
-    world = PartialState().num_processes
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
-    if training.max_steps > 0:
-        steps = training.max_steps
-    elif not hasattr(train, "__len__"):
-        return "A streamed data set has no length: set --max_steps."
-    else:
-        per_pass = math.ceil(len(train) / (training.per_device_train_batch_size * world))
-        steps = math.ceil(math.ceil(per_pass / training.gradient_accumulation_steps) * training.num_train_epochs)
-    size = f"{len(train)} examples, " if hasattr(train, "__len__") else ""
-    return f"{size}{batch} a step on {world} process(es): {steps} steps."
+_TOKENS_OF_A_CHARACTER = 4
+"""Most tokens that one character can take: a character has at most so many bytes."""
+
+
+def _readable(tokens: list[tuple[int, bool]], tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """The text of tokens, scored or not, one by one, or together where only several make a whole character."""
+    start = 0
+    while start < len(tokens):
+        scored = tokens[start][1]
+        length, text = 1, ""
+        for end in range(start + 1, min(start + _TOKENS_OF_A_CHARACTER, len(tokens)) + 1):
+            if tokens[end - 1][1] != scored:
+                break
+            longer = tokenizer.decode([token for token, _ in tokens[start:end]])
+            if end == start + 1 or "\ufffd" not in longer:
+                length, text = end - start, longer
+            if "\ufffd" not in longer:
+                break
+        yield text.replace("\n", "\\n"), scored
+        start += length
 
 
 def _memory(

@@ -7,6 +7,7 @@ in the package.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +15,11 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback
 from trl import get_peft_config, get_quantization_config
 
+from prefopt.announce import announce
 from prefopt.arguments import Recipe, RecipeArguments, parse_arguments
 from prefopt.data import (
     DataError,
@@ -31,16 +31,19 @@ from prefopt.data import (
     validate,
 )
 from prefopt.data.columns import column_names, without_columns
-from prefopt.data.embed import EncoderError, find_encoder
+from prefopt.data.embed import find_encoder
 from prefopt.data.unused import MEDIA, unused_columns
 from prefopt.demo.data import heldout_prompts, load_demo
-from prefopt.demo.model import HUB_ID, HUB_TIMEOUT_S, resolve_demo_model
+from prefopt.demo.model import HUB_ID, resolve_demo_model
 from prefopt.demo.report import Answer, PairMetrics, greedy_answers, side_by_side, summarize
+from prefopt.earlier_run import make_room, refuse_overwriting
 from prefopt.embeddings import check_given, with_embeddings
 from prefopt.files import write_whole
+from prefopt.holdout import hold_out, own_split
 from prefopt.losses import parse
 from prefopt.models import Limits, adapter_base, check_weights, limits_of, load_model, load_tokenizer
 from prefopt.plan import show_batch, show_settings
+from prefopt.preflight import HubUnreachable, check_recipe, to_be_made, with_the_hub
 from prefopt.progress import RunProgress
 from prefopt.tables import table
 from prefopt.trainer import PreferenceTrainer
@@ -58,13 +61,25 @@ __all__ = ["Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_tr
 def load_data(recipe: Recipe) -> tuple[Any, Any]:
     """Training and held-out data: loaded, brought to the standard columns, validated row by row, before any model.
 
+    What else can be refused without a model is refused here as well.
+
     Raises:
         DataError: naming the problem, the rows and the remedy.
         CheckpointError: where nothing can be written into the output folder.
+        HubUnreachable: where model or data are not on this machine and the Hub does not answer.
     """
-    script = recipe.script
-    if not script.dry_run and PartialState().is_main_process:
+    if (missing := to_be_made(recipe)) is not None:
+        raise SystemExit(missing)
+    if not recipe.script.dry_run and PartialState().is_main_process:
+        refuse_overwriting(recipe)
         check_writable(Path(recipe.training.output_dir))
+    train, heldout = with_the_hub(recipe, _load)
+    check_recipe(recipe, train, heldout)
+    return train, heldout
+
+
+def _load(recipe: Recipe) -> tuple[Any, Any]:
+    script = recipe.script
     if recipe.model.model_name_or_path is None:
         with PartialState().main_process_first():
             path = resolve_demo_model(say=lambda line: recipe.console.print(line, soft_wrap=True))
@@ -97,8 +112,7 @@ def _loaded(recipe: Recipe, vocabulary: int | None) -> tuple[dict[str, Any], dic
     script = recipe.script
     assert script.dataset_name is not None
     train = _load_sources(recipe, script.dataset_train_split)
-    heldout = _load_test_split(recipe)
-    recipe.heldout_split = f"of {script.dataset_train_split}" if heldout is None else script.dataset_test_split
+    heldout = own_split(recipe, lambda split: _load_sources(recipe, split))
     check_given(recipe, train, "training")
     check_given(recipe, heldout or {}, "held-out")
     if script.dataset_streaming:
@@ -107,7 +121,7 @@ def _loaded(recipe: Recipe, vocabulary: int | None) -> tuple[dict[str, Any], dic
     # weights repeat rows, so they apply to the training part only, after the held-out rows are set apart.
     train = _validated(recipe, train, "training", vocabulary)
     if heldout is None:
-        return _hold_out(recipe, train)
+        return hold_out(recipe, train)
     return train, _validated(recipe, heldout, "held-out", vocabulary)
 
 
@@ -176,19 +190,6 @@ def _used_columns(recipe: Recipe) -> tuple[str, ...]:
     return (*MEDIA, *(parse(loss).columns if isinstance(loss, str) else ()))
 
 
-def _load_test_split(recipe: Recipe) -> dict[str, Any] | None:
-    """The data's own test split; None where it has none (a single local file never does)."""
-    script = recipe.script
-    if any(Path(name).is_file() for name, _ in parse_sources(str(script.dataset_name))):
-        return None
-    try:
-        return _load_sources(recipe, script.dataset_test_split)
-    except ValueError as error:
-        if "split" not in str(error):
-            raise
-        return None
-
-
 def _mixed(recipe: Recipe, sources: dict[str, Any], weighted: bool = True) -> Any:
     # What is not used has been named; left in, the trainer would name it again.
     sources = {
@@ -199,25 +200,6 @@ def _mixed(recipe: Recipe, sources: dict[str, Any], weighted: bool = True) -> An
     given = [weight for _, weight in parse_sources(str(recipe.script.dataset_name))]
     weights = [1.0 if weight is None else weight for weight in given] if weighted and any(given) else None
     return mix(sources, weights, recipe.training.seed)
-
-
-def _hold_out(recipe: Recipe, sources: dict[str, Dataset]) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Set rows of every source apart, in proportion to its size; at most a fifth of each."""
-    script, training = recipe.script, recipe.training
-    total = sum(len(source) for source in sources.values())
-    kept, apart = {}, {}
-    for name, source in sources.items():
-        count = min(round(script.eval_rows * len(source) / total), len(source) // 5)
-        kept[name] = source
-        if count:
-            parts = source.train_test_split(test_size=count, seed=training.data_seed or training.seed)
-            kept[name], apart[name] = parts["train"], parts["test"]
-    if apart:
-        recipe.console.print(
-            f"The data has no split {script.dataset_test_split!r}: {sum(map(len, apart.values()))} of its {total} "
-            "rows are held out."
-        )
-    return kept, apart
 
 
 def _validated(recipe: Recipe, sources: dict[str, Dataset], role: str, vocabulary: int | None) -> dict[str, Dataset]:
@@ -234,10 +216,17 @@ def _checked(recipe: Recipe, dataset: Dataset, name: str, vocabulary: int | None
     report = validate(dataset, tokenizer=tokenizer, max_length=limit, vocabulary=vocabulary)
     if report.problems:
         recipe.console.print(f"{name} rows:", report.table())
+    if report.ok or recipe.script.on_bad_rows == "error":
+        return clean(dataset, report)
+    if recipe.script.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            kept = clean(dataset, report, "drop", Path(folder) / "dropped.jsonl")
+        recipe.console.print(f"{len(dataset) - len(kept)} {name} rows would be dropped.")
+        return kept
+    make_room(recipe)
     dropped = Path(recipe.training.output_dir) / f"dropped_{name}_rows.jsonl"
-    kept = clean(dataset, report, recipe.script.on_bad_rows, dropped)  # type: ignore[arg-type]
-    if len(kept) < len(dataset):
-        recipe.console.print(f"{len(dataset) - len(kept)} {name} rows dropped; they are in {dropped}.")
+    kept = clean(dataset, report, "drop", dropped)
+    recipe.console.print(f"{len(dataset) - len(kept)} {name} rows dropped; they are in {dropped}.")
     return kept
 
 
@@ -256,15 +245,10 @@ def _tokenizer(recipe: Recipe) -> Any:
 def make_trainer(recipe: Recipe, train: Any, heldout: Any) -> PreferenceTrainer:
     """The trainer, its model loaded."""
     model, training, script = recipe.model, recipe.training, recipe.script
-    if heldout is None and training.eval_strategy.value != "no":
-        raise SystemExit(
-            f"--eval_strategy {training.eval_strategy.value} needs held-out rows, but there are none: name a test "
-            "split with --dataset_test_split, set --eval_rows, or use --eval_strategy no"
-        )
+    announce(recipe, train, heldout)
+    make_room(recipe)
     name = str(model.model_name_or_path)
     own_reference = script.ref_model_name_or_path is None
-    if not own_reference and training.loss is not None and not parse(training.loss).needs.compares:
-        raise SystemExit(f"--ref_model_name_or_path has no effect: {training.loss} compares with no reference")
     options = _model_options(recipe)
     training.model_init_kwargs = options
     recipe.console.print(f"Loading {name}", soft_wrap=True)
@@ -436,67 +420,19 @@ def dry_run(recipe: Recipe) -> None:
 
     Where the Hub cannot be reached, whatever does not need it is shown, and one line says what is missing.
     """
-    show_settings(recipe.console, recipe.script, recipe.training, recipe.model, recipe.paper)
-    if missing := _to_be_made(recipe):
-        recipe.console.print(
-            f"No batch, steps or memory: {' and '.join(missing)} must be made first; the paper's 'differs' says how.",
-            soft_wrap=True,
-        )
-        recipe.console.print("Dry run: nothing was trained.")
-        return
-    try:
-        _ask_the_hub(recipe)
-        train, _ = load_data(recipe)
-        tokenizer = _tokenizer(recipe)
-    except (OSError, ValueError) as error:
-        if isinstance(error, EncoderError) or not _is_unreachable(error):
-            raise
-        recipe.console.print(
-            f"No batch, steps or memory: {' or '.join(_named(recipe))} is not on this machine and the Hub cannot be "
-            "reached (HF_HUB_OFFLINE=1 reads what is in its cache).",
-            soft_wrap=True,
-        )
+    console = recipe.console
+    show_settings(recipe)
+    if (missing := to_be_made(recipe)) is not None:
+        console.print(f"No batch, steps or memory: {missing}.", soft_wrap=True)
     else:
-        show_batch(recipe.console, recipe.training, recipe.model, train, tokenizer)
-    recipe.console.print("Dry run: nothing was trained.")
-
-
-def _to_be_made(recipe: Recipe) -> list[str]:
-    """Models and data that are nowhere to be had, for which a paper's config names a place under runs/ or data/."""
-    wanted = [name for name in _named(recipe) if name.startswith(("runs/", "data/"))]
-    return [name for name in wanted if recipe.paper and not Path(name).exists()]
-
-
-def _named(recipe: Recipe) -> list[str]:
-    """The model and the data sources that the run names; bundled ones have no name."""
-    data = recipe.script.dataset_name
-    names = [recipe.model.model_name_or_path, *(source for source, _ in (parse_sources(data) if data else ()))]
-    return [name for name in names if name is not None]
-
-
-def _ask_the_hub(recipe: Recipe) -> None:
-    """One short question first: a download retries for half a minute on a machine that has no way out.
-
-    Raises:
-        ConnectionError: where there is no answer.
-    """
-    if constants.HF_HUB_OFFLINE or all(Path(name).expanduser().exists() for name in _named(recipe)):
-        return
-    try:
-        HfApi().model_info(HUB_ID, timeout=HUB_TIMEOUT_S)
-    except HfHubHTTPError:
-        return  # an answer, if not the one wished for: loading will say what is wrong
-    except Exception as error:
-        raise ConnectionError(f"the Hub does not answer: {error}") from error
-
-
-def _is_unreachable(error: BaseException | None) -> bool:
-    """Whether an error comes of the Hub being out of reach rather than of what was asked of it."""
-    while error is not None:
-        if isinstance(error, (ConnectionError, LocalEntryNotFoundError)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        try:
+            train, heldout = load_data(recipe)
+        except HubUnreachable as error:
+            console.print(f"No batch, steps or memory: {error}.", soft_wrap=True)
+        else:
+            announce(recipe, train, heldout)
+            show_batch(console, recipe.training, recipe.model, train, _tokenizer(recipe))
+    console.print("Dry run: nothing was trained.")
 
 
 def main(loss: str, argv: Sequence[str] | None = None) -> dict[str, Any] | None:

@@ -118,6 +118,13 @@ def test_every_value_says_where_it_comes_from(file):
 
 
 @configs
+def test_no_rows_are_held_out_of_the_training_split(file):
+    """Papers train on all of it. The bundled pairs have held-out rows of their own."""
+    recipe = arguments(file)
+    assert recipe.script.eval_rows == (100 if recipe.bundled_data else 0)
+
+
+@configs
 def test_what_is_unknown_is_left_out(file):
     config = read(file)
     paper = config["paper"]

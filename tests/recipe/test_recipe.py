@@ -34,7 +34,7 @@ def arguments(folder: Path, data: str, *more: str) -> list[str]:
     return [
         "--model_name_or_path", save_model(folder), "--dataset_name", data, "--output_dir", str(folder / "out"),
         "--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_strategy", "no",
-        "--gradient_checkpointing", "false", *more,
+        "--gradient_checkpointing", "false", "--overwrite_output_dir", "true", *more,
     ]  # fmt: skip
 
 

@@ -87,6 +87,36 @@ _OF_ROWS = {
         "The prompt alone fills max_length, so no completion token is left.",
         "Raise max_length or shorten the prompt.",
     ),
+    "same tokens at this length": Kind(
+        "error",
+        "'chosen' and 'rejected' differ only in what max_length cuts off, so there is no preference left to learn at "
+        "this length.",
+        "Raise max_length, or delete the row.",
+    ),
+    "completion is not scored": Kind(
+        "error",
+        "Part of the completion (its text, its thought or a tool call) is not among the scored tokens: the chat "
+        "template drops or changes it.",
+        "Choose a template that prints it (--chat_template; TRL has *_training.jinja files for many models), or take "
+        "it out of the row.",
+    ),
+    "prompt is scored": Kind(
+        "error",
+        "The scored tokens hold text of the prompt, which would be trained as the answer: the chat template prints "
+        "the prompt otherwise once an answer follows.",
+        "Choose another template (--chat_template).",
+    ),
+    "prompt is not in the context": Kind(
+        "error",
+        "A message of the prompt is not in the context: the chat template drops or changes it (some know no system "
+        "message).",
+        "Choose a template that prints it (--chat_template), or move its text to another message.",
+    ),
+    "tokens are not the row's": Kind(
+        "error",
+        "The tokens do not read as the row's prompt followed by its completion.",
+        "Look at the row and at the tokenizer.",
+    ),
     "duplicate row": Kind(
         "warning", "The same texts stand in an earlier row, so they count twice.", "Delete it if not meant."
     ),
@@ -95,14 +125,66 @@ _OF_ROWS = {
     ),
     "truncated completion": Kind(
         "warning",
-        "Prompt and completion exceed max_length, so the end of a completion is cut off.",
+        "Prompt and completion exceed max_length, so part of a completion is cut off.",
         "Raise max_length if answers should be learnt to their end.",
+    ),
+    "tools are not in the context": Kind(
+        "warning",
+        "The row has tools, and the chat template does not print them (or not as they are written).",
+        "Choose a template that knows tools, or remove the column.",
+    ),
+    "generation prompt does not fit": Kind(
+        "warning",
+        "The chat template ends the prompt otherwise than this completion begins (with an empty thought, say, where "
+        "the completion has one), so the model is trained behind an end that it will not meet with such an answer.",
+        "Choose the template's other mode (a column chat_template_kwargs), or another template.",
+    ),
+    "prompt text twice": Kind(
+        "warning", "The chat template prints a message of the prompt twice.", "Look at the template."
+    ),
+    "second beginning of text": Kind(
+        "warning",
+        "More than one beginning-of-text token: the text holds one, and the tokenizer or the template adds another.",
+        "Remove it from the text.",
+    ),
+    "second end of turn": Kind(
+        "warning",
+        "The completion ends with two end tokens: the text holds one, and the template or the tokenizer adds another.",
+        "Remove it from the text.",
+    ),
+    "no end of turn": Kind(
+        "warning",
+        "The chat template prints nothing behind an answer, so the model does not learn to stop.",
+        "Choose a template that ends answers, with {{ eos_token }} for example.",
+    ),
+    "control token inside a text": Kind(
+        "warning",
+        "A message holds a control token of the template or the tokenizer, as text that was rendered before does.",
+        "Give the messages as they were before they were rendered, or the rendered text as plain text.",
     ),
     "prompt is no token prefix": Kind(
         "info",
         "The prompt's tokens are not the first tokens of prompt + completion (the chat template ends the prompt "
         "otherwise, or tokens merge across the boundary).",
-        "Nothing to do: the whole prompt is kept as context and the completion is scored correctly.",
+        "Nothing to do. The tokens were read back: the whole prompt is kept as context and the completion is scored "
+        "correctly.",
+    ),
+    "prompt is no token prefix (not read back)": Kind(
+        "info",
+        "The prompt's tokens are not the first tokens of prompt + completion, and the row holds more than text, so "
+        "what is scored was not checked.",
+        "Look at the first batch with --dry_run.",
+    ),
+    "earlier thought is left out": Kind(
+        "info",
+        "The chat template leaves out the thought of an earlier answer in the prompt, as templates of reasoning "
+        "models do.",
+        "Nothing to do if the model is used so. Otherwise choose a template that prints it.",
+    ),
+    "no beginning of text": Kind(
+        "info",
+        "The tokenizer begins plain text with its beginning-of-text token, and the chat template does not print it.",
+        "Nothing to do if the model was trained so. Otherwise add {{ bos_token }} to the template.",
     ),
 }
 """Problems of a row as a whole, or of its columns that are no texts."""

@@ -33,11 +33,16 @@ class Problem:
 
 @dataclass
 class Report:
-    """All problems of a dataset, errors first. `origins` names a row's file and its row there, for mixed sets."""
+    """All problems of a dataset, errors first.
+
+    `origins` names a row's file and its row there, for mixed sets. `notes` say in a sentence each what is worth
+    knowing of the set as a whole.
+    """
 
     problems: list[Problem]
     total: int
     origins: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:

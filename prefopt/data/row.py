@@ -56,7 +56,7 @@ def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator
     if len({isinstance(row[name], list) for name in ("prompt", *sides) if row[name] is not None}) > 1:
         yield "wrong type: text beside messages"
     if sides == ("completion",):
-        if not isinstance(row["label"], bool):
+        if not is_label(row["label"]):
             yield "wrong type: label"
     elif row["chosen"] is not None and same_texts(row["chosen"], row["rejected"]):
         yield "chosen equals rejected"
@@ -69,6 +69,11 @@ def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator
             yield "wrong type: tools"
         if not _are_template_arguments(row.get("chat_template_kwargs")):
             yield "wrong type: chat_template_kwargs"
+
+
+def is_label(value: Any) -> bool:
+    """True or false, also as the integers 1 and 0. Text, other numbers and nulls have no truth value here."""
+    return isinstance(value, bool) or (type(value) is int and value in (0, 1))
 
 
 def _is_unparsed(value: Any) -> bool:

@@ -1,28 +1,50 @@
 """Text to token ids, one row at a time: the prompt's tokens and each completion's.
 
 The ids are TRL's wherever the tokenized prompt begins the tokenized prompt + completion. Where it does not, the
-prompt stays whole, as the model meets it at inference (TRL cuts its end off). It imports transformers and datasets,
-never trl.
+prompt stays whole, as the model meets it at inference (TRL cuts its end off). `round_trip` proves what comes out. It
+imports transformers and datasets, never trl.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from prefopt.data.columns import column_names
 from prefopt.data.errors import DataError
+from prefopt.data.conversation import Processing, Row, answers_end, for_template, template_arguments
 from prefopt.data.templates import time_limit
-
-Row = Mapping[str, Any]
-Processing: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
 # A completion that no template treats specially and no generation prompt contains: it shows where completions begin.
 _PLACEHOLDER = "\u241fcompletion\u241f"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row's ids beside the texts that they were made of.
+
+    Attributes:
+        prompt: the context's ids.
+        completions: the scored ids of each side.
+        repaired: of each side, whether the prompt's ids did not begin the whole's, so that it was tokenized alone.
+        prompt_text: the prompt with its generation prompt, as the template prints it or as the row has it.
+        texts: of each side, prompt and completion as one text.
+        alone: of each side, the text that was tokenized alone, if it was.
+        clashes: of each side, whether it stands where the prompt alone ends otherwise: a thought, say, where the
+            generation prompt has an empty one.
+    """
+
+    prompt: list[int]
+    completions: tuple[list[int], ...]
+    repaired: tuple[bool, ...]
+    prompt_text: str
+    texts: tuple[str, ...]
+    alone: tuple[str, ...]
+    clashes: tuple[bool, ...]
 
 
 def tokenize_row(example: Row, processing_class: Processing, eos_token: str | None = None) -> dict[str, Any]:
@@ -32,17 +54,10 @@ def tokenize_row(example: Row, processing_class: Processing, eos_token: str | No
     completion, so that the completion was tokenized on its own behind the whole prompt. `eos_token` ends plain
     completions that do not end with it (conversations end as their template says); default: the tokenizer's.
     """
-    names = ("chosen", "rejected") if "chosen" in example else ("completion",)
-    if isinstance(example["prompt"], list):
-        prompt_ids, completions = _tokenize_messages(example, names, processing_class)
-    else:
-        prompt_ids, completions = _tokenize_text(example, names, processing_class, eos_token)
-    row: dict[str, Any] = {"prompt_ids": prompt_ids}
-    boundary = False
-    for name, (ids, repaired) in zip(names, completions, strict=True):
-        row[f"{name}_ids"] = ids
-        boundary = boundary or repaired
-    return {**row, "boundary": boundary}
+    names = sides(example)
+    tokens = tokens_of(example, names, processing_class, eos_token)
+    ids = {f"{name}_ids": ids for name, ids in zip(names, tokens.completions, strict=True)}
+    return {"prompt_ids": tokens.prompt, **ids, "boundary": any(tokens.repaired)}
 
 
 def tokenize_dataset(
@@ -67,6 +82,21 @@ def _ids_of(example: Row, processing_class: Processing, eos_token: str | None) -
     return row
 
 
+def sides(example: Row) -> tuple[str, ...]:
+    """The columns that hold the row's completions."""
+    return ("chosen", "rejected") if "chosen" in example else ("completion",)
+
+
+def tokens_of(
+    example: Row, names: Sequence[str], processing_class: Processing, eos_token: str | None = None
+) -> Tokens:
+    """The ids of `tokenize_row` with the texts behind them."""
+    if not isinstance(example["prompt"], list):
+        return _tokenize_text(example, names, processing_class, eos_token)
+    with time_limit("the chat template"):
+        return _tokenize_messages(example, names, processing_class)
+
+
 def text_tokenizer(processing_class: Processing) -> PreTrainedTokenizerBase:
     """The tokenizer itself, which a multimodal processor carries inside."""
     if isinstance(processing_class, ProcessorMixin):
@@ -75,9 +105,7 @@ def text_tokenizer(processing_class: Processing) -> PreTrainedTokenizerBase:
     return processing_class
 
 
-def _tokenize_text(
-    example: Row, names: Sequence[str], processing_class: Processing, eos_token: str | None
-) -> tuple[list[int], list[tuple[list[int], bool]]]:
+def _tokenize_text(example: Row, names: Sequence[str], processing_class: Processing, eos_token: str | None) -> Tokens:
     prompt = example["prompt"]
     tokenizer = text_tokenizer(processing_class)
     eos_token = eos_token or tokenizer.eos_token
@@ -86,108 +114,130 @@ def _tokenize_text(
             "The tokenizer has no end-of-sequence token, and plain completions must end with one. "
             "Set tokenizer.eos_token, or pass eos_token."
         )
-    prompt_ids = _encode(prompt, processing_class)
+    prompt_ids = encode_text(prompt, processing_class)
     # Some tokenizers end every text with the end token; behind a prompt that does not contain it, it is no context.
     eos_id = tokenizer.convert_tokens_to_ids(eos_token)
     if prompt_ids and prompt_ids[-1] == eos_id and not prompt.endswith(eos_token):
         prompt_ids = prompt_ids[:-1]
-    completions = []
+    ends = _ends(processing_class, tokenizer, eos_token)
+    completions, repaired, texts = [], [], []
     for name in names:
-        text = example[name] if example[name].endswith(eos_token) else example[name] + eos_token
-        whole = _encode(prompt + text, processing_class)
-        repaired = whole[: len(prompt_ids)] != prompt_ids
-        completions.append((_alone(text, tokenizer) if repaired else whole[len(prompt_ids) :], repaired))
-    return prompt_ids, completions
+        # Text rendered before ends as templates end it: with white space behind the token, or with another token.
+        text = example[name] if example[name].rstrip().endswith(ends) else example[name] + eos_token
+        whole = encode_text(prompt + text, processing_class)
+        if whole[-2:] == [eos_id, eos_id] and not text.rstrip().endswith(2 * eos_token):
+            whole.pop()  # the text's own, and one of a tokenizer that adds it
+        repaired.append(whole[: len(prompt_ids)] != prompt_ids)
+        completions.append(encode_alone(text, tokenizer) if repaired[-1] else whole[len(prompt_ids) :])
+        texts.append(prompt + text)
+    alone = ["" if not again else text[len(prompt) :] for again, text in zip(repaired, texts, strict=True)]
+    sides = tuple(completions), tuple(repaired), prompt, tuple(texts), tuple(alone)
+    return Tokens(prompt_ids, *sides, clashes=(False,) * len(names))
 
 
-def _tokenize_messages(
-    example: Row, names: Sequence[str], processing_class: Processing
-) -> tuple[list[int], list[tuple[list[int], bool]]]:
-    with time_limit("the chat template"):
-        return _render_messages(example, names, processing_class)
+def _ends(processing_class: Processing, tokenizer: PreTrainedTokenizerBase, eos_token: str) -> tuple[str, ...]:
+    """The tokens that end a completion: the given one, and the one that the chat template ends an answer with."""
+    end = answers_end(processing_class)
+    special = tokenizer.added_tokens_encoder.get(end)
+    return (eos_token,) if special is None or end == eos_token else (eos_token, end)
 
 
-def _render_messages(
-    example: Row, names: Sequence[str], processing_class: Processing
-) -> tuple[list[int], list[tuple[list[int], bool]]]:
-    prompt = example["prompt"]
-    arguments = _template_arguments(example)
-    prompt_ids = _render_ids(prompt, processing_class, add_generation_prompt=True, **arguments)
-    completions = []
+def _tokenize_messages(example: Row, names: Sequence[str], processing_class: Processing) -> Tokens:
+    arguments = template_arguments(example)
+    prompt = for_template(example["prompt"], processing_class)
+    prompt_text, prompt_ids = _render_ids(prompt, processing_class, add_generation_prompt=True, **arguments)
+    completions, repaired, texts, alone, clashes = [], [], [], [], []
     for name in names:
-        whole = _render_ids(prompt + example[name], processing_class, **arguments)
-        repaired = whole[: len(prompt_ids)] != prompt_ids
-        if repaired:
-            text = _completion_text(prompt, example[name], processing_class, arguments)
-            completions.append((_alone(text, text_tokenizer(processing_class)), True))
+        completion = for_template(example[name], processing_class)
+        text, whole = _render_ids(prompt + completion, processing_class, **arguments)
+        repaired.append(whole[: len(prompt_ids)] != prompt_ids)
+        start, clash = 0, False
+        if repaired[-1]:
+            start, clash = _start(prompt, completion, prompt_text, text, processing_class, arguments)
+            completions.append(encode_alone(text[start:], text_tokenizer(processing_class)))
         else:
-            completions.append((whole[len(prompt_ids) :], False))
-    return prompt_ids, completions
+            completions.append(whole[len(prompt_ids) :])
+        texts.append(text)
+        alone.append(text[start:] if repaired[-1] else "")
+        clashes.append(clash)
+    sides = tuple(completions), tuple(repaired), prompt_text, tuple(texts), tuple(alone)
+    return Tokens(prompt_ids, *sides, clashes=tuple(clashes))
 
 
-def _completion_text(
-    prompt: list[Any], completion: list[Any], processing_class: Processing, arguments: dict[str, Any]
-) -> str:
-    """What the rendered conversation holds behind the prompt: its text after the common beginning of both.
+def _start(
+    prompt: list[Any],
+    completion: list[Any],
+    opening: str,
+    whole: str,
+    processing_class: Processing,
+    arguments: dict[str, Any],
+) -> tuple[int, bool]:
+    """Where the completion begins in the rendered conversation, and whether it clashes with the prompt's end.
+
+    It begins behind the common beginning with the prompt alone.
 
     A completion may itself begin like the end of the prompt (`<think>`), which the common beginning would swallow;
-    rendering a placeholder in its place shows where completions begin.
+    rendering a placeholder in its place shows where completions begin. Where the template prints the prompt itself
+    otherwise once an answer follows (a system message that stands with the last message only), the common beginning
+    ends too early; the completion then begins where the end of the prompt alone ends in the whole.
     """
-    opening = _render(prompt, processing_class, add_generation_prompt=True, **arguments)
-    whole = _render(prompt + completion, processing_class, **arguments)
-    start = _shared(opening, whole)
-    if completion:
-        stand_in = {"role": completion[0]["role"], "content": _PLACEHOLDER}
-        start = min(start, _shared(opening, _render([*prompt, stand_in], processing_class, **arguments)))
-    return whole[start:]
+    start = shared(opening, whole)
+    if not completion:
+        return start, False
+    stand_in: Any = {"role": completion[0]["role"], "content": _PLACEHOLDER}
+    other = _render([*prompt, *for_template([stand_in], processing_class)], processing_class, **arguments)
+    plain = shared(opening, other)
+    clash, start = start < plain, min(start, plain)
+    lead = other.partition(_PLACEHOLDER)[0]
+    last = _last_text(prompt)
+    asked = lead.rfind(last) + len(last) if last and last in lead else 0
+    if start >= asked or not whole.startswith(lead):
+        return start, clash
+    ends = range(len(lead), asked - 1, -1)
+    return max(ends, key=lambda end: shared(opening[::-1], lead[:end][::-1])), False
 
 
-def _template_arguments(example: Row) -> dict[str, Any]:
-    """Tools (a list, or JSON as some sets store it) and chat-template arguments; nulls are columns of other rows."""
-    tools = example.get("tools")
-    if isinstance(tools, str):
-        tools = json.loads(tools) if tools.strip() else None
-    extra = example.get("chat_template_kwargs") or {}
-    return {"tools": tools, **{name: value for name, value in extra.items() if value is not None}}
+def _last_text(messages: list[Any]) -> str:
+    content = messages[-1].get("content") if messages else None
+    if isinstance(content, list):
+        content = content[-1].get("text") if content and isinstance(content[-1], dict) else None
+    return content.strip() if isinstance(content, str) else ""
 
 
-def _encode(text: str, processing_class: Processing) -> list[int]:
+def encode_text(text: str, processing_class: Processing) -> list[int]:
+    """Plain text with the special tokens that the tokenizer adds, but for those that the text has already."""
     ids = processing_class(text=text)["input_ids"]
     # Processors of images and text answer in batches of one.
-    return list(ids[0] if isinstance(processing_class, ProcessorMixin) else ids)
+    ids = list(ids[0] if isinstance(processing_class, ProcessorMixin) else ids)
+    begin = text_tokenizer(processing_class).bos_token_id
+    return ids[1:] if begin is not None and ids[:2] == [begin, begin] and _begins_once(text, processing_class) else ids
 
 
-def _alone(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _begins_once(text: str, processing_class: Processing) -> bool:
+    token = str(text_tokenizer(processing_class).bos_token)
+    return text.startswith(token) and not text.startswith(2 * token)
+
+
+def encode_alone(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A text's own tokens, without any that the tokenizer adds."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _render_ids(messages: list[Any], processing_class: Processing, **arguments: Any) -> list[int]:
-    result = processing_class.apply_chat_template(
-        _for_template(messages, processing_class), tokenize=True, return_dict=True, **arguments
-    )
+def _render_ids(messages: list[Any], processing_class: Processing, **arguments: Any) -> tuple[str, list[int]]:
+    """The rendered conversation and its ids, rendered once where transformers' own method would tokenize it."""
+    text = _render(messages, processing_class, **arguments)
+    if getattr(type(processing_class), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template:
+        return text, encode_alone(text, text_tokenizer(processing_class))
+    result = processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
     ids = result["input_ids"]
-    return list(ids[0] if isinstance(processing_class, ProcessorMixin) else ids)
+    return text, list(ids[0] if isinstance(processing_class, ProcessorMixin) else ids)
 
 
 def _render(messages: list[Any], processing_class: Processing, **arguments: Any) -> str:
-    return str(
-        processing_class.apply_chat_template(_for_template(messages, processing_class), tokenize=False, **arguments)
-    )
+    return str(processing_class.apply_chat_template(messages, tokenize=False, **arguments))
 
 
-def _for_template(messages: list[Any], processing_class: Processing) -> list[Any]:
-    """Templates of multimodal models expect a list of parts where text models expect a string."""
-    if not isinstance(processing_class, ProcessorMixin):
-        return messages
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message.get("content"), str)
-        else message
-        for message in messages
-    ]
-
-
-def _shared(left: str, right: str) -> int:
+def shared(left: str, right: str) -> int:
     """Length of the longest common beginning."""
     length = 0
     for one, other in zip(left, right, strict=False):

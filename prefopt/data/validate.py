@@ -8,26 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateSyntaxError
-from jinja2.exceptions import SecurityError
 
 from prefopt.data.columns import column_names
 from prefopt.data.errors import DataError
+from prefopt.data.conversation import Processing, Row
 from prefopt.data.messages import without_nulls
 from prefopt.data.problems import KINDS
 from prefopt.data.report import Problem, Report
-from prefopt.data.row import TOLD, UNREADABLE, row_problems
+from prefopt.data.row import is_label
+from prefopt.data.row_check import Checked, RowCheck
 from prefopt.data.schema import kind
-from prefopt.data.templates import template_trouble
-from prefopt.data.tokenize import Processing, text_tokenizer, tokenize_row
 from prefopt.files import write_whole
-
-Row = Mapping[str, Any]
 
 
 def validate(
@@ -35,45 +31,95 @@ def validate(
     *,
     tokenizer: Processing | None = None,
     max_length: int | None = None,
+    truncation_mode: str = "keep_start",
     vocabulary: int | None = None,
 ) -> Report:
     """Every problem of a normalised dataset, in one pass.
 
     Lengths are checked where `max_length` is given, from the ids that the rows have (see `tokenize_dataset`) or with
-    `tokenizer`, which also finds prompts whose tokens do not begin the tokenized whole. `vocabulary` is the number of
-    tokens that the model has embeddings for.
+    `tokenizer`; with a tokenizer the ids that it makes are also read back (see `round_trip`). `truncation_mode` is
+    TRL's. `vocabulary` is the number of tokens that the model has embeddings for.
     """
-    names = column_names(dataset)
-    sides = ("chosen", "rejected") if kind(dataset) == "pair" else ("completion",)
-    if max_length is not None and tokenizer is None and "prompt_ids" not in names:
+    columns = column_names(dataset)
+    if max_length is not None and tokenizer is None and "prompt_ids" not in columns:
         raise ValueError("max_length needs a tokenizer, or a dataset that is tokenized already.")
-    _refuse_partial_ids(names, sides)
-    needed = ("prompt", *sides) if len(sides) == 2 else ("prompt", *sides, "label")
-    found: dict[str, list[int]] = {}
-    origins: dict[int, str] = {}
-    repeats, tokens = _Repeats(sides), _Tokens(sides, tokenizer, max_length, vocabulary)
-    total = 0
-    for index, given in enumerate(dataset):
-        total += 1
-        # Rows of a stream may lack a key that other rows have.
-        row = {**dict.fromkeys(needed), **given}
-        problems = list(row_problems(row, sides, names))
-        # Rows with broken texts cannot be compared or tokenized.
-        if not any(problem in UNREADABLE for problem in problems):
-            problems.extend(repeats.problems(row))
-            problems.extend(tokens.problems(row, told=any(problem in TOLD for problem in problems)))
+    check = row_check(dataset, tokenizer, max_length, truncation_mode, vocabulary)
+    findings = Findings(check.sides)
+    for index, row in enumerate(dataset):
+        findings.add(index, row, check(row))
+    return findings.report()
+
+
+def row_check(
+    dataset: Dataset | IterableDataset,
+    tokenizer: Processing | None,
+    max_length: int | None,
+    truncation_mode: str = "keep_start",
+    vocabulary: int | None = None,
+) -> RowCheck:
+    """What is checked of each row of a normalised dataset."""
+    columns = column_names(dataset)
+    sides = ("chosen", "rejected") if kind(dataset) == "pair" else ("completion",)
+    _refuse_partial_ids(columns, sides)
+    return RowCheck(sides, tuple(columns), tokenizer, max_length, truncation_mode, vocabulary)
+
+
+class Findings:
+    """Collects what was found row by row, with what only shows between rows."""
+
+    def __init__(self, sides: tuple[str, ...]) -> None:
+        self._found: dict[str, list[int]] = {}
+        self._said: dict[str, str] = {}
+        self._origins: dict[int, str] = {}
+        self._labels: set[Any] = set()
+        self._repeats = _Repeats(sides)
+        self._total = self._plain = 0
+
+    def add(self, index: int, row: Row, checked: Checked) -> None:
+        self._total += 1
+        self._plain += checked.plain
+        problems = [*checked.problems, *(self._repeats.problems(row) if checked.readable else ())]
         for problem in problems:
-            found.setdefault(problem, []).append(index)
-        if problems and "source" in names and "row" in names:
-            origins[index] = f"{row['source']}:{row['row']}"
-    if total == 0:
-        raise DataError("The dataset has no rows. Check the file and the split.")
-    problems_in_order = [
-        Problem(name, spec.severity, found[name], spec.explanation + tokens.said.get(name, ""), spec.advice)
-        for name, spec in KINDS.items()
-        if name in found
-    ]
-    return Report(problems_in_order, total, origins)
+            self._found.setdefault(problem, []).append(index)
+        for problem, said in checked.said.items():
+            self._said.setdefault(problem, said)
+        if problems and "source" in row and "row" in row:
+            self._origins[index] = f"{row['source']}:{row['row']}"
+        if "label" in row:
+            self._labels.add(row["label"] if is_label(row["label"]) else None)
+
+    def report(self) -> Report:
+        """Everything, errors first.
+
+        Raises:
+            DataError: if there was no row.
+        """
+        if self._total == 0:
+            raise DataError("The dataset has no rows. Check the file and the split.")
+        problems = [
+            Problem(name, spec.severity, self._found[name], spec.explanation + self._said.get(name, ""), spec.advice)
+            for name, spec in KINDS.items()
+            if name in self._found
+        ]
+        notes = [PLAIN_NOTE] if self._plain == self._total else []
+        if self._labels in ({True}, {False}) and self._total > 1:
+            notes.append(one_label_note(self._labels == {True}, f"Each of the {self._total} rows"))
+        return Report(problems, self._total, self._origins, notes)
+
+
+PLAIN_NOTE = (
+    "The texts are plain, so the tokenizer's chat template is not applied to them. Give messages if the model is to "
+    "answer in its chat format."
+)
+
+
+def one_label_note(label: bool, rows: str) -> str:
+    """For labels of one kind."""
+    other = str(not label).lower()
+    return (
+        f"{rows} has the label {str(label).lower()}: an objective that sets desirable completions against undesirable "
+        f"ones (kto, bco) has nothing to compare with. Add rows with the label {other}."
+    )
 
 
 def clean(
@@ -157,7 +203,8 @@ class _Repeats:
         if len(texts) == 2:
             key, opposite = prompt + texts[0] + texts[1], prompt + texts[1] + texts[0]
         else:
-            key, opposite = (prompt + texts[0] + str(label).encode() for label in (row["label"], not row["label"]))
+            labels = bool(row["label"]), not row["label"]
+            key, opposite = (prompt + texts[0] + str(label).encode() for label in labels)
         if key in self._seen and (origin is None or self._seen[key] != origin):
             yield "duplicate row"
         elif opposite != key and opposite in self._seen:
@@ -168,76 +215,3 @@ class _Repeats:
 def _digest(value: Any) -> bytes:
     text = value if isinstance(value, str) else json.dumps(without_nulls(value), sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()
-
-
-class _Tokens:
-    """What only tokens show, from a row's own ids or the tokenizer's: nothing to learn from, no room, refusals.
-
-    Attributes:
-        said: what the first refusal of each kind said, to stand behind its explanation.
-    """
-
-    def __init__(
-        self, sides: tuple[str, ...], tokenizer: Processing | None, max_length: int | None, vocabulary: int | None
-    ) -> None:
-        self._sides = sides
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._embedded = vocabulary
-        self._vocabulary = None if tokenizer is None else len(text_tokenizer(tokenizer))
-        self.said: dict[str, str] = {}
-
-    def problems(self, row: Row, told: bool = False) -> Iterator[str]:
-        """`told`: the texts are known to be empty or equal, so that their tokens are as well."""
-        ids: Mapping[str, Any] = row
-        if "prompt_ids" in row:
-            if not all(self._are_ids(row.get(f"{name}_ids")) for name in ("prompt", *self._sides)):
-                yield "wrong type: ids"
-                return
-        elif self._tokenizer is not None:
-            try:
-                ids = tokenize_row(row, self._tokenizer)
-            except DataError:
-                raise
-            except Exception as error:
-                yield self._refused(error, isinstance(row["prompt"], list))
-                return
-        else:
-            return
-        prompt, *completions = (ids[f"{name}_ids"] for name in ("prompt", *self._sides))
-        if told:
-            pass
-        elif not prompt or not all(completions):
-            yield "no tokens"
-        elif len(completions) == 2 and completions[0] == completions[1]:
-            yield "same tokens"
-        if (
-            self._embedded is not None
-            and max(map(max, filter(None, (prompt, *completions))), default=0) >= self._embedded
-        ):
-            yield "beyond the vocabulary"
-        if ids.get("boundary"):
-            yield "prompt is no token prefix"
-        if self._max_length is not None:
-            if len(prompt) >= self._max_length:
-                yield "no room for a completion"
-            elif any(len(prompt) + len(completion) > self._max_length for completion in completions):
-                yield "truncated completion"
-
-    def _are_ids(self, value: Any) -> bool:
-        whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-        return whole and (self._vocabulary is None or max(value, default=0) < self._vocabulary)
-
-    def _refused(self, error: Exception, by_template: bool) -> str:
-        kind = "refused by the chat template" if by_template else "refused by the tokenizer"
-        if by_template:
-            if not getattr(self._tokenizer, "chat_template", None):
-                raise DataError(
-                    "The rows are conversations, but the tokenizer has no chat template. Pass one with "
-                    "--chat_template, or give prompt and completions as plain text."
-                ) from error
-            if isinstance(error, TemplateSyntaxError | SecurityError):
-                raise DataError(template_trouble(error)) from error
-        reason = str(error).strip().partition("\n")[0][:200].rstrip(".") or type(error).__name__
-        self.said.setdefault(kind, f" The first said: {reason}.")
-        return kind

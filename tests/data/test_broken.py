@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from prefopt.data import DataError, load_preferences, normalise, validate
+from prefopt.data import DataError, load_preferences, normalise, tokenize_row, validate
 from tests.tiny import make_tokenizer
 
 ROW = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
@@ -127,12 +127,12 @@ def test_sound_rows_stay(tmp_path, changes):
     assert validate(dataset, tokenizer=make_tokenizer(), max_length=100).ok
 
 
-def test_contents_that_the_template_drops_leave_nothing_to_learn():
+def test_contents_that_are_lists_of_texts_are_given_to_the_template_as_texts():
     parts = {
         name: [{**talk[0], "content": [{"type": "text", "text": talk[0]["content"]}]}] for name, talk in TALK.items()
     }
-    report = validate(Dataset.from_list([parts]), tokenizer=make_tokenizer(), max_length=100)
-    assert report.counts() == {"same tokens": 1}
+    assert validate(Dataset.from_list([parts]), tokenizer=make_tokenizer(), max_length=100).counts() == {}
+    assert tokenize_row(parts, make_tokenizer()) == tokenize_row(TALK, make_tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,146 @@
+"""The texts of a message that its tokens must hold, and whether a decoded text holds them.
+
+Texts are compared without white space, which templates trim and tokenizers may move, and in the form in which the
+tokenizer gives them back (a lower-casing one, or one that normalises characters). Imports `conversation` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.data.conversation import calls_of
+
+TAKEN = "\0"
+"""Stands where a text was found."""
+
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+_CLOSED = re.compile(r".*(?:</[^<>\s]+>|\[/[^\[\]\s]+\]|<[^<>\s]+\|>|<\|[^<>\s]+>)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text of a message: its content, a thought, the name or an argument of a call.
+
+    Attributes:
+        text: as the row has it.
+        what: what it is, in words.
+        forms: how a template may print it, the text itself first.
+    """
+
+    text: str
+    what: str
+    forms: tuple[str, ...]
+
+
+def squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+class Space:
+    """What a tokenizer makes of texts: how they read once decoded."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._unknown = tokenizer.unk_token
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def known(self, text: str) -> str:
+        """Squeezed, without what stands for unknown characters: how many do, depends on what is around them."""
+        return squeeze(text.replace(self._unknown, " ") if self._unknown else text)
+
+    def _canonical(self, text: str) -> str:
+        return self.known(self.decode(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    def take(self, pieces: Iterable[Piece], text: str) -> tuple[list[Piece], str]:
+        """The pieces that `text` (squeezed) does not hold, each for itself, and what is left of it."""
+        missing = []
+        # Long ones first, so that a short one is not found inside of them.
+        for piece in sorted(pieces, key=lambda piece: -len(piece.text)):
+            found = next((form for form in self.forms(*piece.forms) if form in text), None)
+            if found is None:
+                missing.append(piece)
+            elif found:
+                text = text.replace(found, TAKEN, 1)
+        return missing, text
+
+    def forms(self, *texts: str) -> Iterator[str]:
+        """How texts read: as they are, then (which takes longer) as the tokenizer gives them back."""
+        yield from map(self.known, texts)
+        yield from map(self._canonical, texts)
+
+
+def pieces_of(message: Mapping[str, Any]) -> list[Piece]:
+    """What a message says."""
+    return [*contents_of(message), *thoughts_of(message), *_calls(message)]
+
+
+def contents_of(message: Mapping[str, Any]) -> list[Piece]:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return [_piece(text, "content") for text in texts if isinstance(text, str) and text.strip()]
+
+
+def thoughts_of(message: Mapping[str, Any]) -> list[Piece]:
+    """Thoughts that stand in a field of their own."""
+    texts = [(name, message.get(name)) for name in _THOUGHTS]
+    return [_piece(text, name) for name, text in texts if isinstance(text, str) and text.strip()]
+
+
+def without_thought(piece: Piece) -> Piece | None:
+    """What follows the last closing mark of a content, as `</think>`; None where there is none."""
+    closed = _CLOSED.match(piece.text)
+    rest = piece.text[closed.end() :] if closed else ""
+    return _piece(rest, piece.what) if rest.strip() else None
+
+
+def tools_of(tools: list[Any] | None) -> list[Piece]:
+    """Names and descriptions, line by line: some templates print them as comments."""
+    found = []
+    for tool in tools or []:
+        inner = tool.get("function") if isinstance(tool, dict) and isinstance(tool.get("function"), dict) else tool
+        texts = [inner.get("name"), inner.get("description")] if isinstance(inner, dict) else []
+        lines = [line for text in texts if isinstance(text, str) for line in text.splitlines() if line.strip()]
+        found += [_piece(line, "tool") for line in lines]
+    return found
+
+
+def _calls(message: Mapping[str, Any]) -> list[Piece]:
+    found = []
+    for call in calls_of(message):
+        arguments = call.get("arguments")
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(arguments)
+        values = [call.get("name"), *_leaves(arguments)]
+        found += [_piece(value, "tool call") for value in values if value not in (None, "")]
+    return found
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _piece(value: Any, what: str) -> Piece:
+    if isinstance(value, str):
+        escaped = [json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
+        # Once more where JSON text stands inside of JSON.
+        return Piece(value, what, tuple(dict.fromkeys([value, *escaped])))
+    forms = [json.dumps(value, default=str), str(value)]
+    return Piece(str(value), what, tuple(dict.fromkeys([*forms, f"{value:g}"] if type(value) is float else forms)))

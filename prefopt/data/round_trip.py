@@ -1,0 +1,286 @@
+"""Proves that a row's tokens say what the row says, by reading them back: no template or tokenizer is known by name.
+
+The scored tokens of a completion hold its own text, its thought and its calls, nothing of the prompt, and end once;
+the context holds every turn of the prompt, the tools and one beginning. Where that does not hold, a finding names it
+with both texts. Imports transformers and this folder's `conversation`, `pieces` and `tokenize`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.data.errors import DataError
+from prefopt.data.conversation import Processing, Row, answers_end, for_template, read_tools, user_turn
+from prefopt.data.pieces import (
+    TAKEN,
+    Piece,
+    Space,
+    contents_of,
+    pieces_of,
+    squeeze,
+    thoughts_of,
+    tools_of,
+    without_thought,
+)
+from prefopt.data.tokenize import Tokens, encode_alone, shared, text_tokenizer, tokens_of
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What does not hold: the kind of problem, and the texts side by side."""
+
+    kind: str
+    said: str
+
+
+def round_trip(row: Row, sides: Sequence[str], tokens: Tokens, processing_class: Processing) -> list[Finding] | None:
+    """What does not hold of a row and the `tokens` made of it; None where it cannot be read back (images)."""
+    if isinstance(row["prompt"], list):
+        if not all(_is_text(message) for name in ("prompt", *sides) for message in row[name]) or _has_images(row):
+            return None
+        trip = _Trip(row, sides, tokens, processing_class)
+        return [*trip.context(), *(finding for index in range(len(sides)) for finding in trip.completion(index))]
+    return list(_of_text(row, sides, tokens, processing_class))
+
+
+def _is_text(message: Any) -> bool:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    return all(isinstance(part, dict) and part.get("type", "text") == "text" for part in parts)
+
+
+def _has_images(row: Row) -> bool:
+    return any(row.get(name) for name in ("image", "images", "video", "videos", "audio", "audios"))
+
+
+# ---- conversations ------------------------------------------------------------------------------------------------
+
+
+class _Trip:
+    """A conversation's way back from its tokens."""
+
+    def __init__(self, row: Row, sides: Sequence[str], tokens: Tokens, processing_class: Processing) -> None:
+        self._row, self._sides, self._tokens, self._processing = row, sides, tokens, processing_class
+        self._tokenizer = text_tokenizer(processing_class)
+        self._space = Space(self._tokenizer)
+        self._prompt = for_template(row["prompt"], processing_class)
+        self._read = self._space.decode(tokens.prompt)
+
+    def context(self) -> Iterator[Finding]:
+        """The prompt's turns, tools and beginning."""
+        if self._renders and not self._is_text(self._tokens.prompt, self._tokens.prompt_text, self._read):
+            yield self._beside("tokens are not the row's", self._tokens.prompt_text, self._read, "context")
+        tools = tools_of(read_tools(self._row.get("tools")))
+        text = self._space.known(self._read)
+        missing, left = self._space.take([*(p for m in self._prompt for p in pieces_of(m)), *tools], text)
+        for piece in missing:
+            yield self._beside(self._kind_of_missing(piece, tools, text), piece.text, self._read, "context")
+        for message, mark in zip(self._prompt, self._marks, strict=True):
+            texts = [squeeze(piece.text) for piece in contents_of(message)]
+            if any(len(text) >= 8 and text in left for text in texts) and self._replaced[0].count(mark) > 1:
+                yield self._beside("prompt text twice", str(message["content"]), self._read, "context")
+        yield from _beginning(self._tokens, self._tokenizer, self._space, plain=False)
+        marks = _turn_marks(self._processing)
+        for piece in (p for name in ("prompt", *self._sides) for m in self._row[name] for p in contents_of(m)):
+            if any(mark in piece.text for mark in marks):
+                yield Finding("control token inside a text", f"The row says {_excerpt(piece.text)}.")
+                return
+
+    def completion(self, index: int) -> Iterator[Finding]:
+        """One side: its text, nothing of the prompt, one end."""
+        ids, whole = self._tokens.completions[index], self._tokens.texts[index]
+        scored = self._space.decode(ids)
+        text = self._space.known(scored)
+        messages = for_template(self._row[self._sides[index]], self._processing)
+        missing, left = self._space.take([p for message in messages for p in pieces_of(message)], text)
+        lost = [piece for piece in missing if not self._opened(piece, text)]
+        for piece in lost[:1]:
+            yield self._beside("completion is not scored", piece.text, scored, "scored tokens")
+        if not lost and self._renders and not self._follows(index, scored, whole):
+            yield self._beside("tokens are not the row's", whole, self._read + scored, "tokens")
+        elif self._scores_prompt(index, text, left, whole):
+            yield self._beside("prompt is scored", str(messages[-1].get("content") or ""), scored, "scored tokens")
+        if self._tokens.clashes[index]:
+            yield self._beside("generation prompt does not fit", whole, self._read + scored, "tokens")
+        if not missing:
+            yield from _ending(ids, left.rpartition(TAKEN)[2], scored, self._tokenizer)
+
+    @property
+    def _renders(self) -> bool:
+        """Whether the ids are those of the rendered text, and not made by a method of the processor's own."""
+        method = getattr(type(self._processing), "apply_chat_template", None)
+        return method is PreTrainedTokenizerBase.apply_chat_template
+
+    def _is_text(self, ids: list[int], text: str, read: str) -> bool:
+        # Some tokenizers do not give every text back as it was; those are asked for the ids once more.
+        return read == text or encode_alone(text, self._tokenizer) == ids
+
+    def _follows(self, index: int, scored: str, whole: str) -> bool:
+        """Whether the completion's tokens are what the rendered conversation ends with, behind the context."""
+        ids = self._tokens.completions[index]
+        if not self._tokens.repaired[index]:
+            return self._is_text(self._tokens.prompt + ids, whole, self._read + scored)
+        alone = self._tokens.alone[index]
+        return whole.endswith(alone) and self._is_text(ids, alone, scored)
+
+    def _opened(self, piece: Piece, text: str) -> bool:
+        """Whether the text begins in the generation prompt (an opening `<think>`) and goes on where that ends."""
+        words, before = self._space.known(piece.text), self._space.known(self._read)
+        return any(
+            before.endswith(words[:cut]) and text.startswith(words[cut:]) for cut in range(1, min(len(words), 200))
+        )
+
+    def _kind_of_missing(self, piece: Piece, tools: list[Piece], text: str) -> str:
+        if piece in tools:
+            return "tools are not in the context"
+        answers = [message for message in self._prompt if message.get("role") == "assistant"]
+        if any(piece in thoughts_of(message) for message in answers):
+            return "earlier thought is left out"
+        rest = without_thought(piece) if any(piece in contents_of(message) for message in answers) else None
+        if rest is not None and not self._space.take([rest], text)[0]:
+            return "earlier thought is left out"
+        return "prompt is not in the context"
+
+    def _scores_prompt(self, index: int, text: str, left: str, whole: str) -> bool:
+        head, found, _ = left.partition(TAKEN)
+        if self._tokens.repaired[index] and found and head:
+            # What the template prints first behind the context is not what the context has there.
+            lead = self._space.known(whole).removesuffix(text)
+            read = self._space.known(self._read)
+            if read.startswith(lead) and _share_a_word(read[len(lead) :], head):
+                return True
+        texts = [squeeze(piece.text) for message in self._prompt for piece in contents_of(message)]
+        # Words of the prompt may be the template's own: marks in their place tell which.
+        return any(text in left for text in texts) and any(mark in self._replaced[1 + index] for mark in self._marks)
+
+    @functools.cached_property
+    def _marks(self) -> list[str]:
+        return [f"qzx{'abcdefghij'[n % 10] * (1 + n // 10)}xzq" for n in range(len(self._row["prompt"]))]
+
+    @functools.cached_property
+    def _replaced(self) -> list[str]:
+        """Context and scored texts of the row with a mark in the place of each prompt message's content."""
+        prompt = [
+            {**message, "content": mark} if contents_of(message) else message
+            for message, mark in zip(self._row["prompt"], self._marks, strict=True)
+        ]
+        try:
+            tokens = tokens_of({**self._row, "prompt": prompt}, self._sides, self._processing)
+        except DataError:
+            raise
+        except Exception:
+            return [""] * (1 + len(self._sides))  # a template that reads contents: nothing can be said
+        return [squeeze(self._space.decode(ids)) for ids in (tokens.prompt, *tokens.completions)]
+
+    def _beside(self, kind: str, text: str, read: str, what: str) -> Finding:
+        return Finding(kind, f"The row says {_excerpt(text)}, the {what} {_excerpt(read)}.")
+
+
+def _share_a_word(left: str, right: str) -> bool:
+    """Whether both begin with the same word; `<think>` and `<tool_call>` do not."""
+    length = shared(left, right)
+    words = left[:length]
+    if all(text[length : length + 1].isalnum() for text in (left, right)):
+        words = words.rstrip("".join(filter(str.isalnum, set(words))))
+    return any(map(str.isalnum, words))
+
+
+# ---- plain text ---------------------------------------------------------------------------------------------------
+
+
+def _of_text(row: Row, sides: Sequence[str], tokens: Tokens, processing_class: Processing) -> Iterator[Finding]:
+    tokenizer = text_tokenizer(processing_class)
+    space = Space(tokenizer)
+    read = space.decode(tokens.prompt)
+    if not _ends_with(read, row["prompt"], space):
+        yield Finding(
+            "tokens are not the row's", f"The row says {_excerpt(row['prompt'])}, the context {_excerpt(read)}."
+        )
+    for side, ids in zip(sides, tokens.completions, strict=True):
+        scored = space.decode(ids)
+        text = space.known(scored)
+        own = next((form for form in space.forms(row[side]) if text.startswith(form)), None)
+        if own is None:
+            said = f"The row says {_excerpt(row[side])}, the scored tokens {_excerpt(scored)}."
+            yield Finding("completion is not scored", said)
+        else:
+            yield from _ending(ids, text[len(own) :] or str(tokenizer.eos_token), scored, tokenizer)
+    yield from _beginning(tokens, tokenizer, space, plain=True)
+
+
+def _ends_with(read: str, text: str, space: Space) -> bool:
+    if read.endswith(text):
+        return True
+    return any(space.known(read).endswith(form) for form in space.forms(text))
+
+
+# ---- both ---------------------------------------------------------------------------------------------------------
+
+
+def _beginning(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, space: Space, plain: bool) -> Iterator[Finding]:
+    """One beginning-of-text token, at the start of the context, if the tokenizer adds one."""
+    begin = tokenizer.bos_token_id
+    if begin is None or begin == tokenizer.eos_token_id:
+        return
+    starts = next((n for n, token in enumerate(tokens.prompt) if token != begin), len(tokens.prompt))
+    if starts > 1 or any(begin in ids[:1] for ids in tokens.completions):
+        read = space.decode(tokens.prompt), space.decode(tokens.completions[0])
+        yield Finding("second beginning of text", f"Context {_excerpt(read[0])}, scored tokens {_excerpt(read[1])}.")
+    elif not plain and begin not in tokens.prompt and _adds_beginning(tokenizer):
+        yield Finding("no beginning of text", f"Context {_excerpt(space.decode(tokens.prompt))}.")
+
+
+@functools.lru_cache(maxsize=32)
+def _adds_beginning(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
+
+
+def _ending(ids: list[int], tail: str, scored: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """`tail`: what follows the completion's own text."""
+    end = tokenizer.eos_token_id
+    special = set(tokenizer.all_special_ids) | {end}
+    last: list[int] = []
+    for token in reversed(ids):
+        if token in special:
+            last.append(token)
+        elif squeeze(tokenizer.decode([token])):
+            break
+    said = f"Scored tokens {_excerpt(scored)}."
+    if not tail and not last:
+        yield Finding("no end of turn", said)
+    elif len(set(last)) < len(last) or (tail and squeeze(scored).endswith(2 * tail)):
+        yield Finding("second end of turn", said)
+
+
+def is_rendered(row: Row, sides: Sequence[str], processing_class: Processing) -> bool:
+    """Whether plain text holds the marks that the chat template prints around a user's turn."""
+    words = {mark for part in user_turn(processing_class) for mark in part.split()[-1:]}
+    marks = _turn_marks(processing_class) or words
+    return any(mark in row[name] for name in ("prompt", *sides) for mark in marks)
+
+
+def _turn_marks(processing_class: Processing) -> set[str]:
+    """The control tokens around a user's text, and those that begin and end texts."""
+    tokenizer = text_tokenizer(processing_class)
+    around = " ".join(user_turn(processing_class)) + answers_end(processing_class)
+    marks = {token for token in _special_tokens(tokenizer) if token in around}
+    return marks | {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+
+
+@functools.lru_cache(maxsize=32)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    return frozenset([*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)])
+
+
+def _excerpt(text: str, most: int = 90) -> str:
+    """The text on one line, its middle left out where it is long."""
+    line = text.replace("\n", "\\n")
+    if len(line) > most:
+        line = f"{line[: most * 2 // 3]} ... {line[-most // 3 :]}"
+    return f"'{line}'"

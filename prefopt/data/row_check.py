@@ -1,0 +1,177 @@
+"""Everything that is checked of one row, wherever it comes from: a file, a recipe, the Python API or a stream.
+
+Nothing here changes a row. It may import transformers and the rest of this folder but `validate`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from jinja2.exceptions import SecurityError
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.data.errors import DataError
+from prefopt.data.conversation import Processing, Row
+from prefopt.data.problems import KINDS
+from prefopt.data.round_trip import is_rendered, round_trip
+from prefopt.data.row import TOLD, UNREADABLE, row_problems
+from prefopt.data.templates import template_trouble
+from prefopt.data.tokenize import Tokens, text_tokenizer, tokens_of
+
+
+@dataclass
+class Checked:
+    """What was found in a row.
+
+    Attributes:
+        problems: kinds of problems.
+        said: what stands behind the explanation of a kind: the texts side by side, or what was raised.
+        ids: the row's id columns, where they were made.
+        readable: its texts can be compared with those of other rows.
+        plain: it is plain text without a mark of the chat template that the tokenizer has.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    said: dict[str, str] = field(default_factory=dict)
+    ids: dict[str, list[int]] | None = None
+    readable: bool = False
+    plain: bool = False
+
+    @property
+    def errors(self) -> list[str]:
+        return [problem for problem in self.problems if KINDS[problem].severity == "error"]
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """All checks of a row that need no other row.
+
+    Attributes:
+        sides: the columns of completions.
+        columns: the columns of the data.
+        processing_class: makes the ids; without it the ids that a row has are looked at, if any.
+        max_length: longest prompt and completion, in tokens.
+        truncation_mode: which end is cut off: "keep_start" cuts completions, "keep_end" prompts.
+        vocabulary: how many tokens the model has embeddings for.
+    """
+
+    sides: tuple[str, ...]
+    columns: tuple[str, ...]
+    processing_class: Processing | None = None
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    vocabulary: int | None = None
+
+    def __call__(self, given: Row) -> Checked:
+        # Rows of a stream may lack a key that other rows have.
+        needed = ("prompt", *self.sides) if len(self.sides) == 2 else ("prompt", *self.sides, "label")
+        row = {**dict.fromkeys(needed), **given}
+        checked = Checked(list(row_problems(row, self.sides, list(self.columns))))
+        # Rows with broken texts cannot be compared or tokenized.
+        checked.readable = not any(problem in UNREADABLE for problem in checked.problems)
+        if checked.readable:
+            told = any(problem in TOLD for problem in checked.problems)
+            checked.problems.extend(self._token_problems(row, told, checked))
+        return checked
+
+    def _token_problems(self, row: Row, told: bool, checked: Checked) -> Iterator[str]:
+        """`told`: the texts are known to be empty or equal, so that their tokens are as well."""
+        if "prompt_ids" in row:
+            if not all(self._are_ids(row.get(f"{name}_ids")) for name in ("prompt", *self.sides)):
+                yield "wrong type: ids"
+                return
+            prompt, *completions = (row[f"{name}_ids"] for name in ("prompt", *self.sides))
+        elif self.processing_class is not None:
+            try:
+                tokens = tokens_of(row, self.sides, self.processing_class)
+                found = [] if told else self._read_back(row, tokens)
+            except DataError:
+                raise
+            except Exception as error:
+                kind, said = self._refused(error, isinstance(row["prompt"], list))
+                checked.said[kind] = said
+                yield kind
+                return
+            prompt, completions = tokens.prompt, list(tokens.completions)
+            names = [f"{name}_ids" for name in ("prompt", *self.sides)]
+            checked.ids = dict(zip(names, (prompt, *completions), strict=True))
+            checked.plain = self._is_plain(row)
+            for kind, said in found:
+                checked.said.setdefault(kind, said)
+            # Where there is no token at all, what is missing has been named.
+            if all(completions):
+                yield from dict.fromkeys(kind for kind, _ in found)
+        else:
+            return
+        yield from self._length_problems(prompt, completions, told)
+
+    def _length_problems(self, prompt: list[int], completions: list[list[int]], told: bool) -> Iterator[str]:
+        equal = len(completions) == 2 and completions[0] == completions[1]
+        if told:
+            pass
+        elif not prompt or not all(completions):
+            yield "no tokens"
+        elif equal:
+            yield "same tokens"
+        ids = (prompt, *completions)
+        if self.vocabulary is not None and max(map(max, filter(None, ids)), default=0) >= self.vocabulary:
+            yield "beyond the vocabulary"
+        if self.max_length is None:
+            return
+        starts = self.truncation_mode == "keep_start"
+        if starts and len(prompt) >= self.max_length:
+            yield "no room for a completion"
+        elif len(completions) == 2 and not told and not equal and self._cut_alike(prompt, completions):
+            yield "same tokens at this length"
+        elif any(len(c) + (len(prompt) if starts else 0) > self.max_length for c in completions):
+            yield "truncated completion"
+
+    def _cut_alike(self, prompt: list[int], completions: list[list[int]]) -> bool:
+        """Whether both sides are the same once they are cut as the collator cuts them."""
+        end = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-(self.max_length or 0), None)
+        left, right = ((prompt + completion)[end] for completion in completions)
+        return left == right
+
+    def _read_back(self, row: Row, tokens: Tokens) -> list[tuple[str, str]]:
+        assert self.processing_class is not None
+        findings = round_trip(row, self.sides, tokens, self.processing_class)
+        if findings is None:
+            return [("prompt is no token prefix (not read back)", "")] if any(tokens.repaired) else []
+        found = [(finding.kind, f" {finding.said}") for finding in findings]
+        clear = not any(tokens.clashes) and not any(KINDS[kind].severity == "error" for kind, _ in found)
+        if any(tokens.repaired) and clear:
+            found.append(("prompt is no token prefix", ""))
+        return found
+
+    def _is_plain(self, row: Row) -> bool:
+        template = getattr(self.processing_class, "chat_template", None)
+        if self.processing_class is None or not template or not isinstance(row["prompt"], str):
+            return False
+        return not is_rendered(row, self.sides, self.processing_class)
+
+    def _are_ids(self, value: Any) -> bool:
+        whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        known = None if self.processing_class is None else _size(text_tokenizer(self.processing_class))
+        return whole and (known is None or max(value, default=0) < known)
+
+    def _refused(self, error: Exception, by_template: bool) -> tuple[str, str]:
+        if by_template:
+            if not getattr(self.processing_class, "chat_template", None):
+                raise DataError(
+                    "The rows are conversations, but the tokenizer has no chat template. Pass one with "
+                    "--chat_template, or give prompt and completions as plain text."
+                ) from error
+            if isinstance(error, TemplateSyntaxError | SecurityError):
+                raise DataError(template_trouble(error)) from error
+        reason = str(error).strip().partition("\n")[0][:200].rstrip(".") or type(error).__name__
+        kind = "refused by the chat template" if by_template else "refused by the tokenizer"
+        return kind, f" The first said: {reason}."
+
+
+@functools.lru_cache(maxsize=32)
+def _size(tokenizer: PreTrainedTokenizerBase) -> int:
+    return len(tokenizer)

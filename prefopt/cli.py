@@ -272,6 +272,8 @@ def check(
         _fail(str(error))
     if report.problems:
         _console().print(report.table())
+    for note in report.notes:
+        _say(note)
     what = "pairs" if kind(dataset) == "pair" else "labelled completions"
     _console().print(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
     if not report.ok:

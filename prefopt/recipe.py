@@ -211,11 +211,12 @@ def _validated(recipe: Recipe, sources: dict[str, Dataset], role: str, vocabular
 
 def _checked(recipe: Recipe, dataset: Dataset, name: str, vocabulary: int | None) -> Dataset:
     tokenizer = _tokenizer(recipe)
-    # With keep_end it is the prompt's start that is cut, never the completion.
-    limit = recipe.training.max_length if recipe.training.truncation_mode == "keep_start" else None
-    report = validate(dataset, tokenizer=tokenizer, max_length=limit, vocabulary=vocabulary)
+    cut = {"max_length": recipe.training.max_length, "truncation_mode": recipe.training.truncation_mode}
+    report = validate(dataset, tokenizer=tokenizer, vocabulary=vocabulary, **cut)
     if report.problems:
         recipe.console.print(f"{name} rows:", report.table())
+    for note in report.notes:
+        recipe.console.print(note, soft_wrap=True)
     if report.ok or recipe.script.on_bad_rows == "error":
         return clean(dataset, report)
     if recipe.script.dry_run:

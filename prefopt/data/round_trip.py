@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.errors import DataError
 from prefopt.data.conversation import Processing, Row, answers_end, for_template, read_tools, user_turn
+from prefopt.data.errors import DataError
 from prefopt.data.pieces import (
     TAKEN,
     Piece,

@@ -14,8 +14,8 @@ from jinja2 import TemplateSyntaxError
 from jinja2.exceptions import SecurityError
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.errors import DataError
 from prefopt.data.conversation import Processing, Row
+from prefopt.data.errors import DataError
 from prefopt.data.problems import KINDS
 from prefopt.data.round_trip import is_rendered, round_trip
 from prefopt.data.row import TOLD, UNREADABLE, row_problems

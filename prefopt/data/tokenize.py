@@ -15,8 +15,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from prefopt.data.columns import column_names
-from prefopt.data.errors import DataError
 from prefopt.data.conversation import Processing, Row, answers_end, for_template, template_arguments
+from prefopt.data.errors import DataError
 from prefopt.data.templates import time_limit
 
 # A completion that no template treats specially and no generation prompt contains: it shows where completions begin.

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from datasets import Dataset, IterableDataset
 
 from prefopt.data.columns import column_names
-from prefopt.data.errors import DataError
 from prefopt.data.conversation import Processing, Row
+from prefopt.data.errors import DataError
 from prefopt.data.messages import without_nulls
 from prefopt.data.problems import KINDS
 from prefopt.data.report import Problem, Report

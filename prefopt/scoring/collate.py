@@ -61,7 +61,7 @@ class PreferenceCollator:
                 rows += [(role, i, example["prompt_ids"], example[key]) for i, example in enumerate(examples)]
         else:
             for i, example in enumerate(examples):
-                role = CHOSEN if example["label"] else REJECTED
+                role = CHOSEN if _is_desirable(example["label"]) else REJECTED
                 rows.append((role, i, example["prompt_ids"], example["completion_ids"]))
         # A lone example has no other prompt to be put under; its batch then adds nothing to the estimate.
         if self.mismatched and len(examples) > 1:
@@ -98,6 +98,18 @@ class PreferenceCollator:
             attention_mask = torch.nn.functional.pad(attention_mask, more)
             completion_mask = torch.nn.functional.pad(completion_mask, more)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+
+
+def _is_desirable(label: Any) -> bool:
+    """A label as it is, never its truth value: `"false"` and -1 are true to Python.
+
+    Raises:
+        ValueError: for anything but true and false (or 1 and 0).
+    """
+    value = label.item() if hasattr(label, "item") else label
+    if type(value) not in (bool, int) or value not in (0, 1):
+        raise ValueError(f"column 'label' must hold true or false in every row, found {label!r}")
+    return bool(value)
 
 
 @dataclass

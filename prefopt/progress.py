@@ -87,6 +87,12 @@ class RunProgress(TrainerCallback):  # type: ignore[misc]
         self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, numbers=[])
         self._bar.start()
 
+    def close(self) -> None:
+        """Give the line of the bar back, where a run ends in the middle."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=state.global_step)

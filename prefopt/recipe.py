@@ -34,7 +34,7 @@ from prefopt.data.columns import column_names, without_columns
 from prefopt.data.embed import find_encoder
 from prefopt.data.unused import MEDIA, unused_columns
 from prefopt.demo.data import heldout_prompts, load_demo
-from prefopt.demo.model import HUB_ID, resolve_demo_model
+from prefopt.demo.model import HUB_ID, is_converted, resolve_demo_model
 from prefopt.demo.report import Answer, PairMetrics, greedy_answers, side_by_side, summarize
 from prefopt.earlier_run import make_room, refuse_overwriting
 from prefopt.embeddings import check_given, with_embeddings
@@ -84,6 +84,7 @@ def _load(recipe: Recipe) -> tuple[Any, Any]:
         with PartialState().main_process_first():
             path = resolve_demo_model(say=lambda line: recipe.console.print(line, soft_wrap=True))
         recipe.model.model_name_or_path, recipe.base_model = str(path), HUB_ID
+        recipe.converted_model = is_converted(path)
     for name in (
         recipe.model.model_name_or_path,
         script.ref_model_name_or_path,
@@ -292,6 +293,7 @@ def _notes(recipe: Recipe, base: str) -> RunNotes:
     data = "the pairs bundled with prefopt" if recipe.bundled_data else str(script.dataset_name)
     return RunNotes(
         base_model=recipe.base_model or base,
+        converted_base=recipe.converted_model,
         sources=tuple(source for source, _ in parse_sources(data)),
         splits=("", "") if recipe.bundled_data else (script.dataset_train_split, recipe.heldout_split),
         expression=str(recipe.training.loss or ""),
@@ -356,7 +358,11 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         before, said = first.get("before"), first.get("answers")
         answers_before = None if said is None else [Answer(**answer) for answer in said]
         trainer.started_from(before)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        _say_interrupted(recipe, trainer)
+        raise
     trainer.save_model(_internal_call=True)  # pushed below, with a card that has the numbers
     after = trainer.evaluate() if has_heldout else None
     answers_after = None if answers_before is None else _answers(recipe, trainer)
@@ -380,6 +386,18 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     console.print(f"Saved to {training.output_dir}")
     _publish(recipe, trainer)
     return results
+
+
+def _say_interrupted(recipe: Recipe, trainer: PreferenceTrainer) -> None:
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, RunProgress):
+            callback.close()
+    if recipe.training.save_strategy.value == "no":
+        recipe.console.print(
+            f"Interrupted after step {trainer.state.global_step}: nothing was saved. With --save_strategy steps or "
+            "epoch, Ctrl-C and SIGTERM save a checkpoint first.",
+            soft_wrap=True,
+        )
 
 
 def _publish(recipe: Recipe, trainer: PreferenceTrainer) -> None:

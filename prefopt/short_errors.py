@@ -29,7 +29,10 @@ def show_short_errors() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if is_ours(error) and not os.environ.get("PREFOPT_VERBOSE"):
+        if isinstance(error, KeyboardInterrupt):
+            # Where the program was when Ctrl-C came is no defect to report.
+            print("\nStopped by Ctrl-C.", file=sys.stderr)
+        elif is_ours(error) and not os.environ.get("PREFOPT_VERBOSE"):
             print(redact(f"error: {error}"), file=sys.stderr)
         else:
             previous(kind, error, traceback)

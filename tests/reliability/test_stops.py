@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +38,20 @@ class Sends(TrainerCallback):
                     # Unlike os.kill, it has run the handler when it returns.
                     signal.raise_signal(signum)
                     self.seconds += self.pause
+
+
+def test_ctrl_c_where_nothing_is_saved_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("prefopt.recipe.RunProgress.on_log", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        main("ipo", [*arguments(tmp_path), "--evaluate_first", "false", "--save_strategy", "no"])
+    assert "Interrupted after step 1: nothing was saved. With --save_strategy" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_program_without_a_traceback():
+    code = "from prefopt.short_errors import show_short_errors as show; show(); raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode in (-signal.SIGINT, 130)
+    assert done.stderr.strip() == "Stopped by Ctrl-C."
 
 
 def make(tmp_path: Path, callback: TrainerCallback, **options):

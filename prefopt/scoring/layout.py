@@ -1,8 +1,9 @@
 """Which layout a model can be scored in, found out once and said in one line.
 
 The tree layout needs an attention that takes any mask, explicit positions, and a head that can be applied to chosen
-positions only. What a model's code promises is not always what it does, so two examples of the first batch are scored
-in every way that is considered, and what is faster is used only if it gives the same numbers.
+positions only. What a model's code promises is not always what it does, so it is tried: two examples of the first
+batch as the run scores them, and rows as long as the run's as `trial` compares them. Longer rows than any before are
+tried when they come. What is faster is used only if it gives the same numbers.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 from prefopt.scoring import attention
 from prefopt.scoring.call import Call
 from prefopt.scoring.collate import select_rows
+from prefopt.scoring.exact import undisturbed, within
 from prefopt.scoring.frozen import FrozenLayers
 from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores
 from prefopt.scoring.model import is_checkpointed, unwrapped
 from prefopt.scoring.padded import score_rows
-from prefopt.scoring.tree import Masks, score_trees
+from prefopt.scoring.reach import Horizon, Reach
+from prefopt.scoring.tree import Masks, Tree, plant, score_trees
+from prefopt.scoring.trial import ERRORS, fails, tree_difference
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +48,11 @@ class Layout:
         compiled: whether the model is compiled, so that nothing in it may be replaced for a call.
         frozen: layers that policy and reference share.
         half: whether the model is run in half precision, whatever its weights are kept in.
+        max_length: of the run's rows; None if there is no limit.
 
     Attributes:
         masks: how trees are scored, as in `score_trees`; None for the padded layout or while that is not known.
-        reason: why not in trees; "" if they are used or while that is not known.
+        reason: why not in trees, if only for some batches; "" while they are used for all.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Layout:
         compiled: bool = False,
         frozen: FrozenLayers | None = None,
         half: bool = False,
+        max_length: int | None = None,
     ):
         self.name = name
         self.one_call = one_call
@@ -68,6 +74,8 @@ class Layout:
         self._half = half
         self._gather = gather
         self._settled = False
+        self._said = False
+        self._horizon = Horizon(max_length)
 
     def score(
         self,
@@ -97,14 +105,14 @@ class Layout:
                 backward pass. None: as many as suit the device, and nothing twice.
         """
         mask = inputs["completion_mask"]
-        in_trees = not all_logits and self.in_trees(model, inputs, model_inputs)
+        trees = None if all_logits else self._trees(model, inputs, model_inputs, in_parts_of)
         # Only now, as the first batch settles what a call may leave out.
         frozen = self.call.frozen if shares_layers else None
         call = replace(self.call, frozen=frozen, recompute=in_parts_of is not None)
         options: dict[str, Any] = {"extras": extras, "reference": reference, "keep_logits": keep_logits}
-        if in_trees:
+        if trees is not None:
             assert self.masks is not None
-            return self._score_trees(model, model_inputs, mask, self.masks, call, in_parts_of, **options)
+            return self._score_trees(model, model_inputs, mask, self.masks, call, in_parts_of, trees=trees, **options)
         # Some models ask for "sdpa" by name. Checkpointed layers of trees before may yet be computed again.
         if not is_checkpointed(model):
             self.release(model)
@@ -117,17 +125,40 @@ class Layout:
         if getattr(getattr(inner, "config", None), "_attn_implementation", None) == attention.NAME:
             inner.set_attn_implementation("sdpa")
 
-    def in_trees(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> bool:
+    def in_trees(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        model_inputs: Mapping[str, Any],
+        in_parts_of: int | None = None,
+    ) -> bool:
         """Whether this batch is scored in trees; found out at the first batch that tells."""
-        if not bool(inputs["completion_mask"].any()):
-            return False
+        return self._trees(model, inputs, model_inputs, in_parts_of) is not None
+
+    def _trees(
+        self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any], in_parts_of: int | None
+    ) -> list[Tree] | None:
+        """The batch as trees; None where it is scored padded."""
+        mask = inputs["completion_mask"]
+        if not bool(mask.any()) or (self._settled and self.masks is None):
+            return None
+        trees = plant(inputs["input_ids"], inputs["attention_mask"], mask)
         if not self._settled:
-            self._settle(model, inputs, model_inputs)
-        # Within the window of a sliding attention every token sees all before it, as a tree has it.
-        config: Any = unwrapped(model).config
-        window = getattr(config.get_text_config(), "sliding_window", None)
-        fits = window is None or int(inputs["attention_mask"].sum(-1).max()) <= window
-        return self.masks is not None and fits
+            self._settle(model, inputs, model_inputs, trees, in_parts_of)
+        if self.masks is None or not trees:
+            return None
+        masks = self.masks
+        need = self._need(trees, masks, self._at_once(inputs["input_ids"].device, masks, in_parts_of))
+        reason = self._horizon.reason(model, need, lambda one, reach: self._differs(one, inputs, reach, masks))
+        if reason:
+            self._say_padded(need, reason)
+        return None if reason else trees
+
+    def _at_once(self, device: torch.device, masks: Masks, tokens: int | None) -> int | None:
+        """How many tokens of trees go through the model at once."""
+        if tokens is None and device.type == "cpu":
+            tokens = TOKENS_ON_CPU[not isinstance(masks, torch.dtype)]
+        return None if self.one_call else tokens
 
     def _score_trees(
         self, model: nn.Module, model_inputs: Mapping[str, Any], mask: Tensor, masks: Masks, call: Call,
@@ -136,19 +167,55 @@ class Layout:
         inner: Any = unwrapped(model)
         if masks == "packed" and inner.config._attn_implementation == "sdpa":
             inner.set_attn_implementation(attention.NAME)
-        if tokens is None and model_inputs["input_ids"].device.type == "cpu":
-            tokens = TOKENS_ON_CPU[not isinstance(masks, torch.dtype)]
         return score_trees(
             model, model_inputs, mask, masks=masks, call=call,
-            tokens=None if self.one_call else tokens,
-            # The load balancing of experts counts padded rows; asked for, it comes with the padded layout.
-            model_options={"output_router_logits": False} if hasattr(inner.config, "output_router_logits") else None,
-            **options,
+            tokens=self._at_once(model_inputs["input_ids"].device, masks, tokens),
+            model_options=_without_routers(inner), **options,
         )  # fmt: skip
+
+    # ---- how far it holds ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _need(trees: Sequence[Tree], masks: Masks, tokens: int | None) -> Reach:
+        """How far the rows of a batch go."""
+        sizes = [len(tree.tokens) for tree in trees]
+        row = 2 + max(tree.positions[-1] if not tree.branches else max(tree.positions) for tree in trees)
+        if isinstance(masks, torch.dtype):
+            return Reach(row, max(sizes))
+        return Reach(row, sum(sizes) if tokens is None else min(sum(sizes), max(tokens, *sizes)))
+
+    def _differs(self, model: nn.Module, inputs: Mapping[str, Any], reach: Reach, masks: Masks) -> str:
+        """How trees that go so far differ; "" if they do not."""
+        inner: Any = unwrapped(model)
+        before = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+
+        def score(model_inputs: Mapping[str, Any], mask: Tensor, call: Call) -> TokenScores:
+            floating = isinstance(masks, torch.dtype) and masks.is_floating_point
+            kind = next(p.dtype for p in inner.parameters() if p.is_floating_point()) if floating else masks
+            return self._score_trees(called, model_inputs, mask, kind, call)[0]
+
+        called = within(model)
+        try:
+            self.release(model)
+            return tree_difference(called, score, inputs, reach, _without_routers(inner))
+        finally:
+            self.release(model)
+            if before == attention.NAME:
+                inner.set_attn_implementation(before)
+
+    def _say_padded(self, need: Reach, reason: str) -> None:
+        if self.name == "tree":
+            raise ValueError(f"layout='tree' cannot be used for rows of {need.row} tokens: {reason}")
+        if not self._said:
+            logger.warning("padded layout for some batches (rows of %d tokens): %s", need.row, reason)
+        self.reason, self._said = reason, True
 
     # ---- what holds ------------------------------------------------------------------------------------------------
 
-    def _settle(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> None:
+    def _settle(
+        self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any], trees: Sequence[Tree],
+        in_parts_of: int | None,
+    ) -> None:  # fmt: skip
         """Find out what gives the model's own numbers: the head on its own, and trees."""
         self._settled = True
         if "roles" not in inputs:
@@ -156,43 +223,55 @@ class Layout:
             self.call.chunked_head = False
             self.reason = "the batch comes from another collator"
         else:
-            self._try_out(model, inputs, model_inputs)
+            with undisturbed(model):
+                self._try_out(model, inputs, model_inputs, trees, in_parts_of)
         if self.masks is not None or self.name == "padded":
             return
         if self.name == "tree":
             raise ValueError(f"layout='tree' cannot be used here: {self.reason}")
         logger.warning("padded layout (each prompt once per completion): %s", self.reason)
 
-    def _try_out(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> None:
+    def _try_out(
+        self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any], trees: Sequence[Tree],
+        in_parts_of: int | None,
+    ) -> None:  # fmt: skip
         few = select_rows(inputs, _shortest(inputs, 2))
         kept = {**model_inputs, **{name: few[name] for name in ("input_ids", "attention_mask")}}
-        mask, was_training = few["completion_mask"], model.training
-        model.eval()  # dropout would make any two passes differ
-        plain = Call(chunked_head=False)
-        try:
-            with torch.no_grad():
-                truth, _ = score_rows(model, kept, mask, call=plain)
-                if self.call.chunked_head:
-                    chunked = self._gap(truth, model, lambda call: score_rows(model, kept, mask, call=call)[0], Call())
-                    self.call.chunked_head = not any(self._gather(chunked))
-                self._try_frozen(truth, model, lambda call: score_rows(model, kept, mask, call=call)[0])
-                if self.name == "padded":
-                    return
-                call = Call(chunked_head=self.call.chunked_head)
-                candidates = self._candidates(model, inputs, model_inputs)
-                for masks in candidates:
+        mask = few["completion_mask"]
+        truth, _ = score_rows(model, kept, mask, call=Call(chunked_head=False))
+        if self.call.chunked_head:
+            chunked = self._gap(truth, model, lambda call: score_rows(model, kept, mask, call=call)[0], Call())
+            self.call.chunked_head = not any(self._gather(chunked))
+        self._try_frozen(truth, model, lambda call: score_rows(model, kept, mask, call=call)[0])
+        if self.name == "padded":
+            return
+        call = Call(chunked_head=self.call.chunked_head)
+        for masks in self._candidates(model, inputs, model_inputs):
 
-                    def in_trees(call: Call, masks: Masks = masks) -> TokenScores:
-                        return self._score_trees(model, kept, mask, masks, call)[0]
+            def in_trees(call: Call, masks: Masks = masks) -> TokenScores:
+                return self._score_trees(model, kept, mask, masks, call)[0]
 
-                    found = [reason for reason in self._gather(self._gap(truth, model, in_trees, call)) if reason]
-                    if not found:
-                        self.masks, self.reason = masks, ""
-                        return
-                    self.reason = found[0]
-                    self.release(model)
-        finally:
-            model.train(was_training)
+            self.reason = self._agree(self._gap(truth, model, in_trees, call))
+            self.release(model)
+            if self.reason:
+                continue
+            tokens = self._at_once(inputs["input_ids"].device, masks, in_parts_of)
+            short = plant(few["input_ids"], few["attention_mask"], mask)
+
+            def trial(one: nn.Module, reach: Reach, masks: Masks = masks) -> str:
+                return self._differs(one, inputs, reach, masks)
+
+            self.reason = self._horizon.settle(
+                model, self._gather(self._need(trees, masks, tokens)), self._need(short, masks, tokens), trial,
+                self._agree,
+            )  # fmt: skip
+            if not self.reason:
+                self.masks = masks
+                return
+
+    def _agree(self, reason: str) -> str:
+        """Why any process cannot; "" if all can."""
+        return next((reason for reason in self._gather(reason) if reason), "")
 
     def _try_frozen(self, truth: TokenScores, model: nn.Module, score: Callable[[Call], TokenScores]) -> None:
         """Use shared layers only where leaving them out gives the same numbers."""
@@ -242,14 +321,19 @@ class Layout:
         name = type(unwrapped(model)).__name__
         try:
             scores = score(call)
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
-            return f"{name} fails on it ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
+        except ERRORS as error:
+            return fails(model, error)
         autocast = torch.is_autocast_enabled(truth.mask.device.type)
         half = self._half or autocast or unwrapped(model).dtype != torch.float32
         gap = float((truth.logps - scores.logps).abs().max())
         if not gap <= (0.5 if half else 1e-3):
             return f"{name} gives other log-probabilities in it (by up to {gap:.2g} nats)"
         return ""
+
+
+def _without_routers(inner: Any) -> dict[str, Any]:
+    """The load balancing of experts counts padded rows; asked for, it comes with the padded layout."""
+    return {"output_router_logits": False} if hasattr(inner.config, "output_router_logits") else {}
 
 
 def _shortest(inputs: Mapping[str, Any], count: int) -> Tensor:

@@ -193,6 +193,7 @@ def score_trees(
     masks: Masks = torch.bool,
     model_options: Mapping[str, Any] | None = None,
     call: Call | None = None,
+    trees: Sequence[Tree] | None = None,
 ) -> tuple[TokenScores, Any]:
     """Score the completion tokens of padded rows in the tree layout.
 
@@ -209,12 +210,13 @@ def score_trees(
             attention, which adds its mask.
         model_options: further keyword arguments of the model.
         call: how the model is called; the default computes the head on completion tokens only.
+        trees: what `plant` made of the rows, where that is known.
 
     Returns:
         Token scores of shape (R, T - 1), position t standing for token t + 1, and the last output of the model.
     """
     ids = inputs["input_ids"]
-    trees = plant(ids, inputs["attention_mask"], completion_mask)
+    trees = plant(ids, inputs["attention_mask"], completion_mask) if trees is None else trees
     together = group(trees, tokens) if isinstance(masks, torch.dtype) else pack(trees, tokens)
     parts: list[Measured] = []
     pooled: list[Tensor] = []

@@ -61,7 +61,8 @@ class TokenBudgetMixin:
         model.train()
         inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
         with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            in_trees = self._layout.in_trees(model, inputs, self._model_inputs(inputs))  # type: ignore[attr-defined]
+            model_inputs = self._model_inputs(inputs)  # type: ignore[attr-defined]
+            in_trees = self._layout.in_trees(model, inputs, model_inputs, self._budget)
         if not self.objective.separable or not groups_of(inputs).paired:
             if self._layout.one_call:
                 raise ValueError(self._together("single completions"))

@@ -70,6 +70,7 @@ class ScoringMixin:
             compiled=compiled,
             frozen=FrozenLayers(shared) if shared else None,
             half=self.accelerator.mixed_precision != "no",
+            max_length=self.args.max_length,
         )
 
     def _shared_depth(self, own_reference: bool) -> int:

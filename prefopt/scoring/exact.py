@@ -1,0 +1,179 @@
+"""A model for the time of a trial: undisturbed, in float32, its adapters doing something, few layers standing for all.
+
+Everything is as it was afterwards, bit by bit, whatever happens in between: weights, modes, adapters, random state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.scoring.fingerprint import is_sharded
+from prefopt.scoring.frozen import decoder_layers
+from prefopt.scoring.model import replaced_forward, unwrapped
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def within(model: nn.Module) -> nn.Module:
+    """The model that can be called by one process alone: out of DDP and torch.compile, with its adapters.
+
+    Weights that are spread over processes are there only in calls of the wrapper, which is then what is called.
+    """
+    if is_sharded(model):
+        return model
+    while True:
+        inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, adapters on, no gradient; modes, adapters and the random state are as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    off: list[Any] = [module for module in model.modules() if vars(module).get("_disable_adapters") is True]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+            model.eval()
+            for module in off:
+                module._disable_adapters = False
+            yield
+    finally:
+        for module in off:
+            module._disable_adapters = True
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def awake(model: nn.Module) -> Iterator[None]:
+    """Weights that are all zero (a new adapter's) have values in here, so that what they do is seen."""
+    before: list[tuple[Tensor, Tensor]] = []
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in model.parameters():
+            # What is here of a weight that is spread over processes.
+            local: Any = getattr(parameter, "ds_tensor", parameter)
+            local = (local.to_local() if hasattr(local, "to_local") else local).detach()
+            if local.dtype not in FLOATS or local.is_meta or not local.numel():
+                continue
+            if bool(local[(0,) * local.dim()]) or bool(local.any()):
+                continue
+            before.append((local, local.clone()))
+            local.copy_(torch.randn(local.shape, generator=generator).mul_(0.05))
+        yield
+    finally:
+        for tensor, values in before:
+            tensor.copy_(values)
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module, skipped: list[nn.Module]) -> Iterator[None]:
+    """Everything is computed in float32 in here, and some decoder layers hand on what they are given.
+
+    Args:
+        model: whose weights are float32 for the time, but for those of the skipped layers.
+        skipped: what `like_others` gave.
+    """
+    left = {id(tensor) for layer in skipped for tensor in (*layer.parameters(), *layer.buffers())}
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in left}.values()
+    changed: list[tuple[Tensor, Tensor]] = []
+    device = next(model.parameters()).device.type
+    with contextlib.ExitStack() as stack:
+        # accelerate's own forward methods set autocast.
+        for module in model.modules():
+            if (forward := vars(module).get("_original_forward")) is not None:
+                stack.enter_context(replaced_forward(module, forward))
+        stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_without_tf32())
+        if skipped:
+            stack.enter_context(_passed(skipped, unwrapped(model)))
+        try:
+            for tensor in tensors:
+                if tensor.dtype in (torch.bfloat16, torch.float16):
+                    changed.append((tensor, tensor.data))
+                    tensor.data = tensor.data.float()
+            yield
+        finally:
+            for tensor, data in changed:
+                tensor.data = data
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    matmul, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolutions
+
+
+# ---- layers that stand for others ----------------------------------------------------------------------------------
+
+
+def like_others(model: nn.Module) -> list[nn.Module]:
+    """Decoder layers that two others of the same kind stand for; none where it cannot be told."""
+    found = decoder_layers(model)
+    if found is None:
+        return []
+    config: Any = model.config
+    layers = list(found[1])
+    settings = [
+        v for v in config.get_text_config().to_dict().values() if isinstance(v, list) and len(v) == len(layers)
+    ]
+    met: dict[Any, int] = {}
+    skipped = []
+    for number, layer in enumerate(layers):
+        kind = (_kind(layer), tuple(str(values[number]) for values in settings))
+        met[kind] = met.get(kind, 0) + 1
+        if met[kind] > 2:
+            skipped.append(layer)
+    return skipped
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What a layer is made of: its modules, their plain settings, what weights and buffers look like."""
+    parts: list[Any] = []
+    for name, module in layer.named_modules():
+        plain = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str, torch.dtype)) and "idx" not in key and key != "layer_id"
+        }
+        parts.append((name, type(module), tuple(sorted((k, str(v)) for k, v in plain.items()))))
+    parts += [(name, p.shape, p.requires_grad) for name, p in layer.named_parameters()]
+    parts += [(name, b.shape, float(b.double().sum())) for name, b in layer.named_buffers() if not b.is_meta]
+    return tuple(parts)
+
+
+@contextlib.contextmanager
+def _passed(skipped: list[nn.Module], model: nn.Module) -> Iterator[None]:
+    """Layers hand on in here what they are given; what else they return is what the layer before them returned."""
+    others: list[tuple[Any, ...] | None] = [None]
+
+    def note(_: nn.Module, inputs: Any, output: Any) -> None:
+        others[0] = tuple(output[1:]) if isinstance(output, tuple) else None
+
+    def instead(*arguments: Any, **keywords: Any) -> Any:
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        return hidden if others[0] is None else (hidden, *others[0])
+
+    found = decoder_layers(model)
+    assert found is not None
+    with contextlib.ExitStack() as stack:
+        for layer in found[1]:
+            if layer in skipped:
+                stack.enter_context(replaced_forward(layer, instead))
+            else:
+                stack.callback(layer.register_forward_hook(note).remove)
+        yield

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import logging
 import math
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +32,7 @@ from prefopt.launched import launch_command
 from prefopt.loss_options import settle
 from prefopt.losses import LossSyntaxError
 from prefopt.models import adapter_base
+from prefopt.noise import quiet_libraries
 from prefopt.redaction import guard_process, redact, remember
 from prefopt.short_errors import show_short_errors
 from prefopt.trainer import PreferenceConfig
@@ -159,7 +157,7 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     Without `--model_name_or_path` the bundled model is used, with the settings of `DEMO_CONFIG` as defaults. Without
     `--dataset_name` the bundled preference pairs are used.
     """
-    _quiet_libraries()
+    quiet_libraries()
     given, argv = argv, list(sys.argv[1:] if argv is None else argv)
     command = launch_command(given)
     guard_process()
@@ -386,15 +384,3 @@ def _refuse_what_is_ignored(script: RecipeArguments, model: ModelConfig, words: 
             f"--{shape[0]} shapes a new adapter, but {model.model_name_or_path} is an adapter already and is trained "
             "on as it is: leave the option out, or merge the adapter into its model first"
         )
-
-
-def _quiet_libraries() -> None:
-    """Keep the screen for what a person needs; warnings about other libraries' own internals are not among it."""
-    warnings.filterwarnings("ignore", message=r".*is deprecated and will be removed in v6.*", category=FutureWarning)
-    if not os.environ.get("PREFOPT_VERBOSE"):
-        from datasets.utils.logging import disable_progress_bar
-        from transformers.utils import logging as transformers_logging
-
-        disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)

@@ -17,6 +17,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from prefopt import __version__
+from prefopt.noise import quiet_warnings
 from prefopt.short_errors import short_errors
 
 if TYPE_CHECKING:
@@ -528,6 +529,7 @@ def _fail(message: str) -> None:
 
 def main() -> None:
     """The command line; errors of prefopt's own end it with their message alone."""
+    quiet_warnings()
     with short_errors():
         app()
 

@@ -214,7 +214,8 @@ def _checked(recipe: Recipe, dataset: Dataset, name: str, vocabulary: int | None
     tokenizer = _tokenizer(recipe)
     cut = {"max_length": recipe.training.max_length, "truncation_mode": recipe.training.truncation_mode}
     report = validate(dataset, tokenizer=tokenizer, vocabulary=vocabulary, **cut)
-    if report.problems:
+    drops = recipe.script.on_bad_rows == "drop" and len(report.bad_rows) < report.total
+    if report.problems and (report.ok or drops):  # else the error of `clean` tells them
         recipe.console.print(f"{name} rows:", report.table())
     for note in report.notes:
         recipe.console.print(note, soft_wrap=True)

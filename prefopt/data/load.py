@@ -23,6 +23,7 @@ from prefopt.data.columns import rename_columns
 from prefopt.data.columns import text_columns as _text_columns
 from prefopt.data.errors import DataError, did_you_mean
 from prefopt.data.json_files import holds_dates, open_binary, raise_for_broken_json, read_by_rows
+from prefopt.noise import errors_told_by_us
 
 # File ending -> the builder of `datasets` that reads it; each may be followed by a compression ending.
 BUILDERS = {
@@ -219,7 +220,8 @@ def _load_file(path: Path, split: str, streaming: bool, text_columns: Collection
     if builder == "csv":
         options = _csv_options(path, text_columns)
     try:
-        dataset = datasets.load_dataset(builder, data_files=str(path), split=split, streaming=streaming, **options)
+        with errors_told_by_us("datasets"):
+            dataset = datasets.load_dataset(builder, data_files=str(path), split=split, streaming=streaming, **options)
     except Exception as error:
         if builder == "json" and path.stat().st_size > _FIRST_BLOCK:
             return read_by_rows(path, split, streaming)

@@ -162,8 +162,10 @@ class RowCheck:
         if by_template:
             if not getattr(self.processing_class, "chat_template", None):
                 raise DataError(
-                    "The rows are conversations, but the tokenizer has no chat template. Pass one with "
-                    "--chat_template, or give prompt and completions as plain text."
+                    "The rows are conversations, but the tokenizer has no chat template. Take the tokenizer of the "
+                    "model's chat version; or give a recipe a template with --chat_template FILE (the repository has "
+                    "configs/papers/hh.jinja for Human/Assistant dialogues, and zephyr.jinja beside it); or write "
+                    "prompt and completions as plain text."
                 ) from error
             if isinstance(error, TemplateSyntaxError | SecurityError):
                 raise DataError(template_trouble(error)) from error

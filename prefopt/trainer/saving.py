@@ -143,6 +143,16 @@ class CheckpointMixin:
                 *(output_dir, ", ".join(sorted(checkpoint.folder.name for checkpoint in found))),
             )
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Missing parameters that share their values with one that was loaded are not missing (a tied head)."""
+        names: dict[int, set[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), set()).add(name)
+        missing = set(load_result.missing_keys)
+        shared = {name for group in names.values() if group - missing for name in group}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in shared]
+        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+
     def _resume_state(self, folder: Path | None) -> None:
         self._flow.stopped, self._last_written = 0, folder
         self._resumed_from = folder

@@ -1,0 +1,44 @@
+"""Lines of other libraries that tell a person nothing, left out by command lines.
+
+A script of one's own that imports prefopt has them all. Imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+
+def quiet_warnings() -> None:
+    """Leave out what libraries say to one another, such as PEFT's use of a name that transformers will remove."""
+    warnings.filterwarnings("ignore", message=r".*is deprecated and will be removed in v6.*", category=FutureWarning)
+
+
+def quiet_libraries() -> None:
+    """Keep the screen for what a person needs, and print no message of a library twice."""
+    quiet_warnings()
+    if not os.environ.get("PREFOPT_VERBOSE"):
+        from datasets.utils.logging import disable_progress_bar
+        from transformers.utils import logging as transformers_logging
+
+        disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    for library in ("datasets", "huggingface_hub"):
+        # Each has a handler of its own beside the root's, which prints the same line.
+        logging.getLogger(library).handlers.clear()
+
+
+@contextlib.contextmanager
+def errors_told_by_us(library: str) -> Iterator[None]:
+    """In here a library logs no errors: what it raises is told in words of ours."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

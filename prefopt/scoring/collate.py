@@ -43,6 +43,7 @@ class PreferenceCollator:
         mismatched: also build every completion's row under the previous example's prompt.
         columns: numeric columns to pass on, as `column_<name>`; `weight` is passed on wherever it is present.
         embeddings: pass the columns of `EMBEDDINGS` on.
+        vocabulary: how many token ids the models know; others are refused here, where a GPU would end the process.
     """
 
     pad_token_id: int | None = None
@@ -52,6 +53,7 @@ class PreferenceCollator:
     mismatched: bool = False
     columns: tuple[str, ...] = ()
     embeddings: bool = False
+    vocabulary: int | None = None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         rows: list[tuple[int, int, list[int], list[int]]] = []  # role, example, prompt, completion
@@ -92,6 +94,12 @@ class PreferenceCollator:
         input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
         attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         completion_mask = pad_sequence(masks, batch_first=True)
+        if self.vocabulary is not None and int(input_ids.max()) >= self.vocabulary:
+            raise ValueError(
+                f"token id {int(input_ids.max())} is beyond the vocabulary of {self.vocabulary} that the models have "
+                "embeddings for: use the tokenizer that belongs to the model, or call "
+                "model.resize_token_embeddings(len(tokenizer)) on policy and reference"
+            )
         if self.pad_to_multiple_of:
             more = (0, -input_ids.shape[1] % self.pad_to_multiple_of)
             input_ids = torch.nn.functional.pad(input_ids, more, value=self.pad_token_id)

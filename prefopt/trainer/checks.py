@@ -20,6 +20,7 @@ from prefopt.columns import EMBEDDINGS
 from prefopt.data.columns import column_names, kind_of_columns
 from prefopt.losses import ConflictFree, Loss, Need
 from prefopt.scoring import extras_for
+from prefopt.trainer.options import refuse_options, refuse_sampling
 from prefopt.trainer.publishing import PushError
 
 _OF_TOKENS = Need.TOKENS | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
@@ -66,7 +67,17 @@ def check_run(plan: RunPlan) -> None:
     for check in (_rows, _evaluation, _trackers, _push):
         check(plan)
     if plan.objective is not None:
-        for look in (_pairs, _other_models, _mismatched, _precomputed, _sampled, _needed_columns, _cache, _precision):
+        for look in (
+            _options,
+            _pairs,
+            _other_models,
+            _mismatched,
+            _precomputed,
+            _sampled,
+            _needed_columns,
+            _cache,
+            _precision,
+        ):
             look(plan, plan.objective)
 
 
@@ -144,6 +155,12 @@ def _push(plan: RunPlan) -> None:
 
 
 # ---- runs on an objective of ours --------------------------------------------------------------------------------
+
+
+def _options(plan: RunPlan, objective: Loss) -> None:
+    if plan.args is not None:
+        refuse_options(plan.args)
+        refuse_sampling(plan.args, plan.train, plan.columns)
 
 
 def _pairs(plan: RunPlan, objective: Loss) -> None:

@@ -6,9 +6,9 @@ They are `compute_loss`, `log`, dataset preparation, the collator and `compute_r
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,25 +22,28 @@ from trl import DPOConfig, DPOTrainer
 from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.data import drop_overlong, normalise, tokenize_dataset
 from prefopt.data.unused import MEDIA, without_empty_media
-from prefopt.losses import ConflictFree, Loss, LossOutput, Need, PreferenceBatch
+from prefopt.losses import ConflictFree, Loss, LossOutput, Need
 from prefopt.metrics import RunningMeans, batch_metrics, rewards_not_logged
 from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.collate import PreferenceCollator, WithColumns, groups_of
 from prefopt.scoring.layout import Layout
-from prefopt.trainer import overrides
+from prefopt.trainer import adapters, overrides
 from prefopt.trainer.accumulation import AccumulationMixin
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.checks import RunPlan, check_run
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.conflict import ConflictFreeMixin
+from prefopt.trainer.dropout import DropoutMixin
 from prefopt.trainer.evaluation import EvaluationMixin
 from prefopt.trainer.finite import FiniteMixin, StepGuard
 from prefopt.trainer.learned import LearnedLoss
+from prefopt.trainer.options import OptionsMixin, refuse_model
 from prefopt.trainer.publishing import PublishingMixin
 from prefopt.trainer.saving import CheckpointMixin
 from prefopt.trainer.scoring import ScoringMixin
-from prefopt.trainer.start import StartCheck
+from prefopt.trainer.start import StartCheck, StartMixin
+from prefopt.trainer.tokens import LengthsMixin
 from prefopt.trainer.trackers import track
 from prefopt.weights import check_folder
 
@@ -67,6 +70,8 @@ logger = logging.getLogger(__name__)
 
 
 class LossMixin(
+    DropoutMixin,
+    OptionsMixin,
     PublishingMixin,
     CheckpointMixin,
     AccumulationMixin,
@@ -74,6 +79,8 @@ class LossMixin(
     ConflictFreeMixin,
     EvaluationMixin,
     ScoringMixin,
+    LengthsMixin,
+    StartMixin,
     FiniteMixin,
     _Trainer,
 ):
@@ -138,6 +145,15 @@ class LossMixin(
         references = (bound.get("ref_model") is not None, previous_model is not None)
         check_run(RunPlan(self.objective, args, data, heldout, *references))
         if self.objective is not None:
+            models = {
+                "model": bound.get("model"),
+                "ref_model": bound.get("ref_model"),
+                "previous_model": previous_model,
+            }
+            for role, model in models.items():
+                if model is not None:
+                    refuse_model(model, args, role)
+            adapters.check_adapters(models["model"], bound.get("peft_config"), models["ref_model"] is None)
             if args is not None:
                 # An adapter's random weights are drawn while TRL sets up; TRL seeds that itself since 1.15 only.
                 set_seed(args.seed)
@@ -149,7 +165,9 @@ class LossMixin(
                 self._own_collator = self._make_collator(self.objective, args)
                 if takes_collator:
                     bound["data_collator"] = self._own_collator
-        super().__init__(**bound)
+        model, own_reference = bound.get("model"), bound.get("ref_model") is None
+        with contextlib.nullcontext() if self.objective is None else adapters.set_up(model, own_reference):
+            super().__init__(**bound)
         self.add_callback(StartCheck(self))
         if self.objective is None:
             self._set_up_checkpoints()
@@ -162,8 +180,18 @@ class LossMixin(
                 "ahead: pass loss=... as well"
             )
         self._previous_model = self._make_previous(self.objective, previous_model)
-        self._after_trl(self.objective, bound.get("ref_model") is None, sample)
+        if own_reference and adapters.changes_base(bound.get("peft_config")):
+            self._keep_first_adapter()
+        self._after_trl(self.objective, own_reference, sample)
         self._set_up_checkpoints()
+
+    def _keep_first_adapter(self) -> None:
+        if self.args.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs=True computes the reference with the adapter put aside, which is not the "
+                "initial model with an init_lora_weights that changes the base: set it to False, or pass ref_model=..."
+            )
+        adapters.keep_first_adapter(self.model)
 
     def _make_collator(self, objective: Loss, args: Any) -> PreferenceCollator:
         args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False) if args is None else args
@@ -192,6 +220,7 @@ class LossMixin(
             logger.warning(line)
         if (tracked := track(objective, self.callback_handler.callbacks, self.args.output_dir)) is not None:
             self.add_callback(tracked)
+        self._turn_off_dropout()
         # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
         self._reference_is_initial_policy = own_reference and not _learns_prompts(self.model)
         # Without a previous iterate the reference stands for it.
@@ -201,6 +230,7 @@ class LossMixin(
             self.ref_model = None  # TRL loads one whatever the objective
         self._align_padding(own_reference)
         if self._own_collator is not None:
+            self._own_collator.vocabulary = self._check_vocabulary()
             self.data_collator = self._own_collator
         elif objective.columns or "weight" in sample:
             self.data_collator = WithColumns(self.data_collator, objective.columns)
@@ -314,42 +344,6 @@ class LossMixin(
             loss = self._backward_from(loss, [term * self._share for term in output.terms])
         return (loss, outputs) if return_outputs else loss
 
-    def _check_start(self, batch: PreferenceBatch) -> None:
-        """Before the first update the policy is the reference; if it is not, every ratio of the run is off."""
-        if self._start_checked or not self.model.training:
-            return
-        self._start_checked = True
-        # Dropout that is left on by choice makes the two differ by design.
-        mode = getattr(self.args, "step0_check", "error") if self.args.disable_dropout else "warn"
-        assert self.objective is not None
-        needed = Need.REFERENCE in self.objective.needs and self._reference_is_initial_policy
-        if mode == "off" or not needed or self.state.global_step > 0:
-            return
-        worst = torch.zeros((), device=self.accelerator.device)
-        for scores in (batch.chosen, batch.rejected):
-            if scores is not None and scores.ref_logps is not None and len(scores):
-                gap = (scores.ratios.detach() / scores.lengths.clamp(min=1)).abs().max()
-                worst = torch.maximum(worst, gap.float())
-        worst_gap = float(self.accelerator.gather(worst.reshape(1)).max())
-        tolerance = getattr(self.args, "step0_tolerance", None)
-        if tolerance is None:
-            half = self.model.dtype in (torch.float16, torch.bfloat16) or self.accelerator.mixed_precision != "no"
-            tolerance = 0.05 if half else 1e-3
-        # What is not finite is for the check of the loss, which names the examples.
-        if worst_gap <= tolerance or not math.isfinite(worst_gap):
-            return
-        message = (
-            f"policy and reference differ before the first update: up to {worst_gap:.3g} nats per token, "
-            f"{tolerance:g} accepted. Every log-ratio of this run would be off by as much. Usual causes: dropout that "
-            "is still on (attention_dropout, an adapter's), an adapter that does not start at zero "
-            f"(init_lora_weights), a reference in another dtype (policy: {self.model.dtype}) or from another "
-            "checkpoint. Pass ref_model=... to use a different reference on purpose, raise step0_tolerance, or set "
-            "step0_check to 'warn' or 'off'"
-        )
-        if mode == "error":
-            raise ValueError(message)
-        logger.warning(message)
-
     def _row_texts(self, inputs: Mapping[str, Any]) -> dict[str, list[str]]:
         groups = groups_of(inputs)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -390,20 +384,6 @@ class LossMixin(
                 means["num_tokens"] = sum(gather_object([int(self._tokens_seen)]))
             logs.update({f"{prefix}{name}": value for name, value in means.items()})
         super().log(logs, start_time)
-
-    def hyperparameter_search(self, *arguments: Any, **keywords: Any) -> Any:
-        """Refused: transformers' search swaps the model and the arguments under a trainer that was set up for others.
-
-        Raises:
-            NotImplementedError: always; it says what works.
-        """
-        raise NotImplementedError(
-            "hyperparameter_search does not work here: it changes the model and the arguments of one trainer, whose "
-            f"objective ({self.objective or 'TRL'}) and reference were set up for others. Make one trainer per trial: "
-            "def trial_loss(trial): args = PreferenceConfig(..., learning_rate=trial.suggest_float(...)); trainer = "
-            f"{type(self).__name__}(model, args=args, ...); trainer.train(); return trainer.evaluate()['eval_loss']; "
-            "then optuna.create_study().optimize(trial_loss, n_trials=20)"
-        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):

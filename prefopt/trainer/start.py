@@ -7,6 +7,7 @@ wrong and what to do, as it would otherwise run to its end with healthy losses a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from prefopt.losses import Loss, Need, PreferenceBatch
+from prefopt.trainer.tokens import check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,65 @@ LOST, FEW = 0.01, 0.10
 """Shares of half-precision weights that an update must move: below the first a run stops, below the second warns."""
 _FINER_COPY = ("kahan", "compensation", "master")
 """What optimizers call the state in which they keep what half-precision weights are too coarse for."""
+
+
+class StartMixin:
+    """The part of `LossMixin` that looks at the data's ids and at the first batch."""
+
+    objective: Loss | None
+    args: Any
+    model: Any
+    ref_model: Any
+    accelerator: Any
+    state: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+    _previous_model: Any
+    _start_checked: bool
+    _reference_is_initial_policy: bool
+
+    def _check_vocabulary(self) -> int | None:
+        models = {"policy": self.model, "reference": self.ref_model, "previous iterate": self._previous_model}
+        heldout = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        return check_vocabulary({"train": self.train_dataset, **heldout}, models, tokenizer)
+
+    def _check_start(self, batch: PreferenceBatch) -> None:
+        """Before the first update the policy is the reference; if it is not, every ratio of the run is off."""
+        if self._start_checked or not self.model.training:
+            return
+        self._start_checked = True
+        # Dropout that is left on by choice makes the two differ by design.
+        mode = getattr(self.args, "step0_check", "error") if self.args.disable_dropout else "warn"
+        assert self.objective is not None
+        needed = Need.REFERENCE in self.objective.needs and self._reference_is_initial_policy
+        if mode == "off" or not needed or self.state.global_step > 0:
+            return
+        worst = torch.zeros((), device=self.accelerator.device)
+        for scores in (batch.chosen, batch.rejected):
+            if scores is not None and scores.ref_logps is not None and len(scores):
+                gap = (scores.ratios.detach() / scores.lengths.clamp(min=1)).abs().max()
+                worst = torch.maximum(worst, gap.float())
+        worst_gap = float(self.accelerator.gather(worst.reshape(1)).max())
+        tolerance = getattr(self.args, "step0_tolerance", None)
+        if tolerance is None:
+            half = self.model.dtype in (torch.float16, torch.bfloat16) or self.accelerator.mixed_precision != "no"
+            tolerance = 0.05 if half else 1e-3
+        # What is not finite is for the check of the loss, which names the examples.
+        if worst_gap <= tolerance or not math.isfinite(worst_gap):
+            return
+        message = (
+            f"policy and reference differ before the first update: up to {worst_gap:.3g} nats per token, "
+            f"{tolerance:g} accepted. Every log-ratio of this run would be off by as much. Usual causes: dropout that "
+            "is still on (attention_dropout, an adapter's), an adapter that does not start at zero "
+            f"(init_lora_weights), a reference in another dtype (policy: {self.model.dtype}) or from another "
+            "checkpoint. Pass ref_model=... to use a different reference on purpose, raise step0_tolerance, or set "
+            "step0_check to 'warn' or 'off'"
+        )
+        if mode == "error":
+            raise ValueError(message)
+        logger.warning(message)
 
 
 class StartCheck(TrainerCallback):

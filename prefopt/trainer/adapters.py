@@ -1,0 +1,138 @@
+"""Adapters while a trainer is set up: their names, initialisations that change the base, and adapters on the head.
+
+TRL finds an adapter by the name "default", keeps a frozen copy of a continued one as "ref", and takes a new one put
+aside for the reference. Here is what that leaves out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import trl.trainer.dpo_trainer as of_trl
+from peft import PeftModel
+from torch import Tensor, nn
+
+CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` that take a part of the base's weights out and put it into the adapter."""
+_LOOKED_AT = 64
+"""Numbers of each of the base's weights that are compared."""
+
+
+def check_adapters(model: Any, peft_config: Any, own_reference: bool) -> None:
+    """Refuse adapters that TRL would not find, or that could not be loaded again.
+
+    Args:
+        model: as it is passed to the trainer.
+        peft_config: of a new adapter, or None.
+        own_reference: whether no reference is passed in.
+
+    Raises:
+        ValueError: saying how the adapter is to be loaded.
+    """
+    configs = dict(model.peft_config) if isinstance(model, PeftModel) else {}
+    for config in (peft_config, *configs.values()):
+        if "_niter_" in str(init := getattr(config, "init_lora_weights", "")):
+            raise ValueError(
+                f"init_lora_weights={init!r} takes a random part of the base into the adapter, and whoever loads the "
+                "adapter draws another, so it would be another model: use 'pissa'"
+            )
+    if not configs or not own_reference or peft_config is not None:
+        return
+    how = (
+        "Load the adapter to train without adapter_name: PeftModel.from_pretrained(base, folder, is_trainable=True). "
+        "The reference is then a frozen copy of it; to compare with another adapter instead, pass "
+        "ref_model=PeftModel.from_pretrained(another_base, its_folder).merge_and_unload()"
+    )
+    names = ", ".join(map(repr, configs))
+    if "default" not in configs:
+        raise ValueError(f"the model has the adapters {names}, but the one to train must be called 'default'. {how}")
+    if "ref" in configs:
+        raise ValueError(
+            f"the model has the adapters {names}, but 'ref' is the name of the reference, a frozen copy of 'default': "
+            f"call model.delete_adapter('ref'). {how}"
+        )
+    if model.active_adapter != "default":
+        raise ValueError(
+            f"the active adapter is {model.active_adapter!r}, but the one to train must be 'default', of which the "
+            f"reference is a copy: call model.set_adapter('default'). {how}"
+        )
+
+
+@contextlib.contextmanager
+def set_up(model: Any, own_reference: bool) -> Iterator[None]:
+    """In here TRL's constructor runs: it may put adapters on a head, and leaves a base as it is.
+
+    TRL refuses an adapter on the head as its own log-probabilities are computed from the head's weight. Ours call the
+    head where it is not a plain layer. And a copy of an adapter is not initialised like the first: PiSSA and the like
+    would take another part out of the base.
+
+    Raises:
+        ValueError: if the base that came with a continued adapter was changed all the same.
+    """
+    continued = isinstance(model, PeftModel) and own_reference
+    configs = {name: c for name, c in model.peft_config.items() if changes_base(c)} if continued else {}
+    inits = {name: config.init_lora_weights for name, config in configs.items()}
+    before = _sample(model) if continued else {}
+    has_check = hasattr(of_trl, "BaseTunerLayer")
+    check = getattr(of_trl, "BaseTunerLayer", None)
+    try:
+        for config in configs.values():
+            config.init_lora_weights = True
+        if has_check:
+            of_trl.BaseTunerLayer = _NoLayer
+        yield
+    finally:
+        if has_check:
+            of_trl.BaseTunerLayer = check
+        if configs and model.peft_config.get("ref") is model.peft_config["default"]:
+            model.peft_config["ref"] = copy.copy(model.peft_config["default"])
+        for name, init in inits.items():
+            model.peft_config[name].init_lora_weights = init
+    for name, numbers in _sample(model).items() if continued else ():
+        if name in before and not torch.equal(before[name], numbers):
+            raise ValueError(
+                f"the base's weights changed while the trainer was set up ({name}), so neither policy nor reference "
+                "would be the model that was passed in: pass ref_model=..., a model of its own, or save the adapter "
+                "with path_initial_model_for_weight_conversion and load that"
+            )
+
+
+class _NoLayer:
+    """In TRL's check of the head, what no layer is an instance of."""
+
+
+def changes_base(config: Any) -> bool:
+    """Whether a new adapter of this configuration changes the weights that it is put on."""
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(CHANGES_BASE)
+
+
+def keep_first_adapter(model: Any) -> None:
+    """Keep a new adapter as it is now under the name "ref", where put aside it would not leave the initial model.
+
+    Args:
+        model: the trainer's, taken out of wrappers.
+    """
+    name = model.active_adapter
+    config = copy.copy(model.peft_config[name])
+    config.init_lora_weights = True
+    wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    model.add_adapter("ref", config)
+    model.set_adapter(name)
+    with torch.no_grad():
+        for of_name, parameter in model.named_parameters():
+            if f".{name}." in of_name:
+                model.get_parameter(of_name.replace(f".{name}.", ".ref.")).copy_(parameter)
+            parameter.requires_grad_(id(parameter) in wanted)
+
+
+def _sample(model: nn.Module) -> dict[str, Tensor]:
+    """A few numbers of every frozen weight."""
+    return {
+        name: parameter.detach().reshape(-1)[:: max(parameter.numel() // _LOOKED_AT, 1) | 1].clone()
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }

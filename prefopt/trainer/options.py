@@ -1,0 +1,152 @@
+"""What is refused by name before anything is loaded: options without effect here, models that are not causal.
+
+docs/options.md lists every argument of `PreferenceConfig` and what becomes of it; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from transformers import AutoConfig
+
+from prefopt.losses import Loss
+from prefopt.scoring.model import unwrapped
+
+
+class OptionsMixin:
+    """The part of `LossMixin` that refuses what a trainer is asked for besides its arguments."""
+
+    objective: Loss | None
+
+    def hyperparameter_search(self, *arguments: Any, **keywords: Any) -> Any:
+        """Refused: transformers' search swaps the model and the arguments under a trainer that was set up for others.
+
+        Raises:
+            NotImplementedError: always; it says what works.
+        """
+        raise NotImplementedError(
+            "hyperparameter_search does not work here: it changes the model and the arguments of one trainer, whose "
+            f"objective ({self.objective or 'TRL'}) and reference were set up for others. Make one trainer per trial: "
+            "def trial_loss(trial): args = PreferenceConfig(..., learning_rate=trial.suggest_float(...)); trainer = "
+            f"{type(self).__name__}(model, args=args, ...); trainer.train(); return trainer.evaluate()['eval_loss']; "
+            "then optuna.create_study().optimize(trial_loss, n_trials=20)"
+        )
+
+
+def groups_by_length(args: Any) -> bool:
+    """Whether examples are to be sampled by how long they are."""
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    return strategy in ("group_by_length", "batch_rebalance") or bool(getattr(args, "group_by_length", False))
+
+
+def _sharded_rows(args: Any) -> bool:
+    parallel = getattr(args, "parallelism_config", None)
+    return any((getattr(parallel, name, 1) or 1) > 1 for name in ("cp_size", "sp_size"))
+
+
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "neftune_noise_alpha": (
+        lambda args: bool(args.neftune_noise_alpha),
+        "its noise would be in the reference too, and of the size of a packed or padded row in place of an "
+        "example's own: leave it out",
+    ),
+    "label_smoothing_factor": (
+        lambda args: bool(args.label_smoothing_factor),
+        "it smooths the labels of a cross-entropy, which is not computed here, so it would have no effect: write "
+        "label_smoothing inside the loss, as in loss='dpo(beta=0.1, label_smoothing=0.1)'",
+    ),
+    "bf16_full_eval": (
+        lambda args: bool(args.bf16_full_eval),
+        "an evaluation would cast the policy's weights for good and not the reference's: use bf16=True",
+    ),
+    "fp16_full_eval": (
+        lambda args: bool(args.fp16_full_eval),
+        "an evaluation would cast the policy's weights for good and not the reference's: use bf16=True",
+    ),
+    "activation_offloading": (
+        lambda args: args.activation_offloading and (args.use_cpu or not torch.accelerator.is_available()),
+        "it moves activations from a GPU to the CPU, and this run is on a CPU: leave it out",
+    ),
+    "parallelism_config": (
+        _sharded_rows,
+        "context and sequence parallelism cut rows into pieces, which are scored as a whole here: use DDP, FSDP or "
+        "DeepSpeed",
+    ),
+}
+"""Options by name: whether they are set, and why they are refused."""
+
+
+def refuse_options(args: Any) -> None:
+    """Refuse options that would have no effect, do harm, or fail late.
+
+    Args:
+        args: a `PreferenceConfig` or `trl.DPOConfig`; None is TRL's default.
+
+    Raises:
+        ValueError: naming the option, its value and what to do.
+    """
+    for name, (is_set, why) in REFUSED.items():
+        if getattr(args, name, None) is not None and is_set(args):
+            raise ValueError(f"{name}={getattr(args, name)!r} cannot be used here: {why}")
+
+
+def refuse_sampling(args: Any, data: Any, columns: Collection[str]) -> None:
+    """Refuse sampling by length where the lengths are not known.
+
+    Raises:
+        ValueError: for streams and images.
+    """
+    if args is None or not groups_by_length(args):
+        return
+    name = "train_sampling_strategy" if hasattr(args, "train_sampling_strategy") else "group_by_length"
+    asked = f"{name}={getattr(args, name)!r}"
+    if isinstance(data, IterableDataset):
+        raise ValueError(f"{asked} would have no effect: streamed rows come in their own order. Leave it out")
+    if {"image", "images"} & set(columns):
+        raise ValueError(
+            f"{asked} cannot be used here: with images, an example's tokens are counted in its batch only"
+        )
+
+
+_NOT_CAUSAL = (
+    "ForMaskedLM", "ForMultipleChoice", "ForPreTraining", "ForQuestionAnswering", "ForSequenceClassification",
+    "ForTokenClassification",
+)  # fmt: skip
+
+
+def refuse_model(model: Any, args: Any, role: str) -> None:
+    """Refuse models that do not predict the next token of one row: T5, BERT, reward models.
+
+    Args:
+        model: as it was passed to the trainer, an object or what `from_pretrained` takes.
+        args: the training arguments, or None.
+        role: what the model is passed as.
+
+    Raises:
+        ValueError: naming the model and what it is.
+    """
+    if isinstance(model, str):
+        options = dict(getattr(args, "model_init_kwargs", None) or {})
+        trust = options.get("trust_remote_code", getattr(args, "trust_remote_code", False))
+        config: Any = None
+        with contextlib.suppress(Exception):  # what cannot be read is for whoever loads the model to say
+            config = AutoConfig.from_pretrained(model, revision=options.get("revision"), trust_remote_code=trust)
+        named, architecture = repr(model), str(next(iter(getattr(config, "architectures", None) or ()), ""))
+    else:
+        inner = unwrapped(model)
+        config, architecture = getattr(inner, "config", None), type(inner).__name__
+        named = repr(getattr(config, "_name_or_path", "") or architecture)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{role}={named} is an encoder-decoder ({architecture or config.model_type}), which reads a prompt and "
+            "its answer apart; every objective here scores them as one row. Use a decoder-only (causal) language model"
+        )
+    if architecture.endswith(_NOT_CAUSAL):
+        raise ValueError(
+            f"{role}={named} is a {architecture}, which does not predict the next token. Use a causal language model "
+            "(an architecture that ends in ForCausalLM)"
+        )

@@ -1,0 +1,126 @@
+"""What the token ids of prepared data say before training: how long examples are, and whether models know every id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+from datasets import Dataset, IterableDataset
+from torch import nn
+
+from prefopt.scoring.model import unwrapped
+from prefopt.trainer.options import groups_by_length
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
+
+
+class LengthsMixin:
+    """The part of `LossMixin` that tells transformers' samplers how long examples are, where they group by length."""
+
+    args: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
+        if groups_by_length(self.args) and isinstance(data, Dataset) and "prompt_ids" in data.column_names:
+            # The samplers look at nothing else, so they get nothing else.
+            data = Dataset.from_dict({self.args.length_column_name: example_lengths(data).tolist()})
+        return super()._get_train_sampler(data)  # type: ignore[misc]
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if not groups_by_length(self.args):
+            return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
+        # Grouped by length, predictions would come in another order than their rows.
+        ungrouped = {"train_sampling_strategy": "random", "group_by_length": False}
+        ungrouped = {name: value for name, value in ungrouped.items() if hasattr(self.args, name)}
+        with self._with_arguments(**ungrouped):  # type: ignore[attr-defined]
+            return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
+
+
+def example_lengths(data: Dataset) -> np.ndarray[Any, Any]:
+    """(N,) the tokens of each example, its prompt and all its completions."""
+    parts = [sum(pc.list_value_length(table[name]).to_numpy() for name in _ids_of(data)) for table in _tables(data)]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many token ids a model has embeddings for; None where it does not say."""
+    inner: Any = unwrapped(model)
+    get = getattr(inner, "get_input_embeddings", None)
+    try:
+        embeddings = get() if callable(get) else None
+    except NotImplementedError:
+        embeddings = None
+    # An adapter's layer keeps the model's own inside.
+    for part in (embeddings, getattr(embeddings, "base_layer", None), getattr(embeddings, "original_module", None)):
+        if isinstance(count := getattr(part, "num_embeddings", None), int):
+            return count
+    config = getattr(inner, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+
+
+def check_vocabulary(datasets: dict[str, Any], models: dict[str, Any], tokenizer: Any) -> int | None:
+    """Refuse token ids that a model has no embedding for.
+
+    Args:
+        datasets: prepared data by name; streams are left to their batches.
+        models: by role; None for those that there are not.
+        tokenizer: what the ids are of.
+
+    Returns:
+        How many ids all models know; None where none says.
+
+    Raises:
+        ValueError: naming the first row, the token and the model.
+    """
+    known = {role: count for role, model in models.items() if model is not None and (count := vocabulary_of(model))}
+    if not known:
+        return None
+    role, limit = min(known.items(), key=lambda item: item[1])
+    padding = tokenizer.pad_token_id
+    if padding is not None and padding >= limit:
+        raise ValueError(
+            f"the padding token {tokenizer.pad_token!r} (id {padding}) is beyond {beyond(role, limit, tokenizer)}"
+        )
+    for name, data in datasets.items():
+        if isinstance(data, IterableDataset) or not isinstance(data, Dataset):
+            continue
+        if (found := _first_beyond(data, limit)) is not None:
+            row, column, token = found
+            raise ValueError(
+                f"{name} row {row}: {column.removesuffix('_ids')} holds token {token} "
+                f"({tokenizer.convert_ids_to_tokens(token)!r}), which is beyond {beyond(role, limit, tokenizer)}"
+            )
+    return limit
+
+
+def beyond(role: str, limit: int, tokenizer: Any) -> str:
+    """The end of a sentence about an id that a model does not know."""
+    return (
+        f"the {role}'s vocabulary of {limit} (the tokenizer has {len(tokenizer)}): use the tokenizer that belongs to "
+        "the model, or call model.resize_token_embeddings(len(tokenizer)) on policy and reference"
+    )
+
+
+def _first_beyond(data: Dataset, limit: int) -> tuple[int, str, int] | None:
+    start = 0
+    for table in _tables(data):
+        for name in _ids_of(data):
+            highest = pc.max(pc.list_flatten(table[name])).as_py()
+            if highest is not None and highest >= limit:
+                rows = table[name].to_pylist()
+                row = next(i for i, ids in enumerate(rows) if ids and max(ids) >= limit)
+                return start + row, name, next(token for token in rows[row] if token >= limit)
+        start += table.num_rows
+    return None
+
+
+def _ids_of(data: Dataset) -> list[str]:
+    return [name for name in ID_COLUMNS if name in data.column_names]
+
+
+def _tables(data: Dataset) -> Iterator[pa.Table]:
+    names = _ids_of(data)
+    return iter(data.select_columns(names).with_format("arrow").iter(1000)) if names else iter(())

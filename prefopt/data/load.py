@@ -226,7 +226,8 @@ def _load_file(path: Path, split: str, streaming: bool, text_columns: Collection
         if builder == "json" and path.stat().st_size > _FIRST_BLOCK:
             return read_by_rows(path, split, streaming)
         raise DataError(f"{path}: {_file_trouble(error, str(builder))}") from error
-    if builder == "json" and holds_dates(dataset.features):
+    # A stream of a JSON array has no types before it is read.
+    if builder == "json" and (dataset.features is None or holds_dates(dataset.features)):
         return read_by_rows(path, split, streaming)
     return dataset
 

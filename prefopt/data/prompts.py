@@ -11,10 +11,10 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from prefopt.data.columns import ALIASES, column_names, is_metadata
+from prefopt.data.columns import ALIASES, column_names, first_rows, is_metadata
 from prefopt.data.errors import DataError
 from prefopt.data.formats import IMPLICIT
-from prefopt.data.maps import MESSAGES, map_rows
+from prefopt.data.maps import MESSAGES, PEEKED_ROWS, map_rows
 from prefopt.data.messages import plain_text, role, same_texts, writing
 
 Row = Mapping[str, Any]
@@ -22,6 +22,7 @@ Row = Mapping[str, Any]
 CONTEXT = ("input", "system")
 """Columns that become a part of the prompt where they are mapped: its end, and a system message in front of it."""
 
+_TEXTS = ("prompt", "chosen", "rejected")
 _SHARING = 0.9
 """Least share of rows whose two texts begin alike where the prompt is in front of them; bad rows make up the rest."""
 _DISTINCT_FROM = 4
@@ -77,6 +78,31 @@ def check_implicit(names: Sequence[str], rows: Sequence[Row]) -> None:
         raise DataError(_ask(candidates, names, rows))
     if pairs and not _are_prompts(pairs, shared):
         raise DataError(_answers_only(pairs, shared))
+
+
+def refuse_to_guess(dataset: Dataset | IterableDataset) -> None:
+    """`check_implicit` for rows that others will cut prompts from.
+
+    Raises:
+        DataError: as there.
+    """
+    names = column_names(dataset)
+    if "prompt" not in names and {"chosen", "rejected"} <= set(names):
+        check_implicit(names, first_rows(dataset, PEEKED_ROWS))
+
+
+def repetition_line(rows: Sequence[Row]) -> str:
+    """A line where plain completions begin with their prompt in (nearly) all rows; empty elsewhere."""
+    texts = [[str(row[name]) for name in _TEXTS] for row in rows if all(isinstance(row.get(n), str) for n in _TEXTS)]
+    pairs = [row for row in texts if row[0].strip()]
+    repeated = [row for row in pairs if all(text.startswith(row[0].strip()) for text in row[1:])]
+    if not repeated or len(repeated) < _SHARING * len(pairs):
+        return ""
+    return (
+        f"In {len(repeated)} of the first {len(pairs)} rows 'chosen' and 'rejected' begin with the prompt, which is "
+        "trained as a part of the answer. If they are prompt and answer, pass --columns unused=prompt --format "
+        f"{IMPLICIT}."
+    )
 
 
 def _comparable(chosen: Any, rejected: Any) -> bool:

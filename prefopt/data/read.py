@@ -6,9 +6,11 @@ from collections.abc import Callable, Collection, Mapping
 
 from datasets import Dataset, IterableDataset
 
-from prefopt.data.columns import text_columns
+from prefopt.data.columns import first_rows, text_columns
 from prefopt.data.errors import DataError
 from prefopt.data.load import load_preferences
+from prefopt.data.maps import PEEKED_ROWS
+from prefopt.data.prompts import repetition_line
 from prefopt.data.schema import normalise
 
 
@@ -32,6 +34,9 @@ def read_preferences(
         name, config=config, split=split, streaming=streaming, text_columns=text_columns(columns)
     )
     try:
-        return normalise(loaded, columns, format=format, used=used, say=say)
+        read = normalise(loaded, columns, format=format, used=used, say=say)
     except DataError as error:
         raise DataError(f"{name}: {error}".replace("prefopt pair DATA", f"prefopt pair {name}")) from error
+    if say is not None and (line := repetition_line(first_rows(read, PEEKED_ROWS))):
+        say(line)
+    return read

@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.data import drop_overlong, normalise, tokenize_dataset
+from prefopt.data.prompts import refuse_to_guess
 from prefopt.data.unused import MEDIA, without_empty_media
 from prefopt.losses import ConflictFree, Loss, LossOutput, Need
 from prefopt.metrics import RunningMeans, batch_metrics, rewards_not_logged
@@ -263,6 +264,7 @@ class LossMixin(
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if self.objective is None:
+            refuse_to_guess(dataset)
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self._own_collator is not None:
             tokenizer = getattr(processing_class, "tokenizer", processing_class)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from prefopt.data import DataError, load_preferences, parse_columns
+from prefopt.data import DataError, load_preferences, normalise, parse_columns, read_preferences, validate
 
 ROWS = [
     {"prompt": "How does a bridge work?", "chosen": "It carries loads.", "rejected": "No idea."},
@@ -79,6 +79,80 @@ def test_a_missing_file_suggests_near_names(tmp_path: Path) -> None:
         load_preferences(str(tmp_path / "zzz.csv"))
     with pytest.raises(DataError, match="the nearest that does is"):
         load_preferences(str(tmp_path / "a" / "b" / "zzz.csv"))
+
+
+WORDS = "word " * 1000
+
+
+def _late(folder: Path, chat: bool, last: dict[str, object]) -> str:
+    """More than 10 MB of rows, the last of which has what none before it has."""
+    if chat:
+        row = {name: [{"role": "assistant", "content": WORDS}] for name in ("chosen", "rejected")}
+        row["prompt"] = [{"role": "user", "content": "Say it."}]
+    else:
+        row = {"prompt": "Say it.", "chosen": WORDS + "a", "rejected": WORDS, "comment": None, "score": 1, "tags": []}
+    path = folder / "late.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 1100 + json.dumps({**row, **last}) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_are_empty_for_ten_megabytes_are_read(tmp_path: Path, streaming: bool) -> None:
+    last = {"prompt": "The end", "comment": "by hand", "score": 0.5, "tags": ["x"]}
+    name = _late(tmp_path, False, last)
+    rows = list(load_preferences(name, streaming=streaming))
+    assert len(rows) == 1101
+    assert rows[0]["comment"] is None
+    assert {column: rows[-1][column] for column in last} == last
+    assert [row["prompt"] for row in load_preferences(name, split="train[-2:]")] == ["Say it.", "The end"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tool_calls_that_come_late_are_read(tmp_path: Path, streaming: bool) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    last = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    rows = list(load_preferences(_late(tmp_path, True, {"chosen": last}), streaming=streaming))
+    assert rows[-1]["chosen"] == last
+    assert rows[0]["chosen"][0]["tool_calls"] is None
+
+
+def test_a_column_of_numbers_and_texts_keeps_both(tmp_path: Path) -> None:
+    rows = list(load_preferences(_late(tmp_path, False, {"chosen": 42, "score": "high"})))
+    assert (rows[0]["score"], rows[-1]["score"]) == (1, "high")
+    assert (rows[0]["chosen"], rows[-1]["chosen"]) == (WORDS + "a", 42)
+    report = validate(normalise(load_preferences(str(tmp_path / "late.jsonl")), say=lambda line: None))
+    assert [problem.rows for problem in report.problems if problem.kind == "wrong type: chosen"] == [[1100]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".jsonl.gz"])
+def test_text_that_looks_like_something_else_stays_text(tmp_path: Path, ending: str, streaming: bool) -> None:
+    pairs = [("2024-01-01", "2024-02-01"), ("2024-03-01T10:00:00", "2024-05-01")]
+    if ending == ".csv":
+        pairs = [("42", "NA"), ("true", "007"), ("null", "2024-01-01"), ("1e5", "nan")]
+    rows = [{"prompt": f"p{n}", "chosen": good, "rejected": bad} for n, (good, bad) in enumerate(pairs)]
+    path = tmp_path / f"rows{ending}"
+    if ending == ".csv":
+        path.write_text("prompt,chosen,rejected\n" + "".join(",".join(row.values()) + "\n" for row in rows))
+    else:
+        text = json.dumps(rows) if ending == ".json" else "\n".join(map(json.dumps, rows))
+        path.write_bytes(gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode())
+    assert list(load_preferences(str(path), streaming=streaming)) == rows
+
+
+def test_what_is_mapped_to_a_text_is_text_in_csv_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("ask,chosen,rejected,weight,margin\n12,a,b,0.5,NA\n13,c,d,1,2\n")
+    rows = list(read_preferences(str(path), columns={"prompt": "ask"}, say=lambda line: None))
+    assert [row["prompt"] for row in rows] == ["12", "13"]
+    assert [(row["weight"], row["margin"]) for row in rows] == [(0.5, None), (1.0, 2.0)]
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "dates.jsonl"
+    for day in ("2024-01-01", "2024-01-02"):
+        path.write_text(json.dumps({"prompt": "p", "chosen": day, "rejected": "2020-01-01"}))
+        assert load_preferences(str(path))[0]["chosen"] == day
 
 
 def test_an_unreachable_hub_name_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.data import DataError, normalise, parse_columns, validate
+from prefopt.data.prompts import refuse_to_guess, repetition_line
 from tests.tiny import make_model, make_tokenizer
 
 Row = dict[str, Any]
@@ -174,3 +175,15 @@ def test_the_trainer_asks_as_well(tmp_path: Any) -> None:
     args = PreferenceConfig(str(tmp_path), loss="dpo", max_steps=1, report_to="none", use_cpu=True)
     with pytest.raises(DataError, match="--columns prompt=question"):
         PreferenceTrainer(make_model(), args=args, train_dataset=both("question"), processing_class=make_tokenizer())
+
+
+def test_rows_that_trl_will_cut_are_looked_at_first() -> None:
+    refuse_to_guess(Dataset.from_list(IMPLICIT))
+    with pytest.raises(DataError, match="--columns prompt=question"):
+        refuse_to_guess(both("question"))
+
+
+def test_texts_that_repeat_their_prompt_are_named() -> None:
+    pair = {"prompt": "Legs?", "chosen": "Legs? Eight.", "rejected": "Legs? Six."}
+    assert "In 2 of the first 2 rows" in repetition_line([pair, pair])
+    assert repetition_line([pair, {**pair, "rejected": "Six."}]) == ""

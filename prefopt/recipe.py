@@ -420,9 +420,12 @@ def _answers(recipe: Recipe, trainer: PreferenceTrainer) -> Any:
 
 def _comparison(before: dict[str, float] | None, after: dict[str, float]) -> Table:
     made = table("", "before", "after", right=("before", "after"), title="Held-out rows")
+    start = None if before is None else PairMetrics.from_logs(before)
     for name in sorted(after):
         if name.removeprefix("eval_").startswith(("loss", "rewards/", "ratios/", "logps/", "entropy")):
             old = "" if before is None or name not in before else f"{before[name]:.4g}"
+            if name == "eval_rewards/accuracies" and start is not None and start.is_reference:
+                old += " (policy = reference)"
             made.add_row(name.removeprefix("eval_"), old, f"{after[name]:.4g}")
     return made
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from prefopt.demo.report import PairMetrics, summary_panel
 from prefopt.progress import RunProgress
+from prefopt.recipe import _comparison
 
 LOGS = {
     "loss": 0.182, "rewards/accuracies": 0.75, "rewards/margins": 3.39, "ratios/chosen": 5.5, "ratios/rejected": -28.5,
@@ -71,6 +74,18 @@ def test_before_training_the_accuracy_is_of_ties_and_said_to_be():
     held_out = shown(None, {f"eval_{name}": value for name, value in BEFORE.items()}, step=0)
     for text in (first, held_out):
         assert "accuracy n/a (policy = reference)  margin +0.00" in text
+
+
+def test_the_table_of_held_out_rows_says_so_too():
+    before, after = ({f"eval_{name}": value for name, value in logs.items()} for logs in (BEFORE, LOGS))
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(_comparison(before, after))
+    assert re.search(r"rewards/accuracies +│ +0.25 \(policy = reference\) │ +0.75 ", stream.getvalue())
+    old, new = PairMetrics.from_logs(before), PairMetrics.from_logs(after)
+    assert (old.is_reference, new.is_reference) == (True, False)
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(summary_panel([], [], old, new))
+    assert re.search(r"reward accuracy +25% \(policy = reference\) +75% ", stream.getvalue())
 
 
 @pytest.mark.parametrize(("logs", "step"), [

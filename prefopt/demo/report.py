@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefopt.demo.rule import RULE, follows_rule
+from prefopt.metrics import still_reference
 from prefopt.tables import table
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -51,13 +52,17 @@ class AnswerSummary:
 
 @dataclass(frozen=True)
 class PairMetrics:
-    """Held-out preference numbers. The ratios are log pi(y|x) - log ref(y|x), summed over an answer, in nats."""
+    """Held-out preference numbers. The ratios are log pi(y|x) - log ref(y|x), summed over an answer, in nats.
+
+    `is_reference`: the policy is the reference up to rounding, so that its accuracy counts ties as wrong.
+    """
 
     loss: float
     accuracy: float
     margin: float
     chosen_ratio: float | None = None
     rejected_ratio: float | None = None
+    is_reference: bool = False
 
     @classmethod
     def from_logs(cls, logs: Mapping[str, float], prefix: str = "eval_") -> PairMetrics | None:
@@ -70,6 +75,7 @@ class PairMetrics:
             margin=logs[prefix + "rewards/margins"],
             chosen_ratio=logs.get(f"{prefix}ratios/chosen"),
             rejected_ratio=logs.get(f"{prefix}ratios/rejected"),
+            is_reference=still_reference({name.removeprefix(prefix): value for name, value in logs.items()}),
         )
 
 
@@ -212,8 +218,9 @@ def over_optimisation(after: AnswerSummary, metrics: PairMetrics | None = None) 
 
 
 def _pair_rows(old: PairMetrics, new: PairMetrics) -> list[tuple[str, tuple[str, str]]]:
+    ties = " (policy = reference)" if old.is_reference else ""
     rows = [
-        ("reward accuracy", (f"{old.accuracy:.0%}", f"{new.accuracy:.0%}")),
+        ("reward accuracy", (f"{old.accuracy:.0%}{ties}", f"{new.accuracy:.0%}")),
         ("reward margin", (f"{old.margin:.2f}", f"{new.margin:.2f}")),
         ("loss", (f"{old.loss:.3f}", f"{new.loss:.3f}")),
     ]

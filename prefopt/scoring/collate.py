@@ -40,7 +40,7 @@ class PreferenceCollator:
         max_length: rows longer than this are cut.
         truncation_mode: "keep_start" cuts completions at their end, "keep_end" cuts prompts at their start.
         pad_to_multiple_of: row length is rounded up to a multiple of this.
-        mismatched: also build every completion's row under the previous example's prompt.
+        mismatched: also build, under every row's prompt, the completion of the example before.
         columns: numeric columns to pass on, as `column_<name>`; `weight` is passed on wherever it is present.
         embeddings: pass the columns of `EMBEDDINGS` on.
         vocabulary: how many token ids the models know; others are refused here, where a GPU would end the process.
@@ -67,8 +67,12 @@ class PreferenceCollator:
                 rows.append((role, i, example["prompt_ids"], example["completion_ids"]))
         # A lone example has no other prompt to be put under; its batch then adds nothing to the estimate.
         if self.mismatched and len(examples) > 1:
-            prompts = [examples[i - 1]["prompt_ids"] for i in range(len(examples))]
-            rows += [(MISMATCHED, i, prompts[i], completion) for _, i, _, completion in rows]
+            count, completions = len(examples), [completion for *_, completion in rows]
+            # Blocks of as many rows as there are examples; within each, as TRL's KTO trainer moves them.
+            rows += [
+                (MISMATCHED, i, prompt, completions[row - i + (i - 1) % count])
+                for row, (_, i, prompt, _) in enumerate(rows)
+            ]
         batch = self._pad(rows)
         batch["roles"] = torch.tensor([role for role, *_ in rows])
         batch["examples"] = torch.tensor([i for _, i, *_ in rows])

@@ -45,9 +45,9 @@ def test_labelled_completions_keep_their_order():
     assert not bool(batch["paired"])
 
 
-def test_mismatched_rows_move_completions_to_the_previous_prompt():
+def test_mismatched_rows_move_completions_to_the_next_prompt():
     batch = PreferenceCollator(pad_token_id=0, mismatched=True)(LABELLED)
-    assert rows(batch)[3:] == [[6, 2, 3], [1, 5], [4, 7]]
+    assert rows(batch)[3:] == [[1, 7], [4, 2, 3], [6, 5]]
     assert batch["roles"].tolist() == [1, 0, 1, 2, 2, 2]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config
 
+from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.templates import check_template
 from prefopt.files import is_file
 from prefopt.weights import check_folder
@@ -125,9 +126,16 @@ def load_model(name: str, options: dict[str, Any], trainable: bool = False) -> A
 
 
 def load_tokenizer(
-    name: str, *, revision: str = "main", trust_remote_code: bool = False, chat_template: str | None = None
+    name: str,
+    *,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
     """The tokenizer that belongs to a model or an adapter, with `chat_template` (Jinja, or a file) over its own.
+
+    `chat_template_kwargs` are the template's arguments wherever a row has none of its own.
 
     Raises:
         OSError: if there is none, naming the model.
@@ -139,6 +147,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
+    set_template_defaults(tokenizer, chat_template_kwargs)
     check_template(tokenizer, name if chat_template is None else "--chat_template")
     return tokenizer
 

@@ -234,11 +234,13 @@ def _checked(recipe: Recipe, dataset: Dataset, name: str, vocabulary: int | None
 
 
 def _tokenizer(recipe: Recipe) -> Any:
+    arguments = recipe.training.chat_template_kwargs
     return load_tokenizer(
         str(recipe.model.model_name_or_path),
         revision=recipe.model.model_revision,
         trust_remote_code=recipe.training.trust_remote_code,
         chat_template=recipe.script.chat_template,
+        chat_template_kwargs=arguments if isinstance(arguments, dict) else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
@@ -61,8 +62,12 @@ class PreferenceConfig(DPOConfig):
             `per_device_train_batch_size`. None puts no limit.
         loss_learning_rate: for parameters inside the loss, where it has any; on the model's schedule. None: as
             `learning_rate`.
+        chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": False}`, wherever a row has
+            none of its own in a column of that name. They become part of the tokenizer's template, the saved one too.
         sample_max_new_tokens: where completions that an online objective draws from the policy are cut off.
     """
+
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
 
     bf16: bool | None = field(
         default=None,
@@ -114,6 +119,13 @@ class PreferenceConfig(DPOConfig):
             "help": "Learning rate of parameters inside the loss (a kernel mixture's weights). Not set: learning_rate."
         },
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat template for every row, as JSON, e.g. '{\"enable_thinking\": false}'. A "
+            "row's own column chat_template_kwargs wins."
+        },
+    )
     sample_max_new_tokens: int = field(
         default=64,
         metadata={"help": "Longest completion, in tokens, that objectives such as hypo draw from the policy."},
@@ -128,6 +140,11 @@ class PreferenceConfig(DPOConfig):
             if getattr(self, f"activation_{name}", True) is None:
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
+        if not isinstance(self.chat_template_kwargs, (dict, NoneType)):
+            raise ValueError(
+                f'chat_template_kwargs must be a mapping, as in {{"enable_thinking": false}}, got '
+                f"{self.chat_template_kwargs!r}"
+            )
         if self.layout not in ("auto", "tree", "padded"):
             raise ValueError(f"layout must be 'auto', 'tree' or 'padded', got {self.layout!r}")
         if self.token_budget is not None and self.token_budget < 1:

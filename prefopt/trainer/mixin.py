@@ -22,6 +22,7 @@ from trl import DPOConfig, DPOTrainer
 from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.data import drop_overlong, normalise, tokenize_dataset
 from prefopt.data.prompts import refuse_to_guess
+from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.unused import MEDIA, without_empty_media
 from prefopt.losses import ConflictFree, Loss, LossOutput, Need
 from prefopt.metrics import RunningMeans, batch_metrics, rewards_not_logged
@@ -169,6 +170,8 @@ class LossMixin(
         model, own_reference = bound.get("model"), bound.get("ref_model") is None
         with contextlib.nullcontext() if self.objective is None else adapters.set_up(model, own_reference):
             super().__init__(**bound)
+        # Sets with images are not prepared ahead.
+        set_template_defaults(self.processing_class, getattr(self.args, "chat_template_kwargs", None))
         self.add_callback(StartCheck(self))
         if self.objective is None:
             self._set_up_checkpoints()
@@ -263,6 +266,7 @@ class LossMixin(
     # ---- data -----------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        set_template_defaults(processing_class, getattr(args, "chat_template_kwargs", None))
         if self.objective is None:
             refuse_to_guess(dataset)
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)

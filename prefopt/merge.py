@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prefopt.card import code, is_hub_id, loading
+from prefopt.folders import check_one_model
 from prefopt.models import adapter_base, load_tokenizer
 from prefopt.redaction import redact
 
@@ -114,6 +115,10 @@ def _adapter_folder(adapter: str) -> Path:
             f"{adapter!r} is no folder. Give the folder of a saved adapter; one on the Hub is fetched with "
             f"`hf download {adapter} --local-dir ADAPTER`"
         )
+    try:
+        check_one_model(folder)
+    except ValueError as error:
+        raise MergeError(f"{error}") from None
     if not (folder / "adapter_config.json").is_file():
         nested = sorted(found.parent.name for found in folder.glob("*/adapter_config.json"))
         hint = f" There are adapters in {', '.join(nested)}." if nested else ""

@@ -21,11 +21,17 @@ from trl import ModelConfig, get_peft_config
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.templates import check_template
 from prefopt.files import is_file
+from prefopt.folders import check_one_model
 from prefopt.weights import check_folder
 
 
 def adapter_base(name: str) -> str | None:
-    """The model that a folder with a saved adapter belongs to; None where `name` is no such folder."""
+    """The model that a folder with a saved adapter belongs to; None where `name` is no such folder.
+
+    Raises:
+        ValueError: for a folder that holds whole weights as well.
+    """
+    check_one_model(name)
     settings = Path(name) / "adapter_config.json"
     if not is_file(settings):
         return None

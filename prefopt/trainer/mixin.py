@@ -24,6 +24,7 @@ from prefopt.data import drop_overlong, normalise, tokenize_dataset
 from prefopt.data.prompts import refuse_to_guess
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.unused import MEDIA, without_empty_media
+from prefopt.folders import check_one_model
 from prefopt.losses import ConflictFree, Loss, LossOutput, Need
 from prefopt.metrics import RunningMeans, batch_metrics, rewards_not_logged
 from prefopt.scoring import TokenScores
@@ -145,6 +146,9 @@ class LossMixin(
         plain = getattr(super().__init__, "__func__", None) is DPOTrainer.__init__
         heldout = bound.get("eval_dataset") if plain else bound.get("eval_dataset", {})
         references = (bound.get("ref_model") is not None, previous_model is not None)
+        for model in (bound.get("model"), bound.get("ref_model")):
+            if isinstance(model, str):
+                check_one_model(model)
         check_run(RunPlan(self.objective, args, data, heldout, *references))
         if self.objective is not None:
             models = {

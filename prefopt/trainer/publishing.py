@@ -23,6 +23,7 @@ from transformers.utils import PushInProgress
 
 from prefopt.card import render
 from prefopt.files import write_whole
+from prefopt.folders import REFERENCE_ADAPTER
 from prefopt.redaction import redact, redacted, remember
 from prefopt.trainer.facts import CARD, FactsMixin
 
@@ -36,9 +37,11 @@ NOT_PUBLISHED = (
     "dropped_*.jsonl",
     "before.json",
     "*.unfinished",
+    f"{REFERENCE_ADAPTER}/*",
     "wandb/*",
 )
-"""Files of an output folder that are never pushed: pickles, rows of the data, what is not finished."""
+"""Files of an output folder that are never pushed: pickles, rows of the data, what is not finished, and a copy of the
+adapter that training started from, which resuming makes again."""
 
 ONLY_TO_RESUME = (
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model*",

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import random
-import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from transformers.trainer_utils import TrainOutput
 
-from prefopt.files import to_disk
+from prefopt.folders import ASIDE, REFERENCE_ADAPTER, earlier_results, is_whole, move_into, recover
 from prefopt.losses import Loss
 from prefopt.metrics import RunningMeans
 from prefopt.scoring.cache import ReferenceCache
@@ -32,14 +30,20 @@ from prefopt.trainer import checkpoints, disk
 from prefopt.trainer.checkpoints import CheckpointError
 from prefopt.trainer.learned import LearnedLoss
 from prefopt.trainer.moments import MomentStep
-from prefopt.trainer.state import compare, describe, restore, restore_reference, save_objective, save_reference
+from prefopt.trainer.state import (
+    compare,
+    compare_weights,
+    describe,
+    restore,
+    restore_reference,
+    save_objective,
+    save_reference,
+)
 from prefopt.trainer.stops import AlreadyTrained, RunFlow, Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
-_ASIDE = ".unfinished-model"
 _TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
-_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 
 
 class CheckpointMixin:
@@ -68,6 +72,7 @@ class CheckpointMixin:
         self._last_written: Path | None = None
         self._resumed: dict[str, Any] = {}
         self._resumed_from: Path | None = None
+        self._saved_to: set[Path] = set()
         # Added last, as it has the last word on what a step ends with.
         self.add_callback(self._flow)  # type: ignore[attr-defined]
 
@@ -132,6 +137,8 @@ class CheckpointMixin:
             return
         output_dir = Path(self.args.output_dir)
         disk.check_writable(output_dir)
+        if recover(output_dir):
+            logger.warning("the last model saved to %s was not in its place yet and has been put there", output_dir)
         for folder in checkpoints.remove_unfinished(output_dir):
             logger.warning("%s was not finished by an earlier run and has been deleted", folder)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
@@ -159,6 +166,7 @@ class CheckpointMixin:
         self._resumed = {} if folder is None else checkpoints.read_state(folder)
         if folder is None:
             return
+        compare_weights(folder, self.accelerator.unwrap_model(self.model))
         compare(self._resumed.get("run", {}), self._description(), folder, not self.args.ignore_data_skip)
         if self.objective is not None:
             restore(self.objective, folder, self._learned)
@@ -314,9 +322,10 @@ class CheckpointMixin:
                 super().save_model(output_dir, _internal_call=_internal_call)  # type: ignore[misc]
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        aside = folder / _ASIDE
+        aside = folder / ASIDE
         try:
             if self.args.should_save:
+                recover(folder)
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
                 if (folder / "README.md").exists():
@@ -326,15 +335,21 @@ class CheckpointMixin:
             self._write_model(str(aside))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                _move_into(aside, folder)
+                self._replace_model(aside, folder)
         except (OSError, SafetensorError, RuntimeError) as error:
             if not _is_of_the_disk(error):
                 raise
-            shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(
-                f"the model could not be saved to {folder} ({error}); weights that were there before are untouched. "
-                "Make room, then save again, or run the same command with --resume_from_checkpoint auto"
-            ) from error
+            raise CheckpointError(_unsaved(folder, error)) from error
+
+    def _replace_model(self, aside: Path, folder: Path) -> None:
+        """The model takes the place of the one in the folder, and of what was said of that one."""
+        # A resumed run goes on with what it found before it was stopped.
+        first = self._resumed_from is None and folder.resolve() not in self._saved_to
+        outdated = earlier_results(folder) if first else []
+        move_into(aside, folder)
+        for path in outdated:
+            path.unlink(missing_ok=True)
+        self._saved_to.add(folder.resolve())
 
     def _write_model(self, folder: str) -> None:
         """Write a model that loads anywhere into an empty folder, as every process must be asked to."""
@@ -345,9 +360,27 @@ class CheckpointMixin:
             if self.args.should_save:
                 self._save(folder, state_dict=weights)  # type: ignore[attr-defined]
         super().save_model(folder, _internal_call=True)  # type: ignore[misc]
+        if self.args.should_save:
+            # TRL's copy of an adapter that is trained on, to compare with: no part of what was trained. Checkpoints
+            # have it, as resuming loads every adapter.
+            shutil.rmtree(Path(folder) / REFERENCE_ADAPTER, ignore_errors=True)
 
 
 # ---- on the disk and in memory -------------------------------------------------------------------------------------
+
+
+def _unsaved(folder: Path, error: BaseException) -> str:
+    """What is said of a model that could not be saved; what was written of it is deleted unless it is whole."""
+    if is_whole(folder / ASIDE):
+        return (
+            f"the model is complete in {folder / ASIDE}, but could not be put in its place in {folder} ({error}). "
+            "Save again, or move its files yourself"
+        )
+    shutil.rmtree(folder / ASIDE, ignore_errors=True)
+    return (
+        f"the model could not be saved to {folder} ({error}); weights that were there before are untouched. "
+        "Make room, then save again, or run the same command with --resume_from_checkpoint auto"
+    )
 
 
 def _is_of_the_disk(error: BaseException) -> bool:
@@ -356,28 +389,6 @@ def _is_of_the_disk(error: BaseException) -> bool:
         return False
     # torch.save raises RuntimeError, which also stands for whatever goes wrong on a device.
     return isinstance(error, (OSError, SafetensorError)) or any(words in str(error) for words in _TORCH_SAVE)
-
-
-def _move_into(aside: Path, folder: Path) -> None:
-    """Give every file of a folder its place in another, what says which weights there are last."""
-    files = [path for path in aside.rglob("*") if path.is_file()]
-    for path in files:
-        to_disk(path)
-    whole = [path for path in files if path.suffix == ".safetensors" or path.name.endswith(".index.json")]
-    for path in sorted(files, key=lambda path: (path in whole, path.name.endswith(".index.json"), path)):
-        target = folder / path.relative_to(aside)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-    if whole:
-        # Of an earlier save in more parts.
-        names = {path.name for path in whole}
-        for path in folder.iterdir():
-            if _SHARD.fullmatch(path.name) and path.name not in names:
-                path.unlink()
-        if "model.safetensors" in names:
-            (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    to_disk(folder)
-    shutil.rmtree(aside)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ gathered since the last log line, and an evaluation that is still due. And what 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import TrainerCallback
 
+from prefopt.folders import what_is_there
 from prefopt.losses import Loss
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.trainer.checkpoints import CheckpointError
@@ -163,3 +165,53 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, skip
         )
     for name, (before, after) in changed.items():
         logger.warning("%s: %s was %s when it was written and is %s now", folder, name, before, after)
+
+
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
+_OF_ADAPTER = ("peft_type", "r", "target_modules", "modules_to_save", "task_type")
+
+
+def compare_weights(folder: Path, model: Any) -> None:
+    """Hold the weights in a checkpoint against the model that they would be read into.
+
+    Args:
+        folder: the checkpoint; weights that an engine keeps in files of its own are not looked at.
+        model: of this run, unwrapped.
+
+    Raises:
+        CheckpointError: if one is an adapter and the other is not, or they are of different shapes.
+    """
+    held = what_is_there(folder)
+    if not held.weights and not held.adapter:
+        return
+    settings = getattr(model, "peft_config", {})
+    there, here = ("an adapter" if adapter else "all weights of a model" for adapter in (held.adapter, settings))
+    way_out = "Resume with the model and the options that it was trained with, or start a new run in another folder"
+    if there != here:
+        raise CheckpointError(
+            f"{folder} was written by a run that trained {there}; this run trains {here}. {way_out}, from the weights "
+            "in that folder if you like (model_name_or_path)"
+        )
+    names: tuple[str, ...]
+    if settings:
+        now = settings[getattr(model, "active_adapter", "default")].to_dict()
+        names, file = _OF_ADAPTER, "adapter_config.json"
+    else:
+        now, names, file = model.config.to_dict(), _SHAPE, "config.json"
+    try:
+        saved = json.loads((folder / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # who reads the weights will say so
+    differs = [
+        f"{n}: {saved[n]} then, {now[n]} now" for n in names if n in saved and n in now and _other(saved[n], now[n])
+    ]
+    if differs:
+        what = "another adapter" if settings else "another model"
+        raise CheckpointError(f"{folder} is of {what} ({'; '.join(differs)}). {way_out}")
+
+
+def _other(saved: Any, now: Any) -> bool:
+    """Whether two settings differ; the order of names does not count, and a pattern may stand for names."""
+    if isinstance(saved, (list, tuple, set)) and isinstance(now, (list, tuple, set)):
+        return set(saved) != set(now)
+    return str(getattr(now, "value", now)) != str(saved) and isinstance(saved, type(getattr(now, "value", now)))

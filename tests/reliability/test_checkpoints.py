@@ -279,6 +279,42 @@ def test_an_adapter_goes_on_too(tmp_path):
     assert checkpoints.problem(tmp_path / "run" / "checkpoint-4") == ""
 
 
+def adapted(**changed):
+    """Options of a run that trains an adapter."""
+    adapter = LoraConfig(**{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changed})
+    return {"trainer_options": {"peft_config": adapter}}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (adapted(), {}, "checkpoint-4 was written by a run that trained an adapter; this run trains all weights of"),
+        (
+            {},
+            adapted(),
+            "checkpoint-4 was written by a run that trained all weights of a model; this run trains an ad",
+        ),
+        (adapted(), adapted(r=4), r"is of another adapter \(r: 8 then, 4 now\)\. Resume with the model and"),
+        (adapted(), adapted(target_modules=["v_proj"]), r"is of another adapter \(target_modules: .*q_proj.*v_proj"),
+        ({}, {"model": "gpt2"}, r"is of another model \(model_type: llama then, gpt2 now"),
+    ],
+    ids=["adapter to full", "full to adapter", "rank", "modules", "architecture"],
+)
+def test_weights_of_another_kind_are_refused(tmp_path, before, now, message):
+    make(tmp_path, **before).train()
+    options = {**now, "model": save_model(tmp_path, now["model"])} if "model" in now else now
+    with pytest.raises(CheckpointError, match=message):
+        make(tmp_path, **options).train(resume_from_checkpoint="auto")
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["v_proj", "q_proj"], r".*\.(q|v)_proj"])
+def test_the_same_adapter_however_it_is_written_is_resumed(tmp_path, modules):
+    make(tmp_path, **adapted(target_modules=modules, modules_to_save=["lm_head"])).train()
+    trainer = make(tmp_path, max_steps=5, **adapted(target_modules=modules, modules_to_save=["lm_head"]))
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer.state.global_step == 5
+
+
 # ---- the final model ---------------------------------------------------------------------------------------------
 
 

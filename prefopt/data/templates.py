@@ -18,7 +18,7 @@ from jinja2.exceptions import SecurityError
 from prefopt.data.errors import DataError
 
 SECONDS = 10.0
-"""How long one row may take to render; real templates take under a millisecond."""
+"""How much of the processor's time one row may take to render; real templates take under a millisecond."""
 
 _PROBE = [{"role": "user", "content": "Hello"}]
 
@@ -57,7 +57,7 @@ def template_trouble(error: Exception, where: str = "the tokenizer's chat templa
 
 @contextlib.contextmanager
 def time_limit(where: str) -> Iterator[None]:
-    """Raises in what is inside once it has taken `SECONDS`.
+    """Raises in what is inside once it has taken `SECONDS` of processor time, so that a busy machine is no reason.
 
     Timers reach a process's main thread only, and not on Windows; elsewhere, or within another timer, there is no
     limit. One long operation of C code (`10 ** 10 ** 9`) is not cut short, what follows it is.
@@ -66,20 +66,20 @@ def time_limit(where: str) -> Iterator[None]:
         DataError: naming `where`.
     """
     usable = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    if not usable or signal.getitimer(signal.ITIMER_REAL)[0] > 0:
+    if not usable or signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 0:
         yield
         return
 
     def stop(*_: Any) -> None:
         raise DataError(
-            f"{where}: not done with one conversation after {SECONDS:g} seconds, so it may never end. Look at its "
-            "loops, or pass another template."
+            f"{where}: not done with one conversation after {SECONDS:g} seconds of processor time, so it may "
+            "never end. Look at its loops, or pass another template."
         )
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    previous = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)

@@ -97,7 +97,7 @@ def examples(share: float) -> settings:
 
 
 @contextlib.contextmanager
-def no_hang(seconds: float = 60) -> Iterator[None]:
+def no_hang(seconds: float = 900) -> Iterator[None]:
     """Ends the whole process with every thread's stack, should what is inside not end."""
     faulthandler.dump_traceback_later(seconds, exit=True)
     try:

@@ -79,12 +79,12 @@ def test_the_sandbox_holds(template):
 
 
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
-    monkeypatch.setattr("prefopt.data.templates.SECONDS", 0.3)
+    monkeypatch.setattr("prefopt.data.templates.SECONDS", 1.0)
     loops = "".join(f"{{% for {name} in range(90000) %}}" for name in "ijk") + "{% endfor %}" * 3
     tokenizer = make_tokenizer(loops + CHATML)
-    with no_hang(30), pytest.raises(DataError, match=r"not done with one conversation after 0\.3 seconds"):
+    with no_hang(), pytest.raises(DataError, match=r"not done with one conversation after 1 seconds"):
         check_template(tokenizer)
-    with no_hang(30), pytest.raises(DataError, match="it may never end"):
+    with no_hang(), pytest.raises(DataError, match="it may never end"):
         validate(CONVERSATIONS, tokenizer=tokenizer, max_length=400)
 
 

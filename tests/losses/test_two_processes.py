@@ -33,7 +33,7 @@ def together(tmp_path_factory) -> dict[str, dict[str, list[float]]]:
         subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    errors = [worker.communicate(timeout=900)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
     return json.loads((folder / "results.json").read_text())
 

@@ -76,7 +76,7 @@ def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
         ]  # fmt: skip
         done = subprocess.run(
             [sys.executable, str(ROOT / "recipes" / "dpo.py"), *words],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False,
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return TrackedRun(folder, done.stdout + done.stderr, hub)

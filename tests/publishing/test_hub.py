@@ -31,7 +31,7 @@ def run(
     words = arguments(folder, data or pairs_file(folder), *more)
     command = [sys.executable, str(ROOT / "recipes" / "dpo.py"), *words]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done

@@ -56,7 +56,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_ends_with_a_message_before_the_model_is_loaded(tmp_path, monkeypatch, case):
-    monkeypatch.setattr("prefopt.data.templates.SECONDS", 0.3)
+    monkeypatch.setattr("prefopt.data.templates.SECONDS", 1.0)
     monkeypatch.setattr("prefopt.recipe.PreferenceTrainer", None)
     more, message = CASES[case]
     with pytest.raises((SystemExit, ValueError, OSError)) as caught:
@@ -70,7 +70,7 @@ def test_the_script_prints_it_and_nothing_else(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFOPT_VERBOSE": ""}
     done = subprocess.run(
         [sys.executable, str(ROOT / "recipes" / "dpo.py"), *arguments(tmp_path, path)],
-        capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=tmp_path,
+        capture_output=True, text=True, timeout=900, check=False, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout

@@ -54,7 +54,7 @@ def test_the_script_runs_under_accelerate(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(ROOT / "recipes" / "dpo.py")]
     done = subprocess.run(
         [*command, *arguments(tmp_path, pairs_file(tmp_path), "--use_peft", "--loss", "ipo(beta=0.2)")],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()

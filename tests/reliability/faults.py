@@ -1,7 +1,7 @@
 """Runs that are killed: where, how, and what is left of them. Shared by the tests and `scripts/bench/chaos.py`.
 
 A run is a forked child, since importing everything takes longer than a run does. A fault is set before it starts: a
-place in the code at whose n-th visit the child kills itself, or a time after which its parent kills it.
+place in the code at whose n-th visit the child kills itself, or a moment of a step at which its parent kills it.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class Fault:
 
     Attributes:
         place: a name in `PLACES`, or "time".
-        visit: which visit of the place it is, from 1.
+        visit: which visit of the place it is, from 1; for "time", how many batches have begun.
         signum: SIGKILL, or SIGTERM as a scheduler sends it.
-        seconds: after the start of training, for "time".
+        seconds: after that batch began, for "time". Less than a few steps take on a fast machine: how far a run gets
+            between two faults must not depend on the machine.
     """
 
     place: str
@@ -147,8 +148,9 @@ def forked(work: Callable[[], Any], fault: Fault | None = None, output: Path | N
         _be_the_child(work, fault, output, started_write)
     os.close(started_write)
     if fault is not None and fault.place == "time":
-        # Until training starts, or the child is gone.
-        os.read(started_read, 1)
+        # Until that batch begins, or the child is gone.
+        for _ in range(fault.visit):
+            os.read(started_read, 1)
         time.sleep(fault.seconds)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, fault.signum)
@@ -167,7 +169,7 @@ def _be_the_child(work: Callable[[], Any], fault: Fault | None, output: Path | N
             sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
         # A pool of threads does not come along into a fork: it would be waited for without end.
         torch.set_num_threads(1)
-        _tell_start(started)
+        _tell_batches(started)
         if fault is not None and fault.place != "time":
             PLACES[fault.place](functools.partial(_die, fault.signum), fault.visit)
         work()
@@ -181,14 +183,12 @@ def _be_the_child(work: Callable[[], Any], fault: Fault | None, output: Path | N
         os._exit(code)
 
 
-def _tell_start(pipe: int) -> None:
-    train_begins = LossMixin.train
-
-    def told(self: Any, *arguments: Any, **keywords: Any) -> Any:
+def _tell_batches(pipe: int) -> None:
+    def told(_: int, compute_loss: Any, *arguments: Any, **keywords: Any) -> Any:
         os.write(pipe, b"x")
-        return train_begins(self, *arguments, **keywords)
+        return compute_loss(*arguments, **keywords)
 
-    LossMixin.train = told
+    _wrap(LossMixin, "compute_loss", told)
 
 
 def _die(signum: int) -> None:
@@ -285,7 +285,7 @@ def draw(count: int, seed: int, terms: int, cache: bool) -> list[Fault]:
     """Faults at random places and times, in the order in which one run can meet all of them.
 
     Args:
-        terms: how many are SIGTERM at a random time of training; the others are SIGKILL.
+        terms: how many are SIGTERM at a random moment of training; the others are SIGKILL.
         cache: whether the run has a reference cache.
     """
     rng = random.Random(seed)
@@ -294,10 +294,10 @@ def draw(count: int, seed: int, terms: int, cache: bool) -> list[Fault]:
     others = [place for place in PLACES if place not in first and "cache" not in place]
     others += [*others, "time", "time", "time"]
     places = [rng.choice(others) for _ in range(count - terms - len(first))]
-    visits = {"preparing the data": 20, "saving the optimizer": 6}
-    faults = [Fault(place, rng.randint(1, visits.get(place, 2)), seconds=rng.uniform(0.0, 0.3)) for place in places]
+    visits = {"preparing the data": 20, "saving the optimizer": 6, "time": 8}
+    faults = [Fault(place, rng.randint(1, visits.get(place, 2)), seconds=rng.uniform(0.0, 0.02)) for place in places]
     for _ in range(terms):
-        fault = Fault("time", signum=signal.SIGTERM, seconds=rng.uniform(0.0, 0.3))
+        fault = Fault("time", rng.randint(1, 8), signal.SIGTERM, rng.uniform(0.0, 0.02))
         faults.insert(rng.randint(0, len(faults)), fault)
     return [*(Fault(place, visits.get(place, 1)) for place in first), *faults]
 

@@ -39,13 +39,13 @@ def launch(
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         try:
             if name == "wait":
-                deadline = time.monotonic() + 200
+                deadline = time.monotonic() + 900
                 while process.poll() is None and time.monotonic() < deadline:
                     if all((folder / f"waiting-{number}").exists() for number in range(2)):
                         process.send_signal(signal.SIGTERM)
                         break
                     time.sleep(0.1)
-            code = process.wait(300)
+            code = process.wait(900)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

@@ -21,7 +21,7 @@ def launch(folder: Path, engine: str, kind: str, *caches: str) -> list[dict]:
     """Runs one after the other, each with the cache of that name."""
     require(engine)
     save_model(folder)
-    torchrun("tests.trainer.cache_processes", str(folder), engine, kind, *caches, timeout=300)
+    torchrun("tests.trainer.cache_processes", str(folder), engine, kind, *caches)
     results = json.loads((folder / "results.json").read_text())
     for result in results:
         assert (result["world"], result["wrapped"]) == (2, WRAPPER[engine])

@@ -84,7 +84,7 @@ def engine(request, folder) -> str:
     """The name of an engine under which two processes have done its jobs."""
     require(request.param)
     (folder / "jobs.json").write_text(json.dumps(jobs_of(request.param)))
-    torchrun("tests.trainer.engine_processes", str(folder), request.param, timeout=400)
+    torchrun("tests.trainer.engine_processes", str(folder), request.param)
     return request.param
 
 

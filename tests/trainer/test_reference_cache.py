@@ -25,7 +25,7 @@ def test_a_killed_run_leaves_what_the_next_one_goes_on_with(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.trainer.interrupted_run", str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert len(list(tmp_path.glob("kept/*/*.safetensors"))) == 1

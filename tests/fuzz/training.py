@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import is_initialized
 
 from prefopt.data import drop_overlong, kind, tokenize_dataset
 from tests.tiny import make_tokenizer
@@ -34,6 +36,9 @@ def train_on(dataset: Any, max_length: int, mode: str = "keep_start", tokenizer:
     """
     form = kind(dataset)
     trainer = trainer_for(form)
+    if not is_initialized():
+        # A test since then has made training arguments, which resets the state that all accelerators share.
+        Accelerator(cpu=True)
     tokens = drop_overlong(tokenize_dataset(dataset, tokenizer), max_length, mode, "training")
     if len(tokens) == 0:
         return

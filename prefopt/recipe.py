@@ -32,6 +32,7 @@ from prefopt.data import (
 )
 from prefopt.data.columns import column_names, without_columns
 from prefopt.data.embed import find_encoder
+from prefopt.data.prepare import rows_are_checked
 from prefopt.data.unused import MEDIA, unused_columns
 from prefopt.demo.data import heldout_prompts, load_demo
 from prefopt.demo.model import HUB_ID, is_converted, resolve_demo_model
@@ -213,7 +214,8 @@ def _validated(recipe: Recipe, sources: dict[str, Dataset], role: str, vocabular
 def _checked(recipe: Recipe, dataset: Dataset, name: str, vocabulary: int | None) -> Dataset:
     tokenizer = _tokenizer(recipe)
     cut = {"max_length": recipe.training.max_length, "truncation_mode": recipe.training.truncation_mode}
-    report = validate(dataset, tokenizer=tokenizer, vocabulary=vocabulary, **cut)
+    roles = parse(recipe.training.loss).roles if recipe.training.loss else ("chosen", "rejected")
+    report = validate(dataset, tokenizer=tokenizer, vocabulary=vocabulary, roles=roles, **cut)
     drops = recipe.script.on_bad_rows == "drop" and len(report.bad_rows) < report.total
     if report.problems and (report.ok or drops):  # else the error of `clean` tells them
         recipe.console.print(f"{name} rows:", report.table())
@@ -268,17 +270,18 @@ def make_trainer(recipe: Recipe, train: Any, heldout: Any) -> PreferenceTrainer:
         # trackio would name the evaluation after training as a run of its own.
         training.run_name = f"{Path(training.output_dir).absolute().name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
-        trainer = PreferenceTrainer(
-            policy,
-            ref_model=_compared_with(script.ref_model_name_or_path, options),
-            previous_model=_compared_with(script.previous_model_name_or_path, options),
-            args=training,
-            train_dataset=train,
-            eval_dataset=heldout,
-            processing_class=_tokenizer(recipe) if keeps_tokenizer else None,
-            quantization_config=get_quantization_config(model) if base is None else None,
-            peft_config=get_peft_config(model) if base is None else None,
-        )
+        with rows_are_checked():
+            trainer = PreferenceTrainer(
+                policy,
+                ref_model=_compared_with(script.ref_model_name_or_path, options),
+                previous_model=_compared_with(script.previous_model_name_or_path, options),
+                args=training,
+                train_dataset=train,
+                eval_dataset=heldout,
+                processing_class=_tokenizer(recipe) if keeps_tokenizer else None,
+                quantization_config=get_quantization_config(model) if base is None else None,
+                peft_config=get_peft_config(model) if base is None else None,
+            )
     except PushError as error:
         raise SystemExit(f"{error}. Nothing was trained") from None
     trainer.notes = _notes(recipe, base or name)

@@ -93,10 +93,12 @@ class Report:
         """The report as text for an error: one line a problem."""
         lines = [f"{len(self.bad_rows)} of {self.total} rows cannot be trained on (rows are numbered from 0):"]
         for problem in self.problems:
-            mark = "" if problem.severity == "error" else f" [{problem.severity}]"
-            plural = "" if len(problem.rows) == 1 else "s"
-            lines.append(
-                f"  {problem.kind}{mark}: {len(problem.rows)} row{plural}, first {self.first_rows(problem)}. "
-                f"{problem.explanation} {problem.advice}".rstrip()
-            )
+            lines.append(f"  {self.line(problem)}")
         return "\n".join(lines)
+
+    def line(self, problem: Problem) -> str:
+        """One problem as text."""
+        mark = "" if problem.severity == "error" else f" [{problem.severity}]"
+        plural = "" if len(problem.rows) == 1 else "s"
+        counted = f"{problem.kind}{mark}: {len(problem.rows)} row{plural}, first {self.first_rows(problem)}"
+        return f"{counted}. {problem.explanation} {problem.advice}".rstrip()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,18 +33,20 @@ def validate(
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     vocabulary: int | None = None,
+    roles: Collection[str] = ("chosen", "rejected"),
 ) -> Report:
     """Every problem of a normalised dataset, in one pass.
 
     Lengths are checked where `max_length` is given, from the ids that the rows have (see `tokenize_dataset`) or with
     `tokenizer`; with a tokenizer the ids that it makes are also read back (see `round_trip`). `truncation_mode` is
-    TRL's. `vocabulary` is the number of tokens that the model has embeddings for.
+    TRL's. `vocabulary` is the number of tokens that the model has embeddings for. Labels of one kind are noted where
+    the objective's `roles` are both.
     """
     columns = column_names(dataset)
     if max_length is not None and tokenizer is None and "prompt_ids" not in columns:
         raise ValueError("max_length needs a tokenizer, or a dataset that is tokenized already.")
     check = row_check(dataset, tokenizer, max_length, truncation_mode, vocabulary)
-    findings = Findings(check.sides)
+    findings = Findings(check.sides, roles)
     for index, row in enumerate(dataset):
         findings.add(index, row, check(row))
     return findings.report()
@@ -67,7 +69,8 @@ def row_check(
 class Findings:
     """Collects what was found row by row, with what only shows between rows."""
 
-    def __init__(self, sides: tuple[str, ...]) -> None:
+    def __init__(self, sides: tuple[str, ...], roles: Collection[str] = ("chosen", "rejected")) -> None:
+        self._roles = frozenset(roles)
         self._found: dict[str, list[int]] = {}
         self._said: dict[str, str] = {}
         self._origins: dict[int, str] = {}
@@ -102,7 +105,8 @@ class Findings:
             if name in self._found
         ]
         notes = [PLAIN_NOTE] if self._plain == self._total else []
-        if self._labels in ({True}, {False}) and self._total > 1:
+        both = {"chosen", "rejected"} <= self._roles and self._total > 1
+        if both and self._labels in ({True}, {False}):
             notes.append(one_label_note(self._labels == {True}, f"Each of the {self._total} rows"))
         return Report(problems, self._total, self._origins, notes)
 

@@ -20,7 +20,8 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
-from prefopt.data import drop_overlong, normalise, tokenize_dataset
+from prefopt.data import drop_overlong, normalise
+from prefopt.data.prepare import silent, tokenize_checked
 from prefopt.data.prompts import refuse_to_guess
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.unused import MEDIA, without_empty_media
@@ -289,8 +290,15 @@ class LossMixin(
             dataset = normalise(
                 dataset, transcripts=False, used=used, say=logger.warning if told else lambda line: None
             )
-            dataset = tokenize_dataset(
-                dataset, processing_class, getattr(args, "dataset_num_proc", None), dataset_name
+            dataset = tokenize_checked(
+                dataset,
+                processing_class,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                name=dataset_name,
+                roles=self.objective.roles,
+                num_proc=getattr(args, "dataset_num_proc", None),
+                say=logger.warning if told else silent,
             )
             return drop_overlong(dataset, args.max_length, args.truncation_mode, dataset_name)
 

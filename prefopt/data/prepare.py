@@ -1,0 +1,153 @@
+"""From rows to checked ids, in one pass: the road of the Python API and of streams.
+
+A map-style set is refused as a whole, with every bad row in the message; a stream at its first bad row. It imports
+datasets and the rest of this folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from prefopt.data.conversation import Processing, Row
+from prefopt.data.errors import DataError
+from prefopt.data.problems import KINDS
+from prefopt.data.row import is_label
+from prefopt.data.row_check import Checked, RowCheck
+from prefopt.data.tokenize import tokenize_dataset
+from prefopt.data.validate import PLAIN_NOTE, Findings, one_label_note, row_check
+
+Say = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
+
+
+_FOUND = "found in this row"
+_DROPPED_LATER = "no room for a completion"
+"""`drop_overlong` drops these rows and says so."""
+
+_LABELS_SEEN = 1000
+"""After so many rows of a stream with one and the same label, that is worth a word."""
+
+_CHECKED: ContextVar[bool] = ContextVar("rows are checked", default=False)
+
+
+@contextlib.contextmanager
+def rows_are_checked() -> Iterator[None]:
+    """Inside, map-style sets are only tokenized: `validate` has seen their rows. Streams are checked all the same."""
+    token = _CHECKED.set(True)
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def tokenize_checked(
+    dataset: Dataset | IterableDataset,
+    processing_class: Processing,
+    *,
+    max_length: int | None,
+    truncation_mode: str,
+    name: str,
+    roles: Collection[str] = ("chosen", "rejected"),
+    num_proc: int | None = None,
+    say: Say = silent,
+) -> Dataset | IterableDataset:
+    """`tokenize_dataset` with the checks of `validate`.
+
+    Args:
+        dataset: normalised, without ids.
+        processing_class: the tokenizer or processor.
+        max_length: longest prompt and completion; prompts that leave no room are left to `drop_overlong`.
+        truncation_mode: TRL's.
+        name: what to call the set.
+        roles: what the objective is about.
+        num_proc: processes to tokenize with.
+        say: told each warning and note, once.
+
+    Raises:
+        DataError: naming the rows that cannot be trained on; for a stream, when its first one comes.
+    """
+    if isinstance(dataset, Dataset) and _CHECKED.get():
+        return tokenize_dataset(dataset, processing_class, num_proc, name)
+    check = row_check(dataset, processing_class, max_length, truncation_mode)
+    if not isinstance(dataset, Dataset):
+        return dataset.map(_Stream(check, name, roles, say), with_indices=True)
+    marked = dataset.map(_ids_and_findings, fn_kwargs={"check": check}, num_proc=num_proc, desc=name)
+    findings = Findings(check.sides, roles)
+    for index, row in enumerate(marked):
+        findings.add(index, row, _read(row[_FOUND]))
+    report = findings.report()
+    if not report.ok:
+        raise DataError(
+            f"The {name} set: {report.message()}\nRepair these rows, or leave them out with prefopt.data.clean (see "
+            "docs/data.md)."
+        )
+    for problem in report.problems:
+        if problem.severity == "warning":
+            say(f"the {name} set, {report.line(problem)}")
+    for note in report.notes:
+        say(f"the {name} set: {note}")
+    return marked.remove_columns(_FOUND)
+
+
+def _ids_and_findings(row: Row, check: RowCheck) -> dict[str, Any]:
+    checked = check(row)
+    problems = [problem for problem in checked.problems if problem != _DROPPED_LATER]
+    found = {"problems": problems, "said": checked.said, "readable": checked.readable, "plain": checked.plain}
+    names = [f"{name}_ids" for name in ("prompt", *check.sides)]
+    return {**(checked.ids or {name: [] for name in names}), _FOUND: json.dumps(found)}
+
+
+def _read(found: str) -> Checked:
+    return Checked(**json.loads(found))
+
+
+class _Stream:
+    """Ids of a streamed row, or an error that names it."""
+
+    def __init__(self, check: RowCheck, name: str, roles: Collection[str], say: Say) -> None:
+        self._check, self._name, self._roles, self._say = check, name, roles, say
+        self._told: set[str] = set()
+        self._labels: dict[Any, int] = {}
+
+    def __call__(self, row: Row, index: int) -> dict[str, Any]:
+        checked = self._check(row)
+        place = f"row {index} (from 0) of the streamed {self._name} set"
+        if row.get("source") is not None and row.get("row") is not None:
+            place += f", which is {row['source']}:{row['row']}"
+        for problem in checked.problems:
+            kind = KINDS[problem]
+            text = f"{place}: {problem}. {kind.explanation}{checked.said.get(problem, '')} {kind.advice}".rstrip()
+            if problem == _DROPPED_LATER:
+                continue
+            if kind.severity == "error":
+                raise DataError(text)
+            if kind.severity == "warning":
+                self._tell(problem, f"{text} (Said once.)")
+        if checked.plain:
+            self._tell(PLAIN_NOTE, f"the streamed {self._name} set: {PLAIN_NOTE}")
+        self._count(row)
+        assert checked.ids is not None  # a row without an error has them
+        return dict(checked.ids)
+
+    def _count(self, row: Row) -> None:
+        if "label" not in row or not is_label(row["label"]) or not {"chosen", "rejected"} <= set(self._roles):
+            return
+        label = bool(row["label"])
+        self._labels[label] = self._labels.get(label, 0) + 1
+        if self._labels == {label: _LABELS_SEEN}:
+            note = one_label_note(label, f"Each of the first {_LABELS_SEEN} rows")
+            self._tell("one label", f"the streamed {self._name} set: {note}")
+
+    def _tell(self, what: str, text: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            self._say(text)

@@ -17,9 +17,11 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from prefopt import base_sample
 from prefopt.card import code, is_hub_id, loading
 from prefopt.folders import check_one_model
 from prefopt.models import adapter_base, load_tokenizer
@@ -87,10 +89,17 @@ def merge(adapter: str, output: str | None = None, base: str | None = None, dtyp
     _check_base(name, folder, base is not None)
     tokenizer = _tokenizer(folder, name)
     model = _adapted(name, folder, dtype)
+    if differ := base_sample.differing(folder, model):
+        raise MergeError(
+            f"{name} is not the model that the adapter was trained on: {len(differ)} of its weights are others "
+            f"({differ[0]} first). If that was a model that another adapter had been merged into, save it and give it "
+            f"with --base; if the weights are known to be right, delete {folder / base_sample.FILE}"
+        )
     ids = _some_ids(tokenizer, model)
     with_adapter = _log_probabilities(model, ids)
     with model.disable_adapter():
         moved = float((_log_probabilities(model, ids) - with_adapter).abs().max())
+    _untie(model)
     whole = _fold(model, config)
     gaps = (_log_probabilities(whole, ids) - with_adapter).abs()
     merged = Merged(target, name, whole.dtype, gaps.numel(), float(gaps.max()), float(gaps.mean()), moved)
@@ -250,6 +259,18 @@ def _log_probabilities(model: Any, rows: list[list[int]]) -> Tensor:
         logits = model(input_ids=ids).logits[0, :-1].float()
         found.append(torch.log_softmax(logits, dim=-1).gather(-1, ids[0, 1:, None]).squeeze(-1))
     return torch.cat(found)
+
+
+def _untie(model: Any) -> None:
+    """Give embeddings and head weights of their own where an adapter changes one of two that are one tensor."""
+    base = model.get_base_model()
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    ends = [layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in layers]
+    tied = all(hasattr(end, "weight") for end in ends) and ends[0].weight is ends[1].weight
+    if tied and any(isinstance(layer, LoraLayer) for layer in layers):
+        ends[1].weight = torch.nn.Parameter(ends[1].weight.detach().clone())
+        for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
 
 
 def _fold(model: Any, config: Any) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,31 @@ import trl.trainer.dpo_trainer as of_trl
 from peft import PeftModel
 from torch import Tensor, nn
 
+from prefopt import base_sample
+from prefopt.scoring.fingerprint import is_sharded
+
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` that take a part of the base's weights out and put it into the adapter."""
 _LOOKED_AT = 64
 """Numbers of each of the base's weights that are compared."""
+
+
+class AdaptersMixin:
+    """The part of `LossMixin` that notes beside a saved adapter which weights it was trained on."""
+
+    model: Any
+    _base_sample: dict[str, Any]
+
+    def _note_base(self) -> None:
+        self._base_sample = {}
+        # What was taken out of the base on loading differs in its last digits between machines.
+        if isinstance(self.model, PeftModel) and not any(map(changes_base, self.model.peft_config.values())):
+            self._base_sample = {} if is_sharded(self.model) else base_sample.sample(self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if self._base_sample:
+            base_sample.write(Path(output_dir or self.args.output_dir), self._base_sample)  # type: ignore[attr-defined]
 
 
 def check_adapters(model: Any, peft_config: Any, own_reference: bool) -> None:

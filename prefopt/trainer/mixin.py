@@ -34,6 +34,7 @@ from prefopt.scoring.collate import PreferenceCollator, WithColumns, groups_of
 from prefopt.scoring.layout import Layout
 from prefopt.trainer import adapters, overrides
 from prefopt.trainer.accumulation import AccumulationMixin
+from prefopt.trainer.adapters import AdaptersMixin
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.checks import RunPlan, check_run
 from prefopt.trainer.config import resolve_objective
@@ -74,6 +75,7 @@ logger = logging.getLogger(__name__)
 
 
 class LossMixin(
+    AdaptersMixin,
     DropoutMixin,
     OptionsMixin,
     PublishingMixin,
@@ -178,6 +180,7 @@ class LossMixin(
         # Sets with images are not prepared ahead.
         set_template_defaults(self.processing_class, getattr(self.args, "chat_template_kwargs", None))
         self.add_callback(StartCheck(self))
+        self._note_base()
         if self.objective is None:
             self._set_up_checkpoints()
             if "weight" in sample:

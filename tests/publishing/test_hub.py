@@ -57,8 +57,8 @@ def test_what_arrives_is_the_model_its_tokenizer_and_its_card(tmp_path: Path) ->
         (commit,) = hub.commits["tester/tiny"]
         assert commit.message == "End of training"
         assert commit.files == {
-            "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "results.json",
-            "tokenizer.json", "tokenizer_config.json",
+            "README.md", "adapter_config.json", "adapter_model.safetensors", "base_sample.json", "chat_template.jinja",
+            "results.json", "tokenizer.json", "tokenizer_config.json",
         }  # fmt: skip
         there = arrived(hub, tmp_path / "there")
     out, base = tmp_path / "out", str(tmp_path / "llama-0")

@@ -13,7 +13,10 @@ from huggingface_hub import ModelCard
 from peft import (
     IA3Config,
     LoHaConfig,
+    LoraConfig,
+    PeftModel,
     PromptTuningConfig,
+    TrainableTokensConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -52,6 +55,11 @@ KINDS = {
     "lora": lora(r=4, lora_alpha=16),
     "rslora": lora(r=4, use_rslora=True),
     "dora": lora(r=4, use_dora=True),
+    "on tied embeddings": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"),
+    "on a tied head": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"),
+    "tokens of tied embeddings": TrainableTokensConfig(
+        target_modules=["embed_tokens"], token_indices=list(range(40, 120)), task_type="CAUSAL_LM"
+    ),
     "with a head of its own": lora(r=4, modules_to_save=["lm_head"]),
     "loha": LoHaConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
@@ -321,3 +329,21 @@ def test_a_full_disk_leaves_no_half_of_a_model(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="No space"):
         merge(str(adapter), str(tmp_path / "merged"))
     assert not list(tmp_path.glob("merged*"))
+
+
+def test_an_adapter_that_was_trained_on_another_model_of_that_name_is_refused(tmp_path: Path) -> None:
+    """An earlier adapter merged in memory: the configuration names the model before that."""
+    earlier = adapter_folder(tmp_path)
+    base = save_model(tmp_path)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(earlier)).merge_and_unload()
+    options = {"peft_config": lora(r=4)}
+    trainer = make_trainer(tmp_path, model=merged, max_steps=1, learning_rate=1e-2, trainer_options=options)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "second"))
+    with pytest.raises(MergeError, match=r"is not the model that the adapter was trained on: \d+ of its weights"):
+        merge(str(tmp_path / "second"))
+    trainer = make_trainer(tmp_path, max_steps=1, learning_rate=1e-2, trainer_options={"peft_config": lora(r=4)})
+    trainer.train()
+    trainer.save_model(str(tmp_path / "plain"))
+    for dtype in ("float32", "bfloat16"):
+        merge(str(tmp_path / "plain"), str(tmp_path / dtype), dtype=dtype)

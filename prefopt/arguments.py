@@ -33,7 +33,7 @@ from prefopt.loss_options import settle
 from prefopt.losses import LossSyntaxError
 from prefopt.models import adapter_base
 from prefopt.noise import quiet_libraries
-from prefopt.redaction import guard_process, redact, remember
+from prefopt.redaction import guard_process, redact, remember, words_without_secrets
 from prefopt.short_errors import show_short_errors
 from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.config import TRL_LOSS_OPTIONS
@@ -159,6 +159,7 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     """
     quiet_libraries()
     given, argv = argv, list(sys.argv[1:] if argv is None else argv)
+    words_without_secrets(argv)  # from now on they are taken out of whatever is shown
     command = launch_command(given)
     guard_process()
     show_short_errors()

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from prefopt.data.errors import DataError
-from prefopt.data.messages import without_nulls
+from prefopt.data.messages import read_json, without_nulls
 from prefopt.data.templates import time_limit
 
 Row = Mapping[str, Any]
@@ -43,8 +43,8 @@ def read_tools(tools: Any) -> list[Any] | None:
     Raises:
         ValueError: for text that is no JSON.
     """
-    tools = _from_json(tools)
-    return [without_nulls(_from_json(tool)) for tool in tools] if tools else None
+    tools = read_json(tools)
+    return [without_nulls(read_json(tool)) for tool in tools] if tools else None
 
 
 def calls_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -53,12 +53,6 @@ def calls_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     inner = [call.get("function") or call for call in calls if isinstance(call, dict)]
     single = message.get("function_call")
     return inner + ([single] if isinstance(single, dict) else [])
-
-
-def _from_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    return json.loads(value) if value.strip() else None
 
 
 def _message(message: Any, processing_class: Processing) -> Any:

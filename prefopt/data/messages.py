@@ -27,6 +27,17 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def read_json(value: Any) -> Any:
+    """What JSON text holds, None for blank text; any other value as it is.
+
+    Raises:
+        ValueError: for text that is no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.strip() else None
+
+
 def same_texts(left: Any, right: Any) -> bool:
     """Equality of texts, messages or lists of them, a null field being the same as a missing one."""
     return left == right or bool(without_nulls(left) == without_nulls(right))

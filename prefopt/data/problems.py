@@ -28,6 +28,16 @@ _OF_ROWS = {
         "Some of the row's texts are plain and some are lists of messages.",
         "Write all of them one way.",
     ),
+    "wrong type: messages written as text": Kind(
+        "error",
+        "A text of the row is messages written out, as JSON or as Python prints them.",
+        "Write the row's texts like the others'.",
+    ),
+    "wrong type: date": Kind(
+        "error",
+        "A text, a tool or a call's argument is a date: the reader took text for one, so it is not as it was written.",
+        "Read the file with prefopt.data.load_preferences, or write dates as text.",
+    ),
     "wrong type: label": Kind("error", "Column 'label' is not true or false.", "Write true or false."),
     "chosen equals rejected": Kind(
         "error", "Both sides are the same, so there is no preference to learn.", "Delete the row."

@@ -5,13 +5,13 @@ Imports nothing but the catalogue of problems, the formats and the names of colu
 
 from __future__ import annotations
 
-import json
+import datetime
 import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prefopt.columns import GIVEN_LOGPS
-from prefopt.data.messages import same_texts, without_nulls
+from prefopt.data.messages import read_json, same_texts, without_nulls, writing
 from prefopt.data.problems import KINDS
 from prefopt.data.transcripts import UNPARSED
 
@@ -53,6 +53,10 @@ def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator
     yield from _text_problems(row["prompt"], "prompt")
     for side in sides:
         yield from _text_problems(row[side], side)
+    if any(isinstance(row[name], str) and writing(row[name]) == "other messages" for name in ("prompt", *sides)):
+        yield "wrong type: messages written as text"
+    if any(_holds_a_date(row.get(name)) for name in ("prompt", *sides, "tools")):
+        yield "wrong type: date"
     if len({isinstance(row[name], list) for name in ("prompt", *sides) if row[name] is not None}) > 1:
         yield "wrong type: text beside messages"
     if sides == ("completion",):
@@ -69,6 +73,14 @@ def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator
             yield "wrong type: tools"
         if not _are_template_arguments(row.get("chat_template_kwargs")):
             yield "wrong type: chat_template_kwargs"
+
+
+def _holds_a_date(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_a_date, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_a_date, value))
+    return isinstance(value, datetime.date | datetime.time | datetime.timedelta)
 
 
 def is_label(value: Any) -> bool:
@@ -144,12 +156,12 @@ def _is_finite(value: Any) -> bool:
 
 
 def _are_tools(value: Any) -> bool:
-    """A list of functions' descriptions, or the JSON text of one."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
+    """A list of functions' descriptions; the list and its items may be JSON text."""
+    try:
+        value = read_json(value)
+        value = [read_json(tool) for tool in value] if isinstance(value, list) else value
+    except (ValueError, RecursionError):
+        return False
     return not value or (isinstance(value, list) and all(isinstance(tool, dict) for tool in value))
 
 

@@ -1,4 +1,4 @@
-"""One value of a column as a list of messages, however it is written: a single message, `from`/`value`, JSON text.
+"""One value of a column as a list of messages, however it is written: `from`/`value`, JSON text and more.
 
 Nothing here knows of datasets or columns. A value that is none of these comes back as it is, so that validation can
 report it.
@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 Message = dict[str, Any]
 
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "observation": "tool"}
-"""ShareGPT's speakers; others (`user`, `system`, `tool`) are roles already."""
+_ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "observation": "tool",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+}
+"""What speakers are called elsewhere, in any case; others are left for validation to report."""
+
+UNREADABLE = "text among messages"
+"""The role under which a text that cannot be read is kept in a column of messages, for reports to show it."""
+
+_OPENING = re.compile(r"""\s*\[?\s*\{\s*["']""")
+_SPEAKER_KEY = re.compile(r"""["'](role|from)["']\s*:\s*["']""")
+_TEXT_KEY = re.compile(r"""["'](content|value|tool_calls)["']\s*:""")
+_BETWEEN_ITEMS = re.compile(r"\}\s*\n\s*\{")
 
 _LONGEST_LITERAL = 1_000_000
 """Python literals are parsed up to this length only: the parser's memory is many times the text's."""
@@ -46,14 +61,15 @@ def same_texts(left: Any, right: Any) -> bool:
 def writing(value: Any) -> str | None:
     """How a value is written: `text`, `messages`, or `other messages` that `as_messages` rewrites; None if neither.
 
-    `other messages`: a single message, messages with `from` and `value`, the JSON or Python text of messages.
+    `other messages`: a single message, messages with `from` or `value` or with other names of the roles, an object of
+    lists, the JSON or Python text of messages.
     """
     if isinstance(value, str):
         return "text" if _parsed(value) is None else "other messages"
-    if _is_message(value):
+    if _is_message(value) or _is_of_lists(value):
         return "other messages"
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "other messages" if any(_is_from_value(message) for message in value) else "messages"
+        return "other messages" if any(map(_is_renamed, value)) else "messages"
     return None
 
 
@@ -64,9 +80,18 @@ def as_messages(value: Any) -> Any:
         return value if parsed is None else as_messages(parsed)
     if _is_message(value):
         value = [value]
+    elif _is_of_lists(value):
+        value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
     if isinstance(value, list):
-        return [_renamed(message) if _is_from_value(message) else message for message in value]
+        return [_renamed(message) if _is_renamed(message) else message for message in value]
     return value
+
+
+def looks_like_messages(text: Any) -> bool:
+    """Whether a text begins as the JSON or Python text of messages does, readable or not."""
+    return isinstance(text, str) and bool(
+        _OPENING.match(text) and _SPEAKER_KEY.search(text) and _TEXT_KEY.search(text)
+    )
 
 
 def plain_text(value: Any) -> str:
@@ -82,20 +107,39 @@ def role(message: Any) -> Any:
     return message.get("role") if isinstance(message, dict) else None
 
 
+def _speaker(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return None
+    return message.get("role") if message.get("role") is not None else message.get("from")
+
+
 def _is_message(value: Any) -> bool:
-    return _is_from_value(value) or (isinstance(value, dict) and isinstance(value.get("role"), str))
+    return isinstance(_speaker(value), str)
 
 
-def _is_from_value(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") is None and isinstance(message.get("from"), str)
+def _is_of_lists(value: Any) -> bool:
+    """One object with a list of roles and one of contents, as older sets store messages."""
+    if not isinstance(value, dict) or not isinstance(_speaker(value), list):
+        return False
+    return all(isinstance(item, list) for item in value.values()) and len({len(item) for item in value.values()}) == 1
+
+
+def _is_renamed(message: Any) -> bool:
+    speaker = _speaker(message)
+    if not isinstance(speaker, str):
+        return False
+    by_value = message.get("content") is None and message.get("value") is not None
+    return message.get("role") is None or by_value or _ROLES.get(speaker.lower(), speaker) != speaker
 
 
 def _renamed(message: Mapping[str, Any]) -> Message:
-    """ShareGPT's `from` and `value` as `role` and `content`; a function call becomes a tool call."""
-    speaker, content = message["from"], message.get("value")
+    """`role` and `content` in place of `from` and `value`; a function call becomes a tool call."""
+    speaker = _speaker(message)
+    content = message.get("content") if message.get("content") is not None else message.get("value")
     if speaker == "function_call" and (call := _call(content)) is not None:
         return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
-    return {"role": _ROLES.get(speaker, speaker), "content": content}
+    rest = {name: item for name, item in message.items() if name not in ("from", "value")}
+    return {**rest, "role": _ROLES.get(speaker.lower(), speaker), "content": content}
 
 
 def _call(text: Any) -> dict[str, str] | None:
@@ -109,14 +153,16 @@ def _call(text: Any) -> dict[str, str] | None:
 
 def _parsed(text: str) -> Any:
     """The messages that a text is the JSON (or, as pandas writes it, the Python literal) of; None if it is text."""
-    stripped = text.strip()
-    if not stripped.startswith(("[", "{")) or not any(key in stripped for key in ("role", "from")):
+    if not looks_like_messages(text):
         return None
+    stripped = text.strip()
     try:
         value = json.loads(stripped)
     except (ValueError, RecursionError):
         try:
-            value = ast.literal_eval(stripped) if len(stripped) <= _LONGEST_LITERAL else None
+            # An array of numpy has no commas between its items, which stand on lines of their own.
+            literal = _BETWEEN_ITEMS.sub("}, {", stripped)
+            value = ast.literal_eval(literal) if len(literal) <= _LONGEST_LITERAL else None
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return None
     listed = isinstance(value, list) and bool(value) and all(map(_is_message, value))

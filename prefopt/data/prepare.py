@@ -139,7 +139,8 @@ class _Stream:
         return dict(checked.ids)
 
     def _count(self, row: Row) -> None:
-        if "label" not in row or not is_label(row["label"]) or not {"chosen", "rejected"} <= set(self._roles):
+        labelled = "completion" in row and is_label(row.get("label"))
+        if not labelled or not {"chosen", "rejected"} <= set(self._roles):
             return
         label = bool(row["label"])
         self._labels[label] = self._labels.get(label, 0) + 1

@@ -133,6 +133,12 @@ _OF_ROWS = {
     "contradicts an earlier row": Kind(
         "warning", "An earlier row prefers the opposite; the two cancel out.", "Decide for one of them."
     ),
+    "messages read as text": Kind(
+        "warning",
+        "A text looks like messages, but cannot be read as such (it may be cut off, or quoted wrongly), so it is "
+        "trained as text.",
+        "Write the messages as a list, in JSON lines or Parquet.",
+    ),
     "truncated completion": Kind(
         "warning",
         "Prompt and completion exceed max_length, so part of a completion is cut off.",
@@ -202,12 +208,18 @@ _OF_ROWS = {
 
 def _catalogue() -> dict[str, Kind]:
     kinds: dict[str, Kind] = {
+        "unreadable messages": Kind(
+            "error",
+            "A column of messages written as JSON or Python text has a text that cannot be read so: it may be cut "
+            "off, or quoted wrongly.",
+            "Repair or delete the row.",
+        ),
         "unparseable transcript": Kind(
             "error",
             "'chosen' or 'rejected' does not alternate '\\n\\nHuman: ' and '\\n\\nAssistant: ' up to an answer of the "
             "assistant, or the two (or a column 'prompt') differ in what the human says.",
             "Repair the text, or give prompt, chosen and rejected as columns.",
-        )
+        ),
     }
     for column in ("prompt", "chosen", "rejected", "completion"):
         # A prompt may have been looked for in front of the completions: there need not be a column of that name.

@@ -22,7 +22,6 @@ Row = Mapping[str, Any]
 CONTEXT = ("input", "system")
 """Columns that become a part of the prompt where they are mapped: its end, and a system message in front of it."""
 
-_TEXTS = ("prompt", "chosen", "rejected")
 _SHARING = 0.9
 """Least share of rows whose two texts begin alike where the prompt is in front of them; bad rows make up the rest."""
 _DISTINCT_FROM = 4
@@ -89,20 +88,6 @@ def refuse_to_guess(dataset: Dataset | IterableDataset) -> None:
     names = column_names(dataset)
     if "prompt" not in names and {"chosen", "rejected"} <= set(names):
         check_implicit(names, first_rows(dataset, PEEKED_ROWS))
-
-
-def repetition_line(rows: Sequence[Row]) -> str:
-    """A line where plain completions begin with their prompt in (nearly) all rows; empty elsewhere."""
-    texts = [[str(row[name]) for name in _TEXTS] for row in rows if all(isinstance(row.get(n), str) for n in _TEXTS)]
-    pairs = [row for row in texts if row[0].strip()]
-    repeated = [row for row in pairs if all(text.startswith(row[0].strip()) for text in row[1:])]
-    if not repeated or len(repeated) < _SHARING * len(pairs):
-        return ""
-    return (
-        f"In {len(repeated)} of the first {len(pairs)} rows 'chosen' and 'rejected' begin with the prompt, which is "
-        "trained as a part of the answer. If they are prompt and answer, pass --columns unused=prompt --format "
-        f"{IMPLICIT}."
-    )
 
 
 def _comparable(chosen: Any, rejected: Any) -> bool:

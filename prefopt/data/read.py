@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Mapping
 from datasets import Dataset, IterableDataset
 
 from prefopt.data.columns import first_rows, text_columns
+from prefopt.data.doubts import doubts
 from prefopt.data.errors import DataError
 from prefopt.data.load import load_preferences
 from prefopt.data.maps import PEEKED_ROWS
-from prefopt.data.prompts import repetition_line
 from prefopt.data.schema import normalise
 
 
@@ -37,6 +37,7 @@ def read_preferences(
         read = normalise(loaded, columns, format=format, used=used, say=say)
     except DataError as error:
         raise DataError(f"{name}: {error}".replace("prefopt pair DATA", f"prefopt pair {name}")) from error
-    if say is not None and (line := repetition_line(first_rows(read, PEEKED_ROWS))):
-        say(line)
+    if say is not None:
+        for line in doubts(first_rows(read, PEEKED_ROWS), columns or ()):
+            say(line)
     return read

@@ -12,7 +12,7 @@ from prefopt.data.columns import PAIR_COLUMNS, UNPAIRED_COLUMNS, column_names, f
 from prefopt.data.messages import without_nulls
 from prefopt.data.schema import kind
 
-_READ = (*PAIR_COLUMNS, *UNPAIRED_COLUMNS, "weight", "tools", "chat_template_kwargs", *GIVEN_LOGPS, *EMBEDDINGS)
+_READ = ("weight", "tools", "chat_template_kwargs", *GIVEN_LOGPS, *EMBEDDINGS)
 _EXCERPT = 90
 
 
@@ -22,7 +22,7 @@ def described(dataset: Dataset | IterableDataset) -> Iterator[str]:
     sides = PAIR_COLUMNS if kind(dataset) == "pair" else UNPAIRED_COLUMNS
     row = next(iter(first_rows(dataset, 1)), {})
     form = "conversations" if isinstance(row.get(sides[1]), list) else "plain text"
-    others = [name for name in names if name not in _READ and not name.endswith("_ids")]
+    others = [name for name in names if name not in (*sides, *_READ) and not name.endswith("_ids")]
     read = ", ".join(name for name in names if name not in others)
     yield f"Read as {form}: {read}." + (f" Not read: {', '.join(others[:20])}." if others else "")
     for name in sides if row else ():

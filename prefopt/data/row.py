@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prefopt.columns import GIVEN_LOGPS
-from prefopt.data.messages import read_json, same_texts, without_nulls, writing
+from prefopt.data.messages import UNREADABLE as UNREADABLE_TEXT
+from prefopt.data.messages import looks_like_messages, read_json, role, same_texts, without_nulls, writing
 from prefopt.data.problems import KINDS
 from prefopt.data.transcripts import UNPARSED
 
@@ -42,19 +43,25 @@ _ANSWERING = frozenset({"assistant", "tool", "function", "ipython"})
 
 
 TOLD = frozenset(name for name in KINDS if name.startswith(("empty", "chosen equals")))
-UNREADABLE = frozenset(name for name in KINDS if name.startswith(("unparseable", "wrong type", "null", "wrong role")))
+UNREADABLE = frozenset(
+    name for name in KINDS if name.startswith(("unparseable", "unreadable", "wrong type", "null", "wrong role"))
+)
 
 
 def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator[str]:
     """Problems that show in a row by itself, each at most once."""
-    if any(_is_unparsed(row[side]) for side in sides):
-        yield "unparseable transcript"
-        return
+    for kept_as, problem in ((UNPARSED, "unparseable transcript"), (UNREADABLE_TEXT, "unreadable messages")):
+        if any(_is_kept_as(kept_as, row[name]) for name in ("prompt", *sides)):
+            yield problem
+            return
     yield from _text_problems(row["prompt"], "prompt")
     for side in sides:
         yield from _text_problems(row[side], side)
-    if any(isinstance(row[name], str) and writing(row[name]) == "other messages" for name in ("prompt", *sides)):
+    written = [row[name] for name in ("prompt", *sides) if looks_like_messages(row[name])]
+    if any(writing(text) == "other messages" for text in written):
         yield "wrong type: messages written as text"
+    elif written:
+        yield "messages read as text"
     if any(_holds_a_date(row.get(name)) for name in ("prompt", *sides, "tools")):
         yield "wrong type: date"
     if len({isinstance(row[name], list) for name in ("prompt", *sides) if row[name] is not None}) > 1:
@@ -88,8 +95,8 @@ def is_label(value: Any) -> bool:
     return isinstance(value, bool) or (type(value) is int and value in (0, 1))
 
 
-def _is_unparsed(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and value[0].get("role") == UNPARSED
+def _is_kept_as(kept_as: str, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and role(value[0]) == kept_as
 
 
 def _text_problems(value: Any, column: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from datasets import ClassLabel, Dataset, IterableDataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset, List, Value
 
 from prefopt.data.columns import (
     PAIR_COLUMNS,
@@ -26,12 +26,15 @@ from prefopt.data.columns import (
 from prefopt.data.errors import DataError
 from prefopt.data.formats import IMPLICIT, read_format
 from prefopt.data.maps import MESSAGE, MESSAGES, PEEKED_ROWS, map_rows
-from prefopt.data.messages import as_messages, role, same_texts, writing
+from prefopt.data.messages import UNREADABLE, as_messages, role, same_texts, writing
 from prefopt.data.prompts import CONTEXT, add_context, check_implicit, check_repeated, extract_prompt
 from prefopt.data.transcripts import check_transcripts, from_transcripts, looks_like_transcript
 from prefopt.data.unused import unused_columns, unused_line, without_empty_media
 
 logger = logging.getLogger(__name__)
+
+_DESIRABLE = re.compile(r"1|true|yes|good|desirable|chosen|preferred|positive|accepted|liked?|up", re.IGNORECASE)
+"""Names of the class that means a desirable completion."""
 
 Row = dict[str, Any]
 Style = Literal["text", "messages"]
@@ -82,12 +85,13 @@ def normalise(
     names = column_names(dataset)
     if kind_of_columns(names) is None:
         raise DataError(missing_columns_message(names, rows))
+    labels = ""
     if kind(dataset) == "pair":
         dataset = _normalise_pairs(dataset, rows, transcripts, format == IMPLICIT)
     else:
-        dataset = _boolean_label(_normalise_unpaired(dataset, rows))
+        dataset, labels = _boolean_label(_normalise_unpaired(dataset, rows))
     dataset = add_context(dataset, [name for name in CONTEXT if name in (columns or {}) or name in taken])
-    for told in (line, rewritten, unused_line(unused_columns(dataset, used))):
+    for told in (line, rewritten, labels, unused_line(unused_columns(dataset, used))):
         if told:
             say(told)
     return dataset
@@ -98,7 +102,8 @@ def _rewrite_messages(dataset: Dataset | IterableDataset) -> tuple[Dataset | Ite
     names = [name for name in (*PAIR_COLUMNS, "completion", "messages") if name in column_names(dataset)]
     rows = first_rows(dataset, PEEKED_ROWS) if names else []
     written = {name: [writing(row.get(name)) for row in rows] for name in names}
-    changed = [name for name, kinds in written.items() if "other messages" in kinds and "text" not in kinds]
+    # One text among messages is a broken row, which validation reports.
+    changed = [name for name, kinds in written.items() if kinds.count("other messages") > kinds.count("text")]
     if not changed:
         return dataset, ""
     parsed = [name for name in changed if any(isinstance(row.get(name), str) for row in rows)]
@@ -106,7 +111,11 @@ def _rewrite_messages(dataset: Dataset | IterableDataset) -> tuple[Dataset | Ite
     features = {name: _of_messages(dataset.features and dataset.features.get(name)) for name in changed}
 
     def rewrite(row: Row) -> Row:
-        return {name: as_messages(row.get(name)) for name in changed}
+        read = {name: as_messages(row.get(name)) for name in changed}
+        return {
+            name: [{"role": UNREADABLE, "content": value}] if isinstance(value, str) else value
+            for name, value in read.items()
+        }
 
     return map_rows(dataset, rewrite, features, "Reading messages"), line
 
@@ -117,13 +126,17 @@ def _of_messages(feature: Any) -> Any:
     feature = feature[0] if isinstance(feature, list) and feature else feature
     if not isinstance(feature, Mapping):
         return None
-    if "from" not in feature:
+    if all(isinstance(inner, List) for inner in feature.values()):  # one object of lists
+        feature = {name: inner.feature for name, inner in feature.items()}
+    if "from" not in feature and "value" not in feature:
         return [feature]
     # Whether some later row calls a function is not known, and a field that the type lacks would be lost.
     text = Value("string")
     calls = [{"type": text, "function": {"name": text, "arguments": text}}]
-    given = {name: feature[name] for name in ("role", "content") if name in feature}
-    return [{"role": text, "content": text, **given, "tool_calls": calls}]
+    given = {
+        name: inner for name, inner in feature.items() if name not in ("from", "value") and inner != Value("null")
+    }
+    return [{"role": text, "content": feature.get("value", text), "tool_calls": calls, **given}]
 
 
 def _style(rows: Sequence[Row], column: str) -> Style | None:
@@ -249,11 +262,24 @@ def _from_messages(row: Row) -> Row:
     return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
-def _boolean_label(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Labels stored as the integers 0 and 1 become booleans; any other value is left for validation to report."""
+def _boolean_label(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, str]:
+    """Labels stored as the numbers 0 and 1 become booleans; any other value is left for validation to report.
+
+    Returns:
+        The dataset, and a line that says which class of a label with named classes is read as true.
+    """
     feature = dataset.features.get("label") if dataset.features is not None else None
-    if isinstance(feature, ClassLabel) or not isinstance(feature, Value) or not re.match(r"u?int", feature.dtype):
-        return dataset
-    if isinstance(dataset, Dataset) and set(dataset.unique("label")) <= {0, 1}:
-        return dataset.cast_column("label", Value("bool"))
-    return dataset
+    if isinstance(feature, ClassLabel):
+        classes = dict(enumerate(feature.names or ()))
+        if _DESIRABLE.fullmatch(classes.get(0, "")):
+            raise DataError(
+                f"Column 'label' has the classes {', '.join(f'{n} = {name!r}' for n, name in classes.items())}, and 1 "
+                "would be read as true, against what the names say. Write true and false."
+            )
+        return dataset, f"Column 'label' has classes: 1 ({classes.get(1)!r}) is read as true."
+    # One missing label makes floats of a CSV file's whole numbers.
+    if not isinstance(feature, Value) or not re.match(r"u?int|float", feature.dtype):
+        return dataset, ""
+    if isinstance(dataset, Dataset) and set(dataset.unique("label")) <= {0, 1, None}:
+        return dataset.cast_column("label", Value("bool")), ""
+    return dataset, ""

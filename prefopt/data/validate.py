@@ -76,11 +76,13 @@ class Findings:
         self._origins: dict[int, str] = {}
         self._labels: set[Any] = set()
         self._repeats = _Repeats(sides)
-        self._total = self._plain = 0
+        self._labelled = sides == ("completion",)
+        self._total = self._plain = self._conversations = 0
 
     def add(self, index: int, row: Row, checked: Checked) -> None:
         self._total += 1
         self._plain += checked.plain
+        self._conversations += isinstance(row.get("prompt"), list)
         problems = [*checked.problems, *(self._repeats.problems(row) if checked.readable else ())]
         for problem in problems:
             self._found.setdefault(problem, []).append(index)
@@ -88,7 +90,7 @@ class Findings:
             self._said.setdefault(problem, said)
         if problems and "source" in row and "row" in row:
             self._origins[index] = f"{row['source']}:{row['row']}"
-        if "label" in row:
+        if self._labelled and "label" in row:
             self._labels.add(row["label"] if is_label(row["label"]) else None)
 
     def report(self) -> Report:
@@ -105,6 +107,11 @@ class Findings:
             if name in self._found
         ]
         notes = [PLAIN_NOTE] if self._plain == self._total else []
+        if self._plain and self._conversations:
+            notes.append(
+                f"Plain text among conversations, in {self._plain} of the {self._total} rows: the chat template is "
+                "not applied to it. Write all rows one way."
+            )
         both = {"chosen", "rejected"} <= self._roles and self._total > 1
         if both and self._labels in ({True}, {False}):
             notes.append(one_label_note(self._labels == {True}, f"Each of the {self._total} rows"))

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.data import DataError, normalise, parse_columns, validate
-from prefopt.data.prompts import refuse_to_guess, repetition_line
+from prefopt.data.prompts import refuse_to_guess
 from tests.tiny import make_model, make_tokenizer
 
 Row = dict[str, Any]
@@ -181,9 +181,3 @@ def test_rows_that_trl_will_cut_are_looked_at_first() -> None:
     refuse_to_guess(Dataset.from_list(IMPLICIT))
     with pytest.raises(DataError, match="--columns prompt=question"):
         refuse_to_guess(both("question"))
-
-
-def test_texts_that_repeat_their_prompt_are_named() -> None:
-    pair = {"prompt": "Legs?", "chosen": "Legs? Eight.", "rejected": "Legs? Six."}
-    assert "In 2 of the first 2 rows" in repetition_line([pair, pair])
-    assert repetition_line([pair, {**pair, "rejected": "Six."}]) == ""

@@ -107,6 +107,7 @@ class CheckpointMixin:
         folder = self.checkpoint_to_resume(resume_from_checkpoint)
         self._prepare_disk(folder)
         self._resume_state(None if folder is None else Path(folder))
+        self._forget_evaluation()
         # transformers' own way of stopping is left alone if it was asked for; without checkpoints there is nothing
         # that a signal could have saved.
         self._listens = self._saves and not getattr(self.args, "enable_jit_checkpoint", False)
@@ -118,6 +119,20 @@ class CheckpointMixin:
         if self._flow.stopped:
             raise self._stopped(self._flow.stopped)
         return result
+
+    def _forget_evaluation(self) -> None:
+        """Let a model that was evaluated before it is trained be wrapped for training.
+
+        transformers has accelerate prepare it for the evaluation, without DDP; accelerate then takes it for prepared
+        when training begins, and every process would train a model of its own.
+        """
+        model, accelerator = self.model, self.accelerator
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
+        if accelerator.num_processes == 1 or sharded or self.model_wrapped is not model:  # type: ignore[attr-defined]
+            return
+        if getattr(model, "_is_accelerate_prepared", False):
+            model._is_accelerate_prepared = False
+            accelerator._models = [other for other in accelerator._models if other is not model]
 
     @property
     def _saves(self) -> bool:

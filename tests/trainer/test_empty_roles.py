@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 
-from tests.trainer.runs import make_labelled, make_trainer
+from prefopt.losses import Need, parse
+from tests.losses.test_empty_roles import OFFLINE
+from tests.processes import torchrun
+from tests.trainer.empty_roles_processes import labelled, numbers
+from tests.trainer.runs import make_trainer, save_model
 
+TWO_PROCESSES = [loss for loss in OFFLINE if Need.MISMATCHED not in parse(loss).needs and "momentum" not in loss]
+"""Completions are moved to prompts of the same process, so mismatched ones differ with the number of processes."""
 LORA = LoraConfig(target_modules="all-linear", r=2)
-
-
-def labelled(labels: str) -> Dataset:
-    """One row a letter: "r" to retain, "f" to forget."""
-    data = make_labelled(len(labels)).remove_columns("label")
-    return data.add_column("label", [letter == "r" for letter in labels])
 
 
 def step(folder: Any, loss: str, labels: str, batch: int, **options: Any) -> dict[str, Any]:
@@ -121,3 +121,42 @@ def test_a_run_resumed_before_a_batch_of_one_role_goes_on_as_if_nothing_had_happ
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for before, after in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+# ---- two processes -------------------------------------------------------------------------------------------------
+
+# Each process has its own half of a batch: with "rrff" one has rows to retain alone and the other rows to forget.
+JOBS: dict[str, dict[str, Any]] = {
+    **{loss: {"loss": loss, "labels": "rrrfff"} for loss in TWO_PROCESSES},
+    "no row on any process": {"loss": "npo", "labels": "rrrr"},
+    "no row on one": {"loss": "npo + sft", "labels": "rrrf"},
+    "accumulated": {"loss": "npo + sft", "labels": "rrfrrffr", "accumulate": 2},
+    "cached": {"loss": "npo + sft", "labels": "rrff", "options": {"cached": True}},
+    "cached, no row on one": {"loss": "npo", "labels": "rrff", "options": {"cached": True}},
+    "precomputed": {"loss": "npo", "labels": "rrff", "options": {"precompute_ref_log_probs": True}},
+    "padded": {"loss": "npo + kl_retain", "labels": "rrff", "options": {"layout": "padded"}},
+    "lora": {"loss": "npo", "labels": "rrff", "lora": True},
+    "lora, tree": {"loss": "undial + kl_retain", "labels": "rrff", "lora": True, "options": {"layout": "tree"}},
+}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> tuple[Any, dict[str, dict[str, float]]]:
+    folder = tmp_path_factory.mktemp("two")
+    save_model(folder)
+    for name, job in JOBS.items():
+        labelled(job["labels"]).save_to_disk(folder / f"data-{name}")
+    (folder / "jobs.json").write_text(json.dumps(JOBS))
+    torchrun("tests.trainer.empty_roles_processes", str(folder), timeout=900)
+    return folder, json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_of_one_role_each_are_one_with_all_rows(two_processes, name):
+    folder, found = two_processes
+    alone = numbers(folder, JOBS[name], name, 1)
+    assert found[name] == pytest.approx(alone, rel=2e-3, abs=1e-5)
+    if name == "no row on any process":
+        assert alone["loss"] == 0
+        assert alone["grad_norm"] == 0

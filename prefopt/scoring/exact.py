@@ -12,20 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefopt.scoring.fingerprint import is_sharded
 from prefopt.scoring.frozen import decoder_layers
 from prefopt.scoring.model import replaced_forward, unwrapped
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def within(model: nn.Module) -> nn.Module:
-    """The model that can be called by one process alone: out of DDP and torch.compile, with its adapters.
-
-    Weights that are spread over processes are there only in calls of the wrapper, which is then what is called.
-    """
-    if is_sharded(model):
-        return model
+def peeled(model: nn.Module) -> nn.Module:
+    """The model out of DDP, DeepSpeed and torch.compile, with its adapters."""
     while True:
         inner = getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
@@ -39,11 +33,12 @@ def within(model: nn.Module) -> nn.Module:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, adapters on, no gradient; modes, adapters and the random state are as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    off: list[Any] = [module for module in model.modules() if vars(module).get("_disable_adapters") is True]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    off: list[Any] = [module for module, _ in modes if vars(module).get("_disable_adapters") is True]
+    places = {p.device.index or 0 for p in model.parameters() if p.is_cuda} if torch.cuda.is_available() else ()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-            model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=sorted(places)):
+            for module, _ in modes:
+                module.training = False
             for module in off:
                 module._disable_adapters = False
             yield
@@ -85,12 +80,12 @@ def in_float32(model: nn.Module, skipped: list[nn.Module]) -> Iterator[None]:
         skipped: what `like_others` gave.
     """
     left = {id(tensor) for layer in skipped for tensor in (*layer.parameters(), *layer.buffers())}
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in left}.values()
+    half = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)}
     changed: list[tuple[Tensor, Tensor]] = []
     device = next(model.parameters()).device.type
     with contextlib.ExitStack() as stack:
         # accelerate's own forward methods set autocast.
-        for module in model.modules():
+        for module in dict.fromkeys((model, unwrapped(model))):
             if (forward := vars(module).get("_original_forward")) is not None:
                 stack.enter_context(replaced_forward(module, forward))
         stack.enter_context(torch.autocast(device, enabled=False))
@@ -98,8 +93,8 @@ def in_float32(model: nn.Module, skipped: list[nn.Module]) -> Iterator[None]:
         if skipped:
             stack.enter_context(_passed(skipped, unwrapped(model)))
         try:
-            for tensor in tensors:
-                if tensor.dtype in (torch.bfloat16, torch.float16):
+            for key, tensor in half.items():
+                if key not in left:
                     changed.append((tensor, tensor.data))
                     tensor.data = tensor.data.float()
             yield
@@ -124,7 +119,7 @@ def _without_tf32() -> Iterator[None]:
 def like_others(model: nn.Module) -> list[nn.Module]:
     """Decoder layers that two others of the same kind stand for; none where it cannot be told."""
     found = decoder_layers(model)
-    if found is None:
+    if found is None or len(found[1]) <= 2:
         return []
     config: Any = model.config
     layers = list(found[1])

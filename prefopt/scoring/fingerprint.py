@@ -45,7 +45,7 @@ def fingerprint(model: nn.Module, trained_adapter: str | None = None, about: str
     digest = hashlib.blake2b(about.encode(), digest_size=8)
     # The same weights with another rotary base, window or soft cap are another reference.
     if (config := getattr(model, "config", None)) is not None:
-        digest.update(json.dumps(_of_the_network(config), sort_keys=True, default=str).encode())
+        digest.update(json.dumps(of_the_network(config), sort_keys=True, default=str).encode())
     for adapter, config in sorted(getattr(model, "peft_config", {}).items()):
         # The same adapter weights at another lora_alpha are another reference.
         if adapter != trained_adapter:
@@ -69,13 +69,13 @@ def fingerprint(model: nn.Module, trained_adapter: str | None = None, about: str
     return digest.hexdigest()
 
 
-def _of_the_network(config: Any) -> Any:
+def of_the_network(config: Any) -> Any:
     """The settings of a model that its output depends on, those of its parts included."""
     values = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(values, dict):
         return values
     kept = {name: value for name, value in values.items() if name not in _NOT_OF_THE_NETWORK}
-    return {name: _of_the_network(value) for name, value in kept.items()}
+    return {name: of_the_network(value) for name, value in kept.items()}
 
 
 def is_sharded(model: nn.Module) -> bool:

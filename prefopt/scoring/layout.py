@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prefopt.scoring import attention
 from prefopt.scoring.call import Call
 from prefopt.scoring.collate import select_rows
-from prefopt.scoring.exact import undisturbed, within
+from prefopt.scoring.exact import peeled, undisturbed
 from prefopt.scoring.frozen import FrozenLayers
 from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores
 from prefopt.scoring.model import is_checkpointed, unwrapped
@@ -32,6 +32,7 @@ from prefopt.scoring.trial import ERRORS, fails, tree_difference
 logger = logging.getLogger(__name__)
 
 LayoutName = Literal["auto", "tree", "padded"]
+HALF = (torch.bfloat16, torch.float16)
 TOKENS_ON_CPU = {True: 4096, False: 512}
 """Tokens that go through the model at once on a CPU, where a larger product is no faster than two smaller ones: of
 trees packed in one row, and of trees in rows of their own, where padding costs as much as anything else."""
@@ -75,7 +76,7 @@ class Layout:
         self._gather = gather
         self._settled = False
         self._said = False
-        self._horizon = Horizon(max_length)
+        self._horizon = Horizon(max_length, gather)
 
     def score(
         self,
@@ -125,6 +126,11 @@ class Layout:
         if getattr(getattr(inner, "config", None), "_attn_implementation", None) == attention.NAME:
             inner.set_attn_implementation("sdpa")
 
+    def meet(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> None:
+        """Try a model before another one is scored, since all of a batch is scored in one layout."""
+        if not self._settled or (self.masks is not None and not self._horizon.knows(model)):
+            self.in_trees(model, inputs, model_inputs)
+
     def in_trees(
         self,
         model: nn.Module,
@@ -149,7 +155,7 @@ class Layout:
             return None
         masks = self.masks
         need = self._need(trees, masks, self._at_once(inputs["input_ids"].device, masks, in_parts_of))
-        reason = self._horizon.reason(model, need, lambda one, reach: self._differs(one, inputs, reach, masks))
+        reason = self._horizon.reason(model, need, lambda *about: self._differs(inputs, masks, *about))
         if reason:
             self._say_padded(need, reason)
         return None if reason else trees
@@ -184,7 +190,7 @@ class Layout:
             return Reach(row, max(sizes))
         return Reach(row, sum(sizes) if tokens is None else min(sum(sizes), max(tokens, *sizes)))
 
-    def _differs(self, model: nn.Module, inputs: Mapping[str, Any], reach: Reach, masks: Masks) -> str:
+    def _differs(self, inputs: Mapping[str, Any], masks: Masks, model: nn.Module, reach: Reach, sharded: bool) -> str:
         """How trees that go so far differ; "" if they do not."""
         inner: Any = unwrapped(model)
         before = getattr(getattr(inner, "config", None), "_attn_implementation", None)
@@ -194,10 +200,10 @@ class Layout:
             kind = next(p.dtype for p in inner.parameters() if p.is_floating_point()) if floating else masks
             return self._score_trees(called, model_inputs, mask, kind, call)[0]
 
-        called = within(model)
+        called = model if sharded else peeled(model)
         try:
             self.release(model)
-            return tree_difference(called, score, inputs, reach, _without_routers(inner))
+            return tree_difference(called, score, inputs, reach, _without_routers(inner), sharded)
         finally:
             self.release(model)
             if before == attention.NAME:
@@ -251,23 +257,23 @@ class Layout:
             def in_trees(call: Call, masks: Masks = masks) -> TokenScores:
                 return self._score_trees(model, kept, mask, masks, call)[0]
 
-            self.reason = self._agree(self._gap(truth, model, in_trees, call))
+            # In float32 what follows is the same and more.
+            self.reason = self._agree(self._gap(truth, model, in_trees, call) if self._in_half(model) else "")
             self.release(model)
             if self.reason:
                 continue
             tokens = self._at_once(inputs["input_ids"].device, masks, in_parts_of)
             short = plant(few["input_ids"], few["attention_mask"], mask)
 
-            def trial(one: nn.Module, reach: Reach, masks: Masks = masks) -> str:
-                return self._differs(one, inputs, reach, masks)
+            def trial(one: nn.Module, reach: Reach, sharded: bool, masks: Masks = masks) -> str:
+                return self._differs(inputs, masks, one, reach, sharded)
 
-            self.reason = self._horizon.settle(
-                model, self._gather(self._need(trees, masks, tokens)), self._need(short, masks, tokens), trial,
-                self._agree,
-            )  # fmt: skip
+            need = self._need(trees, masks, tokens)
+            self.reason = self._horizon.settle(model, need, self._need(short, masks, tokens), trial)
             if not self.reason:
                 self.masks = masks
                 return
+            self._horizon.forget()
 
     def _agree(self, reason: str) -> str:
         """Why any process cannot; "" if all can."""
@@ -316,6 +322,12 @@ class Layout:
             return "prompt learning puts tokens of its own before every row"
         return ""
 
+    def _in_half(self, model: nn.Module) -> bool:
+        """Whether the run is in half precision."""
+        parameter = next(model.parameters())
+        autocast = torch.is_autocast_enabled(parameter.device.type)
+        return self._half or autocast or any(p.dtype in HALF for p in model.parameters())
+
     def _gap(self, truth: TokenScores, model: nn.Module, score: Callable[[Call], TokenScores], call: Call) -> str:
         """How other scores of the same rows differ; "" if they do not."""
         name = type(unwrapped(model)).__name__
@@ -323,10 +335,8 @@ class Layout:
             scores = score(call)
         except ERRORS as error:
             return fails(model, error)
-        autocast = torch.is_autocast_enabled(truth.mask.device.type)
-        half = self._half or autocast or unwrapped(model).dtype != torch.float32
         gap = float((truth.logps - scores.logps).abs().max())
-        if not gap <= (0.5 if half else 1e-3):
+        if not gap <= (0.5 if self._in_half(model) else 1e-3):
             return f"{name} gives other log-probabilities in it (by up to {gap:.2g} nats)"
         return ""
 

@@ -14,14 +14,12 @@ from typing import Any
 from torch import nn
 
 from prefopt.scoring import attention
-from prefopt.scoring.exact import within
-from prefopt.scoring.fingerprint import is_sharded
+from prefopt.scoring.exact import peeled
+from prefopt.scoring.fingerprint import is_sharded, of_the_network
 from prefopt.scoring.model import unwrapped
 
-TRIALS = 16
+TRIALS = 32
 """Most trials of one kind of model; what none of them covers is scored padded."""
-AHEAD = 4096
-"""Rows of up to so many tokens are tried before any are met."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Reach:
         return self.row >= other.row and self.places >= other.places
 
 
-Trial = Callable[[nn.Module, Reach], str]
-"""How a model's trees of such a reach differ from its rows; "" if they do not."""
+Trial = Callable[[nn.Module, Reach, bool], str]
+"""(model, reach, whether it is sharded) -> how its trees differ from its rows; "" if they do not."""
 
 
 @dataclass
@@ -51,15 +49,22 @@ class Tried:
 
     Attributes:
         model: one of them.
+        sharded: whether its weights are spread over processes, so that all of them have to try at once.
         passed: how far trees gave the model's own numbers.
         failed: how far they did not.
         reason: what was found there.
     """
 
     model: weakref.ReferenceType[nn.Module]
+    sharded: bool
     passed: list[Reach] = field(default_factory=list)
     failed: list[Reach] = field(default_factory=list)
     reason: str = ""
+
+    @property
+    def reaches(self) -> list[Reach]:
+        """All that was tried."""
+        return self.passed + self.failed
 
     def known(self, need: Reach) -> bool | None:
         """Whether trees hold so far; None if that was not tried."""
@@ -79,35 +84,42 @@ class Horizon:
 
     Args:
         max_length: of the run's rows; None if there is no limit.
+        gather: what every process found.
     """
 
-    def __init__(self, max_length: int | None):
+    def __init__(self, max_length: int | None, gather: Callable[[Any], Sequence[Any]]):
         self._max_length = max_length
+        self._gather = gather
         self._kinds: dict[str, Tried] = {}
         self._kind_of: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
-    def settle(
-        self, model: nn.Module, needs: Sequence[Reach], short: Reach, trial: Trial, agree: Callable[[str], str]
-    ) -> str:
-        """Why trees do not hold for the first model at all; "" if they do.
+    def settle(self, model: nn.Module, need: Reach, short: Reach, trial: Trial) -> str:
+        """Why trees do not hold for a model at all; "" if they do. All processes ask at once, and agree.
 
         Args:
-            model: the first one.
-            needs: what every process's first batch needs.
-            short: what the shortest rows need.
+            model: met for the first time.
+            need: how far its first batch goes.
+            short: how far the shortest rows go; tried where more does not hold.
             trial: how to find out.
-            agree: what all processes say.
         """
-        tried = Tried(weakref.ref(model))
-        reaches = [short]
-        if is_sharded(model):
-            # All processes have to try at once, which they do not do again.
-            reaches = [self._ahead(Reach(max(n.row for n in needs), max(n.places for n in needs)), tried, True)]
-        for reach in reaches:
-            if not tried.note(reach, agree(trial(model, reach))):
-                return tried.reason
-        self._kinds[self._kind(model)] = tried
-        return ""
+        needs = self._gather(need)
+        need = Reach(max(n.row for n in needs), max(n.places for n in needs))
+        tried = self._meet(model)
+        for reach in (self._ahead(need, tried.sharded), short):
+            found = self._gather(trial(model, reach, tried.sharded))
+            if tried.note(reach, next((reason for reason in found if reason), "")):
+                return ""
+            if tried.sharded:
+                break
+        return tried.reason
+
+    def forget(self) -> None:
+        """What was tried in one way says nothing of another."""
+        self._kinds.clear()
+
+    def knows(self, model: nn.Module) -> bool:
+        """Whether a model of this kind was met."""
+        return self._kind_of.get(unwrapped(model)) in self._kinds
 
     def reason(self, model: nn.Module, need: Reach, trial: Trial) -> str:
         """Why trees that go so far are not used for this model and all that were met before; "" if they are.
@@ -117,9 +129,10 @@ class Horizon:
             need: how far the batch goes.
             trial: how to find out what is not known.
         """
-        self._kinds.setdefault(self._kind(model), Tried(weakref.ref(model)))
+        if not self._meet(model).reaches and self._meet(model).sharded:
+            self.settle(model, need, need, trial)
         for tried in self._kinds.values():
-            if tried.known(need) is None and (one := tried.model()) is not None and not is_sharded(one):
+            if tried.known(need) is None and (one := tried.model()) is not None and not tried.sharded:
                 self._try(tried, one, need, trial)
             if not tried.known(need):
                 return tried.reason or f"trees of rows of {need.row} tokens were not tried"
@@ -127,27 +140,39 @@ class Horizon:
 
     def _try(self, tried: Tried, model: nn.Module, need: Reach, trial: Trial) -> None:
         """Try further ahead than is needed, then just as far."""
-        for reach in (self._ahead(need, tried, False), need):
-            if tried.known(reach) is None and len(tried.passed) + len(tried.failed) < TRIALS:
-                tried.note(reach, trial(model, reach))
+        for reach in (self._ahead(need, sharded=False), need):
+            if tried.known(reach) is None and len(tried.reaches) < TRIALS:
+                tried.note(reach, trial(model, reach, tried.sharded))
 
-    def _ahead(self, need: Reach, tried: Tried, sharded: bool) -> Reach:
-        """How far to try where so much is needed: as long as the run's rows can be, where that is known."""
-        limit, row = self._max_length, 1 << (need.row - 1).bit_length()
-        if limit is not None:
-            row = limit if sharded or limit <= AHEAD else min(row, limit)
-        row = max(need.row, row)
-        places = 1 << (need.places - 1).bit_length() if tried.failed or len(tried.passed) > 1 else need.places
-        return Reach(row, max(places, need.places * row // need.row) if sharded else places)
+    def _ahead(self, need: Reach, sharded: bool) -> Reach:
+        """How far to try where so much is needed; as far as the run's rows can go if it is the only trial."""
+        limit = self._max_length
+        row = limit if sharded and limit is not None else _rounded(need.row)
+        row = max(need.row, row if limit is None else min(row, limit))
+        places = need.places * row // need.row if sharded else _rounded(need.places)
+        return Reach(row, max(need.places, places, row + row // 2))
 
-    def _kind(self, model: nn.Module) -> str:
-        """What decides how a model's tokens see one another, as far as it can be read off."""
-        inner: Any = unwrapped(model)
+    def _meet(self, model: nn.Module) -> Tried:
+        """What is known of models like this one."""
+        inner = unwrapped(model)
         if inner not in self._kind_of:
-            settings = inner.config.to_dict()
-            settings.pop("_name_or_path", None)
-            kind = getattr(inner.config, "_attn_implementation", None)
-            adapters = {name: str(config) for name, config in getattr(within(model), "peft_config", {}).items()}
-            kind = "sdpa" if kind == attention.NAME else kind
-            self._kind_of[inner] = str((type(inner), settings, kind, adapters))
-        return self._kind_of[inner]
+            self._kind_of[inner] = _kind(model)
+        kind = self._kind_of[inner]
+        if kind not in self._kinds:
+            self._kinds[kind] = Tried(weakref.ref(model), is_sharded(model))
+        return self._kinds[kind]
+
+
+def _rounded(count: int) -> int:
+    """A little more, so that few batches after this one need a trial of their own."""
+    step = max(1 << (count.bit_length() - 2), 1)
+    return -(-count // step) * step
+
+
+def _kind(model: nn.Module) -> str:
+    """What decides how a model's tokens see one another, as far as it can be read off."""
+    inner: Any = unwrapped(model)
+    settings = of_the_network(inner.config)
+    kind = getattr(inner.config, "_attn_implementation", None)
+    adapters = {name: str(config) for name, config in getattr(peeled(model), "peft_config", {}).items()}
+    return str((type(inner), settings, "sdpa" if kind == attention.NAME else kind, adapters))

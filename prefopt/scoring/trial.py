@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prefopt.scoring.call import Call, Request
 from prefopt.scoring.exact import awake, in_float32, like_others, undisturbed
-from prefopt.scoring.fingerprint import is_sharded
 from prefopt.scoring.logprobs import Measured, TokenScores
 from prefopt.scoring.model import replaced_forward, unwrapped
 from prefopt.scoring.padded import score_rows
@@ -150,21 +149,28 @@ Score = Callable[[Mapping[str, Any], Tensor, Call], TokenScores]
 
 
 def tree_difference(
-    model: nn.Module, score: Score, inputs: Mapping[str, Any], reach: Reach, options: Mapping[str, Any]
+    model: nn.Module,
+    score: Score,
+    inputs: Mapping[str, Any],
+    reach: Reach,
+    options: Mapping[str, Any],
+    sharded: bool,
 ) -> str:
     """How a model's hidden states in trees differ from those in rows; "" if they do not.
 
     Args:
-        model: as `exact.within` gives it.
+        model: as one process alone can call it, or the wrapper that spreads its weights over processes.
         score: scores rows in trees, calling that model.
         inputs: a collated batch, whose tokens are used.
         reach: how long rows and trees are.
         options: further keyword arguments of the model.
+        sharded: whether its weights are spread over processes.
     """
     ways: list[list[nn.Module] | None] = [None]
-    if not is_sharded(model):
-        ways = [like_others(unwrapped(model)), [], None]
-        ways = ways if ways[0] else ways[1:]
+    # What is spread over processes cannot be cast, nor can layers be left out by one of them.
+    if not sharded:
+        some = like_others(unwrapped(model))
+        ways = [some, [], None] if some else [[], None]
     reason = ""
     with undisturbed(model), awake(model):
         for skipped in ways:

@@ -213,6 +213,8 @@ class ScoringMixin:
         models = Models(policy, reference, None if self._previous_model is None else self._previous_scores)
         if "sampled" in self.objective.roles:
             inputs = self._with_samples(model, inputs)
+        if not all_logits:
+            self._layout.meet(model, inputs, self._model_inputs(inputs))
         batch, scores, scored = score_batch(
             inputs, self.objective, models, every_role=all_logits or not self.model.training
         )

@@ -7,6 +7,7 @@ silently, since `answer` may as well be the gold answer as the preferred one. It
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -14,6 +15,9 @@ from typing import Any, TypeVar
 from datasets import Dataset, IterableDataset
 
 from prefopt.data.errors import DataError, did_you_mean
+from prefopt.data.maps import PEEKED_ROWS, map_rows
+from prefopt.data.messages import plain_text, writing
+from prefopt.data.paths import feature_at, fields_of, value_at
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 UNPAIRED_COLUMNS = ("prompt", "completion", "label")
@@ -35,6 +39,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "label": ("labels", "kto_tag", "desirable", "is_chosen", "thumbs_up", "liked", "feedback", "preference"),
     "messages": ("conversations", "conversation", "dialogue", "dialog", "chat"),
 }  # fmt: skip
+
+_SIDES = {
+    "chosen": {"chosen", "preferred", "better", "best", "good", "accepted", "positive", "win", "winner", "winning"},
+    "rejected": {"rejected", "dispreferred", "worse", "worst", "bad", "negative", "lose", "loser", "losing"},
+}
+"""Words by which longer names (`good_answer`, `chosen_conversations`) say which side they hold."""
+_NOT = {"non", "not", "un", "less"}
 
 _ABOUT_THE_ROW = re.compile(
     r"(^|_)(id|idx|index|hash|uuid|url|model|source|dataset|split|lang(uage)?|date|time(stamp)?|label|type|category|"
@@ -78,11 +89,17 @@ def text_columns(columns: Mapping[str, str] | None = None) -> frozenset[str]:
 
 
 def rename_columns(dataset: DatasetT, columns: Mapping[str, str]) -> DatasetT:
-    """Renames `columns` (ours -> the dataset's own).
+    """Renames `columns` (ours -> the dataset's own, or a field inside one: `question.text`, `output.0`).
 
     A column that already has our name and is displaced by the mapping is kept as `<name>_original`.
     """
     have = column_names(dataset)
+    inside = {ours: path for ours, path in columns.items() if path not in have and path.partition(".")[0] in have}
+    rows = first_rows(dataset, PEEKED_ROWS) if inside else []
+    fields = {o: path for o, path in inside.items() if any(value_at(row, path) is not None for row in rows)}
+    if fields:
+        dataset = _take_fields(dataset, fields)
+        columns = {ours: theirs for ours, theirs in columns.items() if ours not in fields}
     for ours, theirs in columns.items():
         if ours not in _OURS and not ours.isidentifier():
             raise DataError(f"--columns {ours}={theirs}: {ours!r} is not a column name. Use one of {_listed(_OURS)}.")
@@ -102,6 +119,14 @@ def rename_columns(dataset: DatasetT, columns: Mapping[str, str]) -> DatasetT:
     return dataset.rename_columns(mapping) if mapping else dataset
 
 
+def _take_fields(dataset: Any, fields: Mapping[str, str]) -> Any:
+    def take(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {ours: value_at(row, path) for ours, path in fields.items()}
+
+    types = {ours: feature_at(dataset, path) for ours, path in fields.items()}
+    return map_rows(dataset, take, types, "Reading fields")
+
+
 def kind_of_columns(names: Sequence[str]) -> str | None:
     """`"pair"`, `"unpaired"` (also for `messages` + `label`), or None where a needed column is missing."""
     if "chosen" in names and "rejected" in names:
@@ -118,17 +143,14 @@ def missing_columns_message(names: Sequence[str], rows: Sequence[Mapping[str, An
         names: the dataset's columns.
         rows: its first rows; what their values cannot be is not suggested.
     """
+    from prefopt.data.formats import format_advice
     from prefopt.data.rankings import pairing_advice
 
     start = f"These columns make no preference set: {_listed(names)}. "
-    if advice := pairing_advice(names, rows):
+    if advice := pairing_advice(names, rows) or format_advice(names, rows):
         return start + advice
+    found = _found(names, rows)
     candidates = (("chosen", "rejected"), ("prompt", "completion", "label"), ("messages", "label"))
-    usable = [name for name in names if not rows or any(isinstance(row.get(name), str | list) for row in rows)]
-    found = {wanted: _find(wanted, usable) for columns in candidates for wanted in columns}
-    found["label"] = _find("label", [name for name in names if _may_be_label(name, rows)])
-    if found["rejected"] and not found["chosen"]:
-        found["chosen"] = found["completion"]
 
     def reach(columns: tuple[str, ...]) -> float:
         return sum(found[wanted] is not None for wanted in columns) / len(columns)
@@ -146,19 +168,72 @@ def missing_columns_message(names: Sequence[str], rows: Sequence[Mapping[str, An
     mapped = ("prompt", *nearest) if nearest[0] == "chosen" else nearest
     lacking = [wanted for wanted in nearest if found[wanted] is None]
     if not lacking:
-        arguments = [f"{wanted}={str(found[wanted])[:60]}" for wanted in mapped if found[wanted] not in (None, wanted)]
-        return f"{start}{needed}If that is what they mean, pass: --columns {' '.join(arguments)}."
-    texts = [found[wanted] for wanted in nearest if wanted != "label" and found[wanted]]
+        return f"{start}{needed}If that is what they mean, pass: --columns {_arguments(found, mapped)}."
     if lacking == ["label"]:
+        return f"{start}{needed}{_without_label(names, rows, found, nearest)}"
+    if lacking == ["completion", "label"]:
+        prompt = f"{_arguments(found, ('prompt',))} ".lstrip()
         return (
-            f"{start}{needed}{' and '.join(map(repr, texts))} look like a conversation, but no column looks like "
-            "label, and there is no second answer to prefer it to: without labels and pairs this is data for "
-            "supervised fine-tuning. Add label (true or false), or chosen and rejected, or choose a set that holds "
-            "preferences."
+            f"{start}{needed}{found['prompt']!r} looks like the prompt, but no column looks like the answers. Map "
+            f"them: --columns {prompt}chosen=NAME rejected=NAME."
         )
     return (
         f"{start}{needed}No column looks like {' or '.join(lacking)}; add it, or map it with --columns "
         f"{lacking[0]}=NAME if it has another name, or choose a set that holds preferences."
+    )
+
+
+def _found(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """The column, or the field of one, that stands for each of ours."""
+    fields = list(dict.fromkeys(path for row in rows for path in fields_of(row)))
+    texts = [name for name in (*names, *fields) if not rows or any(writing(value_at(row, name)) for row in rows)]
+    places = [[name for name in texts if name in names], [path for path in texts if path not in names]]
+    found: dict[str, str | None] = {}
+    for wanted in ("chosen", "rejected", "prompt", "completion", "messages"):
+        found[wanted] = next((name for place in places if (name := _find(wanted, place))), None)
+    found["label"] = _find("label", [name for name in names if _may_be_label(name, rows)])
+    for side in ("chosen", "rejected"):
+        of_side = [name for name in texts if _side(name) == side]
+        found[side] = found[side] or max(of_side, key=lambda name: _length(name, rows), default=None)
+    if found["rejected"] and not found["chosen"]:
+        found["chosen"] = found["completion"]
+    if found["rejected"] and not found["prompt"]:
+        found["prompt"] = found["messages"]
+    return found
+
+
+def _side(name: str) -> str | None:
+    """The side that the words of a name speak of; `non_preferred_output` speaks of the rejected one."""
+    words = {word.lower() for word in re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", name)}
+    sides = [side for side, telling in _SIDES.items() if words & telling]
+    if sides == ["chosen"] and words & _NOT:
+        return "rejected"
+    return sides[0] if len(sides) == 1 else None
+
+
+def _length(name: str, rows: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(plain_text(value_at(row, name))) for row in rows)
+
+
+def _arguments(found: Mapping[str, str | None], mapped: Sequence[str]) -> str:
+    """Words of `--columns` as a shell takes them."""
+    told = [(ours, found[ours]) for ours in mapped if found[ours] not in (None, ours)]
+    return " ".join(shlex.quote(f"{ours}={str(theirs)[:60]}") for ours, theirs in told)
+
+
+def _without_label(
+    names: Sequence[str], rows: Sequence[Mapping[str, Any]], found: Mapping[str, str | None], nearest: Sequence[str]
+) -> str:
+    texts = [found[wanted] for wanted in nearest if wanted != "label"]
+    verdicts = [name for name in names if rows and all(isinstance(row.get(name), bool) for row in rows)]
+    if verdicts:
+        arguments = _arguments({**found, "label": verdicts[0]}, nearest)
+        return f"If true in {verdicts[0]!r} means a desirable completion, pass: --columns {arguments}."
+    return (
+        f"{' and '.join(map(repr, texts))} look like a conversation, but no column looks like "
+        "label, and there is no second answer to prefer it to: without labels and pairs this is data for "
+        "supervised fine-tuning. Add label (true or false), or chosen and rejected, or choose a set that holds "
+        "preferences."
     )
 
 
@@ -173,12 +248,12 @@ def _find(wanted: str, names: Sequence[str]) -> str | None:
     """The column that stands for `wanted`: itself, a known alias, or a near spelling."""
     if wanted in names:
         return wanted
-    by_lower = {name.lower(): name for name in names}
+    by_lower = {name.rpartition(".")[2].lower(): name for name in reversed(names)}
     for alias in (wanted, *ALIASES[wanted]):
         if alias in by_lower:
             return by_lower[alias]
     # A spelling slip (`promt`, `Rejected_`); `reject` must not stand for `prompt`, so the other names are excluded.
-    spellings = [name for name in names if name not in _OURS]
+    spellings = [name for name in names if name not in _OURS and not name.lower().endswith(("_id", "_ids"))]
     hint = did_you_mean(wanted, spellings, limit=1)
     return next((name for name in spellings if repr(name) in hint), None)
 

@@ -17,6 +17,7 @@ from prefopt.data.columns import column_names, first_rows
 from prefopt.data.errors import DataError, did_you_mean
 from prefopt.data.maps import PEEKED_ROWS, map_rows
 from prefopt.data.messages import as_messages, role, writing
+from prefopt.data.paths import feature_at, value_at
 
 Row = dict[str, Any]
 
@@ -49,15 +50,6 @@ class Format:
     @property
     def needs(self) -> set[str]:
         return {path.partition(".")[0] for path in self.columns.values()}
-
-
-def _at(row: Any, path: str) -> Any:
-    for name in path.split("."):
-        if isinstance(row, list):
-            row = row[int(name)] if name.isdigit() and int(name) < len(row) else None
-        else:
-            row = row.get(name) if isinstance(row, Mapping) else None
-    return row
 
 
 def _opens_turn(messages: Any) -> bool:
@@ -107,7 +99,7 @@ FORMATS = (
         {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},
         {"tools": "input.tools"},
         lambda row: (
-            _opens_turn(_at(row, "input.messages"))
+            _opens_turn(value_at(row, "input.messages"))
             and _is_answer(row["preferred_output"])
             and _is_answer(row["non_preferred_output"])
         ),
@@ -194,10 +186,10 @@ def read_format(
     paths = {**layout.columns, **{ours: path for ours, path in layout.also.items() if _has(dataset, path)}}
 
     def move(row: Row) -> Row:
-        moved = {ours: _at(row, path) for ours, path in paths.items()}
+        moved = {ours: value_at(row, path) for ours, path in paths.items()}
         return {**moved, **(layout.row(moved) if layout.row else {})}
 
-    features = {ours: _feature_at(dataset, path) for ours, path in paths.items()}
+    features = {ours: feature_at(dataset, path) for ours, path in paths.items()}
     gone = [name for name in {path.partition(".")[0] for path in paths.values()} if name not in paths]
     told = dict(paths)
     if layout.row is not None:
@@ -214,7 +206,7 @@ def _recognised(dataset: Dataset | IterableDataset, names: Sequence[str]) -> For
     return next((layout for layout in layouts if _most_fit(layout, rows)), None)
 
 
-def _most_fit(layout: Format, rows: Sequence[Row]) -> bool:
+def _most_fit(layout: Format, rows: Sequence[Any]) -> bool:
     # A few broken rows do not make another layout of it; validation reports them.
     return bool(rows) and 2 * sum(map(layout.fits, rows)) > len(rows)
 
@@ -237,17 +229,14 @@ def _asked_for(dataset: Dataset | IterableDataset, name: str, names: Sequence[st
     )
 
 
+def format_advice(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The `--format` that rows fit which is not taken by itself; empty where none is."""
+    fitting = [layout for layout in FORMATS if not layout.automatic and layout.needs <= set(names)]
+    layout = next((layout for layout in fitting if _most_fit(layout, rows)), None)
+    return "" if layout is None else f"They fit {layout.name} ({layout.about}): pass --format {layout.name}."
+
+
 def _has(dataset: Dataset | IterableDataset, path: str) -> bool:
     if dataset.features is not None:
-        return _feature_at(dataset, path) is not None
-    return any(_at(row, path) is not None for row in first_rows(dataset, PEEKED_ROWS))
-
-
-def _feature_at(dataset: Dataset | IterableDataset, path: str) -> Any:
-    feature: Any = dataset.features
-    for name in path.split("."):
-        if name.isdigit():
-            feature = getattr(feature, "feature", None)
-        else:
-            feature = feature.get(name) if isinstance(feature, Mapping) else None
-    return feature
+        return feature_at(dataset, path) is not None
+    return any(value_at(row, path) is not None for row in first_rows(dataset, PEEKED_ROWS))

@@ -99,7 +99,7 @@ def plain_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
-        return plain_text(value.get("content") or value.get("text") or "")
+        return plain_text(value.get("content") or value.get("text") or value.get("value") or "")
     return "\n".join(map(plain_text, value)) if isinstance(value, list) else ""
 
 

@@ -6,6 +6,7 @@ about. Imports this folder's columns and messages.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -147,7 +148,7 @@ def _ask(candidates: Sequence[str], names: Sequence[str], rows: Sequence[Row]) -
             mapped[ours] = ours
     others = [name for name in others if name not in mapped.values()]
     also = f" (or {', '.join(map(repr, others[:5]))})" if others else ""
-    arguments = " ".join(f"{ours}={theirs}" for ours, theirs in mapped.items())
+    arguments = " ".join(shlex.quote(f"{ours}={theirs}") for ours, theirs in mapped.items())
     return (
         f"There is no column 'prompt', but column {prompt!r}{also} looks like it, so no prompt is cut out of 'chosen' "
         f"and 'rejected'. Pass: --columns {arguments}. If 'chosen' and 'rejected' themselves begin with the prompt, "

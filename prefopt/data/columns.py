@@ -21,7 +21,7 @@ from prefopt.data.paths import feature_at, fields_of, value_at
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 UNPAIRED_COLUMNS = ("prompt", "completion", "label")
-_OURS = frozenset((*PAIR_COLUMNS, *UNPAIRED_COLUMNS, "messages", "system", "input"))
+_OURS = frozenset((*PAIR_COLUMNS, *UNPAIRED_COLUMNS, "messages", "system", "input", "history"))
 _TEXTS = _OURS - {"label"}
 
 # Most telling first: where a set has several of them, the first one found is suggested.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 
 from prefopt.data.columns import column_names, first_rows
 from prefopt.data.errors import DataError, did_you_mean
@@ -90,6 +90,7 @@ def _are_texts(*values: Any) -> bool:
 
 _PAIR = {"chosen": "chosen", "rejected": "rejected"}
 _SYSTEM = {"system": "system"}
+_TURNS = {"history": "history", **_SYSTEM}
 _CHAT = _SYSTEM | {"tools": "tools"}
 
 FORMATS = (
@@ -137,8 +138,8 @@ FORMATS = (
         "swift",
         "ms-swift: query, response and a rejected response",
         {"prompt": "query", "chosen": "response", "rejected": "rejected_response"},
-        _SYSTEM,
-        lambda row: not row.get("history") and _are_texts(row["query"], row["response"], row["rejected_response"]),
+        _TURNS,
+        lambda row: _are_texts(row["query"], row["response"], row["rejected_response"]),
     ),
     Format(
         "orca",
@@ -152,7 +153,7 @@ FORMATS = (
         "alpaca",
         "instruction with two answers",
         {"prompt": "instruction", **_PAIR},
-        {"input": "input", **_SYSTEM},
+        {"input": "input", **_TURNS},
         lambda row: _are_texts(row["instruction"], row["chosen"], row["rejected"]),
         automatic=False,
     ),
@@ -160,7 +161,7 @@ FORMATS = (
         "alpaca",
         "instruction with a list of two outputs, the better one first",
         {"prompt": "instruction", "chosen": "output.0", "rejected": "output.1"},
-        {"input": "input", **_SYSTEM},
+        {"input": "input", **_TURNS},
         lambda row: isinstance(row["output"], list) and len(row["output"]) == 2 and _are_texts(*row["output"]),
         automatic=False,
     ),
@@ -238,5 +239,7 @@ def format_advice(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> st
 
 def _has(dataset: Dataset | IterableDataset, path: str) -> bool:
     if dataset.features is not None:
-        return feature_at(dataset, path) is not None
+        feature = feature_at(dataset, path)
+        # A column of nothing, or of empty lists.
+        return feature is not None and Value("null") not in (feature, getattr(feature, "feature", None))
     return any(value_at(row, path) is not None for row in first_rows(dataset, PEEKED_ROWS))

@@ -83,7 +83,7 @@ def as_messages(value: Any) -> Any:
     elif _is_of_lists(value):
         value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
     if isinstance(value, list):
-        return [_renamed(message) if _is_renamed(message) else message for message in value]
+        return [_renamed(message) if _is_renamed(message) else _without_unused(message) for message in value]
     return value
 
 
@@ -130,6 +130,13 @@ def _is_renamed(message: Any) -> bool:
         return False
     by_value = message.get("content") is None and message.get("value") is not None
     return message.get("role") is None or by_value or _ROLES.get(speaker.lower(), speaker) != speaker
+
+
+def _without_unused(message: Any) -> Any:
+    """The message without `from` and `value` that Arrow filled in, as other messages have them."""
+    if not isinstance(message, dict):
+        return message
+    return {name: item for name, item in message.items() if item is not None or name not in ("from", "value")}
 
 
 def _renamed(message: Mapping[str, Any]) -> Message:

@@ -16,13 +16,14 @@ from prefopt.data.columns import ALIASES, column_names, first_rows, is_metadata
 from prefopt.data.errors import DataError
 from prefopt.data.formats import IMPLICIT
 from prefopt.data.maps import MESSAGES, PEEKED_ROWS, map_rows
-from prefopt.data.messages import plain_text, role, same_texts, writing
+from prefopt.data.messages import as_messages, plain_text, role, same_texts, without_nulls, writing
 
 Row = Mapping[str, Any]
 
-CONTEXT = ("input", "system")
-"""Columns that become a part of the prompt where they are mapped: its end, and a system message in front of it."""
+CONTEXT = ("input", "history", "system")
+"""Columns that become a part of the prompt where they are mapped: its end, turns before it, a system message first."""
 
+_ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 _SHARING = 0.9
 """Least share of rows whose two texts begin alike where the prompt is in front of them; bad rows make up the rest."""
 _DISTINCT_FROM = 4
@@ -202,21 +203,31 @@ def add_context(dataset: Dataset | IterableDataset, mapped: Sequence[str]) -> Da
     if "input" in mapped:
         feature = dataset.features["prompt"] if dataset.features is not None else None
         dataset = map_rows(dataset, _with_input, {"prompt": feature}, "Appending input", ["input"])
-    if "system" not in mapped:
-        return dataset
-    features = {"prompt": MESSAGES}
-    if dataset.features is not None:
-        kept = {"prompt": dataset.features["prompt"]}
-        names = [name for name in ("prompt", "chosen", "rejected", "completion") if name in column_names(dataset)]
-        plain = getattr(kept["prompt"], "dtype", None) in ("string", "large_string")
-        features = dict.fromkeys(names, MESSAGES) if plain else kept
-    return map_rows(dataset, _with_system, features, "Adding system messages", ["system"])
+    for name, function in (("history", _with_history), ("system", _with_system)):
+        if name in mapped:
+            dataset = map_rows(dataset, function, _of_conversations(dataset), f"Adding {name}", [name])
+    return dataset
+
+
+def _of_conversations(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    """Types of the texts once they are messages."""
+    if dataset.features is None:
+        return {"prompt": MESSAGES}
+    feature = dataset.features["prompt"]
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        return {"prompt": feature}
+    return dict.fromkeys((name for name in _ROLES if name in dataset.features), MESSAGES)
 
 
 def _with_input(row: Row) -> dict[str, Any]:
     prompt, text = row["prompt"], row.get("input")
-    if not isinstance(text, str) or not text.strip():
+    if not text or (isinstance(text, str) and not text.strip()):
         return {"prompt": prompt}
+    if not isinstance(text, str):
+        raise DataError(
+            f"--columns input=...: a row has no text there but {str(text)[:60]}. If these are earlier turns, pass "
+            "--columns history=... instead."
+        )
     if isinstance(prompt, str):
         return {"prompt": f"{prompt}\n{text}" if prompt.strip() else text}
     if not prompt or not isinstance(prompt[-1].get("content"), str):
@@ -227,14 +238,37 @@ def _with_input(row: Row) -> dict[str, Any]:
     return {"prompt": [*prompt[:-1], {**prompt[-1], "content": f"{prompt[-1]['content']}\n{text}"}]}
 
 
-def _with_system(row: Row) -> dict[str, Any]:
-    """The row as a conversation that begins with its system message, if it has one."""
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
-    found = {
-        name: [{"role": roles[name], "content": row[name]}] if isinstance(row[name], str) else row[name]
-        for name in roles
+def _as_conversation(row: Row) -> dict[str, Any]:
+    return {
+        name: [{"role": _ROLES[name], "content": row[name]}] if isinstance(row[name], str) else row[name]
+        for name in _ROLES
         if name in row
     }
+
+
+def _with_history(row: Row) -> dict[str, Any]:
+    """The row as a conversation that begins with its earlier turns: messages, or pairs of a question and an answer."""
+    found = _as_conversation(row)
+    turns = as_messages(row.get("history")) or []
+    if all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
+    ):
+        turns = [
+            {"role": speaker, "content": text}
+            for turn in turns
+            for speaker, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    if not isinstance(turns, list) or not all(role(turn) for turn in turns):
+        raise DataError(
+            f"--columns history=...: a row has {str(turns)[:80]} there. It must hold messages, or [question, answer] "
+            "pairs."
+        )
+    return {**found, "prompt": [*without_nulls(turns), *(found["prompt"] or [])]}
+
+
+def _with_system(row: Row) -> dict[str, Any]:
+    """The row as a conversation that begins with its system message, if it has one."""
+    found = _as_conversation(row)
     text = plain_text(row.get("system"))
     if not text.strip():
         return found

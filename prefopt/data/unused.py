@@ -67,6 +67,8 @@ def _hint(name: str, values: Sequence[Any], rows: Sequence[dict[str, Any]]) -> s
             # Where the prompt repeats the column, nothing is lost.
             if all(text in plain_text(row.get("prompt")) for text, row in zip(texts, rows, strict=True)):
                 return ""
+            if ours == "input" and any(isinstance(value, list) for value in values):
+                return f"--columns history={name} puts its turns in front of the prompt"
             return f"--columns {ours}={name} {where} the prompt"
     return ""
 

@@ -47,6 +47,12 @@ def test_messages_written_in_other_ways(name: str, streaming: bool) -> None:
     assert {side: texts(read[side]) for side in PLAIN} == {side: texts(PLAIN[side]) for side in PLAIN}
 
 
+def test_messages_written_in_several_ways_in_one_list() -> None:
+    prompt = [*ASKED, {"from": "gpt", "value": "Of what?"}, {"role": "user", "value": "A spider."}]
+    (read,) = normalise(Dataset.from_list([{**PLAIN, "prompt": prompt}]))
+    assert texts(read["prompt"])[1:] == [("assistant", "Of what?"), ("user", "A spider.")]
+
+
 def test_tool_calls_stay_where_roles_are_renamed() -> None:
     call = {"type": "function", "function": {"name": "count", "arguments": "{}"}}
     answer = {"role": "Assistant", "content": None, "tool_calls": [call]}

@@ -181,3 +181,37 @@ def test_rows_that_trl_will_cut_are_looked_at_first() -> None:
     refuse_to_guess(Dataset.from_list(IMPLICIT))
     with pytest.raises(DataError, match="--columns prompt=question"):
         refuse_to_guess(both("question"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "turns", [[["Hi.", "Hello."]], [{"role": "user", "content": "Hi."}, {"from": "gpt", "value": "Hello."}]]
+)
+def test_earlier_turns_go_in_front_of_the_prompt(turns: list[Any], streaming: bool) -> None:
+    data: Any = Dataset.from_list([{"prompt": "Legs?", "chosen": "Eight.", "rejected": "Six.", "history": turns}])
+    said: list[str] = []
+    normalise(data, say=said.append)
+    assert "--columns history=history puts its turns in front of the prompt" in said[0]
+    data = data.to_iterable_dataset() if streaming else data
+    (row,) = normalise(data, {"history": "history"})
+    assert [(message["role"], message["content"]) for message in row["prompt"]] == [
+        ("user", "Hi."),
+        ("assistant", "Hello."),
+        ("user", "Legs?"),
+    ]
+    assert row["rejected"] == [{"role": "assistant", "content": "Six."}]
+
+
+def test_what_is_mapped_and_cannot_be_read_is_refused_not_left_out() -> None:
+    row = {"prompt": "Legs?", "chosen": "Eight.", "rejected": "Six."}
+    with pytest.raises(DataError, match=r"--columns history=\.\.\. instead"):
+        normalise(Dataset.from_list([{**row, "history": [["Hi.", "Hello."]]}]), {"input": "history"})
+    with pytest.raises(DataError, match=r"messages, or .question, answer. pairs"):
+        normalise(Dataset.from_list([{**row, "history": "Hi."}]), {"history": "history"})
+
+
+def test_layouts_take_their_turns_and_no_empty_ones() -> None:
+    row = {"query": "Legs?", "response": "Eight.", "rejected_response": "Six."}
+    turns = normalise(Dataset.from_list([{**row, "history": [["Hi.", "Hello."]]}]))[0]["prompt"]
+    assert [message["content"] for message in turns] == ["Hi.", "Hello.", "Legs?"]
+    assert normalise(Dataset.from_list([{**row, "history": []}]))[0]["prompt"] == "Legs?"

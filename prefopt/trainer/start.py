@@ -141,7 +141,9 @@ class StartCheck(TrainerCallback):
             self._before = list(_samples(optimizer))
 
     def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
-        before, self._before = self._before, []
+        # A term's gradient is taken away again while conflict_free waits for the others: that step moves nothing.
+        before = [sample for sample in self._before if sample.parameter.grad is not None]
+        self._before = []
         # Whether samples were taken depends on the step and the rate alone, so it is the same on every process.
         if self._settled or optimizer is None or self._trainer.accelerator.optimizer_step_was_skipped:
             return

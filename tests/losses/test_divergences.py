@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prefopt.losses.divergences import GENERATORS, NAMES, Divergence, divergence, named, slope
+from tests.tolerance import rounding
 
 EVERY = (
     "kl", "js", "hellinger", "renyi(0.9)", "renyi(0.5)", "renyi(2.0)", "renyi(1.0)", "bhattacharyya", "wasserstein",
@@ -129,7 +130,8 @@ def test_slope_is_the_gradient_of_the_logits(text):
 @every
 def test_a_large_vocabulary_in_float32_keeps_zero_zero(text):
     log_p, log_r = drawn(2, 50_000, dtype=torch.float32)
-    assert float(value(text, log_p, log_p.clone()).abs().max()) < 1e-6
+    # Probabilities add up to one, of which sums in blocks keep all but a few roundings.
+    assert float(value(text, log_p, log_p.clone()).abs().max()) < rounding(1, terms=16)
     assert torch.isfinite(value(text, log_p, log_r)).all()
     exact = value(text, log_p.double(), log_r.double())
     torch.testing.assert_close(value(text, log_p, log_r).double(), exact, rtol=1e-3, atol=1e-5)

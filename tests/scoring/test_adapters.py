@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from prefopt.scoring.adapters import fuse_lora
 from tests.tiny import make_model
+from tests.tolerance import rounding
 
 
 def make_policy(**options):
@@ -35,7 +36,8 @@ def test_the_same_numbers(options):
     assert fuse_lora(model) == 14
     torch.manual_seed(1)
     for mine, theirs in zip(outputs(model), expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        # The products of fourteen layers follow one another, and gradients of a hundred are among them.
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=rounding(float(theirs.abs().max()), terms=14))
 
 
 def test_what_it_does_not_apply_to_is_left_to_peft():

@@ -66,9 +66,11 @@ def test_hidden_states_learn_the_kernels_margin_and_given_vectors_cannot(tmp_pat
     """beta is so small that what is learned is learned through the kernel."""
     tiny_beta = ", beta=1e-6, embeddings={!r}, gradient={}"
     _, before, after = run(tmp_path / "a", loss.format(tiny_beta.format("hidden", True)))
-    assert after["eval_kernel/margins"] > before["eval_kernel/margins"] + 0.01
+    learned = after["eval_kernel/margins"] - before["eval_kernel/margins"]
+    assert learned > 0.01
     _, before, after = run(tmp_path / "b", loss.format(tiny_beta.format("hidden", False)))
-    assert after["eval_kernel/margins"] == pytest.approx(before["eval_kernel/margins"], abs=1e-3)
+    # Adam makes full steps of the smallest gradients too, so they drift a little, and differently on each machine.
+    assert after["eval_kernel/margins"] == pytest.approx(before["eval_kernel/margins"], abs=learned / 50)
     if not loss.startswith("hmk"):  # whose weights learn from them
         _, before, after = run(tmp_path / "c", loss.format(tiny_beta.format("given", True)))
         assert after["eval_kernel/margins"] == before["eval_kernel/margins"]

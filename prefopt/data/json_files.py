@@ -18,6 +18,8 @@ from datasets import Dataset, Features, IterableDataset, Json, List, ReadInstruc
 
 from prefopt.data.errors import DataError
 
+_ROW = frozenset({"prompt", "chosen", "rejected", "completion", "label", "messages", "conversations"})
+
 _MIXED = "mixed"
 """Stands in the tree of types for values of several kinds, which are kept as JSON."""
 
@@ -51,6 +53,8 @@ def _check_json(path: Path) -> None:
         return
     if first in (b"\xff", b"\xfe", b"\0"):
         raise DataError(f"{path}, line 1: not UTF-8 text (it begins as UTF-16 or UTF-32 does). Save it as UTF-8.")
+    row: Any = None
+    number = 0
     for number, line in _lines(path):
         try:
             row = _parsed(line)
@@ -67,6 +71,36 @@ def _check_json(path: Path) -> None:
                 f"{path}, line {number}: a JSON {type(row).__name__} where an object with named columns is needed: "
                 f'{_excerpt(line)}. Write each row as {{"prompt": ..., "chosen": ..., "rejected": ...}}.'
             )
+    if number == 1:
+        _refuse_all_in_one(path, row)
+
+
+def _refuse_all_in_one(path: Path, row: dict[str, Any]) -> None:
+    """A file's only object, where it is not a row but holds all rows: by columns, or as a list in a field.
+
+    Raises:
+        DataError: with what to write in its place.
+    """
+    inside = [
+        name
+        for name, value in row.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict) and len(_ROW.intersection(value[0])) > 1
+    ]
+    if inside:
+        raise DataError(
+            f"{path}: one object with rows inside ({', '.join(inside[:5])}). Write a list of rows into a file of its "
+            f"own, for example with `jq .{inside[0]} {path.name}`."
+        )
+    by_columns = all(
+        (isinstance(value, dict) and value and all(map(str.isdigit, value)))
+        or (isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value))
+        for value in row.values()
+    )
+    if set(row) == {"columns", "index", "data"} or (len(row) > 1 and by_columns):
+        raise DataError(
+            f"{path}: the file holds columns, not rows. Write one object a row; in pandas: "
+            'frame.to_json(path, orient="records", lines=True).'
+        )
 
 
 def _first_byte(stream: IO[bytes]) -> bytes:
@@ -104,6 +138,8 @@ def _check_whole_json(path: Path) -> None:
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{path}{where}: not valid JSON ({_json_reason(error)}). Repair the file there.") from error
+    if isinstance(rows, dict):
+        _refuse_all_in_one(path, rows)
     for number, row in enumerate(rows if isinstance(rows, list) else ()):
         if not isinstance(row, dict):
             raise DataError(

@@ -19,7 +19,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from prefopt.data.columns import rename_columns
+from prefopt.data.columns import column_names, rename_columns
 from prefopt.data.columns import text_columns as _text_columns
 from prefopt.data.errors import DataError, did_you_mean
 from prefopt.data.json_files import holds_dates, open_binary, raise_for_broken_json, read_by_rows
@@ -31,6 +31,8 @@ BUILDERS = {
     ".jsonl": "json",
     ".ndjson": "json",
     ".csv": "csv",
+    ".tsv": "csv",
+    ".arrow": "arrow",
     ".parquet": "parquet",
 }
 MAX_ENTRIES = 10_000
@@ -198,7 +200,7 @@ def _load_file(path: Path, split: str, streaming: bool, text_columns: Collection
     if builder is None:
         raise DataError(
             f"{path}: the file's ending says no format that can be read. "
-            "Use .json, .jsonl, .csv or .parquet, each optionally followed by .gz or .zst."
+            "Use .json, .jsonl, .csv, .tsv, .parquet or .arrow, each optionally followed by .gz or .zst."
         )
     if split.partition("[")[0] != "train":
         raise DataError(
@@ -229,21 +231,25 @@ def _load_file(path: Path, split: str, streaming: bool, text_columns: Collection
     # A stream of a JSON array has no types before it is read.
     if builder == "json" and (dataset.features is None or holds_dates(dataset.features)):
         return read_by_rows(path, split, streaming)
-    return dataset
+    spaced = {name: name.strip() for name in column_names(dataset) if name != name.strip()} if builder == "csv" else {}
+    return dataset.rename_columns(spaced) if spaced else dataset
 
 
 def _csv_options(path: Path, text_columns: Collection[str]) -> dict[str, Any]:
-    """For pandas: leave columns of text alone, where `NA` is an answer and `42` not a number."""
+    """For pandas: what separates columns, and to leave those of text alone, where `42` and `NA` are answers."""
     try:
         with open_binary(path) as stream:
-            header = next(csv.reader([stream.readline().decode("utf-8-sig")]), [])
+            line = stream.readline().decode("utf-8-sig")
+        separator = "," if "," in line else max(";", "\t", key=line.count)
+        header = next(csv.reader([line], delimiter=separator), [])
     except (OSError, EOFError, ValueError, csv.Error):
         return {}  # what is wrong with the file is told when it is read
-    texts = [name for name in header if name in text_columns]
+    options = {} if len(header) == 1 else {"sep": separator}
+    texts = [name for name in header if name.strip() in text_columns]
     if not texts:
-        return {}
+        return options
     missing = {name: _MISSING for name in header if name not in texts}
-    return {"converters": dict.fromkeys(texts, str), "keep_default_na": False, "na_values": missing}
+    return {**options, "converters": dict.fromkeys(texts, str), "keep_default_na": False, "na_values": missing}
 
 
 def _file_trouble(error: Exception, builder: str) -> str:
@@ -253,6 +259,8 @@ def _file_trouble(error: Exception, builder: str) -> str:
         return "it holds no rows. Check that it was written or downloaded to the end."
     if isinstance(cause, UnicodeDecodeError):
         return f"it is not UTF-8 text ({said}). Save it in the encoding UTF-8."
+    if "datasets dtype equivalent" in said:
+        return f"a column has a type that cannot be read ({said}). Write the file without it, or as text."
     return (
         f"could not be read as {builder}: {said}. "
         "Check that the file is complete and that its ending names its format."
@@ -295,7 +303,10 @@ def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Dat
         raise DataError(f"{name!r} (config {config!r}, split {split!r}): {error}") from error
     except Exception as error:
         cause = error.__cause__ or error.__context__ or error
+        said = _first_line(cause)
+        if said.startswith("Couldn't cast"):  # the types are on the next hundred lines
+            said = "they differ in their columns, or in the types of these"
         raise DataError(
-            f"{name!r} (config {config!r}, split {split!r}): its files could not be read: {_first_line(cause)}. Name "
-            "one file, or repair it."
+            f"{name!r} (config {config!r}, split {split!r}): its files could not be read: {said}. Name one file, or "
+            "repair it."
         ) from error

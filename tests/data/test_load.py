@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -218,3 +219,67 @@ def test_parse_columns_reads_pairs_and_refuses_the_rest() -> None:
         parse_columns(["prompt"])
     with pytest.raises(DataError, match="'prompt' is given twice"):
         parse_columns("prompt=a prompt=b")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.csv", "prompt;chosen;rejected"),
+        ("a.csv", "prompt\tchosen\trejected"),
+        ("a.tsv", "prompt\tchosen\trejected"),
+    ],
+)
+def test_columns_may_be_separated_otherwise(tmp_path: Path, name: str, header: str, streaming: bool) -> None:
+    separator = header[len("prompt")]
+    path = tmp_path / name
+    path.write_text(f"{header}\nOne, or two?{separator}42{separator}NA\n")
+    (row,) = load_preferences(str(path), streaming=streaming)
+    assert row == {"prompt": "One, or two?", "chosen": "42", "rejected": "NA"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_blanks_around_names_of_columns_are_not_part_of_them(tmp_path: Path, streaming: bool) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt, chosen, rejected\nOne?, 42, NA\n")
+    (row,) = load_preferences(str(path), streaming=streaming)
+    assert row == {"prompt": "One?", "chosen": " 42", "rejected": " NA"}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"data": [{"prompt": "a", "chosen": "b"}]}, r"rows inside \(data\).*jq \.data all\.json"),
+        ({"prompt": {"0": "a", "1": "b"}, "chosen": {"0": "c", "1": "d"}}, 'orient="records"'),
+        ({"prompt": ["a", "b"], "chosen": ["c", "d"]}, 'orient="records"'),
+        ({"columns": ["prompt"], "index": [0], "data": [["a"]]}, 'orient="records"'),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_with_all_rows_in_one_object(tmp_path: Path, value: Any, message: str, indent: int | None) -> None:
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps(value, indent=indent))
+    with pytest.raises(DataError, match=message):
+        load_preferences(str(path))
+
+
+def test_a_file_with_one_row_is_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    for row in (
+        {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}]},
+        {"prompt": "a", "answers": [{"answer": "b", "rank": 1}, {"answer": "c", "rank": 2}]},
+        {"messages": [{"from": "human", "value": "a"}], "rejected_response": "b"},
+    ):
+        path.write_text(json.dumps(row))
+        assert load_preferences(str(path))[0] == row
+
+
+def test_an_arrow_file_and_files_of_other_columns(tmp_path: Path) -> None:
+    Dataset.from_list([{"prompt": "a"}]).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    assert load_preferences(str(file))[0] == {"prompt": "a"}
+    (tmp_path / "several").mkdir()
+    for name, row in (("a", {"prompt": "a"}), ("b", {"prompt": "b", "more": 1})):
+        (tmp_path / "several" / f"{name}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match="they differ in their columns"):
+        load_preferences(str(tmp_path / "several"))

@@ -9,14 +9,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from prefopt.data.columns import is_metadata
 from prefopt.data.errors import DataError
-from prefopt.data.messages import plain_text
+from prefopt.data.messages import plain_text, writing
+from prefopt.data.paths import fields_of, value_at
 from prefopt.files import write_whole
 
 Row = Mapping[str, Any]
@@ -24,8 +27,8 @@ Row = Mapping[str, Any]
 _SIDE = re.compile(r"(.*?)[_ ]?(a|b|0|1|2|first|second|left|right)", re.IGNORECASE)
 _OTHER = {"b": "a", "second": "first", "right": "left"}
 _WINNER = re.compile(
-    r"winner|labels?|(overall_|human_)?preference|preferred|choice|(better|safer)(_(response|answer))?(_id)?"
-    r"|judg(e)?ment|verdict|vote",
+    r"(\w+_)?(winner|labels?|preference|preferred|choice|judg(e)?ment|verdict|vote)(_(id|label|strength))?"
+    r"|(better|safer)(_(response|answer))?(_id)?",
     re.IGNORECASE,
 )
 _SCORE = re.compile(r"(\w+_)?(ranks?|ranking|scores?|ratings?|rewards?)", re.IGNORECASE)
@@ -40,12 +43,13 @@ class Pairing:
     Attributes:
         prompt: the column with the prompt; None where the answers are whole conversations.
         first, second: the columns of the two answers.
-        winner: the column that says which of the two is better.
+        winner: the column that says which of the two is better, or the place (from 0) of the best of a list.
         first_wins, second_wins: its values, as text, that mean one of them; every other value is a tie.
-        answers: the column that lists the answers, texts or objects.
+        answers: the column that lists the answers, texts or objects; or that holds one answer, where those of one
+            prompt are in rows of their own.
         text: the field of an object in `answers` that holds its text.
-        rank, score: the field of an object, or the column with a list of numbers, that orders the answers; the lowest
-            rank or the highest score is the best.
+        rank, score: the field of an object, or the column with a list of numbers, that orders the answers; or the
+            columns of the first's and the second's, with a comma. The lowest rank or the highest score is the best.
         every: all pairs of a row in place of its best and worst answer.
     """
 
@@ -83,32 +87,63 @@ def write_pairs(rows: Iterable[Row], how: Pairing, path: Path) -> Counter[str]:
 
 
 def _check(how: Pairing) -> None:
-    two = (how.first, how.second, how.winner)
+    two = (how.first, how.second)
     if bool(how.answers) == any(two):
         raise DataError("Pairs come from --first, --second and --winner, or from --answers: give one of the two.")
-    if how.answers and bool(how.rank) == bool(how.score):
-        raise DataError("--answers needs what orders them: --rank (the lowest is the best) or --score (the highest).")
-    if not how.answers and not all((*two, how.first_wins, how.second_wins)):
-        raise DataError("Two answers need all of --first, --second, --winner, --first-wins and --second-wins.")
+    if how.answers and [how.rank, how.score, how.winner].count(None) != 2:
+        raise DataError(
+            "--answers needs what orders them: --rank (the lowest is the best), --score (the highest) or --winner "
+            "(the place of the best, from 0)."
+        )
+    if how.answers or (all(two) and "," in (how.rank or how.score or "")):
+        return
+    if not all((*two, how.winner, how.first_wins, how.second_wins)):
+        raise DataError(
+            "Two answers need all of --first, --second, --winner, --first-wins and --second-wins; or --first, "
+            "--second and two columns with a comma, --score A,B or --rank A,B."
+        )
 
 
 def pair(rows: Iterable[Row], how: Pairing, found: Counter[str]) -> Iterator[dict[str, Any]]:
     """Pairs of `rows`; `found` counts `rows`, `pairs` and `rows without a pair`: ties, or a missing answer."""
     made = _of_two if how.first else _of_list
+    grouped: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows):
         found["rows"] += 1
         missing = [name for name in (how.prompt, how.first, how.second, how.winner, how.answers) if name]
-        if absent := [name for name in missing if name not in row]:
+        if absent := [name for name in missing if name.partition(".")[0] not in row]:
             raise DataError(f"Row {number} has no column {absent[0]!r}. Its columns: {', '.join(row)}.")
-        prompt = {"prompt": row[how.prompt]} if how.prompt else {}
+        prompt = {"prompt": value_at(row, how.prompt)} if how.prompt else {}
+        if how.answers and isinstance(row[how.answers], str):
+            _add(grouped, prompt, row, how)
+            continue
         pairs = [{**prompt, "chosen": chosen, "rejected": rejected} for chosen, rejected in made(row, how)]
         found["pairs"] += len(pairs)
         found["rows without a pair"] += not pairs
         yield from pairs
+    for group in grouped.values():
+        pairs = [{**group["prompt"], "chosen": chosen, "rejected": rejected} for chosen, rejected in made(group, how)]
+        found["pairs"] += len(pairs)
+        found["rows without a pair"] += 0 if pairs else len(group[str(how.answers)])
+        yield from pairs
+
+
+def _add(grouped: dict[str, dict[str, Any]], prompt: dict[str, Any], row: Row, how: Pairing) -> None:
+    """One row's answer to those of its prompt."""
+    answers, key = str(how.answers), str(how.rank or how.score)
+    group = grouped.setdefault(json.dumps(prompt, sort_keys=True), {"prompt": prompt, answers: [], key: []})
+    group[answers].append(row[answers])
+    group[key].append(row.get(key))
 
 
 def _of_two(row: Row, how: Pairing) -> Iterator[tuple[Any, Any]]:
-    first, second, winner = row[str(how.first)], row[str(how.second)], _word(row[str(how.winner)])
+    first, second = row[str(how.first)], row[str(how.second)]
+    if how.winner is None:
+        left, right = (row.get(name.strip()) for name in str(how.rank or how.score).split(",", 1))
+        if first and second and _is_number(left) and _is_number(right) and left != right:
+            yield (first, second) if (float(left) < float(right)) == bool(how.rank) else (second, first)
+        return
+    winner = _word(row[how.winner])
     if first and second and winner in how.first_wins:
         yield first, second
     elif first and second and winner in how.second_wins:
@@ -117,8 +152,12 @@ def _of_two(row: Row, how: Pairing) -> Iterator[tuple[Any, Any]]:
 
 def _of_list(row: Row, how: Pairing) -> Iterator[tuple[Any, Any]]:
     answers, key = row[str(how.answers)] or [], str(how.rank or how.score)
-    order = row[key] if key in row else [answer.get(key) for answer in answers]
     texts = [answer.get(how.text) if isinstance(answer, Mapping) else answer for answer in answers]
+    if how.winner is not None:
+        best = row[how.winner]
+        order = [float(place == best) for place in range(len(texts))]
+    else:
+        order = row[key] if key in row else [value_at(answer, key) for answer in answers]
     sign = 1 if how.rank else -1
     ordered = sorted(
         ((sign * float(value), text) for value, text in zip(order, texts, strict=True) if _is_number(value) and text),
@@ -133,47 +172,78 @@ def _of_list(row: Row, how: Pairing) -> Iterator[tuple[Any, Any]]:
 
 def pairing_advice(names: Sequence[str], rows: Sequence[Row]) -> str:
     """The command that pairs rows with two answers and a verdict, or with a list of ranked answers; "" for others."""
-    return _two_answers(names, rows) or _ranked_list(names, rows) or _ranked_texts(names, rows)
+    return (
+        _two_answers(names, rows)
+        or _ranked_list(names, rows)
+        or _ranked_texts(names, rows)
+        or _ranked_rows(names, rows)
+    )
 
 
 def _two_answers(names: Sequence[str], rows: Sequence[Row]) -> str:
-    sides: dict[str, list[str]] = {}
-    for name in names:
-        match = _SIDE.fullmatch(name)
-        if match and match[1] and any(isinstance(row.get(name), str | list) for row in rows):
-            sides.setdefault(match[1], []).append(name)
     # `model_a` and `model_b` stand beside `conversation_a` and `conversation_b`: the longer texts are the answers.
-    pairs = [found for found in sides.values() if len(found) == 2]
-    winner = next((name for name in names if _WINNER.fullmatch(name)), None)
-    if not pairs or winner is None:
+    pairs = _sides(names, rows, str | list)
+    winner = next((name for name in names if _WINNER.fullmatch(name) and _are_verdicts(rows, name)), None)
+    scores = next((found for found in _sides(names, rows, int | float) if _is_of_scores(found[0])), None)
+    if not pairs or (winner is None and scores is None):
         return ""
     first, second = max(pairs, key=lambda pair: sum(len(plain_text(row.get(name))) for row in rows for name in pair))
     whole = any(isinstance(row.get(first), list) for row in rows)
+    prompt = None if whole else _prompt_of(names, rows)
+    options = (_option(*option) for option in (("prompt", prompt), ("first", first), ("second", second)))
+    start = f"prefopt pair DATA --out pairs.jsonl{''.join(options)}"
+    if winner is None:
+        assert scores is not None
+        return (
+            f"These rows hold two answers ({first}, {second}) and a score of each ({', '.join(scores)}): they have to "
+            f"be paired first. Run: {start} --score {','.join(scores)}. The higher score is the better; equal ones "
+            "make no pair."
+        )
     values = sorted({_word(row.get(winner)) for row in rows})
-    wins = _wins(first, winner, values)
+    wins = _wins(first, second, winner, values)
     meaning = (
         f"Check that this is what {winner!r} means; every other value is a tie."
         if wins
         else f"Put the values of {winner!r} (here {', '.join(values[:6])}) in the place of the dots, with commas."
     )
     first_wins, second_wins = wins or ("...", "...")
-    prompt = None if whole else _prompt_of(names)
     return (
         f"These rows hold two answers ({first}, {second}) and which is better ({winner}): they have to be paired "
-        f"first. Run: prefopt pair DATA --out pairs.jsonl{_option('prompt', prompt)} --first {first} --second "
-        f"{second} --winner {winner} --first-wins={first_wins} --second-wins={second_wins}. {meaning}"
+        f"first. Run: {start}{_option('winner', winner)} --first-wins={shlex.quote(first_wins)} "
+        f"--second-wins={shlex.quote(second_wins)}. {meaning}"
     )
 
 
-def _wins(first: str, winner: str, values: Sequence[str]) -> tuple[str, str] | None:
+def _sides(names: Sequence[str], rows: Sequence[Row], values: Any) -> list[list[str]]:
+    """Pairs of columns whose names differ in their side alone, and that hold such values."""
+    sides: dict[str, list[str]] = {}
+    for name in names:
+        match = _SIDE.fullmatch(name)
+        if match and match[1] and any(isinstance(row.get(name), values) for row in rows):
+            sides.setdefault(match[1], []).append(name)
+    return [found for found in sides.values() if len(found) == 2]
+
+
+def _is_of_scores(name: str) -> bool:
+    match = _SIDE.fullmatch(name)
+    return match is not None and bool(_SCORE.fullmatch(match[1]) or match[1].startswith("winner"))
+
+
+def _are_verdicts(rows: Sequence[Row], name: str) -> bool:
+    return all(row.get(name) is None or isinstance(row.get(name), str | int | float) for row in rows)
+
+
+def _wins(first: str, second: str, winner: str, values: Sequence[str]) -> tuple[str, str] | None:
     """The values that mean the first and the second answer, where names or published sets say so."""
+    if {first, second} & set(values):
+        return first, second
     ends = {value: match[2].lower() for value in values if (match := _SIDE.fullmatch(value))}
     left = [value for value, end in ends.items() if end in _OTHER.values()]
     right = [value for value, end in ends.items() if end in _OTHER]
     if left or right:
         left = left or [_other_side(value) for value in right]
         return ",".join(left), ",".join(right or map(_other_side, left))
-    if winner == "overall_preference":  # HelpSteer3: negative for the first response
+    if winner in ("overall_preference", "preference_strength"):  # HelpSteer2, 3: negative for the first response
         return "-3,-2,-1", "1,2,3"
     if winner.endswith("_id") and first.endswith("_0"):  # PKU-SafeRLHF: the response's number
         return "0", "1"
@@ -196,11 +266,38 @@ def _ranked_list(names: Sequence[str], rows: Sequence[Row]) -> str:
         if not items or not all(isinstance(item, dict) for item in items):
             continue
         fields = dict.fromkeys(field for item in items for field in item)
-        text = next((field for field in _TEXT if isinstance(items[0].get(field), str)), None)
+        text = next((field for field in _TEXT if writing(items[0].get(field))), None)
         score = next((field for field in fields if _SCORE.fullmatch(field) and _is_number(items[0].get(field))), None)
         if text and score:
-            return _list_advice(names, name, score, text)
+            return _list_advice(names, rows, name, score, text)
+        winner = next(
+            (n for n in names if _WINNER.fullmatch(n) and all(type(row.get(n)) is int for row in rows)), None
+        )
+        if text and winner:
+            return (
+                f"Column {name!r} lists several answers and {winner!r} is the place of the best: they have to be "
+                f"paired first. Run: prefopt pair DATA --out pairs.jsonl{_option('prompt', _prompt_of(names, rows))} "
+                f"--answers {name} --text {text} --winner {winner}. Check that places count from 0."
+            )
     return ""
+
+
+def _ranked_rows(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """One answer and its scores a row, several rows a prompt."""
+    prompt = _prompt_of(names, rows)
+    answer = next((name for name in _TEXT if name in names and name != prompt), None)
+    numbers = [name for name in names if rows and all(_is_number(row.get(name)) for row in rows)]
+    score = next(filter(_SCORE.fullmatch, numbers), None) or next((n for n in numbers if not is_metadata(n)), None)
+    if not (prompt and answer and score and all(isinstance(row.get(answer), str) for row in rows)):
+        return ""
+    if len({str(value_at(row, prompt)) for row in rows}) == len(rows):
+        return ""
+    options = (_option(*option) for option in (("prompt", prompt), ("answers", answer), ("score", score)))
+    return (
+        f"Each row holds one answer ({answer}) and its {score!r}, and prompts have several rows: they have to be "
+        f"paired first. Run: prefopt pair DATA --out pairs.jsonl{''.join(options)}. It takes the best and the worst "
+        "answer of a prompt, the highest score being the best; --every takes all pairs."
+    )
 
 
 def _ranked_texts(names: Sequence[str], rows: Sequence[Row]) -> str:
@@ -211,26 +308,32 @@ def _ranked_texts(names: Sequence[str], rows: Sequence[Row]) -> str:
         for name in names:
             texts = bool(flat[name]) and all(isinstance(item, str) for item in flat[name])
             if texts and all(map(_is_number, flat[score])) and [*map(len, lists[name])] == [*map(len, lists[score])]:
-                return _list_advice(names, name, score, None)
+                return _list_advice(names, rows, name, score, None)
     return ""
 
 
-def _list_advice(names: Sequence[str], answers: str, score: str, text: str | None) -> str:
+def _list_advice(names: Sequence[str], rows: Sequence[Row], answers: str, score: str, text: str | None) -> str:
     ranked = "rank" in score.lower()
     return (
         f"Column {answers!r} lists several answers and {score!r} orders them: they have to be paired first. Run: "
-        f"prefopt pair DATA --out pairs.jsonl{_option('prompt', _prompt_of(names))} --answers {answers}"
+        f"prefopt pair DATA --out pairs.jsonl{_option('prompt', _prompt_of(names, rows))} --answers {answers}"
         f"{_option('text', text)} --{'rank' if ranked else 'score'} {score}. It takes the best and the worst "
         f"answer of a row, the {'lowest rank' if ranked else 'highest score'} being the best; --every takes all pairs."
     )
 
 
 def _option(name: str, value: str | None) -> str:
-    return f" --{name} {value}" if value else ""
+    return f" --{name} {shlex.quote(value)}" if value else ""
 
 
-def _prompt_of(names: Sequence[str]) -> str | None:
-    return next((name for name in _PROMPTS if name in names), None)
+def _prompt_of(names: Sequence[str], rows: Sequence[Row]) -> str | None:
+    """The column of the prompt, or a field in one: the longest text of an object."""
+    found = next((name for name in _PROMPTS if name in names), None)
+    paths = {path for row in rows for path in fields_of(row) if found is None or path.startswith(f"{found}.")}
+    texts = [path for path in paths if found or path.rpartition(".")[2] in (*_PROMPTS, "post")]
+    if found is None or not any(writing(row.get(found)) for row in rows):
+        return max(texts, key=lambda path: sum(len(plain_text(value_at(row, path))) for row in rows), default=found)
+    return found
 
 
 def _word(value: Any) -> str:
@@ -238,5 +341,5 @@ def _word(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Mapping
 
 from datasets import Dataset, IterableDataset
@@ -36,7 +37,9 @@ def read_preferences(
     try:
         read = normalise(loaded, columns, format=format, used=used, say=say)
     except DataError as error:
-        raise DataError(f"{name}: {error}".replace("prefopt pair DATA", f"prefopt pair {name}")) from error
+        raise DataError(
+            f"{name}: {error}".replace("prefopt pair DATA", f"prefopt pair {shlex.quote(name)}")
+        ) from error
     if say is not None:
         for line in doubts(first_rows(read, PEEKED_ROWS), columns or ()):
             say(line)

@@ -294,6 +294,7 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_trainers_get_the_same_tokens_and_the_same_gradient(tmp_path):
     """K = 4 in float64, whose difference is rounding; the parent and both measuring processes."""
     model, file = tmp_path / "model", tmp_path / "speed.json"

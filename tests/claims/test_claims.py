@@ -1,4 +1,7 @@
-"""The papers' small claims: the cheap ones again, at reduced size, and that every script is run and written down."""
+"""The papers' small claims: the cheap ones again, at reduced size, and that every script is run and written down.
+
+Those that take more than a second are marked slow; `scripts/claims/` reports the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,7 @@ def test_a_claim_that_does_not_hold_is_reported_and_is_no_error(monkeypatch, tmp
     assert "down [1]" in shown
 
 
+@pytest.mark.slow
 def test_one_table_for_several_scripts(tmp_path):
     files = [tmp_path / "claims.json", tmp_path / "claims.md"]
     options = ["--only", "inpo", "--json", str(files[0]), "--markdown", str(files[1])]
@@ -88,6 +92,7 @@ def test_minima_of_dpo_and_smoothed_dpo_and_hinge():
     assert not hold([dpo.optimum(), *dpo.growth(steps=1600)])
 
 
+@pytest.mark.slow
 def test_ipo_has_a_finite_minimiser_where_dpo_has_none():
     assert not hold([*ipo.population_minimiser(), *ipo.two_forms()])
 
@@ -115,6 +120,7 @@ def test_a_gaussian_locks_on_one_mode_at_small_alpha():
     assert deviations[0] < 1 < deviations[1]
 
 
+@pytest.mark.slow
 def test_discopop_has_a_hill_and_its_relatives_their_bounds():
     assert not hold([*discopop.shape(), *discopop.relatives()])
 
@@ -123,6 +129,7 @@ def test_inpo_on_rock_paper_scissors():
     assert not hold([*inpo.convergence(), *inpo.loss_finds_update(iterations=3, pairs=50_000), inpo.bradley_terry()])
 
 
+@pytest.mark.slow
 def test_hypo_collapses_without_the_kl_and_not_with_it():
     assert hypo.trained(0.0, steps=3000)[1] > 0.999
     w, uncovered, kl, _ = hypo.trained(1.0, steps=1000)
@@ -218,6 +225,7 @@ def test_known_losses_are_odds_of_formulas_and_structures_are_ordered():
     assert hold([logic.identities(points=200), logic.order(points=50)]) == []
 
 
+@pytest.mark.slow
 def test_what_asks_for_less_leaves_the_chosen_response_less_likely():
     assert hold([logic.spare_arms(steps=1000)]) == []
 
@@ -229,6 +237,7 @@ def test_identities_of_kernels_and_divergences_and_the_constant_margin():
     assert hold([kernel.scale(steps=20), *kernel.limits(points=200), *kernel.constant(steps=50)]) == []
 
 
+@pytest.mark.slow
 def test_a_mixture_collapses_without_its_entropy_term():
     assert kernel.collapse().holds
 

@@ -231,8 +231,7 @@ def test_steps_of_the_order_change_one_row_of_one_side():
             assert sum(changed) == 1
 
 
-@pytest.mark.parametrize("ending", [".png", ".svg"])
-@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(("everything", "ending"), [(False, ".png"), (True, ".svg")])
 def test_the_order_is_drawn(tmp_path, ending, everything):
     path = tmp_path / f"order{ending}"
     what = "256 structures, 1024 steps" if everything else "9 structures, 12 steps"

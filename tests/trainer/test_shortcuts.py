@@ -10,6 +10,7 @@ from tests.tiny import make_model
 from tests.trainer.runs import make_trainer
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same(tmp_path):
     """What is compiled is left as it is: trees under a plain mask, whole logits. (Backend "eager" traces, no more.)"""
     plain = make_trainer(tmp_path, loss="dpo", max_steps=2)

@@ -28,6 +28,10 @@ WORTH_A_STEP = 1e-8
 """Gradients below this are as good as zero, also to Adam, whose epsilon it is."""
 LOST, FEW = 0.01, 0.10
 """Shares of half-precision weights that an update must move: below the first a run stops, below the second warns."""
+JUDGED = 256
+"""Fewer numbers with a gradient than this tell nothing: as where the objective is almost saturated."""
+WITHOUT_GRADIENT = 4
+"""After so many looks (steps 1, 2, 4, 8 at the latest) at updates without a gradient, that is worth a word."""
 _FINER_COPY = ("kahan", "compensation", "master")
 """What optimizers call the state in which they keep what half-precision weights are too coarse for."""
 
@@ -101,7 +105,8 @@ class StartCheck(TrainerCallback):
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self._settled = False
-        self._before: list[_Sample] = []
+        self._before: list[_Sample] | None = None  # None where nothing was looked at
+        self._empty = 0
 
     @property
     def _mode(self) -> str:
@@ -112,7 +117,7 @@ class StartCheck(TrainerCallback):
         trainer = self._trainer
         # DeepSpeed keeps finer copies of the weights elsewhere, and takes its step within the backward pass.
         self._settled = trainer.is_deepspeed_enabled or self._mode == "off"
-        self._before = []
+        self._before, self._empty = None, 0
         model = trainer.accelerator.unwrap_model(trainer.model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(_nothing_to_train(model))
@@ -141,13 +146,18 @@ class StartCheck(TrainerCallback):
             self._before = list(_samples(optimizer))
 
     def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
-        # A term's gradient is taken away again while conflict_free waits for the others: that step moves nothing.
-        before = [sample for sample in self._before if sample.parameter.grad is not None]
-        self._before = []
+        samples, self._before = self._before, None
         # Whether samples were taken depends on the step and the rate alone, so it is the same on every process.
         if self._settled or optimizer is None or self._trainer.accelerator.optimizer_step_was_skipped:
             return
-        if not before and not self._trainer.is_fsdp_enabled:
+        if samples is None:
+            return
+        sharded = self._trainer.is_fsdp_enabled  # a process's own pieces may be without a gradient
+        if not samples and not sharded and any(float(group["lr"] or 0) > 0 for group in optimizer.param_groups):
+            self._count_empty()
+        # A term's gradient is taken away again while conflict_free waits for the others: that step moves nothing.
+        before = [sample for sample in samples if sample.parameter.grad is not None]
+        if not before and not sharded:
             return
         moved, total, coarse = 0, 0, False
         for sample in before:
@@ -157,8 +167,18 @@ class StartCheck(TrainerCallback):
             everyone = gather_object([(moved, total, coarse)])
             moved, total = sum(m for m, _, _ in everyone), sum(t for _, t, _ in everyone)
             coarse = any(c for _, _, c in everyone)
-        if total:
+        if total >= JUDGED:
             self._judge(moved, total, coarse, optimizer)
+
+    def _count_empty(self) -> None:
+        self._empty += 1
+        if self._empty == WITHOUT_GRADIENT:
+            logger.warning(
+                "no weight had a gradient in the first %d updates that were looked at, so nothing has been learned: "
+                "see whether the data has rows of the label that the objective is about, pairs that differ, and "
+                "weights above 0",
+                self._empty,
+            )
 
     def _judge(self, moved: int, total: int, coarse: bool, optimizer: Any) -> None:
         share = moved / total

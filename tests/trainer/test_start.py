@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -108,17 +109,26 @@ def test_bf16_weights_of_which_few_move_get_a_warning(tmp_path, caplog):
     assert "rounded back" in caplog.text
 
 
-def test_an_optimizer_that_holds_the_weights_but_moves_none_stops_the_run(tmp_path):
+def idle_trainer(tmp_path):
+    """Its optimizer holds the weights, and moves none of them."""
+
     class Idle(torch.optim.SGD):
         def step(self, closure=None):
             return None
 
     model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
-    trainer = make_trainer(
-        tmp_path, model=model, max_steps=2, trainer_options={"optimizers": (Idle(model.parameters(), lr=0.1), None)}
-    )
+    optimizers = (Idle(model.parameters(), lr=0.1), None)
+    return make_trainer(tmp_path, model=model, max_steps=2, trainer_options={"optimizers": optimizers})
+
+
+def test_an_optimizer_that_holds_the_weights_but_moves_none_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match="moved none of"):
-        trainer.train()
+        idle_trainer(tmp_path).train()
+
+
+def test_where_too_few_weights_have_a_gradient_nothing_is_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr("prefopt.trainer.start.JUDGED", 10**9)
+    assert idle_trainer(tmp_path).train().global_step == 2
 
 
 @pytest.mark.parametrize(
@@ -149,3 +159,11 @@ def test_a_gradient_of_zero_is_no_fault(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, LOGGER):
         make_trainer(tmp_path, loss="0.0*dpo(beta=0.1)", max_steps=3).train()
     assert not [record for record in caplog.records if record.name == LOGGER]
+
+
+def test_updates_without_any_gradient_get_one_warning(tmp_path, caplog):
+    """Forgetting, on rows that are all to be retained."""
+    rows = Dataset.from_list([{"prompt": "Say", "completion": f" {n}", "label": True} for n in range(12)])
+    with caplog.at_level(logging.WARNING, LOGGER):
+        make_trainer(tmp_path, loss="npo(beta=0.1)", max_steps=12, train_dataset=rows, learning_rate=1e-3).train()
+    assert [r.getMessage()[:30] for r in caplog.records if r.name == LOGGER] == ["no weight had a gradient in th"]

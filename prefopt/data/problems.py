@@ -233,7 +233,8 @@ def _catalogue() -> dict[str, Kind]:
         kinds[f"wrong type: {column}"] = Kind(
             "error",
             f"Column '{column}' is neither text nor a list of messages with a 'role' and a 'content'.",
-            "Write it as text, or as [{\"role\": ..., \"content\": ...}] (not 'from'/'value').",
+            "Write it as text, or as [{\"role\": ..., \"content\": ...}] (not 'from'/'value'). From a list of "
+            f"several texts, --columns {column}={column}.0 takes the first.",
         )
         kinds[f"wrong role: unknown in {column}"] = Kind(
             "error",

@@ -71,6 +71,10 @@ class RowCheck:
         needed = ("prompt", *self.sides) if len(self.sides) == 2 else ("prompt", *self.sides, "label")
         row = {**dict.fromkeys(needed), **given}
         checked = Checked(list(row_problems(row, self.sides, list(self.columns))))
+        for problem in checked.problems:
+            column = problem.removeprefix("wrong type: ").removeprefix("bad ")
+            if column != problem and row.get(column) is not None:
+                checked.said[problem] = f" The first such value: {_excerpt(row[column])}."
         # Rows with broken texts cannot be compared or tokenized.
         checked.readable = not any(problem in UNREADABLE for problem in checked.problems)
         if checked.readable:
@@ -172,6 +176,11 @@ class RowCheck:
         reason = str(error).strip().partition("\n")[0][:200].rstrip(".") or type(error).__name__
         kind = "refused by the chat template" if by_template else "refused by the tokenizer"
         return kind, f" The first said: {reason}."
+
+
+def _excerpt(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]} ..."
 
 
 @functools.lru_cache(maxsize=32)

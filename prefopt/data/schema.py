@@ -277,9 +277,11 @@ def _boolean_label(dataset: Dataset | IterableDataset) -> tuple[Dataset | Iterab
                 "would be read as true, against what the names say. Write true and false."
             )
         return dataset, f"Column 'label' has classes: 1 ({classes.get(1)!r}) is read as true."
-    # One missing label makes floats of a CSV file's whole numbers.
-    if not isinstance(feature, Value) or not re.match(r"u?int|float", feature.dtype):
+    if not isinstance(dataset, Dataset) or not isinstance(feature, Value):
         return dataset, ""
-    if isinstance(dataset, Dataset) and set(dataset.unique("label")) <= {0, 1, None}:
+    # One missing label makes floats of a CSV file's whole numbers; floats without one were floats.
+    whole, floats = re.match(r"u?int", feature.dtype), re.match(r"float", feature.dtype)
+    values = set(dataset.unique("label")) if whole or floats else set()
+    if (whole and values <= {0, 1, None}) or (floats and values in ({0, 1, None}, {0, None}, {1, None})):
         return dataset.cast_column("label", Value("bool")), ""
     return dataset, ""

@@ -43,3 +43,15 @@ def test_tools_may_be_a_list_of_json_texts() -> None:
     listed = {**row, "tools": [json.dumps(tool) for tool in TOOLS]}
     assert validate(Rows([listed]), tokenizer=shipped("qwen3")).counts() == {}
     assert tokenize_row(listed, shipped("qwen3")) == tokenize_row(row, shipped("qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"chosen": 42}, "The first such value: 42."),
+        ({"chosen": ["So."]}, "--columns chosen=chosen.0 takes the first"),
+        ({"weight": "0.5"}, "The first such value: '0.5'."),
+    ],
+)
+def test_values_of_wrong_types_are_shown(more: dict[str, Any], told: str) -> None:
+    assert told in validate(Rows([{**PLAIN, **more}])).message()

@@ -22,7 +22,8 @@ Row = Mapping[str, Any]
 Processing: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
 _ARGUMENTS = {"where": 'a "b" c'}
-_QUESTION, _ANSWER = "What then?", "So it is."
+_QUESTION, _ANSWER, _AGAIN = "What then?", "So it is.", "And now?"
+_ROLES = "user", "assistant", "user"
 
 
 def for_template(messages: list[Any], processing_class: Processing) -> list[Any]:
@@ -165,6 +166,20 @@ def answers_end(processing_class: Processing) -> str:
 def _answers_end(processing_class: Processing, _: str) -> str:
     messages = [_turn("user", _QUESTION, processing_class), _turn("assistant", _ANSWER, processing_class)]
     return (_probe(messages, processing_class) or "").partition(_ANSWER)[2].strip()
+
+
+def answers_begin(processing_class: Processing) -> str:
+    """What the template prints in front of an answer and not in front of a question; nothing where it refuses that."""
+    return _answers_begin(processing_class, _key(processing_class))
+
+
+@functools.lru_cache(maxsize=32)
+def _answers_begin(processing_class: Processing, _: str) -> str:
+    texts = _QUESTION, _ANSWER, _AGAIN
+    messages = [_turn(role, text, processing_class) for role, text in zip(_ROLES, texts, strict=True)]
+    printed = _probe(messages, processing_class) or ""
+    before, _found, behind = printed.partition(_QUESTION)[2].partition(_ANSWER)
+    return "" if before.strip() in behind.partition(_AGAIN)[0] else before.strip()
 
 
 def _turn(role: str, text: str, processing_class: Processing) -> dict[str, Any]:

@@ -151,9 +151,10 @@ _OF_ROWS = {
     ),
     "generation prompt does not fit": Kind(
         "warning",
-        "The chat template ends the prompt otherwise than this completion begins (with an empty thought, say, where "
-        "the completion has one), so the model is trained behind an end that it will not meet with such an answer.",
-        "Choose the template's other mode (a column chat_template_kwargs), or another template.",
+        "The chat template ends the prompt otherwise than this completion begins (with an empty thought where the "
+        "completion has one, or with an opened thought that the completion does not close), so the model is trained "
+        "behind an end that does not belong to such an answer.",
+        "Choose the template's other mode (chat_template_kwargs), another template, or answers of the other kind.",
     ),
     "prompt text twice": Kind(
         "warning", "The chat template prints a message of the prompt twice.", "Look at the template."
@@ -172,6 +173,12 @@ _OF_ROWS = {
         "warning",
         "The chat template prints nothing behind an answer, so the model does not learn to stop.",
         "Choose a template that ends answers, with {{ eos_token }} for example.",
+    ),
+    "another answer begins": Kind(
+        "warning",
+        "The chat template prints the beginning of another answer behind this one, whether it is asked to or not, so "
+        "the model is trained to write it.",
+        "Put it inside of {% if add_generation_prompt %}, or choose another template (--chat_template).",
     ),
     "control token inside a text": Kind(
         "warning",

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.conversation import Processing, Row, answers_end, for_template, read_tools, user_turn
+from prefopt.data.conversation import Processing, Row, answers_begin, answers_end, for_template, read_tools, user_turn
 from prefopt.data.errors import DataError
 from prefopt.data.pieces import (
     TAKEN,
@@ -79,7 +79,8 @@ class _Trip:
         text = self._space.known(self._read)
         missing, left = self._space.take([*(p for m in self._prompt for p in pieces_of(m)), *tools], text)
         for piece in missing:
-            yield self._beside(self._kind_of_missing(piece, tools, text), piece.text, self._read, "context")
+            if not self._is_switch(piece, text):
+                yield self._beside(self._kind_of_missing(piece, tools, text), piece.text, self._read, "context")
         for message, mark in zip(self._prompt, self._marks, strict=True):
             texts = [squeeze(piece.text) for piece in contents_of(message)]
             if any(len(text) >= 8 and text in left for text in texts) and self._replaced[0].count(mark) > 1:
@@ -105,10 +106,13 @@ class _Trip:
             yield self._beside("tokens are not the row's", whole, self._read + scored, "tokens")
         elif self._scores_prompt(index, text, left, whole):
             yield self._beside("prompt is scored", str(messages[-1].get("content") or ""), scored, "scored tokens")
-        if self._tokens.clashes[index]:
+        if self._tokens.clashes[index] and not lost:
             yield self._beside("generation prompt does not fit", whole, self._read + scored, "tokens")
         if not missing:
-            yield from _ending(ids, left.rpartition(TAKEN)[2], scored, self._tokenizer)
+            tail = left.rpartition(TAKEN)[2]
+            yield from _ending(ids, tail, scored, self._tokenizer)
+            if (begin := self._space.known(answers_begin(self._processing))) and begin in tail:
+                yield Finding("another answer begins", f"Scored tokens {_excerpt(scored)}.")
 
     @property
     def _renders(self) -> bool:
@@ -117,8 +121,11 @@ class _Trip:
         return method is PreTrainedTokenizerBase.apply_chat_template
 
     def _is_text(self, ids: list[int], text: str, read: str) -> bool:
-        # Some tokenizers do not give every text back as it was; those are asked for the ids once more.
-        return read == text or encode_alone(text, self._tokenizer) == ids
+        # Some tokenizers do not give every text back as it was: then its ids are compared.
+        if read == text:
+            return True
+        known = self._tokens.encodings.get(text)
+        return ids == (encode_alone(text, self._tokenizer) if known is None else known)
 
     def _follows(self, index: int, scored: str, whole: str) -> bool:
         """Whether the completion's tokens are what the rendered conversation ends with, behind the context."""
@@ -130,10 +137,19 @@ class _Trip:
 
     def _opened(self, piece: Piece, text: str) -> bool:
         """Whether the text begins in the generation prompt (an opening `<think>`) and goes on where that ends."""
-        words, before = self._space.known(piece.text), self._space.known(self._read)
+        before = self._space.known(self._read)
         return any(
-            before.endswith(words[:cut]) and text.startswith(words[cut:]) for cut in range(1, min(len(words), 200))
+            before.endswith(words[:cut]) and text.startswith(words[cut:])
+            for words in self._space.forms(piece.text)
+            for cut in range(1, min(len(words), 200))
         )
+
+    def _is_switch(self, piece: Piece, text: str) -> bool:
+        """Whether all that is left out are words that the template itself looks for, as `/no_think`."""
+        words = piece.text.split()
+        template = str(getattr(self._processing, "chat_template", ""))
+        other = " ".join(word for word in words if f"'{word}'" not in template and f'"{word}"' not in template)
+        return len(other.split()) < len(words) and not self._space.take([Piece(other, "content", (other,))], text)[0]
 
     def _kind_of_missing(self, piece: Piece, tools: list[Piece], text: str) -> str:
         if piece in tools:
@@ -242,8 +258,7 @@ def _adds_beginning(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _ending(ids: list[int], tail: str, scored: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """`tail`: what follows the completion's own text."""
-    end = tokenizer.eos_token_id
-    special = set(tokenizer.all_special_ids) | {end}
+    special = {*tokenizer.all_special_ids, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
     last: list[int] = []
     for token in reversed(ids):
         if token in special:

@@ -7,8 +7,9 @@ imports transformers and datasets, never trl.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -21,6 +22,9 @@ from prefopt.data.templates import time_limit
 
 # A completion that no template treats specially and no generation prompt contains: it shows where completions begin.
 _PLACEHOLDER = "\u241fcompletion\u241f"
+
+_OPENED = re.compile(r"<([^<>/|\s]+)>\s*$")
+"""An opening mark, as `<think>`, at the end of a generation prompt."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Tokens:
         texts: of each side, prompt and completion as one text.
         alone: of each side, the text that was tokenized alone, if it was.
         clashes: of each side, whether it stands where the prompt alone ends otherwise: a thought, say, where the
-            generation prompt has an empty one.
+            generation prompt has an empty one, or no thought where that has opened one.
+        encodings: the ids of each text that was tokenized.
     """
 
     prompt: list[int]
@@ -45,6 +50,7 @@ class Tokens:
     texts: tuple[str, ...]
     alone: tuple[str, ...]
     clashes: tuple[bool, ...]
+    encodings: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 def tokenize_row(example: Row, processing_class: Processing, eos_token: str | None = None) -> dict[str, Any]:
@@ -146,22 +152,25 @@ def _tokenize_messages(example: Row, names: Sequence[str], processing_class: Pro
     arguments = template_arguments(example)
     prompt = for_template(example["prompt"], processing_class)
     prompt_text, prompt_ids = _render_ids(prompt, processing_class, add_generation_prompt=True, **arguments)
+    encodings = {prompt_text: prompt_ids}
     completions, repaired, texts, alone, clashes = [], [], [], [], []
     for name in names:
         completion = for_template(example[name], processing_class)
         text, whole = _render_ids(prompt + completion, processing_class, **arguments)
+        encodings[text] = whole
         repaired.append(whole[: len(prompt_ids)] != prompt_ids)
-        start, clash = 0, False
+        texts.append(text)
         if repaired[-1]:
             start, clash = _start(prompt, completion, prompt_text, text, processing_class, arguments)
             completions.append(encode_alone(text[start:], text_tokenizer(processing_class)))
+            encodings[text[start:]] = completions[-1]
         else:
+            start, clash = len(text), False
             completions.append(whole[len(prompt_ids) :])
-        texts.append(text)
-        alone.append(text[start:] if repaired[-1] else "")
+        alone.append(text[start:])
         clashes.append(clash)
     sides = tuple(completions), tuple(repaired), prompt_text, tuple(texts), tuple(alone)
-    return Tokens(prompt_ids, *sides, clashes=tuple(clashes))
+    return Tokens(prompt_ids, *sides, tuple(clashes), encodings)
 
 
 def _start(
@@ -178,8 +187,9 @@ def _start(
 
     A completion may itself begin like the end of the prompt (`<think>`), which the common beginning would swallow;
     rendering a placeholder in its place shows where completions begin. Where the template prints the prompt itself
-    otherwise once an answer follows (a system message that stands with the last message only), the common beginning
-    ends too early; the completion then begins where the end of the prompt alone ends in the whole.
+    otherwise once an answer follows (a system message that stands with the last message only, a line break behind a
+    tool's answer), the common beginning ends too early; the completion then begins where the end of the prompt alone
+    ends in the whole. A generation prompt that opens a thought, and a completion that does not close it, clash.
     """
     start = shared(opening, whole)
     if not completion:
@@ -189,12 +199,15 @@ def _start(
     plain = shared(opening, other)
     clash, start = start < plain, min(start, plain)
     lead = other.partition(_PLACEHOLDER)[0]
-    last = _last_text(prompt)
+    last, rest = _last_text(prompt), opening[start:]
     asked = lead.rfind(last) + len(last) if last and last in lead else 0
-    if start >= asked or not whole.startswith(lead):
-        return start, clash
-    ends = range(len(lead), asked - 1, -1)
-    return max(ends, key=lambda end: shared(opening[::-1], lead[:end][::-1])), False
+    if whole.startswith(lead) and start < asked:
+        ends = range(len(lead), asked - 1, -1)
+        return max(ends, key=lambda end: shared(opening[::-1], lead[:end][::-1])), False
+    if whole.startswith(lead) and rest and rest in lead[start:]:
+        return lead.rfind(rest) + len(rest), False
+    opened = _OPENED.search(rest)
+    return start, clash or (opened is not None and f"</{opened[1]}>" not in whole[start:])
 
 
 def _last_text(messages: list[Any]) -> str:

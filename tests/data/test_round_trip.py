@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import trl
-from tokenizers import normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from prefopt.data import tokenize_row, validate
 from prefopt.data.problems import KINDS
@@ -99,6 +100,24 @@ def test_a_thought_of_an_earlier_turn_is_only_worth_knowing() -> None:
 def test_a_thought_behind_an_empty_one_of_the_generation_prompt_is_named() -> None:
     row = pair([user("What is 6 times 7?")], [answer("42", reasoning_content="Six sevens.")])
     assert found(row, shipped("qwen3_5_nothink")) == {"generation prompt does not fit": 1}
+
+
+OPENING = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+
+
+def test_an_answer_without_a_thought_behind_an_opened_one_is_named() -> None:
+    tokenizer = make_tokenizer(OPENING)
+    row = pair([user("What is 6 times 7?")], "42", THOUGHT["rejected"])
+    assert found(row, tokenizer) == {"generation prompt does not fit": 1}
+    assert found(THOUGHT, tokenizer) == {}
+    assert read(THOUGHT, tokenizer) == "6*7 = 42.\n</think>\n\n42<|im_end|>\n"
+
+
+def test_a_thought_behind_an_opened_one_is_found_by_tokenizers_that_change_texts() -> None:
+    tokenizer = make_tokenizer(OPENING)
+    tokenizer._tokenizer.normalizer = normalizers.Lowercase()
+    row = pair([user("What is it?")], "<think>\nLet ME see.\n</think>\n\nSO", "<think>\nHm.\n</think>\n\nNo")
+    assert found(row, tokenizer) == {}
 
 
 def test_calls_that_the_template_drops_are_an_error() -> None:
@@ -197,6 +216,29 @@ def test_a_message_printed_twice_is_named() -> None:
     assert found(quoted, make_tokenizer()) == {}
 
 
+def test_a_tools_answer_that_is_closed_otherwise_once_an_answer_follows() -> None:
+    closing = CHATML.replace(
+        "<|im_end|>\n{% endfor %}",
+        "{{ '\\n' if message.role == 'tool' and not loop.last }}<|im_end|>\n{% endfor %}",
+    )
+    result = {"role": "tool", "name": "weather", "content": "12 degrees"}
+    row = pair([user("Weather?"), *calls({"city": "Paris"}), result], "Mild.", "Hot.")
+    assert read(row, tokenizer := make_tokenizer(closing)) == "Mild.<|im_end|>\n"
+    assert found(row, tokenizer) == {"prompt is no token prefix": 1}
+
+
+@pytest.mark.parametrize("text", ["/no_think", "You are a pirate. /no_think", "/no_think\nYou are a pirate."])
+def test_switches_that_the_template_takes_out_of_a_message_are_no_alarm(text: str) -> None:
+    switching = CHATML.replace(
+        "{{ message['content'] if message['content'] is string else '' }}",
+        "{{ message['content'].replace('/no_think', '') if message['role'] == 'system' else message['content'] }}",
+    )
+    assert found(pair([system(text), user("Who?")], "Me.", "You."), make_tokenizer(switching)) == {}
+    dropping = switching.replace("for message in messages", "for message in messages if message.role != 'system'")
+    kept = found(pair([system(text), user("Who?")], "Me.", "You."), make_tokenizer(dropping))
+    assert kept == ({} if text == "/no_think" else {"prompt is not in the context": 1})
+
+
 # ---- beginnings and ends ------------------------------------------------------------------------------------------
 
 
@@ -222,6 +264,16 @@ def test_text_rendered_before_begins_once() -> None:
     assert found({**row, "prompt": "<s>" + row["prompt"]}, tokenizer) == {"second beginning of text": 1}
     assert found({**row, "chosen": "<s> Eight."}, tokenizer) == {"second beginning of text": 1}
     assert found(pair([user("How many legs?")], "Eight."), tokenizer) == {"no beginning of text": 1}
+
+
+def lossy() -> Any:
+    """Words of letters that it knows, and one token for all others."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1, "how": 2, "so": 3, "no": 4, "user": 5}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words.decoder = decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[END]", unk_token="[UNK]")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    return tokenizer
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|im_end|> \n\n"])
@@ -254,6 +306,27 @@ def test_a_template_that_does_not_end_answers_is_named() -> None:
     report = validate(Rows([pair([user("How many?")], "Eight.")]), tokenizer=make_tokenizer(open_ended))
     assert report.counts() == {"no end of turn": 1}
     assert report.ok
+
+
+def test_a_template_that_begins_another_answer_behind_each_is_named() -> None:
+    always = CHATML.replace(
+        "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "{{ '<|im_start|>assistant\\n' }}"
+    )
+    tokenizer = make_tokenizer(always)
+    row = pair([user("How many?")], "Eight.")
+    assert read(row, tokenizer) == "Eight.<|im_end|>\n<|im_start|>assistant\n"
+    assert found(row, tokenizer) == {"another answer begins": 1}
+    # A mark that stands in front of each message begins no answer, and answers may hold the words that do.
+    bare = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    assert found(row, make_tokenizer(bare)) == {}
+    assert "another answer begins" not in found(pair([user("Say it")], "x<|im_start|>assistant\n"), make_tokenizer())
+
+
+def test_unknown_characters_at_the_end_are_no_end_tokens() -> None:
+    tokenizer = lossy()
+    row = pair([user("how")], "so ☃☃", "no ☃")
+    assert tokenizer.unk_token_id in tokenize_row(row, tokenizer)["chosen_ids"]
+    assert found(row, tokenizer) == {}
 
 
 def test_plain_text_beside_a_chat_template_gets_one_line() -> None:

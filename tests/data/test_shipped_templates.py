@@ -168,9 +168,11 @@ PLAIN = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_plain_conversation_raises_no_alarm(name: str) -> None:
-    # GLM ends answers with the next turn's header; this Llama 3 template needs a beginning-of-text token.
+    # GLM ends answers with the next turn's header; this Llama 3 template needs a beginning-of-text token; those of
+    # DeepSeek-R1 open a thought, which this answer does not close.
     known = {"glm4moe": {"no end of turn"}, "llama3": {"refused by the chat template"}}
-    assert refuses(PLAIN, name) == known.get(name, set())
+    opened = {"generation prompt does not fit"} if name.startswith("deepseek") else set()
+    assert refuses(PLAIN, name) == known.get(name, opened)
 
 
 def chatml(messages: list[dict[str, Any]]) -> str:

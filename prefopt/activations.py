@@ -220,10 +220,10 @@ def _rule_of_thumb(config: Any, rows: Rows, width: int) -> Activations:
     return Activations(rows, layer, 3 * hidden, hidden, counted=False)
 
 
-def causal_model(config: Any, dtype: torch.dtype | None = None) -> Any:
+def causal_model(config: Any, dtype: torch.dtype | None = None, **options: Any) -> Any:
     """A model from its configuration, with its own class, on the device and in the mode of the caller."""
     kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], AutoModelForCausalLM)
-    options = {} if dtype is None else {"dtype": dtype}
+    options = options if dtype is None else {**options, "dtype": dtype}
     made: Any = (
         kind._from_config(config, **options) if hasattr(kind, "_from_config") else kind.from_config(config, **options)
     )

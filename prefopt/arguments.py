@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,8 +30,14 @@ from prefopt.files import is_file
 from prefopt.launched import launch_command
 from prefopt.loss_options import settle
 from prefopt.losses import LossSyntaxError
-from prefopt.models import adapter_base
 from prefopt.noise import quiet_libraries
+from prefopt.option_checks import (
+    refuse_out_of_range,
+    refuse_steps_and_epochs,
+    refuse_what_is_ignored,
+    refuse_without_effect,
+    renamed,
+)
 from prefopt.redaction import guard_process, redact, remember, words_without_secrets
 from prefopt.short_errors import show_short_errors
 from prefopt.trainer import PreferenceConfig
@@ -175,12 +180,17 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     demo = bool(known.demo or _is_on(config.get("demo", False)))
     objective, argv, config = _settled(loss, argv, config, words, known)
     defaults, notes = _defaults(objective, config, words, demo)
-    _refuse_steps_and_epochs(config, words, known)
+    refuse_steps_and_epochs(config, words, known)
     parser.set_defaults_with_config(**defaults)
     script, training, model = _filled(parser, argv)
-    _refuse_out_of_range(training)
+    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
+        # TRL makes text of a list of one, which PEFT takes for a pattern of whole paths.
+        model.lora_target_modules = [model.lora_target_modules]
+    refuse_out_of_range(training, model)
     remember(training.hub_token)
-    _refuse_what_is_ignored(script, model, words)
+    refuse_what_is_ignored(script, model, words)
+    named = words if demo else words | {name for name, value in config.items() if value is not None}
+    refuse_without_effect(named, script, training, model)
     refuse_mismatch(script, training)
     console = _Console(quiet=not PartialState().is_main_process)
     if demo:
@@ -223,6 +233,8 @@ def _no_option(word: str, parser: TrlParser) -> str:
     if not word.startswith("-"):
         return f"the word {_short(ascii(word))} belongs to no option before it. --help lists the options"
     name = word.partition("=")[0]
+    if (now := renamed(name)) is not None:
+        return f"there is no option {name} any more: {now}"
     return (
         f"there is no option {_short(name)}.{did_you_mean(name[:80], parser._option_string_actions)} --help lists them"
     )
@@ -234,39 +246,6 @@ def _short(text: str) -> str:
 
 def _is_on(value: Any) -> bool:
     return string_to_bool(value) if isinstance(value, str) else bool(value)
-
-
-_RANGES: dict[str, tuple[float, float]] = {
-    "learning_rate": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "adam_beta1": (0, 1),
-    "adam_beta2": (0, 1),
-    "adam_epsilon": (0, math.inf),
-    "max_grad_norm": (0, math.inf),
-    "warmup_steps": (0, math.inf),
-    "num_train_epochs": (0, math.inf),
-    "per_device_train_batch_size": (1, 2**31),
-    "per_device_eval_batch_size": (1, 2**31),
-    "gradient_accumulation_steps": (1, 2**31),
-    "dataloader_num_workers": (0, 2**31),
-    "dataset_num_proc": (1, 2**31),
-    "max_length": (2, 2**31),
-    "pad_to_multiple_of": (1, 2**31),
-    "seed": (0, 2**32 - 1),
-    "data_seed": (0, 2**32 - 1),
-    "step0_tolerance": (0, math.inf),
-    "sample_max_new_tokens": (1, 2**31),
-}
-"""Least and largest value of options that would otherwise fail only once the model is loaded."""
-
-
-def _refuse_out_of_range(training: PreferenceConfig) -> None:
-    for name, (least, most) in _RANGES.items():
-        value = getattr(training, name, None)
-        # `inf` as a learning rate or a norm is a slip too, and nan is in no range.
-        if value is not None and not (least <= value <= most and math.isfinite(value)):
-            limits = f"of at least {least}" if math.isinf(most) else f"from {least} to {most}"
-            raise SystemExit(f"--{name} must be a finite number {limits}, got {value}")
 
 
 def _take_config(argv: list[str]) -> tuple[dict[str, Any], Path | None]:
@@ -346,17 +325,6 @@ def _defaults(
     return defaults | config, notes
 
 
-def _refuse_steps_and_epochs(config: dict[str, Any], words: set[str], known: argparse.Namespace) -> None:
-    """Both in one place: `max_steps` would win, and the epochs would have no effect."""
-    both = {"max_steps", "num_train_epochs"}
-    for where, names, steps in (("", words, known.max_steps), ("the config: ", set(config), config.get("max_steps"))):
-        if both <= names and steps is not None and float(steps) > 0:
-            raise SystemExit(
-                f"{where}num_train_epochs would have no effect beside max_steps {steps}, which decides how long to "
-                "train: leave one of them out"
-            )
-
-
 def _swapped(config: dict[str, Any], words: set[str], loss: str) -> str:
     """One line: what `--demo` put in the place of what."""
     parts = []
@@ -366,22 +334,3 @@ def _swapped(config: dict[str, Any], words: set[str], loss: str) -> str:
     settings = "the bundled job's settings"
     parts.append(f"{settings} in place of the config's" if set(config) - _OBJECTIVE else settings)
     return f"--demo: {', '.join(parts)}; the loss stays {loss}."
-
-
-def _refuse_what_is_ignored(script: RecipeArguments, model: ModelConfig, words: set[str]) -> None:
-    if script.eval_rows < 0:
-        raise SystemExit(f"--eval_rows must be 0 or more, got {script.eval_rows}")
-    if script.dataset_name is None and script.columns:
-        raise SystemExit("--columns renames columns of a data set of yours: name it with --dataset_name")
-    if script.dataset_name is None and script.format:
-        raise SystemExit("--format is the layout of a data set of yours: name it with --dataset_name")
-    if script.dataset_streaming and script.on_bad_rows == "drop":
-        raise SystemExit("--dataset_streaming cannot validate rows ahead, so --on_bad_rows drop has no effect with it")
-    if script.dataset_streaming and script.dataset_name is None:
-        raise SystemExit("--dataset_streaming streams a data set of yours: name it with --dataset_name")
-    shape = sorted(name for name in words if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
-    if shape and model.model_name_or_path is not None and adapter_base(model.model_name_or_path) is not None:
-        raise SystemExit(
-            f"--{shape[0]} shapes a new adapter, but {model.model_name_or_path} is an adapter already and is trained "
-            "on as it is: leave the option out, or merge the adapter into its model first"
-        )

@@ -13,15 +13,19 @@ import datasets
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from prefopt.announce import steps_of
 from prefopt.columns import EMBEDDINGS
 from prefopt.data import parse_sources
 from prefopt.data.embed import EncoderError
 from prefopt.demo.model import HUB_ID, HUB_TIMEOUT_S
 from prefopt.losses import Need
+from prefopt.models import adapter_base
+from prefopt.rehearsal import rehearse
 from prefopt.trainer import checkpoints
 from prefopt.trainer.checks import RunPlan, check_run
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.publishing import PushError
+from prefopt.trainer.state import loss_of, refuse_other_loss
 
 if TYPE_CHECKING:
     from prefopt.arguments import Recipe
@@ -38,7 +42,7 @@ def check_recipe(recipe: Recipe, train: Any, heldout: Any) -> None:
     Raises:
         SystemExit: naming the option that has no effect, or that lacks something.
         ValueError: of `check_run`.
-        CheckpointError: where the checkpoint to resume from is not there or not whole.
+        CheckpointError: where the checkpoint to resume from is not there, not whole, or of another loss.
     """
     script, training = recipe.script, recipe.training
     objective = resolve_objective(None, training)
@@ -54,13 +58,17 @@ def check_recipe(recipe: Recipe, train: Any, heldout: Any) -> None:
             f"--previous_model_name_or_path has no effect: {training.loss or training.loss_type} does not compare "
             "with a previous iterate"
         )
-    checkpoints.choose(training.resume_from_checkpoint, Path(training.output_dir))
+    folder, _ = checkpoints.choose(training.resume_from_checkpoint, Path(training.output_dir))
+    if folder is not None:
+        refuse_other_loss(checkpoints.read_state(folder).get("run", {}), loss_of(objective, training), folder)
     references = (script.ref_model_name_or_path is not None, script.previous_model_name_or_path is not None)
     made = EMBEDDINGS if script.embeddings is not None else ()
+    adapter = recipe.model.use_peft or adapter_base(str(recipe.model.model_name_or_path)) is not None
     try:
-        check_run(RunPlan(objective, training, train, heldout, *references, more_columns=made))
+        check_run(RunPlan(objective, training, train, heldout, *references, adapter, made))
     except PushError as error:
         raise SystemExit(f"{error}. Nothing was trained") from None
+    rehearse(recipe, steps_of(training, train))
 
 
 # ---- what is not there -------------------------------------------------------------------------------------------

@@ -10,16 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 from transformers.integrations import integration_utils
+from transformers.utils import is_liger_kernel_available
 
 from prefopt.columns import EMBEDDINGS
 from prefopt.data.columns import column_names, kind_of_columns
 from prefopt.losses import ConflictFree, Loss, Need
 from prefopt.scoring import extras_for
+from prefopt.trainer.config import refuse_what_trl_refuses
 from prefopt.trainer.options import refuse_options, refuse_sampling
 from prefopt.trainer.publishing import PushError
 
@@ -37,6 +40,7 @@ class RunPlan:
         evaluation: the held-out rows, or a mapping of them by name, or None.
         reference: whether a reference model is passed in.
         previous: whether a previous iterate is passed in.
+        adapter: whether the policy is, or will be, an adapter on a model.
         more_columns: columns that the data will have by the time of training.
     """
 
@@ -46,6 +50,7 @@ class RunPlan:
     evaluation: Any = None
     reference: bool = False
     previous: bool = False
+    adapter: bool = False
     more_columns: tuple[str, ...] = ()
 
     @property
@@ -64,8 +69,10 @@ def check_run(plan: RunPlan) -> None:
         ValueError: naming the option or the column, and what to do.
         PushError: where the result is to be pushed and cannot be.
     """
-    for check in (_rows, _evaluation, _trackers, _push):
+    for check in (_rows, _evaluation, _saving, _launch, _trackers, _push, _moving_reference):
         check(plan)
+    if plan.objective is None and plan.args is not None:
+        refuse_what_trl_refuses(plan.args)
     if plan.objective is not None:
         for look in (
             _options,
@@ -101,6 +108,15 @@ def _rows(plan: RunPlan) -> None:
             )
     elif len(plan.train) == 0:
         raise ValueError("the training data has no rows: nothing can be trained")
+    elif plan.option("dataloader_drop_last", False):
+        processes = PartialState().num_processes
+        batches = {"per_device_train_batch_size": plan.train, "per_device_eval_batch_size": plan.evaluation}
+        for option, rows in batches.items():
+            if isinstance(rows, Dataset) and len(rows) < plan.option(option) * processes:
+                raise ValueError(
+                    f"dataloader_drop_last leaves nothing of {len(rows)} examples: they make no batch of {option}="
+                    f"{plan.option(option)} on {processes} process(es). Make it smaller, or leave the option out"
+                )
 
 
 def _evaluation(plan: RunPlan) -> None:
@@ -109,6 +125,47 @@ def _evaluation(plan: RunPlan) -> None:
         raise ValueError(
             f"eval_strategy={strategy!r} needs held-out rows, but there are none: pass eval_dataset, or set "
             "eval_strategy='no'"
+        )
+
+
+def _saving(plan: RunPlan) -> None:
+    strategy = getattr(plan.option("save_strategy"), "value", plan.option("save_strategy"))
+    if strategy == "best":
+        if plan.option("metric_for_best_model") is None:
+            raise ValueError("save_strategy='best' needs a metric: set metric_for_best_model, for example to loss")
+        if str(getattr(plan.option("eval_strategy"), "value", plan.option("eval_strategy"))) == "no":
+            raise ValueError("save_strategy='best' saves after evaluations, and there are none: set eval_strategy")
+    if strategy == "steps" and plan.option("save_steps") <= 0:
+        raise ValueError(
+            f"save_steps must be above 0, got {plan.option('save_steps')}; save_strategy='no' saves nothing"
+        )
+
+
+def _launch(plan: RunPlan) -> None:
+    if plan.option("fsdp") and PartialState().num_processes == 1:
+        raise ValueError(
+            "fsdp needs several processes: start with accelerate launch --config_file configs/accelerate/fsdp2.yaml, "
+            "or leave it out"
+        )
+    if plan.option("use_liger_kernel", False) and not is_liger_kernel_available():
+        raise ValueError(
+            "use_liger_kernel needs the package liger-kernel, which is not installed: pip install liger-kernel, or "
+            "leave it out"
+        )
+
+
+def _moving_reference(plan: RunPlan) -> None:
+    if not plan.option("sync_ref_model", False):
+        return
+    if plan.adapter:
+        raise ValueError(
+            "sync_ref_model cannot be used with an adapter, whose reference is the model without it: leave it out, or "
+            "train all weights"
+        )
+    if plan.option("precompute_ref_log_probs", False):
+        raise ValueError(
+            "sync_ref_model moves the reference, so precompute_ref_log_probs cannot compute it ahead: leave one of "
+            "them out"
         )
 
 

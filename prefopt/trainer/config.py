@@ -31,6 +31,9 @@ TRL_LOSS_OPTIONS = (
 SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
 """Loss types that TRL's `label_smoothing` acts on."""
 
+_WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+"""Loss types that TRL computes with another divergence than the reverse KL."""
+
 DIVERGENCES = {
     "reverse_kl": "reverse_kl",
     "forward_kl": "forward_kl",
@@ -279,6 +282,24 @@ def _reshaped_term(loss_type: str, smoothing: float, divergence: str | None, arg
         return term
     method = "unbiased" if loss_type == "robust" else "smoothed"
     return f"noise_robust({term}, method={method!r}, rate={smoothing!r})"
+
+
+def refuse_what_trl_refuses(args: DPOConfig) -> None:
+    """Refuse loss options that TRL, left to compute them, refuses once the model is loaded.
+
+    Raises:
+        ValueError: naming the options and what to do.
+    """
+    types = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
+    if "exo_pair" in types and not args.label_smoothing:
+        raise ValueError("loss_type exo_pair needs label_smoothing above 0; its paper has 0.001")
+    if args.use_weighting and (sorting := types & {"aot", "aot_unpaired"}):
+        raise ValueError(f"use_weighting cannot be used with {', '.join(sorted(sorting))}, which sort the examples")
+    if args.f_divergence_type != "reverse_kl" and (others := types - _WITH_DIVERGENCE):
+        raise ValueError(
+            f"f_divergence_type {args.f_divergence_type} cannot be used with loss_type {', '.join(sorted(others))}, "
+            f"only with {', '.join(sorted(_WITH_DIVERGENCE))}: leave it out"
+        )
 
 
 def resolve_objective(loss: Loss | str | None, args: Any) -> Loss | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -152,7 +153,8 @@ class LossMixin(
         for model in (bound.get("model"), bound.get("ref_model")):
             if isinstance(model, str):
                 check_one_model(model)
-        check_run(RunPlan(self.objective, args, data, heldout, *references))
+        adapter = bound.get("peft_config") is not None or isinstance(bound.get("model"), PeftModel)
+        check_run(RunPlan(self.objective, args, data, heldout, *references, adapter))
         if self.objective is not None:
             models = {
                 "model": bound.get("model"),

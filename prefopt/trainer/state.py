@@ -118,9 +118,8 @@ def describe(objective: Loss | None, args: Any, rows: int | None, batch: int) ->
         rows: of the training data; None for a stream.
         batch: examples of one optimizer step, over all processes.
     """
-    loss_type = getattr(args, "loss_type", None)
     return {
-        "loss": str(loss_type if objective is None else objective),
+        "loss": loss_of(objective, args),
         "rows": rows,
         "batch": batch,
         "seed": args.seed if args.data_seed is None else args.data_seed,
@@ -130,6 +129,30 @@ def describe(objective: Loss | None, args: Any, rows: int | None, batch: int) ->
         "max_steps": args.max_steps,
         "num_train_epochs": args.num_train_epochs,
     }
+
+
+def loss_of(objective: Loss | None, args: Any) -> str:
+    """The objective as a checkpoint has it: what is written, or TRL's name where TRL computes it."""
+    return str(getattr(args, "loss_type", None) if objective is None else objective)
+
+
+def refuse_other_loss(saved: Mapping[str, Any], loss: str, folder: Path) -> None:
+    """Refuse to resume from a checkpoint of another loss.
+
+    Args:
+        saved: as `describe` made it; empty for checkpoints of plain TRL.
+        loss: of this run, as `loss_of` writes it.
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: naming both losses.
+    """
+    if saved.get("loss", loss) != loss:
+        raise CheckpointError(
+            f"{folder} was trained with the loss {saved['loss']}, this run has {loss}: its optimizer and schedule are "
+            "of another objective. Resume with the same loss, or start a new run from the weights in that folder "
+            "(model_name_or_path)"
+        )
 
 
 _WORDS = {"rows": "training rows", "batch": "examples a step", "loss": "the loss"}
@@ -149,12 +172,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, skip
         CheckpointError: where going on would not be going on: another loss, or another place in the data.
     """
     changed = {name: (saved[name], now[name]) for name in saved if name in now and saved[name] != now[name]}
-    if "loss" in changed:
-        raise CheckpointError(
-            f"{folder} was trained with the loss {changed['loss'][0]}, this run has {changed['loss'][1]}: its "
-            "optimizer and schedule are of another objective. Resume with the same loss, or start a new run from the "
-            "weights in that folder (model_name_or_path)"
-        )
+    refuse_other_loss(saved, now["loss"], folder)
     moved = [name for name in _POSITION if name in changed] if skips_data else []
     if moved:
         listed = ", ".join(f"{_WORDS.get(n, n)}: {changed[n][0]} then, {changed[n][1]} now" for n in moved)

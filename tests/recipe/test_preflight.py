@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.recipe import load_data, main, parse_arguments
+from prefopt.trainer import checkpoints
 from tests.recipe.test_recipe import arguments, pairs_file
 from tests.trainer.runs import make_labelled, make_pairs, save_model, settings
 
@@ -39,6 +40,30 @@ REFUSED = [
     (["--dataset_streaming", "--max_steps", "-1"], "the training data is a stream.*set max_steps"),
     (["--report_to", "swanlab"], "needs the package swanlab, which is not installed: pip install swanlab"),
     (["--push_to_hub", "true"], "push_to_hub: HF_HUB_OFFLINE"),
+    (
+        ["--use_peft", "--lora_target_modules", "query"],
+        r"--lora_target_modules query: .* It has q_proj, k_proj, v_proj",
+    ),
+    (["--use_peft", "--lora_target_modules", "q_proj", "valproj"], "--lora_target_modules valproj: the model has no"),
+    (["--use_peft", "--lora_target_modules", "q_proj,v_proj"], "Names are separated by spaces"),
+    (["--use_peft", "--lora_modules_to_save", "embed"], r"--lora_modules_to_save embed: .* It has embed_tokens"),
+    (
+        ["--attn_implementation", "nonsense"],
+        '--attn_implementation nonsense: Specified `attn_implementation="nonsense"',
+    ),
+    (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_type cosine_with_min_lr: .*min_lr_rate"),
+    (["--optim", "rmsprop", "--optim_args", "momentum"], "--optim rmsprop --optim_args momentum: "),
+    (["--optim", "lomo"], "--optim lomo: .*pip install lomo-optim"),
+    (["--fsdp", "full_shard"], "fsdp needs several processes"),
+    (["--save_strategy", "best"], "save_strategy='best' needs a metric"),
+    (["--save_strategy", "best", "--metric_for_best_model", "loss"], "there are none: set eval_strategy"),
+    (["--save_strategy", "steps", "--save_steps", "0"], "save_steps must be above 0"),
+    (["--sync_ref_model", "true", "--use_peft"], "sync_ref_model cannot be used with an adapter"),
+    (["--sync_ref_model", "true", "--precompute_ref_log_probs", "true"], "leave one of them out"),
+    (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "64"], "leaves nothing of 24 examples"),
+    (["--loss_type", "exo_pair"], "exo_pair needs label_smoothing above 0"),
+    (["--loss_type", "apo_zero", "--f_divergence_type", "js_divergence"], "cannot be used with loss_type apo_zero"),
+    (["--loss_type", "aot", "--use_weighting"], "use_weighting cannot be used with aot"),
     (["--resume_from_checkpoint", "nowhere"], "nowhere cannot be resumed from: there is no such folder"),
     (["--resume_from_checkpoint", "true"], "holds no checkpoint to resume from"),
 ]
@@ -50,6 +75,82 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(tmp_path, monkeypat
     monkeypatch.setattr("prefopt.trainer.checks.constants.HF_HUB_OFFLINE", True)
     with pytest.raises((ValueError, RuntimeError, SystemExit), match=message):
         main("dpo", [*arguments(tmp_path, pairs_file(tmp_path)), *more, *dry])
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("option", "package", "message"),
+    [
+        (
+            ["--load_in_4bit"],
+            "transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available",
+            "--load_in_4bit: ",
+        ),
+        (
+            ["--use_liger_kernel", "true"],
+            "prefopt.trainer.checks.is_liger_kernel_available",
+            "pip install liger-kernel",
+        ),
+    ],
+)
+def test_a_missing_package_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, option, package, message, dry):
+    monkeypatch.setattr(package, lambda *_: False)
+    with pytest.raises((ValueError, SystemExit), match=message):
+        main("dpo", [*arguments(tmp_path, pairs_file(tmp_path)), *option, *dry])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--use_peft", "--lora_target_modules", "q_proj"],
+        ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"],
+        ["--use_peft", "--lora_target_modules", r".*\.q_proj"],
+        ["--use_peft", "--lora_target_modules", "all-linear", "--lora_modules_to_save", "embed_tokens"],
+        ["--attn_implementation", "eager"],
+        ["--optim", "rmsprop", "--optim_args", "momentum=0.9"],
+        ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'],
+        [
+            "--eval_strategy",
+            "steps",
+            "--eval_steps",
+            "1",
+            "--save_strategy",
+            "best",
+            "--metric_for_best_model",
+            "loss",
+        ],
+        ["--save_strategy", "no", "--save_steps", "5"],
+    ],
+    ids=" ".join,
+)
+def test_what_can_run_passes_the_dry_run(tmp_path, capsys, more):
+    main("dpo", [*arguments(tmp_path, pairs_file(tmp_path)), *more, "--dry_run"])
+    assert "Dry run: nothing was trained." in capsys.readouterr().out
+
+
+def test_one_target_module_is_a_name_not_a_pattern(tmp_path):
+    words = ["--use_peft", "--lora_target_modules", "q_proj"]
+    assert parse_arguments("dpo", arguments(tmp_path, "unused", *words)).model.lora_target_modules == ["q_proj"]
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["run", "dry run"])
+def test_a_checkpoint_of_another_loss_is_refused(tmp_path, monkeypatch, dry):
+    run = {"loss": "dpo(beta=0.1, label_smoothing=0.0)"}
+    (tmp_path / checkpoints.STATE).write_text(json.dumps({"run": run}))
+    monkeypatch.setattr(checkpoints, "choose", lambda *_: (tmp_path, []))
+    words = [*arguments(tmp_path, pairs_file(tmp_path)), "--resume_from_checkpoint", str(tmp_path), *dry]
+    with pytest.raises(RuntimeError, match=r"trained with the loss dpo\(.*this run has ipo\("):
+        main("ipo", words)
+    monkeypatch.setattr("prefopt.recipe.make_trainer", lambda *_: None)
+    monkeypatch.setattr("prefopt.recipe.run", lambda *_: {})
+    main("dpo", words)  # the same loss goes on
+
+
+@pytest.mark.parametrize(("warm", "said"), [(5, True), (2, False)])
+def test_a_warm_up_that_never_ends_is_said(tmp_path, capsys, warm, said):
+    words = ["--max_steps", "4", "--warmup_steps", str(warm), "--dry_run"]
+    main("dpo", [*arguments(tmp_path, pairs_file(tmp_path)), *words])
+    assert ("still warming up when training ends: 5 warm-up steps, 4 steps" in capsys.readouterr().out) is said
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["run", "dry run"])

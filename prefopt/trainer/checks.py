@@ -22,7 +22,7 @@ from prefopt.columns import EMBEDDINGS
 from prefopt.data.columns import column_names, kind_of_columns
 from prefopt.losses import ConflictFree, Loss, Need
 from prefopt.scoring import extras_for
-from prefopt.trainer.config import refuse_what_trl_refuses
+from prefopt.trainer.config import changed_trl_options, refuse_what_trl_refuses
 from prefopt.trainer.options import refuse_options, refuse_sampling
 from prefopt.trainer.publishing import PushError
 
@@ -236,7 +236,9 @@ def _pairs(plan: RunPlan, objective: Loss) -> None:
 
 
 def _other_models(plan: RunPlan, objective: Loss) -> None:
-    if plan.reference and not objective.needs.frozen:
+    # With its loss_type sft, TRL takes a reference that it does not look at.
+    of_trl = plan.args is not None and bool(changed_trl_options(plan.args))
+    if plan.reference and not objective.needs.frozen and not of_trl:
         raise ValueError(f"ref_model would have no effect: {objective} compares with no reference; leave it out")
     if plan.previous and Need.PREVIOUS not in objective.needs:
         raise ValueError(f"previous_model would have no effect: {objective} does not compare with one")

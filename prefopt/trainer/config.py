@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
 import torch
-from trl import DPOConfig
+from trl import DPOConfig, DPOTrainer
 
+from prefopt.data.errors import did_you_mean
 from prefopt.losses import Loss, parse
 from prefopt.redaction import redacted
 
@@ -31,6 +33,10 @@ TRL_LOSS_OPTIONS = (
 SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
 """Loss types that TRL's `label_smoothing` acts on."""
 
+_LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
 _WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 """Loss types that TRL computes with another divergence than the reverse KL."""
 
@@ -291,10 +297,16 @@ def refuse_what_trl_refuses(args: DPOConfig) -> None:
         ValueError: naming the options and what to do.
     """
     types = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
+    source = inspect.getsource(DPOTrainer)  # has them all by name; a later TRL may have more
+    for unknown in sorted(name for name in types if f'"{name}"' not in source):
+        raise ValueError(f"there is no loss_type {unknown!r}.{did_you_mean(unknown, _LOSS_TYPES)}")
     if "exo_pair" in types and not args.label_smoothing:
         raise ValueError("loss_type exo_pair needs label_smoothing above 0; its paper has 0.001")
-    if args.use_weighting and (sorting := types & {"aot", "aot_unpaired"}):
-        raise ValueError(f"use_weighting cannot be used with {', '.join(sorted(sorting))}, which sort the examples")
+    if args.use_weighting and (others := types & {"aot", "aot_unpaired", "sft"}):
+        raise ValueError(
+            f"use_weighting cannot be used with {', '.join(sorted(others))}: it weights pairs, which aot and "
+            "aot_unpaired sort and sft does not look at"
+        )
     if args.f_divergence_type != "reverse_kl" and (others := types - _WITH_DIVERGENCE):
         raise ValueError(
             f"f_divergence_type {args.f_divergence_type} cannot be used with loss_type {', '.join(sorted(others))}, "

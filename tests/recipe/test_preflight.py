@@ -61,6 +61,7 @@ REFUSED = [
     (["--sync_ref_model", "true", "--use_peft"], "sync_ref_model cannot be used with an adapter"),
     (["--sync_ref_model", "true", "--precompute_ref_log_probs", "true"], "leave one of them out"),
     (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "64"], "leaves nothing of 24 examples"),
+    (["--loss_type", "sigmod"], "no loss_type 'sigmod'. Did you mean 'sigmoid'"),
     (["--loss_type", "exo_pair"], "exo_pair needs label_smoothing above 0"),
     (["--loss_type", "apo_zero", "--f_divergence_type", "js_divergence"], "cannot be used with loss_type apo_zero"),
     (["--loss_type", "aot", "--use_weighting"], "use_weighting cannot be used with aot"),

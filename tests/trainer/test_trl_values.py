@@ -184,18 +184,22 @@ def test_left_to_trl(tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "error", "theirs", "ours"),
     [
-        ({"loss_type": "exo_pair"}, ValueError, "Label smoothing must be greater than 0"),
-        ({"loss_type": "aot", "use_weighting": True}, NotImplementedError, "WPO-style weighting is not implemented"),
-        ({"loss_type": "sft", "use_weighting": True}, RuntimeError, "single memory location"),
+        ({"loss_type": "exo_pair"}, ValueError, "Label smoothing must be greater than 0", "label_smoothing above 0"),
+        ({"loss_type": "aot", "use_weighting": True}, NotImplementedError, "WPO-style weighting is not", "with aot"),
+        ({"loss_type": "sft", "use_weighting": True}, RuntimeError, "single memory location", "with sft"),
+        ({"loss_type": "sigmod"}, ValueError, "Unknown loss type: sigmod", "Did you mean 'sigmoid'"),
+        ({"loss_type": ["ipo", "sigmod"]}, ValueError, "Unknown loss type: sigmod", "no loss_type 'sigmod'"),
     ],
     ids=lambda value: shown(value) if isinstance(value, dict) else "",
 )
-def test_what_trl_refuses_is_refused_in_its_words(tmp_path, options, error, message):
-    for trainer, config in ((DPOTrainer, DPOConfig), (PreferenceTrainer, PreferenceConfig)):
-        with pytest.raises(error, match=message):
-            loss_and_gradient(tmp_path, trainer, config, options)
+def test_what_trl_refuses_while_it_trains_is_refused_before_a_model_is_loaded(tmp_path, options, error, theirs, ours):
+    with pytest.raises(error, match=theirs):
+        loss_and_gradient(tmp_path, DPOTrainer, DPOConfig, options)
+    args = PreferenceConfig(**settings(tmp_path, **options))
+    with pytest.raises(ValueError, match=ours):
+        PreferenceTrainer("no/such-model", args=args, train_dataset=make_pairs(ROWS))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ What a command needs is imported inside it, so that `--help` does not wait for t
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -249,6 +250,8 @@ def check(
     layout: Layout = None,
     model: Annotated[str | None, typer.Option(help="Check lengths with this model's tokenizer.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest prompt and completion, in tokens.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="A Jinja template, or a file with one.")] = None,
+    chat_template_kwargs: Annotated[str | None, typer.Option(help="Arguments of the template, as JSON.")] = None,
 ) -> None:
     """Validate a preference data set and print what is wrong with it."""
     from prefopt.data import DataError, kind, validate
@@ -256,6 +259,8 @@ def check(
 
     if max_length is not None and model is None:
         _fail("--max-length counts tokens: name the tokenizer with --model")
+    if (chat_template or chat_template_kwargs) is not None and model is None:
+        _fail("a chat template is applied with a tokenizer: name it with --model")
     if max_length is not None and max_length < 2:
         _fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
     try:
@@ -267,7 +272,8 @@ def check(
         if model is not None:
             from prefopt.models import load_tokenizer
 
-            tokenizer = load_tokenizer(model)
+            kwargs = _json_object(chat_template_kwargs)
+            tokenizer = load_tokenizer(model, chat_template=chat_template, chat_template_kwargs=kwargs)
         report = validate(dataset, tokenizer=tokenizer, max_length=max_length)
     except (DataError, OSError) as error:
         _fail(str(error))
@@ -279,6 +285,18 @@ def check(
     _console().print(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _json_object(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value: Any = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        _fail(f'--chat-template-kwargs must be a JSON object such as {{"enable_thinking": false}}, got {text}')
+    return dict(value)
 
 
 @app.command()
@@ -338,7 +356,6 @@ def select_kernel(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what was found here as well.")] = None,
 ) -> None:
     """Measure which kernel and divergence of `kernel_dpo` suit a preference data set."""
-    import json
 
     from rich.progress import track
 

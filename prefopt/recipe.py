@@ -52,6 +52,7 @@ from prefopt.trainer.disk import check_writable
 from prefopt.trainer.engine import describe_engine, engine_not_used
 from prefopt.trainer.facts import RunNotes, changed_settings
 from prefopt.trainer.publishing import PushError
+from prefopt.trainer.stops import sigterm_raises
 
 __all__ = ["Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_trainer", "parse_arguments", "run"]
 
@@ -355,6 +356,8 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     if checkpoint is None:
         can_look_first = has_heldout and not sharded
         before = trainer.evaluate() if can_look_first and recipe.script.evaluate_first else None
+        if before is not None:
+            trainer.check_best_metric(before)  # no step is needed to know
         answers_before = _answers(recipe, trainer) if can_look_first and recipe.bundled_data else None
         if trainer.is_world_process_zero():
             said = None if answers_before is None else [vars(answer) for answer in answers_before]
@@ -365,8 +368,9 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         answers_before = None if said is None else [Answer(**answer) for answer in said]
         trainer.started_from(before)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
+        with sigterm_raises():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except (KeyboardInterrupt, SystemExit):
         _say_interrupted(recipe, trainer)
         raise
     trainer.save_model(_internal_call=True)  # pushed below, with a card that has the numbers

@@ -56,6 +56,26 @@ class EvaluationMixin:
             metrics={**output.metrics, **{f"{metric_key_prefix}_{name}": value for name, value in means.items()}}
         )
 
+    def check_best_metric(self, metrics: Mapping[str, float]) -> None:
+        """Refuse a `metric_for_best_model` that an evaluation does not have.
+
+        Args:
+            metrics: of one evaluation, as `evaluate` returns them.
+
+        Raises:
+            ValueError: naming those that it has.
+        """
+        wanted = self.args.metric_for_best_model
+        if wanted is None or f"eval_{wanted.removeprefix('eval_')}" in metrics:
+            return
+        names = [name.removeprefix("eval_") for name in metrics if not name.endswith(("_runtime", "_per_second"))]
+        raise ValueError(f"metric_for_best_model={wanted!r}: evaluations have {', '.join(names)}")
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        self.check_best_metric(metrics)
+        better: bool = super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
+        return better
+
     def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
         if self.objective is None:
             return super().prediction_step(model, inputs, *arguments, **keywords)  # type: ignore[misc]

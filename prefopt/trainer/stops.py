@@ -98,6 +98,23 @@ class StopSignals:
         return self.received
 
 
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """While it lasts, SIGTERM raises `SystemExit`, as Ctrl-C raises `KeyboardInterrupt`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
 class AlreadyTrained(Exception):
     """The checkpoint that was resumed from is that of the last step."""
 

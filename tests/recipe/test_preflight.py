@@ -227,8 +227,14 @@ class TestPapers:
     def test_unknown_devices_are_not_multiplied(self, tmp_path, capsys):
         main("dpo", [*arguments(tmp_path, pairs_file(tmp_path)), "--config", self.config(tmp_path), "--dry_run"])
         shown = capsys.readouterr().out
-        assert "unknownunknown" not in shown
-        assert "= 4\n" in shown
+        assert "process(es) = 4\n" in shown
+        assert "on the paper's" not in shown
+
+    def test_known_devices_are(self, tmp_path, capsys):
+        path = tmp_path / "known.yaml"
+        path.write_text(yaml.safe_dump({"paper": {"title": "A paper", "devices": 8}}))
+        main("dpo", [*arguments(tmp_path, pairs_file(tmp_path)), "--config", str(path), "--dry_run"])
+        assert "process(es) = 4; on the paper's 8 device(s) 32\n" in capsys.readouterr().out
 
 
 class TestHeldOut:

@@ -50,6 +50,15 @@ def test_trains_evaluates_and_saves(tmp_path, capsys):
     assert "step 2/2" in shown
 
 
+@pytest.mark.parametrize("first", ["true", "false"])
+def test_a_metric_that_evaluations_do_not_have_is_named(tmp_path, first):
+    words = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "best", "--evaluate_first", first]
+    run = arguments(tmp_path, pairs_file(tmp_path), *words, "--metric_for_best_model")
+    with pytest.raises(ValueError, match=r"metric_for_best_model='accuracy': evaluations have loss, .*rewards/accur"):
+        main("dpo", [*run, "accuracy"])
+    main("dpo", [*run, "rewards/accuracies"])
+
+
 def test_the_script_runs_under_accelerate(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(ROOT / "recipes" / "dpo.py")]
     done = subprocess.run(
@@ -175,6 +184,28 @@ class TestCommand:
         assert "--columns prompt=question" in self.run("check", str(path))[1]
         mapping = ["--columns", "prompt=question", "chosen=good", "rejected=bad"]
         assert "2 pairs, 0 that cannot" in self.run("check", str(path), *mapping)[1]
+
+    def test_check_takes_a_template_and_its_arguments(self, tmp_path):
+        rows = [{"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "Hello."}],
+                 "rejected": [{"role": "assistant", "content": "Go."}]}]  # fmt: skip
+        (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        template = tmp_path / "turns.jinja"
+        template.write_text(
+            "{% for m in messages %}{{ m.role }}: {% if m.role == 'user' or answers %}{{ m.content }}{% endif %}"
+            "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        )
+        words = [
+            "check",
+            str(tmp_path / "chat.jsonl"),
+            "--model",
+            save_model(tmp_path),
+            "--chat-template",
+            str(template),
+        ]
+        assert self.run(*words)[0] == 1
+        assert self.run(*words, "--chat-template-kwargs", '{"answers": true}')[0] == 0
+        assert "must be a JSON object" in self.run(*words, "--chat-template-kwargs", "answers")[1]
+        assert "name it with --model" in self.run(*words[:2], "--chat-template", str(template))[1]
 
     def test_check_names_a_missing_file(self, tmp_path):
         code, shown = self.run("check", str(tmp_path / "nothing.jsonl"))

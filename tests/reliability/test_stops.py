@@ -40,10 +40,16 @@ class Sends(TrainerCallback):
                     self.seconds += self.pause
 
 
-def test_ctrl_c_where_nothing_is_saved_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("prefopt.recipe.RunProgress.on_log", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize(
+    ("signum", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["INT", "TERM"]
+)
+def test_a_signal_where_nothing_is_saved_is_said(tmp_path, capsys, monkeypatch, signum, ends):
+    monkeypatch.setattr("prefopt.recipe.RunProgress.on_log", lambda *_, **__: signal.raise_signal(signum))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ends) as stop:
         main("ipo", [*arguments(tmp_path), "--evaluate_first", "false", "--save_strategy", "no"])
+    assert ends is KeyboardInterrupt or stop.value.code == 128 + signum
+    assert signal.getsignal(signal.SIGTERM) is before
     assert "Interrupted after step 1: nothing was saved. With --save_strategy" in capsys.readouterr().out
 
 

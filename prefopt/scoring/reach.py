@@ -38,6 +38,10 @@ class Reach:
         """Whether it goes as far as the other."""
         return self.row >= other.row and self.places >= other.places
 
+    def half_and_half(self) -> Reach:
+        """With places for two branches that are half of a row each, where most goes wrong that can."""
+        return Reach(self.row, max(self.places, self.row + self.row // 2))
+
 
 Trial = Callable[[nn.Module, Reach, bool], str]
 """(model, reach, whether it is sharded) -> how its trees differ from its rows; "" if they do not."""
@@ -105,7 +109,7 @@ class Horizon:
         needs = self._gather(need)
         need = Reach(max(n.row for n in needs), max(n.places for n in needs))
         tried = self._meet(model)
-        for reach in (self._ahead(need, tried.sharded), short):
+        for reach in (self._ahead(need, tried.sharded), short.half_and_half()):
             found = self._gather(trial(model, reach, tried.sharded))
             if tried.note(reach, next((reason for reason in found if reason), "")):
                 return ""
@@ -140,7 +144,7 @@ class Horizon:
 
     def _try(self, tried: Tried, model: nn.Module, need: Reach, trial: Trial) -> None:
         """Try further ahead than is needed, then just as far."""
-        for reach in (self._ahead(need, sharded=False), need):
+        for reach in (self._ahead(need, sharded=False), need.half_and_half()):
             if tried.known(reach) is None and len(tried.reaches) < TRIALS:
                 tried.note(reach, trial(model, reach, tried.sharded))
 
@@ -150,7 +154,7 @@ class Horizon:
         row = limit if sharded and limit is not None else _rounded(need.row)
         row = max(need.row, row if limit is None else min(row, limit))
         places = need.places * row // need.row if sharded else _rounded(need.places)
-        return Reach(row, max(need.places, places, row + row // 2))
+        return Reach(row, max(need.places, places)).half_and_half()
 
     def _meet(self, model: nn.Module) -> Tried:
         """What is known of models like this one."""

@@ -83,10 +83,12 @@ def trial_rows(inputs: Mapping[str, Any], reach: Reach, turn: int = 0) -> Rows:
         turn: another number, other rows.
     """
     tokens = inputs["input_ids"][inputs["attention_mask"].bool()]
-    # The tree holds the prompt but for its last token, and that one before each branch but for the branch's own last.
-    # Half is prompt where there is room, so that the later branch is far from the places of its row.
-    completion = min(max(reach.row - reach.row // 2, 1), max(reach.places - reach.row + 1, 1))
+    # Half is prompt where there is room, so that the later branch is far from the places of its row. A prime number of
+    # tokens is no number of whole blocks, so a block that models compress has tokens of prompt and branch.
+    most = max(min(reach.places - reach.row + 1, reach.row - reach.row // 2 + 2), reach.row // 4, 1)
+    completion = next((count for count in range(most, 0, -1) if _is_prime(reach.row - count)), most)
     prompt = max(reach.row - completion, 1)
+    # The tree holds the prompt but for its last token, and that one before each branch but for the branch's own last.
     between = max(reach.places - (prompt - 1) - 2 * completion, 0)
 
     def some(count: int, start: int) -> Any:
@@ -110,6 +112,10 @@ def trial_rows(inputs: Mapping[str, Any], reach: Reach, turn: int = 0) -> Rows:
         mask=((places >= prompt) & (places < lengths)).long(),
         prompt=prompt,
     )
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
 class HiddenStates(Call):

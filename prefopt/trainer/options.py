@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from transformers import AutoConfig
+from transformers import AutoConfig, ProcessorMixin
 
 from prefopt.losses import Loss
 from prefopt.scoring.model import unwrapped
@@ -118,6 +118,29 @@ _NOT_CAUSAL = (
 )  # fmt: skip
 
 
+def refuse_images(model: Any, args: Any, processor: Any, columns: Collection[str]) -> None:
+    """Refuse images for a model that reads text alone.
+
+    Args:
+        model: as it was passed to the trainer.
+        args: the training arguments, or None.
+        processor: as it was passed to the trainer; one for images settles it.
+        columns: of the training rows, those without any image left out.
+
+    Raises:
+        ValueError: naming the column and the model.
+    """
+    media = sorted({"image", "images"} & set(columns))
+    if not media or isinstance(processor, ProcessorMixin):
+        return
+    config, named, _ = _described(model, args)
+    if config is not None and getattr(config, "vision_config", None) is None:
+        raise ValueError(
+            f"the rows have images in column {media[0]!r}, and {named} reads text alone: take a model that reads "
+            f"images, or train on the texts with train_dataset.remove_columns({media[0]!r})"
+        )
+
+
 def refuse_model(model: Any, args: Any, role: str) -> None:
     """Refuse models that do not predict the next token of one row: T5, BERT, reward models.
 
@@ -129,17 +152,7 @@ def refuse_model(model: Any, args: Any, role: str) -> None:
     Raises:
         ValueError: naming the model and what it is.
     """
-    if isinstance(model, str):
-        options = dict(getattr(args, "model_init_kwargs", None) or {})
-        trust = options.get("trust_remote_code", getattr(args, "trust_remote_code", False))
-        config: Any = None
-        with contextlib.suppress(Exception):  # what cannot be read is for whoever loads the model to say
-            config = AutoConfig.from_pretrained(model, revision=options.get("revision"), trust_remote_code=trust)
-        named, architecture = repr(model), str(next(iter(getattr(config, "architectures", None) or ()), ""))
-    else:
-        inner = unwrapped(model)
-        config, architecture = getattr(inner, "config", None), type(inner).__name__
-        named = repr(getattr(config, "_name_or_path", "") or architecture)
+    config, named, architecture = _described(model, args)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{role}={named} is an encoder-decoder ({architecture or config.model_type}), which reads a prompt and "
@@ -150,3 +163,17 @@ def refuse_model(model: Any, args: Any, role: str) -> None:
             f"{role}={named} is a {architecture}, which does not predict the next token. Use a causal language model "
             "(an architecture that ends in ForCausalLM)"
         )
+
+
+def _described(model: Any, args: Any) -> tuple[Any, str, str]:
+    """A model's configuration (None where it cannot be read), its name and its architecture."""
+    if not isinstance(model, str):
+        inner = unwrapped(model)
+        config, architecture = getattr(inner, "config", None), type(inner).__name__
+        return config, repr(getattr(config, "_name_or_path", "") or architecture), architecture
+    options = dict(getattr(args, "model_init_kwargs", None) or {})
+    trust = options.get("trust_remote_code", getattr(args, "trust_remote_code", False))
+    config = None
+    with contextlib.suppress(Exception):  # what cannot be read is for whoever loads the model to say
+        config = AutoConfig.from_pretrained(model, revision=options.get("revision"), trust_remote_code=trust)
+    return config, repr(model), str(next(iter(getattr(config, "architectures", None) or ()), ""))

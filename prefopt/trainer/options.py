@@ -136,8 +136,8 @@ def refuse_images(model: Any, args: Any, processor: Any, columns: Collection[str
     config, named, _ = _described(model, args)
     if config is not None and getattr(config, "vision_config", None) is None:
         raise ValueError(
-            f"the rows have images in column {media[0]!r}, and {named} reads text alone: take a model that reads "
-            f"images, or train on the texts with train_dataset.remove_columns({media[0]!r})"
+            f"the rows have images in column {media[0]!r}, and {named} reads text alone: take a vision-language "
+            f"model, or train on the texts with train_dataset.remove_columns({media[0]!r})"
         )
 
 

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from prefopt.scoring import cache
 from prefopt.scoring.collate import select_rows
+from tests.reliability.faults import Fault, forked
 from tests.tiny import make_model
 from tests.trainer.cache_processes import run
 from tests.trainer.runs import make_pairs, make_trainer, save_model
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_a_killed_run_leaves_what_the_next_one_goes_on_with(tmp_path):
     save_model(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.trainer.interrupted_run", str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+
+    def work() -> None:
+        cache.WRITE_AFTER = 8
+        run(tmp_path, "plain", "full", "kept", per_device_train_batch_size=4)
+
+    output = tmp_path / "output.txt"
+    assert forked(work, Fault("writing the reference cache", 2), output) == -signal.SIGKILL, output.read_text()[-3000:]
     assert len(list(tmp_path.glob("kept/*/*.safetensors"))) == 1
     assert len(list(tmp_path.glob("kept/*/*.unfinished"))) == 1
     without, resumed = (run(tmp_path, "plain", "full", c, per_device_train_batch_size=4) for c in ("off", "kept"))

@@ -6,23 +6,36 @@ import math
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
+from prefopt.losses import DPO, PreferenceBatch
 from tests.processes import engine_options
 from tests.trainer.runs import make_pairs, make_trainer
 
 BAD = {"a value that is no number": None, "a loss that is not finite": math.inf}
 
 
+class WithAGap(DPO):
+    """A loss with a column of its own, which nothing looks at before a batch is made of it."""
+
+    columns = ("gap",)
+    name = "with_a_gap"
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        return super().per_example(batch) + batch.chosen.columns["gap"]
+
+
 def main(folder: Path, engine: str, fault: str) -> None:
     # In the order of the data, two rows a process and step: the seventh is the second process's, at the second step.
-    weights = [BAD[fault] if i == 6 else 1.0 for i in range(16)]
+    gaps = [BAD[fault] if i == 6 else 1.0 for i in range(16)]
     trainer = make_trainer(
         folder,
-        loss="dpo",
         model=str(folder / "llama-0"),
-        train_dataset=make_pairs(16, weight=weights),
+        train_dataset=make_pairs(16, gap=gaps),
         per_device_train_batch_size=2,
         max_steps=4,
         train_sampling_strategy="sequential",
+        trainer_options={"loss": WithAGap()},
         **engine_options(engine),
     )
     trainer.train()

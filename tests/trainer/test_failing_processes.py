@@ -10,7 +10,7 @@ from tests.trainer.runs import require, save_model
 pytestmark = pytest.mark.distributed
 
 SAYS = {
-    "a value that is no number": "column 'weight' must hold a number in every row, found None",
+    "a value that is no number": "column 'gap' must hold a number in every row, found None",
     "a loss that is not finite": "FloatingPointError: the loss is inf at step 1",
 }
 

@@ -100,8 +100,12 @@ def test_weight_column_scales_examples(tmp_path):
 
 
 def test_weight_that_is_no_number_names_the_column(tmp_path):
-    trainer = make_trainer(tmp_path, loss="dpo", train_dataset=make_pairs(4, weight=[1.0, None, 1.0, 1.0]))
-    with pytest.raises(ValueError, match="column 'weight' must hold a number in every row, found None"):
+    with pytest.raises(ValueError, match=r"bad weight: 1 row, first 1\. Column 'weight' is missing"):
+        make_trainer(tmp_path, loss="dpo", train_dataset=make_pairs(4, weight=[1.0, None, 1.0, 1.0]))
+    # A column that only a loss knows is looked at with its batch.
+    pairs = make_pairs(4, gap=[1.0, None, 1.0, 1.0])
+    trainer = make_trainer(tmp_path, trainer_options={"loss": Margin()}, train_dataset=pairs)
+    with pytest.raises(ValueError, match="column 'gap' must hold a number in every row, found None"):
         trainer.train()
 
 

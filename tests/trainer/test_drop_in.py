@@ -564,8 +564,9 @@ def test_checkpoints_carry_a_model_card(tmp_path: Path, saved: str) -> None:
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert (checkpoint / "model.safetensors").exists()
     card = (tmp_path / "run" / "README.md").read_text()
-    for tag in ("trl", "dpo", "prefopt"):
+    for tag in ("trl", "ipo", "prefopt"):
         assert f"- {tag}\n" in card
+    assert "- dpo\n" not in card
     assert str(trainer.objective) in card
     reloaded = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert not moved(weights(trainer.model), reloaded)

@@ -43,7 +43,9 @@ def trained(folder: Path, adapter: bool, **options: Any) -> tuple[Any, Fused]:
     return trainer, fused
 
 
-@pytest.mark.parametrize("options", [{}, COMPILED], ids=["plain", "compiled"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="plain"), pytest.param(COMPILED, id="compiled", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_the_folder_says_what_the_trained_model_said(tmp_path: Path, adapter: bool, options: dict[str, Any]) -> None:
     trainer, fused = trained(tmp_path, adapter, **options)

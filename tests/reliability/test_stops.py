@@ -23,6 +23,16 @@ from tests.trainer.runs import make_pairs, make_trainer, save_model
 SAVED = {"save_strategy": "steps", "save_steps": 100, "max_steps": 6, "loss": "dpo"}
 
 
+@pytest.fixture(autouse=True)
+def _usual_handlers():
+    """As in a terminal: a shell starts what runs in the background with Ctrl-C ignored."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {signum: signal.signal(signum, handler) for signum, handler in usual.items()}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 class Sends(TrainerCallback):
     """Signals to this process when a step begins, by a clock of its own: real seconds are longer on a busy machine."""
 

@@ -26,10 +26,20 @@ def quiet_libraries() -> None:
 
         disable_progress_bar()
         transformers_logging.disable_progress_bar()
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     for library in ("datasets", "huggingface_hub"):
         # Each has a handler of its own beside the root's, which prints the same line.
         logging.getLogger(library).handlers.clear()
+
+
+class _Lines(logging.Formatter):
+    """Level and message, and of other libraries' messages whose they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        whose = "" if record.name.partition(".")[0] == "prefopt" else f" {record.name}"
+        return f"{record.levelname}{whose}: {super().format(record)}"
 
 
 @contextlib.contextmanager

@@ -100,3 +100,12 @@ def test_a_librarys_line_is_printed_once_by_a_recipe():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in ("datasets.builder", "huggingface_hub.utils._http", "transformers.trainer"):
         assert done.stderr.count(f"a line of {name}") == 1, done.stderr
+
+
+def test_lines_of_ours_say_their_level_and_others_whose_they_are() -> None:
+    script = (
+        "import logging; from prefopt.noise import quiet_libraries; quiet_libraries();"
+        "logging.getLogger('prefopt.trainer.mixin').warning('row %d', 3); logging.getLogger('peft.x').warning('so')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-2:] == ["WARNING: row 3", "WARNING peft.x: so"]

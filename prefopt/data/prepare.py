@@ -14,13 +14,16 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from prefopt.columns import GIVEN_LOGPS
+from prefopt.data.columns import column_names
 from prefopt.data.conversation import Processing, Row
 from prefopt.data.errors import DataError
 from prefopt.data.problems import KINDS
+from prefopt.data.report import Report
 from prefopt.data.row import is_label
 from prefopt.data.row_check import Checked, RowCheck
 from prefopt.data.tokenize import tokenize_dataset
-from prefopt.data.validate import PLAIN_NOTE, Findings, one_label_note, row_check
+from prefopt.data.validate import PLAIN_NOTE, Findings, one_label_note, refuse_partial_ids, row_check
 
 Say = Callable[[str], None]
 
@@ -32,6 +35,9 @@ def silent(line: str) -> None:
 _FOUND = "found in this row"
 _DROPPED_LATER = "no room for a completion"
 """`drop_overlong` drops these rows and says so."""
+
+_NUMBERS = ("label", "weight", *GIVEN_LOGPS, "source", "row")
+"""What is looked at of a row beside its ids."""
 
 _LABELS_SEEN = 1000
 """After so many rows of a stream with one and the same label, that is worth a word."""
@@ -84,7 +90,44 @@ def tokenize_checked(
     findings = Findings(check.sides, roles)
     for index, row in enumerate(marked):
         findings.add(index, row, _read(row[_FOUND]))
-    report = findings.report()
+    _tell(findings.report(), name, say)
+    return marked.remove_columns(_FOUND)
+
+
+def without_tensors(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The set with rows of lists, where its format was set to tensors or arrays: their `+` adds numbers."""
+    if isinstance(dataset, Dataset):
+        return dataset if dataset.format["type"] in (None, "custom") else dataset.with_format(None)
+    return dataset.with_format(None) if isinstance(dataset, IterableDataset) else dataset
+
+
+def check_ids(
+    dataset: Dataset | IterableDataset,
+    *,
+    max_length: int | None,
+    truncation_mode: str,
+    name: str,
+    roles: Collection[str] = ("chosen", "rejected"),
+    say: Say = silent,
+) -> Dataset | IterableDataset:
+    """What can be checked of rows that come as token ids; arguments and errors are those of `tokenize_checked`."""
+    columns = column_names(dataset)
+    sides = ("completion",) if "completion_ids" in columns else ("chosen", "rejected")
+    refuse_partial_ids(columns, sides)
+    check = RowCheck(sides, tuple(columns), None, max_length, truncation_mode)
+    if not isinstance(dataset, Dataset):
+        return dataset.map(_Stream(check, name, roles, say), with_indices=True)
+    if not _CHECKED.get():
+        findings = Findings(sides, roles)
+        ids = [f"{side}_ids" for side in ("prompt", *sides)]
+        looked_at = [column for column in (*ids, *_NUMBERS) if column in columns]
+        for index, row in enumerate(dataset.select_columns(looked_at)):
+            findings.add(index, row, _without_dropped(check.of_ids(row)))
+        _tell(findings.report(), name, say)
+    return dataset
+
+
+def _tell(report: Report, name: str, say: Say) -> None:
     if not report.ok:
         raise DataError(
             f"The {name} set: {report.message()}\nRepair these rows, or leave them out with prefopt.data.clean (see "
@@ -95,15 +138,18 @@ def tokenize_checked(
             say(f"the {name} set, {report.line(problem)}")
     for note in report.notes:
         say(f"the {name} set: {note}")
-    return marked.remove_columns(_FOUND)
 
 
 def _ids_and_findings(row: Row, check: RowCheck) -> dict[str, Any]:
-    checked = check(row)
-    problems = [problem for problem in checked.problems if problem != _DROPPED_LATER]
-    found = {"problems": problems, "said": checked.said, "readable": checked.readable, "plain": checked.plain}
+    checked = _without_dropped(check(row))
+    found = {"problems": checked.problems, "said": checked.said, "readable": checked.readable, "plain": checked.plain}
     names = [f"{name}_ids" for name in ("prompt", *check.sides)]
     return {**(checked.ids or {name: [] for name in names}), _FOUND: json.dumps(found)}
+
+
+def _without_dropped(checked: Checked) -> Checked:
+    checked.problems = [problem for problem in checked.problems if problem != _DROPPED_LATER]
+    return checked
 
 
 def _read(found: str) -> Checked:
@@ -119,7 +165,8 @@ class _Stream:
         self._labels: dict[Any, int] = {}
 
     def __call__(self, row: Row, index: int) -> dict[str, Any]:
-        checked = self._check(row)
+        given = "prompt_ids" in row
+        checked = self._check.of_ids(row) if given else self._check(row)
         place = f"row {index} (from 0) of the streamed {self._name} set"
         if row.get("source") is not None and row.get("row") is not None:
             place += f", which is {row['source']}:{row['row']}"
@@ -135,8 +182,8 @@ class _Stream:
         if checked.plain:
             self._tell(PLAIN_NOTE, f"the streamed {self._name} set: {PLAIN_NOTE}")
         self._count(row)
-        assert checked.ids is not None  # a row without an error has them
-        return dict(checked.ids)
+        assert given or checked.ids is not None  # a row without an error has them
+        return dict(checked.ids or {})
 
     def _count(self, row: Row) -> None:
         labelled = "completion" in row and is_label(row.get("label"))

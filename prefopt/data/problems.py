@@ -54,7 +54,7 @@ _OF_ROWS = {
     ),
     "wrong type: ids": Kind(
         "error",
-        "The row's token ids are no list of whole numbers, or hold numbers beyond the tokenizer's vocabulary.",
+        "The row's token ids are not a list of whole numbers from 0 on, or are beyond the tokenizer's vocabulary.",
         "Remove the columns that end in _ids to have the texts tokenized, or make them with this tokenizer.",
     ),
     "bad log-probability": Kind(
@@ -78,7 +78,7 @@ _OF_ROWS = {
     ),
     "no tokens": Kind(
         "error",
-        "The prompt or a completion comes out without a token: the tokenizer or the chat template drops it.",
+        "The prompt or a completion has no token: it is empty, or the tokenizer or the chat template drops its text.",
         "Look at the row, or at what the template does with its messages.",
     ),
     "same tokens": Kind(

@@ -66,20 +66,24 @@ def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator
         yield "wrong type: date"
     if len({isinstance(row[name], list) for name in ("prompt", *sides) if row[name] is not None}) > 1:
         yield "wrong type: text beside messages"
-    if sides == ("completion",):
-        if not is_label(row["label"]):
-            yield "wrong type: label"
-    elif row["chosen"] is not None and same_texts(row["chosen"], row["rejected"]):
+    if len(sides) == 2 and row["chosen"] is not None and same_texts(row["chosen"], row["rejected"]):
         yield "chosen equals rejected"
-    if "weight" in names and not _is_weight(row.get("weight")):
-        yield "bad weight"
-    if any(name in names and not _is_finite(row.get(name)) for name in GIVEN_LOGPS):
-        yield "bad log-probability"
+    yield from number_problems(row, sides, names)
     if isinstance(row["prompt"], list):
         if not _are_tools(row.get("tools")):
             yield "wrong type: tools"
         if not _are_template_arguments(row.get("chat_template_kwargs")):
             yield "wrong type: chat_template_kwargs"
+
+
+def number_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator[str]:
+    """Problems of the label, the weight and the given log-probabilities."""
+    if sides == ("completion",) and not is_label(row.get("label")):
+        yield "wrong type: label"
+    if "weight" in names and not _is_weight(row.get("weight")):
+        yield "bad weight"
+    if any(name in names and not _is_finite(row.get(name)) for name in GIVEN_LOGPS):
+        yield "bad log-probability"
 
 
 def _holds_a_date(value: Any) -> bool:

@@ -18,7 +18,7 @@ from prefopt.data.conversation import Processing, Row
 from prefopt.data.errors import DataError
 from prefopt.data.problems import KINDS
 from prefopt.data.round_trip import is_rendered, round_trip
-from prefopt.data.row import TOLD, UNREADABLE, row_problems
+from prefopt.data.row import TOLD, UNREADABLE, number_problems, row_problems
 from prefopt.data.templates import template_trouble
 from prefopt.data.tokenize import Tokens, text_tokenizer, tokens_of
 
@@ -80,6 +80,14 @@ class RowCheck:
         if checked.readable:
             told = any(problem in TOLD for problem in checked.problems)
             checked.problems.extend(self._token_problems(row, told, checked))
+        return checked
+
+    def of_ids(self, row: Row) -> Checked:
+        """What is found in a row of token ids, whatever else it holds: its texts, if any, need not be readable."""
+        checked = Checked(list(number_problems(row, self.sides, list(self.columns))))
+        found = self._token_problems(row, False, checked)
+        # Whether their texts differ is not known.
+        checked.problems.extend("chosen equals rejected" if kind == "same tokens" else kind for kind in found)
         return checked
 
     def _token_problems(self, row: Row, told: bool, checked: Checked) -> Iterator[str]:

@@ -62,7 +62,7 @@ def row_check(
     """What is checked of each row of a normalised dataset."""
     columns = column_names(dataset)
     sides = ("chosen", "rejected") if kind(dataset) == "pair" else ("completion",)
-    _refuse_partial_ids(columns, sides)
+    refuse_partial_ids(columns, sides)
     return RowCheck(sides, tuple(columns), tokenizer, max_length, truncation_mode, vocabulary)
 
 
@@ -188,7 +188,7 @@ def _write_dropped(dataset: Dataset | IterableDataset, report: Report, bad: list
     write_whole(path, write)
 
 
-def _refuse_partial_ids(names: list[str], sides: tuple[str, ...]) -> None:
+def refuse_partial_ids(names: list[str], sides: tuple[str, ...]) -> None:
     """Ids come all together or not at all."""
     wanted = ("prompt_ids", *(f"{side}_ids" for side in sides))
     found = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids") if name in names]

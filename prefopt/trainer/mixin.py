@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.data import drop_overlong, normalise
-from prefopt.data.prepare import silent, tokenize_checked
+from prefopt.data.prepare import check_ids, silent, tokenize_checked, without_tensors
 from prefopt.data.prompts import refuse_to_guess
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.unused import MEDIA, without_empty_media
@@ -289,23 +289,24 @@ class LossMixin(
                 tokenizer.pad_token = args.pad_token
             self._own_collator.pad_token_id = tokenizer.pad_token_id
         with args.main_process_first(local=False, desc=f"preparing the {dataset_name} set"):
-            if "prompt_ids" in next(iter(dataset)):
-                return dataset
-            used = (*self.objective.columns, *(() if self._own_collator is not None else MEDIA))
+            dataset = without_tensors(dataset)
             told = dataset_name == "train" and args.should_log
-            dataset = normalise(
-                dataset, transcripts=False, used=used, say=logger.warning if told else lambda line: None
-            )
-            dataset = tokenize_checked(
-                dataset,
-                processing_class,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                name=dataset_name,
-                roles=self.objective.roles,
-                num_proc=getattr(args, "dataset_num_proc", None),
-                say=logger.warning if told else silent,
-            )
+            common = {
+                "max_length": args.max_length,
+                "truncation_mode": args.truncation_mode,
+                "name": dataset_name,
+                "roles": self.objective.roles,
+                "say": logger.warning if told else silent,
+            }
+            if "prompt_ids" in next(iter(dataset)):
+                if self._own_collator is None or not isinstance(dataset, Dataset | IterableDataset):
+                    return dataset
+                dataset = check_ids(dataset, **common)
+                return drop_overlong(dataset, args.max_length, args.truncation_mode, dataset_name)
+            used = (*self.objective.columns, *(() if self._own_collator is not None else MEDIA))
+            dataset = normalise(dataset, transcripts=False, used=used, say=common["say"])
+            processes = getattr(args, "dataset_num_proc", None)
+            dataset = tokenize_checked(dataset, processing_class, num_proc=processes, **common)
             return drop_overlong(dataset, args.max_length, args.truncation_mode, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:

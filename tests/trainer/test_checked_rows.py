@@ -80,6 +80,61 @@ def test_a_bad_row_is_refused_by_name_and_number(tmp_path: Path, name: str, stre
     assert "train set" in str(caught.value)
 
 
+IDS = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 2], "rejected_ids": [10, 11, 2]}
+BAD_IDS = {
+    "empty prompt": ({"prompt_ids": []}, "no tokens"),
+    "empty completion": ({"chosen_ids": []}, "no tokens"),
+    "null": ({"rejected_ids": None}, "wrong type: ids"),
+    "a mask's number": ({"chosen_ids": [8, -100]}, "wrong type: ids"),
+    "equal": ({"rejected_ids": IDS["chosen_ids"]}, "chosen equals rejected"),
+    "cut alike": ({"chosen_ids": [8] * 40 + [3], "rejected_ids": [8] * 40 + [4]}, "same tokens at this length"),
+    "weight": ({"weight": -1.0}, "bad weight"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", BAD_IDS)
+def test_a_bad_row_of_token_ids_is_refused_by_name_and_number(tmp_path: Path, name: str, streaming: bool) -> None:
+    change, kind = BAD_IDS[name]
+    good = {**IDS, **({"weight": 1.0} if "weight" in change else {})}
+    data = Dataset.from_list([good, good, {**good, **change}])
+    with pytest.raises(DataError, match=kind) as caught:
+        build(tmp_path, data.to_iterable_dataset() if streaming else data, max_length=32).train()
+    place = "row 2 (from 0) of the streamed train set" if streaming else "1 row, first 2."
+    assert place in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_beside_token_ids_are_never_guessed(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"prompt_ids": [5], "completion_ids": [6, 7], "label": label} for label in ("true", "false")]
+    data = Dataset.from_list(rows)
+    with pytest.raises(DataError, match="wrong type: label"):
+        build(tmp_path, data.to_iterable_dataset() if streaming else data, loss="kto").train()
+
+
+def test_token_ids_that_leave_no_room_are_dropped_and_cut_ones_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = {"prompt_ids": [5] * 40}, {"chosen_ids": [8] * 40, "rejected_ids": [9] * 40}
+    trainer = build(tmp_path, [IDS, *({**IDS, **change} for change in long)], max_length=32)
+    assert [len(ids) for ids in trainer.train_dataset["prompt_ids"]] == [3, 3]
+    assert "dropped 1 of 3 rows of the train set" in warned(caplog)
+    assert warned(caplog).count("truncated completion") == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+@pytest.mark.parametrize("row", [IDS, PAIRS[0]])
+def test_sets_that_give_tensors_are_read_as_lists(
+    tmp_path: Path, row: dict[str, Any], form: str, streaming: bool
+) -> None:
+    rows: list[list[int]] = []
+    for data in (Dataset.from_list([row]), Dataset.from_list([row]).with_format(form)):
+        trainer = build(tmp_path, data.to_iterable_dataset() if streaming else data)
+        rows.append(next(iter(trainer.get_train_dataloader()))["input_ids"].tolist())
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("labels", [["true", "false"], [1, -1], [1.0, 0.0], ["chosen", "rejected"], [True, None]])
 def test_labels_are_never_guessed(tmp_path: Path, labels: list[Any], streaming: bool) -> None:

@@ -1,7 +1,7 @@
 """What a loss is: a small module that maps scored completions to a scalar, says what it needs, and adds to others.
 
-Lives here: `Need`, `LossOutput`, `Loss`, `PairLoss` and the weighted sum. Imports torch and its two neighbours
-(`scores`, `distributed`); it never sees a model, a trainer or a data set.
+Lives here: `Need`, `LossOutput`, `Loss`, `PairLoss` and the weighted sum. Imports torch and its neighbours
+(`scores`, `values`, `distributed`); it never sees a model, a trainer or a data set.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prefopt.losses.distributed import global_sum, world_size
 from prefopt.losses.scores import PreferenceBatch, Scores
+from prefopt.losses.values import values_of
 
 
 class Need(enum.Flag):
@@ -203,13 +204,20 @@ class Loss(nn.Module):
         """Score a batch.
 
         Raises:
-            ValueError: if a role, a reference or a column that this loss needs is missing from the batch.
+            ValueError: if a role, a reference or a column that this loss needs is missing from the batch, or if
+                `per_example` returns anything but a value an example.
         """
         self._check(batch)
         batch = batch.at_least_float32()
-        values = self.per_example(batch)
+        values = values_of(self, batch, self._absent())
         weighted = values if (weight := self._weights(batch)) is None else values * weight.to(values.dtype)
         return LossOutput(weighted.sum() / self._count(values, batch), values, self._metrics(batch))
+
+    def _absent(self) -> dict[str, str]:
+        """Fields of the scores that this loss does not ask for, and the need that each comes with."""
+        needs = self.needs | (Need.TOKENS if self.needs & PER_TOKEN else Need.NONE)
+        absent = {name: need for need, (names, _) in _FIELDS.items() if need not in needs for name in names}
+        return {name: f"Need.{need.name}" for name, need in absent.items()}
 
     def hyperparameters(self) -> dict[str, Any]:
         """Constructor arguments and their values, in order."""

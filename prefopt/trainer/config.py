@@ -322,7 +322,11 @@ def resolve_objective(loss: Loss | str | None, args: Any) -> Loss | None:
         args: a `PreferenceConfig` or `trl.DPOConfig`, or None for TRL's defaults.
     """
     if loss is not None and not isinstance(loss, (Loss, str)):
-        raise TypeError(f"loss must be a Loss or a loss expression such as 'dpo(beta=0.1)', got {loss!r}")
+        raise TypeError(
+            f"loss must be a Loss, as loss=Mine(...), or a loss expression such as 'dpo(beta=0.1)', got {loss!r}"
+        )
+    if isinstance(loss, Loss) and "_modules" not in vars(loss):
+        raise TypeError(f"{type(loss).__name__}.__init__ must call super().__init__() before anything else")
     if args is None:
         return parse("dpo(beta=0.1)" if loss is None else loss) if not isinstance(loss, Loss) else loss
     given = loss if loss is not None else getattr(args, "loss", None)

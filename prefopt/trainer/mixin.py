@@ -48,7 +48,7 @@ from prefopt.trainer.options import OptionsMixin, refuse_images, refuse_model
 from prefopt.trainer.publishing import PublishingMixin
 from prefopt.trainer.saving import CheckpointMixin
 from prefopt.trainer.scoring import ScoringMixin
-from prefopt.trainer.start import StartCheck, StartMixin
+from prefopt.trainer.start import StartCheck, StartMixin, check_separate
 from prefopt.trainer.tokens import LengthsMixin
 from prefopt.trainer.trackers import track
 from prefopt.weights import check_folder
@@ -194,6 +194,12 @@ class LossMixin(
                 f"{type(self).__name__} makes its own configuration, so the objective could not be read from it "
                 "ahead: pass loss=... as well"
             )
+        for role, other in (
+            ("ref_model", None if own_reference else self.ref_model),
+            ("previous_model", previous_model),
+        ):
+            if other is not None:
+                check_separate(self.model, other, role)
         self._previous_model = self._make_previous(self.objective, previous_model)
         if own_reference and adapters.changes_base(bound.get("peft_config")):
             self._keep_first_adapter()
@@ -343,6 +349,7 @@ class LossMixin(
         if self.objective is None:
             return super()._compute_loss(model, inputs, return_outputs)
         self._scored = True
+        self._check_causal(model, inputs)
         try:
             batch, outputs = self._score(model, inputs, all_logits=return_outputs)
         except ValueError as error:
@@ -359,6 +366,11 @@ class LossMixin(
         if getattr(self, "aux_loss_enabled", False):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
             self._means.add("aux_loss", outputs.aux_loss.reshape(1))
+        if self.model.training and torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"{self.objective} returns values without a gradient, so nothing would be trained: compute them from "
+                "the scores with torch operations, without detach(), no_grad() or comparisons"
+            )
         self._refuse_non_finite(loss, batch, output, inputs)
         if self._share > 0:
             self._means.add_all(batch_metrics(batch, output))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from prefopt.losses import Loss, Need, PreferenceBatch
+from prefopt.scoring.causal import looks_ahead
+from prefopt.scoring.model import unwrapped
 from prefopt.trainer.tokens import check_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -82,14 +84,35 @@ class StartMixin:
         # What is not finite is for the check of the loss, which names the examples.
         if worst_gap <= tolerance or not math.isfinite(worst_gap):
             return
-        message = (
+        self._refuse(
             f"policy and reference differ before the first update: up to {worst_gap:.3g} nats per token, "
             f"{tolerance:g} accepted. Every log-ratio of this run would be off by as much. Usual causes: dropout that "
             "is still on (attention_dropout, an adapter's), an adapter that does not start at zero "
-            f"(init_lora_weights), a reference in another dtype (policy: {self.model.dtype}) or from another "
-            "checkpoint. Pass ref_model=... to use a different reference on purpose, raise step0_tolerance, or set "
-            "step0_check to 'warn' or 'off'"
+            f"(init_lora_weights, init_weights), a reference in another dtype (policy: {self.model.dtype}) or from "
+            "another checkpoint. Pass ref_model=... to use a different reference on purpose, raise step0_tolerance, "
+            "or set step0_check to 'warn' or 'off'",
+            mode,
         )
+
+    def _check_causal(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Before the first batch is scored, as some models (RWKV) change weights when they are put in another mode."""
+        mode = getattr(self.args, "step0_check", "error")
+        if self._start_checked or not self.model.training or mode == "off" or "pixel_values" in inputs:
+            return
+        if not (gap := looks_ahead(model, inputs)):
+            return
+        config: Any = getattr(unwrapped(model), "config", None)
+        decoder = " Set is_decoder=True in its configuration, or use" if hasattr(config, "is_decoder") else " Use"
+        self._refuse(
+            f"{type(unwrapped(model)).__name__} sees tokens that come later (with another last token, the logits "
+            f"before it differ by {gap:.1%}), so what it gives are not probabilities of the next token.{decoder} a "
+            "causal language model (an architecture that ends in ForCausalLM). To go on anyway, set step0_check to "
+            "'warn' or 'off'",
+            mode,
+        )
+
+    @staticmethod
+    def _refuse(message: str, mode: str) -> None:
         if mode == "error":
             raise ValueError(message)
         logger.warning(message)
@@ -107,6 +130,7 @@ class StartCheck(TrainerCallback):
         self._settled = False
         self._before: list[_Sample] | None = None  # None where nothing was looked at
         self._empty = 0
+        self._at_end = ""  # what is said if no step takes the full learning rate
 
     @property
     def _mode(self) -> str:
@@ -117,7 +141,7 @@ class StartCheck(TrainerCallback):
         trainer = self._trainer
         # DeepSpeed keeps finer copies of the weights elsewhere, and takes its step within the backward pass.
         self._settled = trainer.is_deepspeed_enabled or self._mode == "off"
-        self._before, self._empty = None, 0
+        self._before, self._empty, self._at_end = None, 0, ""
         model = trainer.accelerator.unwrap_model(trainer.model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(_nothing_to_train(model))
@@ -136,6 +160,8 @@ class StartCheck(TrainerCallback):
                 "grad_norm and in clipping. Add them to the optimizer, or call requires_grad_(False) on them",
                 *(len(outside), _some(outside)),
             )
+        if all(group.get("initial_lr", group["lr"]) == 0 for group in optimizer.param_groups):
+            logger.warning("the learning rate is 0, so nothing will be trained: set learning_rate above 0")
 
     def on_pre_optimizer_step(self, _: Any, state: Any, *__: Any, optimizer: Any = None, **___: Any) -> None:
         # During a warm-up, looking at steps 1, 2, 4, 8 ... is enough.
@@ -145,7 +171,7 @@ class StartCheck(TrainerCallback):
         if step & (step - 1) == 0 or all(at_peak(group) for group in optimizer.param_groups):
             self._before = list(_samples(optimizer))
 
-    def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+    def on_optimizer_step(self, _: Any, state: Any, *__: Any, optimizer: Any = None, **___: Any) -> None:
         samples, self._before = self._before, None
         # Whether samples were taken depends on the step and the rate alone, so it is the same on every process.
         if self._settled or optimizer is None or self._trainer.accelerator.optimizer_step_was_skipped:
@@ -168,7 +194,7 @@ class StartCheck(TrainerCallback):
             moved, total = sum(m for m, _, _ in everyone), sum(t for _, t, _ in everyone)
             coarse = any(c for _, _, c in everyone)
         if total >= JUDGED:
-            self._judge(moved, total, coarse, optimizer)
+            self._judge(moved, total, coarse, optimizer, state.global_step + 1)
 
     def _count_empty(self) -> None:
         self._empty += 1
@@ -180,32 +206,39 @@ class StartCheck(TrainerCallback):
                 self._empty,
             )
 
-    def _judge(self, moved: int, total: int, coarse: bool, optimizer: Any) -> None:
+    def _judge(self, moved: int, total: int, coarse: bool, optimizer: Any, step: int) -> None:
         share = moved / total
         coarse = coarse and not _keeps_finer_copy(optimizer)
         enough = share >= FEW if coarse else moved > 0
         full_rate = all(at_peak(group) for group in optimizer.param_groups)
-        self._settled = enough or full_rate
-        if enough or not full_rate:
+        self._settled, self._at_end = enough or full_rate, ""
+        if enough:
             return
         rate = max(float(group["lr"]) for group in optimizer.param_groups)
         if not coarse:
-            said = (
-                f"the first update at the full learning rate ({rate:g}) moved none of {total} weights that were "
-                "looked at, although they have gradients: nothing is trained. Raise the learning rate, or look at the "
-                "optimizer: it may hold copies of the weights in place of the model's own"
+            found = (
+                f"moved none of {total} weights that were looked at, although they have gradients: nothing is "
+                "trained. Raise the learning rate, or look at the optimizer: it may hold copies of the weights in "
+                "place of the model's own"
             )
         else:
-            said = (
-                f"the first update at the full learning rate ({rate:g}) moved {moved} of {total} weights that were "
-                f"looked at ({share:.1%}): in half precision the others are rounded back to what they were. Keep the "
-                "weights in float32 and compute in bfloat16 (--dtype float32 --bf16 true; in Python "
-                "model_init_kwargs={'dtype': 'float32'} and bf16=True), or train an adapter, or raise the learning "
-                "rate"
+            found = (
+                f"moved {moved} of {total} weights that were looked at ({share:.1%}): in half precision the others "
+                "are rounded back to what they were. Keep the weights in float32 and compute in bfloat16 "
+                "(--dtype float32 --bf16 true; in Python model_init_kwargs={'dtype': 'float32'} and bf16=True), or "
+                "train an adapter, or raise the learning rate"
             )
+        if not full_rate:
+            self._at_end = f"the run ended before its full learning rate; update {step} (at {rate:g}) {found}"
+            return
+        said = f"the first update at the full learning rate ({rate:g}) {found}"
         if share < LOST and self._mode == "error":
             raise ValueError(f"{said}. To go on anyway, set step0_check to 'warn' or 'off'")
         logger.warning(said)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self._at_end:
+            logger.warning(self._at_end)
 
 
 @dataclass
@@ -274,6 +307,26 @@ def _keeps_finer_copy(optimizer: Any) -> bool:
     state: Any = next(iter(states.values()), {})
     names = [str(name).lower() for name in (state if isinstance(state, dict) else {})]
     return any(word in name for name in names for word in _FINER_COPY)
+
+
+def check_separate(policy: nn.Module, other: nn.Module, role: str) -> None:
+    """Refuse a model to compare with that would be trained along with the policy.
+
+    Args:
+        policy: the trained model.
+        other: which is compared with.
+        role: the argument that it was passed as.
+
+    Raises:
+        ValueError: naming parameters that both of them have and that are trained.
+    """
+    theirs = {id(parameter) for parameter in other.parameters()}
+    if shared := [name for name, p in policy.named_parameters() if p.requires_grad and id(p) in theirs]:
+        raise ValueError(
+            f"{role} shares {len(shared)} trained parameters with the model ({_some(shared)}), so it would change "
+            f"with it and the two would hardly differ: load {role} on its own with from_pretrained, or make it with "
+            "copy.deepcopy before an adapter is added to the model"
+        )
 
 
 def _nothing_to_train(model: Any) -> str:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, MixtralConfig, RwkvConfig, XLNetConfig
 
+from prefopt.losses import PairLoss
+from tests.tiny import make_tokenizer
 from tests.trainer.runs import make_trainer, save_model
 
 LOGGER = "prefopt.trainer.start"
@@ -136,7 +138,6 @@ def test_where_too_few_weights_have_a_gradient_nothing_is_judged(tmp_path, monke
     [
         {"learning_rate": 5e-7},
         {"learning_rate": 1e-6, "warmup_steps": 100},
-        {"learning_rate": 0.0},
         {"learning_rate": 1e-3, "warmup_steps": 3, "model_init_kwargs": {"dtype": "bfloat16"}},
         {
             "learning_rate": 5e-7,
@@ -146,7 +147,7 @@ def test_where_too_few_weights_have_a_gradient_nothing_is_judged(tmp_path, monke
         {"loss": "hinge(beta=0.1)", "learning_rate": 1e-3, "optim": "sgd"},
         {"optim": "adafactor", "learning_rate": 1e-4},
     ],
-    ids=["float32", "warm-up", "no rate", "bf16 warm-up", "bf16 with LoRA", "sgd", "adafactor"],
+    ids=["float32", "warm-up", "bf16 warm-up", "bf16 with LoRA", "sgd", "adafactor"],
 )
 def test_healthy_runs_pass_without_a_word(tmp_path, caplog, options):
     with caplog.at_level(logging.WARNING, LOGGER):
@@ -167,3 +168,106 @@ def test_updates_without_any_gradient_get_one_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, LOGGER):
         make_trainer(tmp_path, loss="npo(beta=0.1)", max_steps=12, train_dataset=rows, learning_rate=1e-3).train()
     assert [r.getMessage()[:30] for r in caplog.records if r.name == LOGGER] == ["no weight had a gradient in th"]
+
+
+# ---- models to compare with, models that are not causal, losses ------------------------------------------
+
+
+def sharing(model):
+    """Another model around the same layers."""
+    other = AutoModelForCausalLM.from_config(model.config)
+    other.model = model.model
+    return other
+
+
+@pytest.mark.parametrize("role", ["ref_model", "previous_model"])
+def test_a_model_to_compare_with_that_would_be_trained_is_refused(tmp_path, role):
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    loss = {"ref_model": "dpo(beta=0.1)", "previous_model": "inpo"}[role]
+    with pytest.raises(ValueError, match=rf"{role} shares 20 trained parameters .*model\.embed_tokens\.weight"):
+        make_trainer(tmp_path, model=model, loss=loss, trainer_options={role: sharing(model)})
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_base_that_an_adapter_was_put_into_is_no_reference(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    model = get_peft_model(base, lora())
+    with pytest.raises(ValueError, match=r"ref_model shares 8 trained parameters .*lora_A"):
+        make_trainer(tmp_path, model=model, trainer_options={"ref_model": base})
+
+
+def test_what_is_frozen_may_be_shared(tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    reference = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    model.model.embed_tokens.requires_grad_(False)
+    reference.model.embed_tokens = model.model.embed_tokens
+    make_trainer(tmp_path, model=model, max_steps=2, trainer_options={"ref_model": reference}).train()
+    assert not [record for record in caplog.records if record.name == LOGGER]
+
+
+def test_a_learning_rate_of_zero_gets_one_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, LOGGER):
+        make_trainer(tmp_path, max_steps=3, learning_rate=0.0).train()
+    assert [r.getMessage()[:22] for r in caplog.records if r.name == LOGGER] == ["the learning rate is 0"]
+
+
+def test_a_run_that_ends_within_its_warm_up_says_what_was_rounded_away(tmp_path, caplog):
+    options = {"model_init_kwargs": {"dtype": "bfloat16"}, "learning_rate": 1e-5, "warmup_steps": 100}
+    with caplog.at_level(logging.WARNING, LOGGER):
+        make_trainer(tmp_path, max_steps=5, **options).train()
+    assert [r.getMessage()[:55] for r in caplog.records if r.name == LOGGER] == [
+        "the run ended before its full learning rate; update 4 ("
+    ]
+
+
+SIZES = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize(
+    ("config", "decoder"),
+    [
+        (BertConfig(**SIZES, intermediate_size=64), True),
+        (XLNetConfig(vocab_size=400, d_model=32, n_layer=2, n_head=4), False),
+    ],
+    ids=["bert", "xlnet"],
+)
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path, config, decoder, layout):
+    path = saved(config, tmp_path)
+    with pytest.raises(ValueError, match=r"sees tokens that come later .*step0_check") as caught:
+        make_trainer(tmp_path, model=path, max_steps=1, layout=layout).train()
+    assert ("is_decoder=True" in str(caught.value)) == decoder
+    make_trainer(tmp_path, model=path, max_steps=1, layout=layout, step0_check="off").train()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**SIZES, intermediate_size=64, is_decoder=True),
+        RwkvConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2),
+        MixtralConfig(**SIZES, num_key_value_heads=2, intermediate_size=64, router_jitter_noise=0.1),
+    ],
+    ids=["decoder", "recurrent", "experts"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_causal_models_are_taken(tmp_path, config, dtype):
+    path = saved(config, tmp_path)
+    options = {"model_init_kwargs": {"dtype": dtype}, "disable_dropout": False, "step0_tolerance": 10.0}
+    assert make_trainer(tmp_path, model=path, max_steps=2, **options).train().global_step == 2
+
+
+def saved(config, folder):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def test_a_loss_without_a_gradient_is_refused(tmp_path):
+    class Detached(PairLoss):
+        def per_example(self, batch):
+            return (batch.rejected.logps - batch.chosen.logps).detach()
+
+    with pytest.raises(ValueError, match=r"Detached\(\) returns values without a gradient"):
+        make_trainer(tmp_path, max_steps=1, trainer_options={"loss": Detached()}).train()

@@ -151,9 +151,9 @@ _OF_ROWS = {
     ),
     "generation prompt does not fit": Kind(
         "warning",
-        "The chat template ends the prompt otherwise than this completion begins (with an empty thought where the "
-        "completion has one, or with an opened thought that the completion does not close), so the model is trained "
-        "behind an end that does not belong to such an answer.",
+        "The chat template ends the prompt in another way than this completion begins (an empty thought where the "
+        "completion has one, say, or an opened thought that it does not close), and the model is trained on the two "
+        "together.",
         "Choose the template's other mode (chat_template_kwargs), another template, or answers of the other kind.",
     ),
     "prompt text twice": Kind(

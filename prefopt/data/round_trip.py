@@ -98,7 +98,8 @@ class _Trip:
         scored = self._space.decode(ids)
         text = self._space.known(scored)
         messages = for_template(self._row[self._sides[index]], self._processing)
-        missing, left = self._space.take([p for message in messages for p in pieces_of(message)], text)
+        pieces = [piece for message in messages for piece in pieces_of(message)]
+        missing, left = self._space.take(pieces, text)
         lost = [piece for piece in missing if not self._opened(piece, text)]
         for piece in lost[:1]:
             yield self._beside("completion is not scored", piece.text, scored, "scored tokens")
@@ -111,7 +112,9 @@ class _Trip:
         if not missing:
             tail = left.rpartition(TAKEN)[2]
             yield from _ending(ids, tail, scored, self._tokenizer)
-            if (begin := self._space.known(answers_begin(self._processing))) and begin in tail:
+            begin = self._space.known(answers_begin(self._processing))
+            # A text of unknown characters alone stands nowhere, so what is behind it is not known either.
+            if begin and begin in tail and left.count(TAKEN) == len(pieces):
                 yield Finding("another answer begins", f"Scored tokens {_excerpt(scored)}.")
 
     @property

@@ -327,6 +327,11 @@ def test_unknown_characters_at_the_end_are_no_end_tokens() -> None:
     row = pair([user("how")], "so ☃☃", "no ☃")
     assert tokenizer.unk_token_id in tokenize_row(row, tokenizer)["chosen_ids"]
     assert found(row, tokenizer) == {}
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.thinking %}{{ m.thinking + eos_token }}{% endif %}"
+        "{{ ' user ' if m.role == 'assistant' }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    assert found(pair([user("how")], [answer("☃", thinking="so")], "no"), tokenizer) == {}
 
 
 def test_plain_text_beside_a_chat_template_gets_one_line() -> None:

@@ -42,7 +42,7 @@ def ends_with_a_message():
 
 
 @given(st.dictionaries(st.sampled_from([*USED, *USED, *OPTIONS]) | TEXTS, st.one_of(SCALARS, NESTED), max_size=3))
-@examples(8)
+@examples(4)
 def test_any_mapping_is_read_or_refused(tmp_path_factory, options):
     path = tmp_path_factory.mktemp("yaml") / "run.yaml"
     path.write_text(yaml.safe_dump(options, allow_unicode=False), encoding="utf-8")
@@ -62,7 +62,7 @@ PIECES = (
     st.lists(st.sampled_from([*PIECES, *NASTY]), max_size=8).map("".join) | st.text(max_size=40),
     st.sampled_from(["utf-8", "utf-8", "utf-16", "latin-1"]),
 )
-@examples(8)
+@examples(4)
 def test_any_text_is_read_or_refused(tmp_path_factory, text, encoding):
     path = tmp_path_factory.mktemp("yaml") / "run.yaml"
     path.write_bytes(text.encode(encoding, "surrogatepass" if encoding != "latin-1" else "replace"))
@@ -81,7 +81,7 @@ WORDS = st.one_of(
 
 
 @given(st.lists(WORDS, max_size=4).filter(lambda words: not {"-h", "--help"} & set(words)))
-@examples(8)
+@examples(4)
 def test_any_command_line_is_read_or_refused(words):
     with no_hang(), ends_with_a_message():
         parse_arguments("dpo", words)

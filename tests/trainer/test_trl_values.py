@@ -169,7 +169,8 @@ def test_same_value_and_gradient(tmp_path, plain, options, expression):
     _, theirs, their_gradient = loss_and_gradient(tmp_path, DPOTrainer, DPOConfig, options)
     run, ours, our_gradient = loss_and_gradient(tmp_path, PreferenceTrainer, PreferenceConfig, options)
     assert str(run.objective) == str(parse(expression))
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    # A loss near zero is what is left of log-probabilities of some dozens of nats.
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     # discopop's blend and the divergences' exponentials enlarge what float32 rounds off in the log-probabilities.
     assert (our_gradient - their_gradient).norm() <= 5e-5 * their_gradient.norm()
     # The option did something, and there is something to compare.

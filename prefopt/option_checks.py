@@ -68,7 +68,7 @@ def refuse_out_of_range(training: PreferenceConfig, model: ModelConfig) -> None:
         value = getattr(model if hasattr(model, name) else training, name, None)
         # `inf` as a learning rate or a norm is a slip too, and nan is in no range.
         if value is not None and not (least <= value <= most and math.isfinite(value)):
-            limits = f"of at least {least}" if most >= 2**31 else f"from {least} to {most}"
+            limits = f"of at least {least}" if most in (2**31, math.inf) else f"from {least} to {most}"
             raise SystemExit(f"--{name} must be a finite number {limits}, got {value}")
 
 

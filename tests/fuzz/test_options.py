@@ -147,7 +147,7 @@ def test_what_the_fuzzing_found_in_words(words, message):
 def test_text_for_a_list_and_no_value_where_there_may_be_none(tmp_path):
     config = _write(
         tmp_path,
-        b"columns: prompt=q\ndataset_name: x\nmax_length: ~\nlora_target_modules: all-linear\n"
+        b"columns: prompt=q\ndataset_name: x\nmax_length: ~\nuse_peft: true\nlora_target_modules: all-linear\n"
         b"gradient_checkpointing: 'false'\nlearning_rate: '1e-4'\n",
     )
     recipe = parse_arguments("dpo", ["--config", config])

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined,
 from transformers.integrations import integration_utils
 from transformers.utils import is_liger_kernel_available
 
-from prefopt.columns import EMBEDDINGS
+from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.data.columns import column_names, kind_of_columns
 from prefopt.losses import ConflictFree, Loss, Need
 from prefopt.scoring import extras_for
@@ -262,6 +262,11 @@ def _mismatched(plan: RunPlan, objective: Loss) -> None:
 def _precomputed(plan: RunPlan, objective: Loss) -> None:
     if plan.option("precompute_ref_log_probs", False) and objective.needs & _OF_TOKENS and objective.needs.compares:
         raise ValueError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
+    if plan.option("precompute_ref_log_probs", False) and (given := sorted({*plan.columns} & {*GIVEN_LOGPS[:2]})):
+        raise ValueError(
+            f"precompute_ref_log_probs=True computes {' and '.join(given)}, which the data has already: take them out "
+            f"with train_dataset.remove_columns({given})"
+        )
 
 
 def _sampled(plan: RunPlan, objective: Loss) -> None:

@@ -44,7 +44,7 @@ from prefopt.trainer.dropout import DropoutMixin
 from prefopt.trainer.evaluation import EvaluationMixin
 from prefopt.trainer.finite import FiniteMixin, StepGuard
 from prefopt.trainer.learned import LearnedLoss
-from prefopt.trainer.options import OptionsMixin, refuse_images, refuse_model
+from prefopt.trainer.options import OptionsMixin, refuse_images, refuse_model, refuse_nameless
 from prefopt.trainer.publishing import PublishingMixin
 from prefopt.trainer.saving import CheckpointMixin
 from prefopt.trainer.scoring import ScoringMixin
@@ -164,6 +164,8 @@ class LossMixin(
             for role, model in models.items():
                 if model is not None:
                     refuse_model(model, args, role)
+            if models["ref_model"] is None and not adapter and not getattr(args, "precompute_ref_log_probs", False):
+                refuse_nameless(models["model"], self.objective)
             refuse_images(models["model"], args, bound.get("processing_class"), sample)
             adapters.check_adapters(models["model"], bound.get("peft_config"), models["ref_model"] is None)
             if args is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from transformers import AutoConfig, ProcessorMixin
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, ProcessorMixin
 
 from prefopt.losses import Loss
 from prefopt.scoring.model import unwrapped
@@ -153,6 +153,10 @@ def refuse_model(model: Any, args: Any, role: str) -> None:
         ValueError: naming the model and what it is.
     """
     config, named, architecture = _described(model, args)
+    if config is None and not isinstance(model, str):
+        raise ValueError(
+            f"{role} is a {architecture}, not a transformers model: pass a model, or the name or folder of one"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{role}={named} is an encoder-decoder ({architecture or config.model_type}), which reads a prompt and "
@@ -162,6 +166,32 @@ def refuse_model(model: Any, args: Any, role: str) -> None:
         raise ValueError(
             f"{role}={named} is a {architecture}, which does not predict the next token. Use a causal language model "
             "(an architecture that ends in ForCausalLM)"
+        )
+    if architecture in _names(MODEL_MAPPING, config) - _names(MODEL_FOR_CAUSAL_LM_MAPPING, config):
+        raise ValueError(
+            f"{role}={named} is a {architecture}, a network without the head that predicts tokens. Load it with "
+            "AutoModelForCausalLM, from weights that were saved with their head"
+        )
+
+
+def _names(mapping: Any, config: Any) -> set[str]:
+    """What the classes are called that transformers has for a configuration."""
+    found = mapping.get(type(config), ())
+    return {one.__name__ for one in (found if isinstance(found, tuple) else (found,))}
+
+
+def refuse_nameless(model: Any, objective: Loss) -> None:
+    """Refuse a model made in memory where TRL loads a reference, whatever the objective, from where it came from.
+
+    Raises:
+        ValueError: saying how to pass one.
+    """
+    config = None if isinstance(model, str) else getattr(unwrapped(model), "config", None)
+    if config is not None and not getattr(config, "_name_or_path", ""):
+        copied = ", pass ref_model=copy.deepcopy(model)" if objective.needs.frozen else ""
+        raise ValueError(
+            f"model is a {type(unwrapped(model)).__name__} made in memory, and TRL loads a reference from where the "
+            f"model came from: save the model (save_pretrained) and pass its folder{copied}, or train an adapter"
         )
 
 

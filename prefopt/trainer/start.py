@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from prefopt.losses import Loss, Need, PreferenceBatch
+from prefopt.scoring import extras_for
 from prefopt.scoring.causal import looks_ahead
 from prefopt.scoring.model import unwrapped
-from prefopt.trainer.tokens import check_vocabulary
+from prefopt.trainer.tokens import check_same_vocabulary, check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ class StartMixin:
         models = {"policy": self.model, "reference": self.ref_model, "previous iterate": self._previous_model}
         heldout = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        assert self.objective is not None
+        if self.ref_model is not None and extras_for(self.objective).full_reference:
+            check_same_vocabulary(self.objective, self.model, self.ref_model)
         return check_vocabulary({"train": self.train_dataset, **heldout}, models, tokenizer)
 
     def _check_start(self, batch: PreferenceBatch) -> None:
@@ -89,8 +93,8 @@ class StartMixin:
             f"{tolerance:g} accepted. Every log-ratio of this run would be off by as much. Usual causes: dropout that "
             "is still on (attention_dropout, an adapter's), an adapter that does not start at zero "
             f"(init_lora_weights, init_weights), a reference in another dtype (policy: {self.model.dtype}) or from "
-            "another checkpoint. Pass ref_model=... to use a different reference on purpose, raise step0_tolerance, "
-            "or set step0_check to 'warn' or 'off'",
+            "another checkpoint (that of a model changed in memory is loaded as it was). Pass ref_model=... to use a "
+            "different reference on purpose, raise step0_tolerance, or set step0_check to 'warn' or 'off'",
             mode,
         )
 

@@ -96,6 +96,21 @@ def check_vocabulary(datasets: dict[str, Any], models: dict[str, Any], tokenizer
     return limit
 
 
+def check_same_vocabulary(objective: Any, policy: nn.Module, reference: nn.Module) -> None:
+    """Refuse to compare distributions over different vocabularies.
+
+    Raises:
+        ValueError: naming the objective and both sizes.
+    """
+    mine, theirs = vocabulary_of(policy), vocabulary_of(reference)
+    if mine and theirs and mine != theirs:
+        raise ValueError(
+            f"{objective} compares next-token distributions, but the policy has {mine} tokens and the reference "
+            f"{theirs}: call resize_token_embeddings({max(mine, theirs)}) on the smaller one, or pass a reference of "
+            "the policy's own family"
+        )
+
+
 def beyond(role: str, limit: int, tokenizer: Any) -> str:
     """The end of a sentence about an id that a model does not know."""
     return (

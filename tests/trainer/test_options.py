@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -26,7 +28,7 @@ from transformers import (
 from prefopt import PreferenceConfig
 from prefopt.trainer.options import REFUSED
 from prefopt.trainer.tokens import example_lengths
-from tests.tiny import TEXT_SIZES, make_tokenizer
+from tests.tiny import TEXT_SIZES, make_model, make_tokenizer
 from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model, train
 
 DOCS = Path(__file__).parents[2] / "docs" / "options.md"
@@ -227,3 +229,36 @@ def test_a_streamed_batch_with_an_unknown_id_is_refused_before_the_model_sees_it
 
 def test_models_with_more_embeddings_than_the_tokenizer_has_tokens_are_fine(tmp_path):
     train(tmp_path, model=save_model(tmp_path), max_steps=1)
+
+
+# ---- models that are passed as objects -----------------------------------------------------------------------------
+
+
+def test_a_model_made_in_memory_says_how_it_gets_a_reference(tmp_path):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM made in memory.*ref_model=copy\.deepcopy\(model\)"):
+        make_trainer(tmp_path, model=make_model())
+    with pytest.raises(ValueError, match=r"pass its folder, or train an adapter"):
+        make_trainer(tmp_path, model=make_model(), loss="simpo(beta=2.0, gamma=1.0)")
+    model = make_model()
+    for options in ({"ref_model": copy.deepcopy(model)}, {"peft_config": LoraConfig(task_type="CAUSAL_LM")}):
+        make_trainer(tmp_path, model=model, trainer_options=options)
+
+
+def test_what_predicts_no_tokens_is_refused_by_name(tmp_path):
+    for model, name in ((make_model().model, "LlamaModel"), (torch.nn.Linear(2, 2), "Linear")):
+        with pytest.raises(ValueError, match=rf"model.* is a {name}, (a network without the head|not a transformers)"):
+            make_trainer(tmp_path, model=model)
+
+
+def test_distributions_over_other_vocabularies_are_refused(tmp_path):
+    options = {"trainer_options": {"ref_model": make_model()}}
+    options["trainer_options"]["ref_model"].resize_token_embeddings(420)
+    with pytest.raises(ValueError, match="the policy has 400 tokens and the reference 420"):
+        make_trainer(tmp_path, loss="tdpo", **options)
+    make_trainer(tmp_path, loss="dpo(beta=0.1)", **options)
+
+
+def test_columns_that_would_be_computed_again_are_named(tmp_path):
+    rows = make_pairs(8, ref_chosen_logps=[-1.0] * 8, ref_rejected_logps=[-1.0] * 8)
+    with pytest.raises(ValueError, match=r"remove_columns\(\['ref_chosen_logps', 'ref_rejected_logps'\]\)"):
+        make_trainer(tmp_path, precompute_ref_log_probs=True, train_dataset=rows)

@@ -58,7 +58,8 @@ class PreferenceConfig(DPOConfig):
             it. Without one, TRL's own options (`loss_type`, `beta`, ...) choose the objective as they do in TRL.
         step0_check: the first training batch is scored before any update, when the policy must equal the reference.
             "error" stops a run in which it does not, "warn" says so and goes on, "off" does not look. Applies where
-            the reference is the initial policy, not to a `ref_model` that is passed in.
+            the reference is the initial policy, not to a `ref_model` that is passed in. It is also what becomes of a
+            model whose tokens see later ones, and of weights that the first updates do not move.
         step0_tolerance: largest accepted difference of mean per-token log-probabilities, in nats. If None, 1e-3 in
             float32 and 0.05 in half precision.
         reference_cache: where per-token log-probabilities of the reference are kept, to be computed once over epochs,
@@ -323,7 +324,8 @@ def resolve_objective(loss: Loss | str | None, args: Any) -> Loss | None:
     """
     if loss is not None and not isinstance(loss, (Loss, str)):
         raise TypeError(
-            f"loss must be a Loss, as loss=Mine(...), or a loss expression such as 'dpo(beta=0.1)', got {loss!r}"
+            f"loss must be a Loss or a loss expression such as 'dpo(beta=0.1)', got {loss!r}; of a class of your own "
+            "pass an object, loss=Mine(...)"
         )
     if isinstance(loss, Loss) and "_modules" not in vars(loss):
         raise TypeError(f"{type(loss).__name__}.__init__ must call super().__init__() before anything else")

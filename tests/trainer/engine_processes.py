@@ -56,13 +56,14 @@ def weighted(n: int, seed: int = 0) -> Any:
 
 
 def labelled(n: int, seed: int = 0) -> Any:
-    """Single completions whose prompts come round every second row, two of three desirable.
+    """Single completions whose prompts and weights come round every second row, two of three desirable.
 
-    In the order of the data, a completion is then moved to the same prompt whichever process has the row before it.
+    In the order of the data, a completion is then moved to the same prompt, in a row of the same weight, whichever
+    process has that row.
     """
     from datasets import Dataset
 
-    pairs = make_pairs(n, seed, weight=[(1.0, 0.5, 2.0)[i % 3] for i in range(n)])
+    pairs = make_pairs(n, seed, weight=[(0.5, 2.0)[i % 2] for i in range(n)])
     rows = [
         {
             "prompt": pairs[i % 2]["prompt"],

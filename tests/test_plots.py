@@ -16,7 +16,7 @@ from prefopt import curves, plots
 from prefopt.catalogue import families
 from prefopt.cli import app
 from prefopt.curves import START, TOKENS, VOCABULARY, Curve, _pairs, trace
-from prefopt.losses import Loss, Need, available, parse, presets, register
+from prefopt.losses import Need, PairLoss, available, parse, presets, register
 from prefopt.losses.registry import _LOSSES
 from prefopt.losses.wrappers import Wrapper
 from prefopt.plots import PlotError, _limits, draw, scale_hints
@@ -142,7 +142,7 @@ class TestRefusals:
         try:
 
             @register("stranger")
-            class Stranger(Loss):
+            class Stranger(PairLoss):
                 needs = Need.REFERENCE
 
                 def per_example(self, batch):

@@ -35,7 +35,7 @@ def arguments(folder: Path, output: str, per_device: int) -> list[str]:
         "per_device_train_batch_size": per_device,
         "per_device_eval_batch_size": per_device,
         "learning_rate": 1e-3,
-        "max_length": 96,
+        "max_length": 384,
         "save_strategy": "no",
         "evaluate_first": False,
         "seed": 1,

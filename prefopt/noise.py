@@ -29,9 +29,11 @@ def quiet_libraries() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    for library in ("datasets", "huggingface_hub"):
-        # Each has a handler of its own beside the root's, which prints the same line.
+    for library in ("datasets", "huggingface_hub", "transformers"):
+        # Each has a handler of its own beside the root's. transformers passes its lines on where CI is set, and prints
+        # them itself elsewhere.
         logging.getLogger(library).handlers.clear()
+        logging.getLogger(library).propagate = True
 
 
 class _Lines(logging.Formatter):

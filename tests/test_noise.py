@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -89,7 +90,8 @@ def test_bad_rows_are_told_once(tmp_path, capsys):
     assert "empty rejected" not in capsys.readouterr().out
 
 
-def test_a_librarys_line_is_printed_once_by_a_recipe():
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_a_librarys_line_is_printed_once_by_a_recipe(ci):
     code = (
         "import logging, datasets, huggingface_hub.utils\n"
         "from prefopt.noise import quiet_libraries\n"
@@ -97,7 +99,8 @@ def test_a_librarys_line_is_printed_once_by_a_recipe():
         "for name in ('datasets.builder', 'huggingface_hub.utils._http', 'transformers.trainer'):\n"
         "    logging.getLogger(name).warning('a line of %s', name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    env = os.environ | {"CI": ci}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     for name in ("datasets.builder", "huggingface_hub.utils._http", "transformers.trainer"):
         assert done.stderr.count(f"a line of {name}") == 1, done.stderr
 

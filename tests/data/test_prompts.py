@@ -173,8 +173,11 @@ def test_a_second_system_message_is_refused() -> None:
 
 def test_the_trainer_asks_as_well(tmp_path: Any) -> None:
     args = PreferenceConfig(str(tmp_path), loss="dpo", max_steps=1, report_to="none", use_cpu=True)
+    data, tokenizer = both("question"), make_tokenizer()
     with pytest.raises(DataError, match="--columns prompt=question"):
-        PreferenceTrainer(make_model(), args=args, train_dataset=both("question"), processing_class=make_tokenizer())
+        PreferenceTrainer(
+            make_model(), ref_model=make_model(), args=args, train_dataset=data, processing_class=tokenizer
+        )
 
 
 def test_rows_that_trl_will_cut_are_looked_at_first() -> None:

@@ -24,8 +24,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.demo.model import GGUF_SHA256, HUB_ID, resolve_demo_model
 from prefopt.demo.rule import MAX_WORDS, RULE, follows_rule, sentences
+from prefopt.models.bundled import GGUF_SHA256, HUB_ID, resolve_demo_model
 
 DATA = Path(__file__).resolve().parents[1] / "prefopt" / "demo" / "data"
 SYSTEM = "You are a helpful assistant. Answer in two or three short sentences."

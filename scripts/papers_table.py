@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from prefopt.markdown import table
+from prefopt.catalogue.markdown import table
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "papers.md"

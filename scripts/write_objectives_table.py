@@ -16,7 +16,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from prefopt.catalogue import families, losses_table, objectives_table, presets_table
+from prefopt.catalogue.tables import families, losses_table, objectives_table, presets_table
 from prefopt.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,10 +3,10 @@
 Sits on top of data, scoring and losses; nothing in these imports it.
 """
 
-from prefopt.analysis.measures import Distribution, Geometry, Measures, Triplets, measure
-from prefopt.analysis.selection import Selection, Thresholds, select
-from prefopt.analysis.states import States, states_of
-from prefopt.analysis.trial import PAIRS, Outcome, Trial, expression, ranked, run_trial
+from prefopt.analysis.kernel_choice.measures import Distribution, Geometry, Measures, Triplets, measure
+from prefopt.analysis.kernel_choice.selection import Selection, Thresholds, select
+from prefopt.analysis.kernel_choice.states import States, states_of
+from prefopt.analysis.kernel_choice.trial import PAIRS, Outcome, Trial, expression, ranked, run_trial
 
 __all__ = [
     "PAIRS",

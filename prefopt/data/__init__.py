@@ -6,11 +6,11 @@ torch, datasets, transformers and rich; it never imports trl or `prefopt.trainer
 
 from prefopt.data.columns import rename_columns
 from prefopt.data.errors import DataError
+from prefopt.data.findings import Problem, Report
 from prefopt.data.fit import drop_overlong
 from prefopt.data.load import load_preferences, parse_columns
 from prefopt.data.mix import in_proportion, mix, parse_sources, with_origin
 from prefopt.data.read import read_preferences
-from prefopt.data.report import Problem, Report
 from prefopt.data.schema import kind, normalise
 from prefopt.data.tokenize import tokenize_dataset, tokenize_row
 from prefopt.data.validate import clean, validate

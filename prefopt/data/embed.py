@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from prefopt.columns import EMBEDDINGS
 from prefopt.data.errors import DataError
 from prefopt.data.schema import kind
-from prefopt.files import cache_folder, write_whole
+from prefopt.losses.scores import EMBEDDINGS
+from prefopt.safety.files import cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
 

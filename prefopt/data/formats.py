@@ -14,10 +14,11 @@ from typing import Any
 from datasets import Dataset, IterableDataset, Value
 
 from prefopt.data.columns import column_names, first_rows
-from prefopt.data.errors import DataError, did_you_mean
+from prefopt.data.errors import DataError
 from prefopt.data.maps import PEEKED_ROWS, map_rows
 from prefopt.data.messages import as_messages, role, writing
 from prefopt.data.paths import feature_at, value_at
+from prefopt.safety.errors import did_you_mean
 
 Row = dict[str, Any]
 

@@ -21,9 +21,10 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from prefopt.data.columns import column_names, rename_columns
 from prefopt.data.columns import text_columns as _text_columns
-from prefopt.data.errors import DataError, did_you_mean
+from prefopt.data.errors import DataError
 from prefopt.data.json_files import holds_dates, open_binary, raise_for_broken_json, read_by_rows
-from prefopt.noise import errors_told_by_us
+from prefopt.safety.errors import did_you_mean
+from prefopt.safety.noise import errors_told_by_us
 
 # File ending -> the builder of `datasets` that reads it; each may be followed by a compression ending.
 BUILDERS = {

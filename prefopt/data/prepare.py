@@ -14,16 +14,16 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from prefopt.columns import GIVEN_LOGPS
 from prefopt.data.columns import column_names
 from prefopt.data.conversation import Processing, Row
 from prefopt.data.errors import DataError
+from prefopt.data.findings import Report
 from prefopt.data.problems import KINDS
-from prefopt.data.report import Report
 from prefopt.data.row import is_label
 from prefopt.data.row_check import Checked, RowCheck
 from prefopt.data.tokenize import tokenize_dataset
 from prefopt.data.validate import PLAIN_NOTE, Findings, one_label_note, refuse_partial_ids, row_check
+from prefopt.losses.scores import GIVEN_LOGPS
 
 Say = Callable[[str], None]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prefopt.data.report import Severity
+from prefopt.data.findings import Severity
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from prefopt.data.columns import is_metadata
 from prefopt.data.errors import DataError
 from prefopt.data.messages import plain_text, writing
 from prefopt.data.paths import fields_of, value_at
-from prefopt.files import write_whole
+from prefopt.safety.files import write_whole
 
 Row = Mapping[str, Any]
 

@@ -10,11 +10,11 @@ import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prefopt.columns import GIVEN_LOGPS
 from prefopt.data.messages import UNREADABLE as UNREADABLE_TEXT
 from prefopt.data.messages import looks_like_messages, read_json, role, same_texts, without_nulls, writing
 from prefopt.data.problems import KINDS
 from prefopt.data.transcripts import UNPARSED
+from prefopt.losses.scores import GIVEN_LOGPS
 
 Row = Mapping[str, Any]
 

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from datasets import ClassLabel, Dataset, IterableDataset, List, Value
 
+from prefopt.data.advice import missing_columns_message
 from prefopt.data.columns import (
     PAIR_COLUMNS,
     UNPAIRED_COLUMNS,
     column_names,
     first_rows,
     kind_of_columns,
-    missing_columns_message,
     rename_columns,
 )
 from prefopt.data.errors import DataError

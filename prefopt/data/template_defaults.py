@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.data.errors import DataError, did_you_mean
+from prefopt.data.errors import DataError
+from prefopt.safety.errors import did_you_mean
 
 _NOT_THE_TEMPLATES = {"messages", "tools", "add_generation_prompt", "tokenize", "documents"}
 

@@ -17,13 +17,13 @@ from datasets import Dataset, IterableDataset
 from prefopt.data.columns import column_names
 from prefopt.data.conversation import Processing, Row
 from prefopt.data.errors import DataError
+from prefopt.data.findings import Problem, Report
 from prefopt.data.messages import without_nulls
 from prefopt.data.problems import KINDS
-from prefopt.data.report import Problem, Report
 from prefopt.data.row import is_label
 from prefopt.data.row_check import Checked, RowCheck
 from prefopt.data.schema import kind
-from prefopt.files import write_whole
+from prefopt.safety.files import write_whole
 
 
 def validate(

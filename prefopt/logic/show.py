@@ -8,7 +8,7 @@ from rich.text import Text
 
 from prefopt.logic.decompile import Decompiled
 from prefopt.logic.structure import NAMED, Structure, name_of, named
-from prefopt.tables import table
+from prefopt.safety.tables import table
 
 
 def explain(found: Decompiled, title: str) -> Group:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefopt.files import UNFINISHED, cache_folder, write_whole
+from prefopt.safety.files import UNFINISHED, cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
 
 
 def cache_root() -> Path:
-    """Where references are kept: `reference` in the cache folder (`prefopt.files.cache_home`)."""
+    """Where references are kept: `reference` in the cache folder (`prefopt.safety.files.cache_home`)."""
     return cache_folder("reference")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.scoring.rows import RowGroups
 
 CHOSEN, REJECTED, MISMATCHED, SAMPLED = range(4)

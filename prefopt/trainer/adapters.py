@@ -17,7 +17,7 @@ import trl.trainer.dpo_trainer as of_trl
 from peft import PeftModel
 from torch import Tensor, nn
 
-from prefopt import base_sample
+from prefopt.models import base_sample
 from prefopt.scoring.fingerprint import is_sharded
 
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")

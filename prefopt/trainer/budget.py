@@ -9,9 +9,9 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from prefopt.losses import Loss
-from prefopt.scoring.budget import cut
 from prefopt.scoring.collate import groups_of, select_examples
 from prefopt.scoring.layout import Layout
+from prefopt.scoring.parts import cut
 
 
 class TokenBudgetMixin:

@@ -18,9 +18,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined,
 from transformers.integrations import integration_utils
 from transformers.utils import is_liger_kernel_available
 
-from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.data.columns import column_names, kind_of_columns
 from prefopt.losses import ConflictFree, Loss, Need
+from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.scoring import extras_for
 from prefopt.trainer.config import changed_trl_options, refuse_what_trl_refuses
 from prefopt.trainer.options import refuse_options, refuse_sampling

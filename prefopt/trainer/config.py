@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from trl import DPOConfig, DPOTrainer
 
-from prefopt.data.errors import did_you_mean
 from prefopt.losses import Loss, parse
-from prefopt.redaction import redacted
+from prefopt.safety.errors import did_you_mean
+from prefopt.safety.redaction import redacted
 
 logger = logging.getLogger(__name__)
 

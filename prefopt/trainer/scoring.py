@@ -17,8 +17,8 @@ from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor
 from trl.models.utils import unwrap_model_for_generation
 
-from prefopt.columns import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.losses import Loss, PreferenceBatch
+from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.scoring import Extras, TokenScores
 from prefopt.scoring.adapters import fuse_lora
 from prefopt.scoring.cache import ReferenceCache, cache_root
@@ -29,7 +29,7 @@ from prefopt.scoring.layout import Layout
 from prefopt.scoring.logprobs import BARE
 from prefopt.scoring.sampling import with_samples
 from prefopt.scoring.score import Models, score_batch
-from prefopt.trainer.state import CacheWriter
+from prefopt.trainer.saving.state import CacheWriter
 
 logger = logging.getLogger(__name__)
 

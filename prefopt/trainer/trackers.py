@@ -9,19 +9,19 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from prefopt import __version__
 from prefopt.losses import Loss
 
 
 def objective_settings(objective: Loss) -> dict[str, Any]:
     """The loss as flat settings to filter and group runs by: `objective`, `objective/dpo/beta`, ..."""
-    settings: dict[str, Any] = {"objective": str(objective), "prefopt_version": __version__}
+    settings: dict[str, Any] = {"objective": str(objective), "prefopt_version": version("prefopt")}
     for weight, label, term in objective.terms():
         settings[f"objective/{label}/weight"] = weight
         for name, value in term.hyperparameters().items():

@@ -125,7 +125,7 @@ def lengths_markdown(results: Sequence[Result]) -> str:
 
 # ---- the picture ----------------------------------------------------------------------------------------------------
 
-SPEED, MEMORY = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, as in prefopt/plots.py
+SPEED, MEMORY = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, as in prefopt/catalogue/plots.py
 
 
 def _panel(axes: Any, results: Sequence[Result], name: str, colour: str, label: str) -> None:

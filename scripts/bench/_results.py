@@ -10,7 +10,7 @@ from typing import Any
 
 from _job import ROLES, Job
 
-from prefopt.files import write_whole
+from prefopt.safety.files import write_whole
 
 
 class ReportError(RuntimeError):

@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # faults are shared with the tests
 
-from prefopt.files import write_whole
+from prefopt.safety.files import write_whole
 from tests.reliability.faults import CHAOS_JOBS, Fault, chaos, draw
 
 

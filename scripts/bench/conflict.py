@@ -27,10 +27,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from prefopt import PreferenceConfig, PreferenceTrainer
+from prefopt.catalogue.markdown import table as markdown_table
 from prefopt.demo.data import load_demo
-from prefopt.demo.model import resolve_demo_model
-from prefopt.files import write_whole
-from prefopt.markdown import table as markdown_table
+from prefopt.models.bundled import resolve_demo_model
+from prefopt.safety.files import write_whole
 
 SUMS = {"npo": "npo(beta=0.1) + sft(nll='mean')", "dpo": "dpo(beta=0.1) + sft(nll='mean')"}
 WAYS = {

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefopt.files import write_whole
-from prefopt.markdown import table as markdown_table
+from prefopt.catalogue.markdown import table as markdown_table
+from prefopt.safety.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "dpo.py"

@@ -24,12 +24,12 @@ from trl import get_peft_config
 from trl.trainer.model_config import ModelConfig
 
 from prefopt import PreferenceConfig, PreferenceTrainer
-from prefopt.analysis.trial import BASELINE, PAIRS, expression
+from prefopt.analysis.kernel_choice.trial import BASELINE, PAIRS, expression
+from prefopt.catalogue.markdown import table
 from prefopt.demo.data import load_demo
-from prefopt.demo.model import resolve_demo_model
-from prefopt.files import write_whole
 from prefopt.losses.kernel import KERNELS
-from prefopt.markdown import table
+from prefopt.models.bundled import resolve_demo_model
+from prefopt.safety.files import write_whole
 
 
 def settings(folder: str, loss: str, args: argparse.Namespace) -> PreferenceConfig:

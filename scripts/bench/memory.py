@@ -1,4 +1,4 @@
-"""Estimated against measured memory: trains small random models and compares the peak of a step with `prefopt.memory`.
+"""Estimated against measured memory: the peak of a step of small random models beside `prefopt.planning.memory`.
 
     python scripts/bench/memory.py                 # every case, one after the other
     python scripts/bench/memory.py full lora       # those whose names contain one of the words
@@ -94,12 +94,12 @@ def config_of(case: Case) -> Any:
 
 
 def estimated(case: Case) -> Any:
-    """What `prefopt.memory` says, without a weight."""
+    """What `prefopt.planning.memory` says, without a weight."""
     import torch
     from peft import LoraConfig
 
-    from prefopt.activations import causal_model, made_up_rows
-    from prefopt.memory import Setting, count, estimate, kept_under
+    from prefopt.planning.activations import causal_model, made_up_rows
+    from prefopt.planning.memory import Setting, count, estimate, kept_under
 
     config, adapter = config_of(case), LoraConfig(**LORA) if case.lora else None
     with torch.device("meta"):

@@ -29,13 +29,13 @@ from trl import get_peft_config
 from trl.trainer.model_config import ModelConfig
 
 from prefopt import PreferenceConfig, PreferenceTrainer
+from prefopt.catalogue.markdown import table as markdown_table
 from prefopt.demo.data import load_demo
-from prefopt.demo.model import resolve_demo_model
-from prefopt.files import write_whole
 from prefopt.losses import available, parse, presets
 from prefopt.losses.divergences import NAMES as DIVERGENCES
 from prefopt.losses.kernel import KERNELS
-from prefopt.markdown import table as markdown_table
+from prefopt.models.bundled import resolve_demo_model
+from prefopt.safety.files import write_whole
 
 WRAPPERS = {
     "conflict_free": "dpo + sft",

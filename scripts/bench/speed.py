@@ -276,7 +276,7 @@ def job_options(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     if args.model is None:
-        from prefopt.demo.model import resolve_demo_model
+        from prefopt.models.bundled import resolve_demo_model
 
         args.model = str(resolve_demo_model(say=console.print))
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

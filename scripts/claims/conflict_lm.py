@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.demo.data import load_demo
-from prefopt.demo.model import resolve_demo_model
+from prefopt.models.bundled import resolve_demo_model
 
 TERMS = ("npo", "sft")
 SUM = "npo(beta=0.1) + sft(nll='mean')"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.demo.data import heldout_prompts, load_demo
-from prefopt.demo.model import resolve_demo_model
+from prefopt.models.bundled import resolve_demo_model
 from prefopt.scoring import token_scores
 
 LOSSES = {

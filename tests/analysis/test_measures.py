@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefopt.analysis.measures import FEWEST, SLACK, Triplets, distribution, geometry, measure
+from prefopt.analysis.kernel_choice.measures import FEWEST, SLACK, Triplets, distribution, geometry, measure
 
 
 def repeated(prompt, chosen, rejected, times=FEWEST):

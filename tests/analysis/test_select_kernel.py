@@ -12,14 +12,14 @@ import torch
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from prefopt.analysis import kernels
-from prefopt.analysis.kernels import choose
-from prefopt.analysis.show import _verdict
-from prefopt.analysis.trial import Outcome, Trial
+from prefopt.analysis.kernel_choice import choose as kernels
+from prefopt.analysis.kernel_choice.choose import choose
+from prefopt.analysis.kernel_choice.show import _verdict
+from prefopt.analysis.kernel_choice.trial import Outcome, Trial
 from prefopt.cli import app
-from prefopt.columns import EMBEDDINGS
 from prefopt.data import normalise
 from prefopt.losses import parse
+from prefopt.losses.scores import EMBEDDINGS
 from tests.tiny import save_encoder
 from tests.trainer.runs import make_labelled, make_pairs, save_model
 

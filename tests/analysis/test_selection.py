@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from prefopt.analysis.measures import Distribution, Geometry, Measures
-from prefopt.analysis.selection import Thresholds, select
+from prefopt.analysis.kernel_choice.measures import Distribution, Geometry, Measures
+from prefopt.analysis.kernel_choice.selection import Thresholds, select
 from prefopt.losses.divergences import NAMES
 from prefopt.losses.kernel import KERNELS
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
-from prefopt.analysis import trial as trials
-from prefopt.analysis.measures import Triplets
-from prefopt.analysis.states import PROMPT_TOKENS, Narrow, Side, States, states_of
-from prefopt.analysis.trial import PAIRS, Change, Outcome, Trial, batch_of, expression, ranked, run_trial
+from prefopt.analysis.kernel_choice import trial as trials
+from prefopt.analysis.kernel_choice.measures import Triplets
+from prefopt.analysis.kernel_choice.states import PROMPT_TOKENS, Narrow, Side, States, states_of
+from prefopt.analysis.kernel_choice.trial import PAIRS, Change, Outcome, Trial, batch_of, expression, ranked, run_trial
 from prefopt.losses import parse
 from tests.tiny import make_model
 

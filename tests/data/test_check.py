@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from prefopt.arguments import parse_arguments
 from prefopt.cli import app
 from prefopt.data import DataError
 from prefopt.recipe import load_data
+from prefopt.recipe.arguments import parse_arguments
 from tests.trainer.runs import save_model
 
 ORCA = {"system": "Be terse.", "question": "Legs?", "chosen": "Eight.", "rejected": "Six."}

@@ -11,9 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModel
 
-from prefopt.columns import EMBEDDINGS
 from prefopt.data import DataError
 from prefopt.data.embed import COLUMNS, Encoder, EncoderError, embed, find_encoder, plain_text, width_of
+from prefopt.losses.scores import EMBEDDINGS
 from tests.tiny import make_tokenizer, save_encoder
 from tests.trainer.runs import make_labelled, make_pairs
 

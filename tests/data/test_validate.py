@@ -181,7 +181,7 @@ def test_rows_of_a_killed_write_are_never_published(tmp_path: Path, monkeypatch:
         names.extend(entry.name for entry in tmp_path.iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prefopt.files.to_disk", killed)
+    monkeypatch.setattr("prefopt.safety.files.to_disk", killed)
     dataset = Dataset.from_list([TEXT, {**TEXT, "chosen": ""}])
     with pytest.raises(KeyboardInterrupt):
         clean(dataset, validate(dataset), "drop", tmp_path / "dropped_training_rows.jsonl")

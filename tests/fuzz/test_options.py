@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.arguments import RecipeArguments, parse_arguments
+from prefopt.recipe.arguments import RecipeArguments, parse_arguments
 from prefopt.trainer import PreferenceConfig
 from tests.fuzz.hostile import NASTY, NESTED, SCALARS, TEXTS, examples, no_hang
 

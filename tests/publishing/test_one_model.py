@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from prefopt import PreferenceTrainer
-from prefopt.folders import ASIDE, move_into, recover, what_is_there
-from prefopt.merge import MergeError, merge
-from prefopt.models import adapter_base, check_weights, load_model
+from prefopt.models.load import adapter_base, check_weights, load_model
+from prefopt.models.merge import MergeError, merge
+from prefopt.safety.folders import ASIDE, move_into, recover, what_is_there
 from tests.publishing.folders import load, log_probabilities, lora
 from tests.tiny import make_tokenizer
 from tests.trainer.runs import make_pairs, make_trainer, save_model

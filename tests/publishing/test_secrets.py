@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prefopt import redaction
 from prefopt.data import DataError
 from prefopt.recipe import main, parse_arguments
+from prefopt.safety import redaction
 from tests.publishing.conftest import CANARIES, TRACKERS, TrackedRun
 from tests.publishing.wandb_file import read
 from tests.recipe.test_recipe import arguments, pairs_file

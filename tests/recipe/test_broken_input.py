@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from prefopt import short_errors
 from prefopt.cli import app
 from prefopt.recipe import main
+from prefopt.safety import errors as short_errors
 from tests.recipe.test_recipe import ROOT, arguments, pairs_file
 from tests.tiny import make_model, make_tokenizer
 from tests.trainer.runs import save_model
@@ -57,7 +57,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_ends_with_a_message_before_the_model_is_loaded(tmp_path, monkeypatch, case):
     monkeypatch.setattr("prefopt.data.templates.SECONDS", 1.0)
-    monkeypatch.setattr("prefopt.recipe.PreferenceTrainer", None)
+    monkeypatch.setattr("prefopt.recipe.build.PreferenceTrainer", None)
     more, message = CASES[case]
     with pytest.raises((SystemExit, ValueError, OSError)) as caught:
         main("dpo", [*arguments(tmp_path, pairs_file(tmp_path)), *more(tmp_path)])

@@ -11,9 +11,9 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from prefopt.columns import EMBEDDINGS
 from prefopt.data import DataError
 from prefopt.data.embed import Encoder, EncoderError, embed
+from prefopt.losses.scores import EMBEDDINGS
 from prefopt.recipe import load_data, main, parse_arguments
 from tests.processes import IN_WORDS
 from tests.recipe.test_engines import launched
@@ -27,7 +27,7 @@ MIXTURE = "hmk(embeddings='given')"
 
 @pytest.fixture(autouse=True)
 def _bundled_is_tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr("prefopt.recipe.resolve_demo_model", lambda say: Path(save_model(tmp_path)))
+    monkeypatch.setattr("prefopt.recipe.data.resolve_demo_model", lambda say: Path(save_model(tmp_path)))
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "300")
 

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from prefopt.demo.model import HUB_ID
-from prefopt.models import load_model
+from prefopt.models.bundled import HUB_ID
+from prefopt.models.load import load_model
 from prefopt.recipe import load_data, main, make_trainer, parse_arguments
 from tests.recipe.test_recipe import arguments, pairs_file
 from tests.trainer.runs import save_model
@@ -23,7 +23,7 @@ LORA = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear"]
 
 @pytest.fixture(autouse=True)
 def _bundled_is_tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr("prefopt.recipe.resolve_demo_model", lambda say: Path(save_model(tmp_path)))
+    monkeypatch.setattr("prefopt.recipe.data.resolve_demo_model", lambda say: Path(save_model(tmp_path)))
 
 
 def config_file(folder: Path, **options) -> str:
@@ -135,9 +135,9 @@ class TestDryRun:
 
     def test_a_silent_hub_is_asked_once(self, tmp_path, capsys, monkeypatch):
         asked = []
-        monkeypatch.setattr("prefopt.preflight.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("prefopt.recipe.preflight.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr(
-            "prefopt.preflight.HfApi.model_info", lambda self, name, timeout: asked.append(name) or 1 / 0
+            "prefopt.recipe.preflight.HfApi.model_info", lambda self, name, timeout: asked.append(name) or 1 / 0
         )
         data = pairs_file(tmp_path)
         main("ipo", ["--model_name_or_path", "nobody/nothing", "--dataset_name", data, "--dry_run"])

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from prefopt.arguments import DEMO_CONFIG
 from prefopt.losses import parse
 from prefopt.losses.parse import LossSyntaxError
 from prefopt.losses.registry import presets
-from prefopt.models import load_tokenizer
+from prefopt.models.load import load_tokenizer
 from prefopt.recipe import Recipe, main, parse_arguments
+from prefopt.recipe.arguments import DEMO_CONFIG
 from tests.tiny import make_tokenizer
 from tests.trainer.runs import save_model
 
@@ -46,7 +46,7 @@ def tiny(tmp_path_factory) -> str:
 
 @pytest.fixture
 def _bundled_is_tiny(monkeypatch, tiny):
-    monkeypatch.setattr("prefopt.recipe.resolve_demo_model", lambda say: Path(tiny))
+    monkeypatch.setattr("prefopt.recipe.data.resolve_demo_model", lambda say: Path(tiny))
 
 
 def read(file: Path) -> dict:

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.recipe import load_data, main, parse_arguments
-from prefopt.trainer import checkpoints
+from prefopt.trainer.saving import checkpoints
 from tests.recipe.test_recipe import arguments, pairs_file
 from tests.trainer.runs import make_labelled, make_pairs, save_model, settings
 
@@ -19,8 +19,8 @@ from tests.trainer.runs import make_labelled, make_pairs, save_model, settings
 @pytest.fixture(autouse=True)
 def _no_model(monkeypatch):
     """Loading a model fails the test: everything here is to be said before."""
-    monkeypatch.setattr("prefopt.recipe.PreferenceTrainer", None)
-    monkeypatch.setattr("prefopt.recipe.load_model", None)
+    monkeypatch.setattr("prefopt.recipe.build.PreferenceTrainer", None)
+    monkeypatch.setattr("prefopt.recipe.build.load_model", None)
     monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prefopt.catalogue import losses_table
+from prefopt.catalogue.tables import losses_table
 from prefopt.losses import parse
 from prefopt.losses.registry import _LOSSES
 

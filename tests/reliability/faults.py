@@ -32,11 +32,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-import prefopt.files
+import prefopt.safety.files
 import prefopt.scoring.cache
 from prefopt import LossMixin, PreferenceTrainer
 from prefopt.data import load_preferences, normalise
-from prefopt.trainer import checkpoints
+from prefopt.trainer.saving import checkpoints
 from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model
 
 TIMINGS = ("runtime", "per_second")
@@ -125,7 +125,7 @@ def train(folder: Path, job: Job, resume: str | bool | None = "auto") -> Any:
     log = [entry for entry in log if "train_loss" not in entry]
     state = {name: value.tolist() for name, value in trainer.objective.state_dict().items()}
     done = {"log": log, "objective": state}
-    prefopt.files.write_whole(folder / "done.json", lambda path: path.write_text(json.dumps(done)))
+    prefopt.safety.files.write_whole(folder / "done.json", lambda path: path.write_text(json.dumps(done)))
     return trainer
 
 
@@ -275,7 +275,7 @@ PLACES: dict[str, Callable[[Callable[[], None], int], None]] = {
     "saving the optimizer": half_written((torch,), "save"),
     "saving the trainer's state": before(TrainerState, "save_to_json"),
     "completing a checkpoint": before(checkpoints, "complete"),
-    "naming a finished file": before(prefopt.files.os, "replace"),
+    "naming a finished file": before(prefopt.safety.files.os, "replace"),
     "deleting an old checkpoint": half_deleted,
     "writing the reference cache": half_written((prefopt.scoring.cache,), "save_file"),
 }

@@ -15,8 +15,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
-from prefopt.trainer import checkpoints
-from prefopt.trainer.checkpoints import CheckpointError
+from prefopt.trainer.saving import checkpoints
+from prefopt.trainer.saving.checkpoints import CheckpointError
 from tests.tiny import make_tokenizer
 from tests.trainer.runs import make_pairs, make_trainer, save_model, settings
 

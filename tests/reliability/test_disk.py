@@ -16,8 +16,8 @@ from peft import LoraConfig
 
 from prefopt import PreferenceConfig
 from prefopt.recipe import main
-from prefopt.trainer import checkpoints, disk
-from prefopt.trainer.checkpoints import CheckpointError
+from prefopt.trainer.saving import checkpoints, disk
+from prefopt.trainer.saving.checkpoints import CheckpointError
 from tests.reliability.faults import forked
 from tests.tiny import make_model
 from tests.trainer.runs import make_pairs, make_trainer, save_model, settings

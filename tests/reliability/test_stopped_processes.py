@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefopt.trainer import checkpoints
+from prefopt.trainer.saving import checkpoints
 from tests.trainer.runs import require, save_model
 
 pytestmark = pytest.mark.distributed

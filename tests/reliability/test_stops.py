@@ -15,8 +15,8 @@ import pytest
 from transformers import TrainerCallback
 
 from prefopt.recipe import main
-from prefopt.trainer import checkpoints, stops
-from prefopt.trainer.stops import Stopped, StopSignals
+from prefopt.trainer.saving import checkpoints, stops
+from prefopt.trainer.saving.stops import Stopped, StopSignals
 from tests.reliability.faults import TIMINGS, Fault, forked
 from tests.trainer.runs import make_pairs, make_trainer, save_model
 
@@ -54,7 +54,7 @@ class Sends(TrainerCallback):
     ("signum", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["INT", "TERM"]
 )
 def test_a_signal_where_nothing_is_saved_is_said(tmp_path, capsys, monkeypatch, signum, ends):
-    monkeypatch.setattr("prefopt.recipe.RunProgress.on_log", lambda *_, **__: signal.raise_signal(signum))
+    monkeypatch.setattr("prefopt.recipe.progress.RunProgress.on_log", lambda *_, **__: signal.raise_signal(signum))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ends) as stop:
         main("ipo", [*arguments(tmp_path), "--evaluate_first", "false", "--save_strategy", "no"])
@@ -64,7 +64,7 @@ def test_a_signal_where_nothing_is_saved_is_said(tmp_path, capsys, monkeypatch, 
 
 
 def test_ctrl_c_ends_a_program_without_a_traceback():
-    code = "from prefopt.short_errors import show_short_errors as show; show(); raise KeyboardInterrupt"
+    code = "from prefopt.safety.errors import show_short_errors as show; show(); raise KeyboardInterrupt"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode in (-signal.SIGINT, 130)
     assert done.stderr.strip() == "Stopped by Ctrl-C."

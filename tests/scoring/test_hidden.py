@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from prefopt.columns import EMBEDDINGS
 from prefopt.losses import KernelDPO, Need, Scores
+from prefopt.losses.scores import EMBEDDINGS
 from prefopt.scoring import Extras, score_rows
 from prefopt.scoring.call import Call
 from prefopt.scoring.collate import PreferenceCollator, groups_of, select_examples

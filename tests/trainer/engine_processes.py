@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefopt.columns import EMBEDDINGS
+from prefopt.losses.scores import EMBEDDINGS
 from prefopt.trainer.engine import describe_engine
 from tests.processes import engine_options, wrapper_of
 from tests.trainer.runs import make_pairs, make_trainer

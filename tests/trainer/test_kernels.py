@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefopt.columns import EMBEDDINGS
 from prefopt.losses.kernel import KERNELS
+from prefopt.losses.scores import EMBEDDINGS
 from tests.trainer.engine_processes import embedded
 from tests.trainer.runs import make_pairs, make_trainer
 

@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 from prefopt import LossMixin, PreferenceConfig, PreferenceTrainer
 from prefopt.losses import DPO, SFT, Need, PairLoss, available, presets
 from prefopt.losses.wrappers import Wrapper
-from prefopt.trainer.checkpoints import CheckpointError
+from prefopt.trainer.saving.checkpoints import CheckpointError
 from tests.tiny import THINKING, make_model, make_tokenizer
 from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model, settings, train
 

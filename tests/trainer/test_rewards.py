@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prefopt.losses import DPO, SFT, Need, PairLoss, ReferencePairLoss, available, parse
-from prefopt.metrics import rewards_not_logged
+from prefopt.trainer.metrics import rewards_not_logged
 from tests.trainer.runs import make_pairs, make_trainer
 
 

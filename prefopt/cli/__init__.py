@@ -1,0 +1,21 @@
+"""The `prefopt` command: look objectives up, check data, plan a run, run the bundled job, merge adapters.
+
+What a command needs is imported inside it, so that `--help` does not wait for torch. The only room that prints help
+and ends a program.
+"""
+
+from __future__ import annotations
+
+from prefopt.cli import data, losses, runs  # noqa: F401  (each adds its commands)
+from prefopt.cli.app import app
+from prefopt.safety.errors import short_errors
+from prefopt.safety.noise import quiet_warnings
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """The command line; errors of prefopt's own end it with their message alone."""
+    quiet_warnings()
+    with short_errors():
+        app()

@@ -1,0 +1,5 @@
+"""`python -m prefopt.cli`: the `prefopt` command."""
+
+from prefopt.cli import main
+
+main()

@@ -1,0 +1,231 @@
+"""Commands on preference data: `prefopt check`, `prefopt pair`, `prefopt select-kernel`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+if TYPE_CHECKING:
+    pass
+
+from prefopt.cli.app import app, console, fail, say
+
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--columns", help="How the data names its columns: prompt=question chosen=good rejected=bad"),
+]
+
+
+Config = Annotated[str | None, typer.Option("--config", help="The configuration of a set that has several.")]
+
+
+Layout = Annotated[
+    str | None, typer.Option("--format", help="The data's layout, where it is not recognised: sharegpt, swift, ...")
+]
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def check(
+    context: typer.Context,
+    data: Annotated[str, typer.Argument(help="A file, a save_to_disk folder or a Hub name; a.jsonl:0.7,b.jsonl:0.3")],
+    columns: Columns = None,
+    split: Annotated[str, typer.Option(help="The split to check.")] = "train",
+    config: Config = None,
+    layout: Layout = None,
+    model: Annotated[str | None, typer.Option(help="Check lengths with this model's tokenizer.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest prompt and completion, in tokens.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="A Jinja template, or a file with one.")] = None,
+    chat_template_kwargs: Annotated[str | None, typer.Option(help="Arguments of the template, as JSON.")] = None,
+) -> None:
+    """Validate a preference data set and print what is wrong with it."""
+    from prefopt.data import DataError, kind, validate
+    from prefopt.data.reading import described
+
+    if max_length is not None and model is None:
+        fail("--max-length counts tokens: name the tokenizer with --model")
+    if (chat_template or chat_template_kwargs) is not None and model is None:
+        fail("a chat template is applied with a tokenizer: name it with --model")
+    if max_length is not None and max_length < 2:
+        fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
+    try:
+        data, words = _words(data, columns, context.args)
+        dataset = _read(data, split, words, config=config, layout=layout, say=say)
+        for line in described(dataset):
+            say(line)
+        tokenizer = None
+        if model is not None:
+            from prefopt.models.load import load_tokenizer
+
+            kwargs = _json_object(chat_template_kwargs)
+            tokenizer = load_tokenizer(model, chat_template=chat_template, chat_template_kwargs=kwargs)
+        report = validate(dataset, tokenizer=tokenizer, max_length=max_length)
+    except (DataError, OSError) as error:
+        fail(str(error))
+    if report.problems:
+        console().print(report.table())
+    for note in report.notes:
+        say(note)
+    what = "pairs" if kind(dataset) == "pair" else "labelled completions"
+    console().print(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _json_object(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value: Any = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        fail(f'--chat-template-kwargs must be a JSON object such as {{"enable_thinking": false}}, got {text}')
+    return dict(value)
+
+
+@app.command()
+def pair(
+    data: Annotated[str, typer.Argument(help="A file, a save_to_disk folder or a Hub name.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    prompt: Annotated[str | None, typer.Option(help="Column of the prompt, unless the answers hold it.")] = None,
+    first: Annotated[str | None, typer.Option(help="Column of the first of two answers.")] = None,
+    second: Annotated[str | None, typer.Option(help="Column of the second.")] = None,
+    winner: Annotated[
+        str | None, typer.Option(help="Column that says which is better (of a list: its place).")
+    ] = None,
+    first_wins: Annotated[str, typer.Option(help="Its values that mean the first, with commas.")] = "",
+    second_wins: Annotated[str, typer.Option(help="Its values that mean the second; all others are ties.")] = "",
+    answers: Annotated[str | None, typer.Option(help="Column of answers: a list, or one a row.")] = None,
+    text: Annotated[str | None, typer.Option(help="Field of an answer with its text, if it is an object.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Field or column of ranks (or A,B): lowest is best.")] = None,
+    score: Annotated[str | None, typer.Option(help="Field or column of scores (or A,B): highest is best.")] = None,
+    every: Annotated[bool, typer.Option("--every", help="All pairs of a row, not only best and worst.")] = False,
+    split: Annotated[str, typer.Option(help="The split to pair.")] = "train",
+    config: Config = None,
+) -> None:
+    """Write pairs (prompt, chosen, rejected) from rows that compare or rank answers."""
+    from prefopt.data import DataError, load_preferences
+    from prefopt.data.rankings import Pairing, write_pairs
+
+    better, worse = (
+        tuple(value.strip() for value in given.split(",") if value) for given in (first_wins, second_wins)
+    )
+    how = Pairing(prompt, first, second, winner, better, worse, answers, text, rank, score, every)
+    try:
+        found = write_pairs(load_preferences(data, split=split, config=config), how, out)
+    except (DataError, OSError) as error:
+        fail(str(error))
+    say(
+        f"{out}: {found['pairs']} pairs from {found['rows']} rows; {found['rows without a pair']} rows made none (a "
+        f"tie, or an answer is missing). Look at them: prefopt check {out}"
+    )
+
+
+@app.command("select-kernel", context_settings={"allow_extra_args": True})
+def select_kernel(
+    context: typer.Context,
+    data: Annotated[str | None, typer.Argument(help="As for `check`; the bundled pairs if left out.")] = None,
+    embeddings: Annotated[
+        str, typer.Option(help="An encoder's name or folder; `columns` of the data; `hidden` states of the model.")
+    ] = "all-MiniLM-L6-v2",
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Pairs to measure, drawn at random; 1000, or 240 of `hidden` states.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Train all 28 pairs briefly and rank the one chosen.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="For --verify and `hidden`; the bundled one if left out.")] = None,
+    columns: Columns = None,
+    split: Annotated[str, typer.Option(help="The split to measure.")] = "train",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what was found here as well.")] = None,
+) -> None:
+    """Measure which kernel and divergence of `kernel_dpo` suit a preference data set."""
+
+    from rich.progress import track
+
+    from prefopt.analysis.kernel_choice.choose import HIDDEN, choose
+    from prefopt.analysis.kernel_choice.show import command, explain
+    from prefopt.data import DataError
+    from prefopt.demo.data import load_demo
+    from prefopt.models.bundled import DemoModelError
+
+    if model is not None and not (verify or embeddings == HIDDEN):
+        fail("--model is not used: it is for --verify and for --embeddings hidden")
+    if data is None and (columns or split != "train"):
+        fail("--columns and --split are about DATA, and the bundled pairs take neither")
+    if json_file is not None and not json_file.parent.is_dir():
+        fail(f"--json: there is no folder {json_file.parent}")
+    if json_file is not None and json_file.is_dir():
+        fail(f"--json: {json_file} is a folder: name a file in it")
+    try:
+        pairs = load_demo("train")
+        if data is not None:
+            data, words = _words(data, columns, context.args)
+            pairs = _read(data, split, words, weighted=True)
+        choice = choose(
+            pairs, embeddings, rows=rows, model=lambda: _network(model), verify=verify,
+            shown=lambda outcomes, total: track(outcomes, "Training", total, console=console(), transient=True),
+        )  # fmt: skip
+    except (DataError, DemoModelError, OSError, ValueError) as error:
+        fail(str(error))
+    console().print(explain(choice, data or "bundled pairs"))
+    console().print(Text(command(choice)), soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(choice.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _words(data: str, columns: list[str] | None, rest: list[str]) -> tuple[str, list[str]]:
+    """DATA and the pairs of --columns, whichever of them comes first: `--columns a=x b=y DATA` has DATA at its end."""
+    words = [data, *rest]
+    named = [word for word in words if "=" not in word or Path(word).exists()]
+    if columns and len(named) == 1:
+        data = named[0]
+        words.remove(data)
+        return data, [*columns, *words]
+    return data, [*(columns or []), *rest]
+
+
+def _read(
+    data: str,
+    split: str,
+    columns: list[str],
+    weighted: bool = False,
+    config: str | None = None,
+    layout: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Any:
+    """The normalised rows of a data set, or of a mixture; `columns` are the words of --columns.
+
+    Each row comes once; `weighted` keeps of a mixture with weights what they say.
+    """
+    from datasets import disable_progress_bars
+
+    from prefopt.data import in_proportion, mix, parse_columns, parse_sources, read_preferences
+
+    disable_progress_bars()
+    mapping = parse_columns([word for given in columns for word in given.split()])
+    sources = dict(parse_sources(data))
+    loaded = {
+        name: read_preferences(name, config=config, split=split, columns=mapping, format=layout, say=say)
+        for name in sources
+    }
+    if weighted and len(loaded) > 1 and None not in sources.values():
+        loaded = in_proportion(loaded, [weight or 0.0 for weight in sources.values()])
+    return mix(loaded) if len(loaded) > 1 else next(iter(loaded.values()))
+
+
+def _network(name: str | None) -> tuple[Any, Any]:
+    """A model in float32 with its tokenizer; the bundled one if no name is given."""
+    import torch
+
+    from prefopt.models.bundled import resolve_demo_model
+    from prefopt.models.load import load_model, load_tokenizer
+
+    name = str(resolve_demo_model(say=lambda line: console().print(line, soft_wrap=True))) if name is None else name
+    tokenizer = load_tokenizer(name)  # first: its errors say what was looked for
+    return load_model(name, {"dtype": torch.float32}), tokenizer

@@ -1,0 +1,193 @@
+"""Commands that look objectives up: `prefopt losses`, `prefopt logic`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.padding import Padding
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from prefopt.losses import Loss
+
+from prefopt.cli.app import app, console, fail
+
+
+@app.command()
+def losses(
+    names: Annotated[list[str] | None, typer.Argument(help="Losses, presets or expressions to explain.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table: the README's, or of NAMES.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw loss and gradient of NAMES to this file (.png).")] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="What a plot moves: margin (default), chosen or rejected; repeatable.")
+    ] = None,
+    span: Annotated[float | None, typer.Option(help="Half the width of a plot's x-axis, in nats; 40.")] = None,
+) -> None:
+    """List the objectives, explain some, or plot them."""
+    from prefopt.catalogue.tables import losses_table, objectives_table
+    from prefopt.losses import available
+
+    if plot is None and (vary or span is not None):
+        fail("--vary and --span are about a picture: add --plot FILE.png")
+    if plot is not None and markdown:
+        fail("--plot and --markdown exclude one another")
+    if plot is not None:
+        _plot(plot, names or [], vary, span)
+    elif markdown:
+        unknown = [name for name in names or [] if name not in available()]
+        if unknown:
+            fail(f"--markdown takes names of registered losses; {unknown[0]!r} is none")
+        print(objectives_table([available()[name] for name in names]) if names else losses_table())
+    elif names:
+        for place, name in enumerate(names):
+            if place:
+                console().print()
+            _explain(name)
+    else:
+        _list()
+
+
+def _list() -> None:
+    from prefopt.catalogue.tables import facts, families
+    from prefopt.losses import presets
+    from prefopt.losses.registry import describe_arguments
+
+    screen = console()
+    for family in families():
+        screen.print(Text(f"\n{family.name}: ", style="bold").append(family.about, style="not bold"))
+        for cls in family.losses:
+            fact = facts(cls)
+            parts = [fact.data, {"yes": "reference", "no": "no reference"}.get(fact.reference, ""), fact.needs]
+            parts += [fact.trl_name and f"TRL: {fact.trl_name}", fact.paper and f"arXiv {fact.paper}"]
+            _entry(f"{cls.name}({describe_arguments(cls)})", fact.formula, parts)
+    screen.print(Text("\npresets: ", style="bold").append("named sums that papers train with.", style="not bold"))
+    for preset in presets().values():
+        _entry(f"{preset.name}({describe_arguments(preset)})", str(preset.build()), [f"arXiv {preset.paper}"])
+    screen.print(Text('\nCombine them: --loss "dpo(beta=0.1) + 0.2*sft". `prefopt losses NAME` explains one.'))
+
+
+def _entry(title: str, formula: str, parts: list[str]) -> None:
+    # Continued lines are indented, so that names stand out at the left.
+    console().print(Padding(Text(title, style="cyan"), (0, 0, 0, 2), expand=False))
+    console().print(Padding(Text(formula), (0, 0, 0, 6), expand=False))
+    console().print(Padding(Text(" · ".join(filter(None, parts)), style="dim"), (0, 0, 0, 6), expand=False))
+
+
+def _explain(text: str) -> None:
+    from prefopt.catalogue.tables import facts
+    from prefopt.losses import LossSyntaxError, Preset, available, parse, presets
+    from prefopt.losses.registry import describe_arguments
+
+    screen = console()
+    maker = available().get(text) or presets().get(text)
+    if maker is None:
+        try:
+            _account(parse(text), re.findall(r"\w+", text))
+        except LossSyntaxError as error:
+            fail(str(error))
+        return
+    screen.print(Text(f"{text}({describe_arguments(maker)})", style="bold"))
+    if isinstance(maker, Preset):
+        _docstring(maker.build)
+        screen.print(Text("\nExpands to:"))
+        _account(maker.build(), [text])
+        return
+    _docstring(maker)
+    fact = facts(maker)
+    screen.print(Text(f"\nFormula: {fact.formula}\nData: {fact.data}"))
+    if fact.reference == "as its loss":
+        screen.print(Text(f"Needs of the scorer: those of its loss{fact.needs and ', ' + fact.needs}"))
+    else:
+        needs = ", ".join(filter(None, ["reference" * (fact.reference == "yes"), fact.needs]))
+        screen.print(Text(f"Needs of the scorer: {needs or 'sums and lengths only; no reference'}"))
+    screen.print(Text(f"In TRL: {f'loss_type={fact.trl_name!r}' if fact.trl_name else 'no loss_type of DPOTrainer'}"))
+    if fact.paper:
+        screen.print(Text(f"Paper: https://arxiv.org/abs/{fact.paper}"))
+
+
+def _docstring(documented: object) -> None:
+    """A docstring with its paragraphs filled anew, as they were filled for lines longer than a terminal's."""
+    paragraphs: list[tuple[int, str]] = []
+    previous = ""
+    for line in (inspect.getdoc(documented) or "").splitlines():
+        words = re.sub(" {3,}", "  ", line.strip())
+        first = words.partition(" ")[0]
+        # A line was broken where its next word, in the source 4 columns to the right, would have gone past 119.
+        if previous and words and len(previous) + len(first) + 5 > 119 and not first.endswith(":"):
+            indent, text = paragraphs.pop()
+            paragraphs.append((indent, f"{text} {words}"))
+        else:
+            paragraphs.append((len(line) - len(line.lstrip()), words))
+        previous = line
+    for indent, text in paragraphs:
+        console().print(Padding(Text(text), (0, 0, 0, indent), expand=False) if text else "")
+
+
+def _account(loss: Loss, words: list[str]) -> None:
+    """An expression with every argument, and what it asks for; `words` may name presets that it came from."""
+    from prefopt.catalogue.tables import data_of, reference_of
+    from prefopt.losses import Loss, presets
+
+    screen = console()
+    screen.print(Text(str(loss), style="bold"))
+    screen.print(Text(f"\nData: {data_of(loss)}"))
+    for role in (*loss.roles, "mismatched"):
+        needs = loss.needs_of(role)
+        if needs or role in loss.roles:
+            screen.print(Text(f"Needs of the scorer for {role} completions: {needs.words}"))
+    if loss.columns:
+        screen.print(Text(f"Columns of the data: {', '.join(loss.columns)}"))
+    screen.print(Text(f"Reference model: {reference_of(loss)}"))
+    papers = {name: presets()[name].paper for name in words if name in presets()}
+    papers |= {part.name: part.paper for part in loss.modules() if isinstance(part, Loss)}
+    for name, paper in papers.items():
+        if paper:
+            screen.print(Text(f"Paper of {name}: https://arxiv.org/abs/{paper}"))
+
+
+def _plot(path: Path, names: list[str], vary: list[str] | None, span: float | None) -> None:
+    from prefopt.catalogue.plots import SPAN, PlotError, draw, scale_hints, trace
+    from prefopt.losses import LossSyntaxError
+
+    try:
+        lines = trace(names, vary or ["margin"], SPAN if span is None else span)
+        draw(lines, path)
+    except (PlotError, LossSyntaxError) as error:
+        fail(str(error))
+    for hint in scale_hints(lines):
+        console().print(Text(hint))
+    console().print(Text(f"{path}: {len(lines)} curves"), soft_wrap=True)
+
+
+@app.command()
+def logic(
+    name: Annotated[str | None, typer.Argument(help="A loss, a preset or an expression to decompile.")] = None,
+    formula: Annotated[str | None, typer.Option(help="Or compile one: what the models should predict.")] = None,
+    given: Annotated[str, typer.Option(help="The condition of --formula; rows where it is false are ruled out.")] = "",
+    also: Annotated[str, typer.Option(help="What counts on both sides of --formula.")] = "",
+    lattice: Annotated[Path | None, typer.Option(help="Draw the order of structures (.png, .svg, .pdf).")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="With --lattice: all 256, not the named ones.")] = False,
+) -> None:
+    """Explain what a loss asks the models to predict, as a formula; or make a loss from one."""
+    from prefopt.logic import FormulaError, decompile, from_formula
+    from prefopt.logic.decompile import NoStructure
+    from prefopt.logic.lattice import LatticeError, draw
+    from prefopt.logic.show import explain
+    from prefopt.losses import LossSyntaxError, parse
+
+    if (name is not None) + (formula is not None) + (lattice is not None) != 1:
+        fail("give a loss's NAME, a --formula or a --lattice file, and one of them alone")
+    if formula is None and (given or also):
+        fail("--given and --also belong to a --formula")
+    try:
+        if lattice is not None:
+            console().print(Text(draw(lattice, everything)), soft_wrap=True)
+            return
+        loss = from_formula(formula, given, also) if formula is not None else parse(str(name))
+        console().print(explain(decompile(loss), formula or str(loss)))
+    except (FormulaError, NoStructure, LatticeError, LossSyntaxError, ValueError) as error:
+        fail(str(error))

@@ -1,0 +1,104 @@
+"""Commands around runs: `prefopt demo`, `plan`, `merge`, `cache`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from prefopt.safety.errors import short_errors
+
+if TYPE_CHECKING:
+    pass
+
+from prefopt.cli.app import app, console, fail
+
+
+@app.command()
+def cache(
+    prune: Annotated[
+        list[str] | None, typer.Option(help="Delete the reference of this name; may be repeated.")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option(help="Delete references not written to for so many days.")
+    ] = None,
+    folder: Annotated[str | None, typer.Option(help="Where references are kept, if not in the usual place.")] = None,
+) -> None:
+    """List the references whose log-probabilities are kept on disk, or delete some."""
+    from datetime import datetime
+    from pathlib import Path
+
+    from prefopt.safety.tables import table
+    from prefopt.scoring.cache import cache_root, entries
+    from prefopt.scoring.cache import prune as delete
+
+    root = cache_root() if folder is None else Path(folder)
+    if prune or older_than is not None:
+        unknown = set(prune or ()) - {entry.name for entry in entries(root)}
+        if unknown:
+            fail(f"there is no reference named {', '.join(sorted(unknown))} in {root}")
+        for entry in delete(prune or (), older_than, root):
+            console().print(f"deleted {entry.name}: {entry.rows} completions, {entry.size / 1e6:.1f} MB")
+    found = entries(root)
+    if not found:
+        console().print(f"No references are kept in {root}", soft_wrap=True)
+        return
+    made = table("name", "model", "precision", "completions", "MB", "last written", right=("completions", "MB"))
+    for entry in found:
+        written = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
+        about = (Text(str(entry.about.get(key, ""))) for key in ("model", "precision"))
+        made.add_row(entry.name, *about, str(entry.rows), f"{entry.size / 1e6:.1f}", written)
+    console().print(made)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The folder of a saved adapter.")],
+    output: Annotated[
+        str | None, typer.Option(help="Where to save the merged model; the adapter's name and -merged.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The model to fold into, if not the one the adapter names.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the merged weights: float32, bfloat16, float16.")] = None,
+) -> None:
+    """Fold an adapter into its base model, and compare the two."""
+    from prefopt.models.merge import MergeError
+    from prefopt.models.merge import merge as fold
+
+    try:
+        merged = fold(adapter, output, base, dtype)
+    except MergeError as error:
+        fail(str(error))
+    precision = str(merged.dtype).removeprefix("torch.")
+    console().print(
+        f"Merged into {merged.base} ({precision}). On {merged.tokens} tokens the merged model differs from the "
+        f"adapter by {merged.largest:.2g} nats at most, {merged.mean:.2g} on average; the adapter moves the base by "
+        f"up to {merged.moved:.2g}.",
+        soft_wrap=True,
+    )
+    if merged.moved == 0:
+        console().print("The adapter changes nothing: is it the one you meant?")
+    console().print(f"Saved to {merged.folder}", soft_wrap=True)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def demo(context: typer.Context) -> None:
+    """Train the bundled model on the bundled pairs, or yours: --model_name_or_path, --dataset_name, --loss ..."""
+    from prefopt.recipe import main as run_recipe
+
+    with short_errors():
+        run_recipe("dpo(beta=0.1)", context.args)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="--model NAME [OPTIONS; --help lists them]",
+)
+def plan(context: typer.Context) -> None:
+    """Estimate the memory of every way to train a model, and say which to take on given GPUs."""
+    from prefopt.planning.engines import main as show_plan
+
+    try:
+        show_plan(context.args)
+    except (OSError, ValueError) as error:
+        fail(str(error))

@@ -1,0 +1,104 @@
+"""What validation found: problems with their rows, as counts, as a table, and as the message that stops a run.
+
+It knows nothing of how problems are found (`validate.py`) and imports rich and `prefopt.safety.tables` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from prefopt.safety.tables import table
+
+Severity = Literal["error", "warning", "info"]
+
+_STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+_SHOWN = 5
+
+
+@dataclass
+class Problem:
+    """One kind of problem. `rows` are the dataset's row numbers from 0; `advice` says what to do."""
+
+    kind: str
+    severity: Severity
+    rows: list[int]
+    explanation: str
+    advice: str = ""
+
+
+@dataclass
+class Report:
+    """All problems of a dataset, errors first.
+
+    `origins` names a row's file and its row there, for mixed sets. `notes` say in a sentence each what is worth
+    knowing of the set as a whole.
+    """
+
+    problems: list[Problem]
+    total: int
+    origins: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """No row has an error; there may be warnings."""
+        return not any(problem.severity == "error" for problem in self.problems)
+
+    @property
+    def bad_rows(self) -> list[int]:
+        """Rows with at least one error, in order."""
+        return sorted({row for problem in self.problems if problem.severity == "error" for row in problem.rows})
+
+    def counts(self) -> dict[str, int]:
+        return {problem.kind: len(problem.rows) for problem in self.problems}
+
+    def reasons(self, rows: Iterable[int]) -> dict[int, list[str]]:
+        """The errors of each of `rows`, by kind."""
+        found: dict[int, list[str]] = {row: [] for row in rows}
+        for problem in self.problems:
+            if problem.severity == "error":
+                for row in problem.rows:
+                    if row in found:
+                        found[row].append(problem.kind)
+        return found
+
+    def first_rows(self, problem: Problem, shown: int = _SHOWN) -> str:
+        names = [self.origins.get(row, str(row)) for row in problem.rows[:shown]]
+        return ", ".join(names) + (" ..." if len(problem.rows) > shown else "")
+
+    def table(self) -> Table:
+        """Problem with its severity, count, first row numbers, what to do."""
+        bad = len(self.bad_rows)
+        title = f"{self.total} rows, {bad} with errors" if self.problems else f"{self.total} rows, no problem found"
+        made = table(
+            "problem", "rows", "first rows (from 0)", "what it means, what to do", right=("rows",),
+            title=title, caption="Rows are numbered from 0.", show_lines=True,
+        )  # fmt: skip
+        for problem in self.problems:
+            # As plain text: row names and texts may hold the brackets that rich reads as markup.
+            made.add_row(
+                Text(f"{problem.kind}\n").append(problem.severity, style=_STYLES[problem.severity]),
+                str(len(problem.rows)),
+                Text(self.first_rows(problem)),
+                Text(f"{problem.explanation} {problem.advice}".strip()),
+            )
+        return made
+
+    def message(self) -> str:
+        """The report as text for an error: one line a problem."""
+        lines = [f"{len(self.bad_rows)} of {self.total} rows cannot be trained on (rows are numbered from 0):"]
+        for problem in self.problems:
+            lines.append(f"  {self.line(problem)}")
+        return "\n".join(lines)
+
+    def line(self, problem: Problem) -> str:
+        """One problem as text."""
+        mark = "" if problem.severity == "error" else f" [{problem.severity}]"
+        plural = "" if len(problem.rows) == 1 else "s"
+        counted = f"{problem.kind}{mark}: {len(problem.rows)} row{plural}, first {self.first_rows(problem)}"
+        return f"{counted}. {problem.explanation} {problem.advice}".rstrip()

@@ -1,0 +1,172 @@
+"""The models and tokenizers that a recipe names: whole models, saved adapters, frozen models to compare with.
+
+Weights are read from safetensors alone, and code that comes with a model runs only where `trust_remote_code` asks for
+it. Imports transformers and peft; what is trained on what is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from prefopt.data.template_defaults import set_template_defaults
+from prefopt.data.templates import check_template
+from prefopt.safety.files import is_file
+from prefopt.safety.folders import check_one_model
+from prefopt.safety.weights import check_folder
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that a folder with a saved adapter belongs to; None where `name` is no such folder.
+
+    Raises:
+        ValueError: for a folder that holds whole weights as well.
+    """
+    check_one_model(name)
+    settings = Path(name) / "adapter_config.json"
+    if not is_file(settings):
+        return None
+    try:
+        base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise SystemExit(f"{settings} cannot be read: {error}. Save the adapter again") from None
+    if not isinstance(base, str) or not base:
+        raise SystemExit(f"{settings} does not say which model the adapter belongs to (base_model_name_or_path)")
+    return base
+
+
+def check_weights(name: str) -> None:
+    """Refuse what cannot or must not be loaded, by looking at a local folder's files; Hub names are let through.
+
+    Raises:
+        ValueError: for a folder (or, for an adapter, its model's) that holds pickled weights alone, or weights that
+            are no safetensors.
+    """
+    folder = Path(name)
+    base = adapter_base(name)
+    if base is not None:
+        check_folder(folder, "adapter_model.safetensors")
+        check_weights(base)
+    elif is_file(folder / "config.json"):
+        check_folder(folder)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model cannot take, whatever its weights.
+
+    Attributes:
+        vocabulary: tokens that it has embeddings for; None where its configuration does not say.
+        positions: longest row, where positions are learned one by one; None for all others, which have no such end.
+        images: whether it reads images.
+    """
+
+    vocabulary: int | None
+    positions: int | None
+    images: bool = False
+
+
+def limits_of(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Limits:
+    """The limits of a model or of an adapter's model, from its configuration alone."""
+    base = adapter_base(name) or name
+    with _named("configuration", base):
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
+    positions = None if rotary or getattr(config, "auto_map", None) else _learned_positions(config)
+    return Limits(getattr(text, "vocab_size", None), positions, getattr(config, "vision_config", None) is not None)
+
+
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+"""What models call the embedding of their positions."""
+
+
+def _learned_positions(config: Any) -> int | None:
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError):
+        return None  # no text model of transformers' own
+    sizes = [
+        module.num_embeddings - int(getattr(module, "offset", 0))  # OPT keeps two places for itself
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _POSITIONS
+    ]
+    return min(sizes, default=None)
+
+
+def load_model(name: str, options: dict[str, Any], trainable: bool = False) -> Any:
+    """A model, or a saved adapter on its model.
+
+    Args:
+        name: a Hub name, a model's folder or an adapter's.
+        options: of `from_pretrained`.
+        trainable: keep the adapter's weights trainable; a whole model's are left as they are.
+
+    Raises:
+        ValueError: for pickled or damaged weights.
+    """
+    check_weights(name)
+    base = adapter_base(name)
+    safe = {"trust_remote_code": False, **options, "use_safetensors": True}
+    loaded = AutoModelForCausalLM.from_pretrained(base or name, **safe)
+    return loaded if base is None else PeftModel.from_pretrained(loaded, name, is_trainable=trainable)
+
+
+def load_tokenizer(
+    name: str,
+    *,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """The tokenizer that belongs to a model or an adapter, with `chat_template` (Jinja, or a file) over its own.
+
+    `chat_template_kwargs` are the template's arguments wherever a row has none of its own.
+
+    Raises:
+        OSError: if there is none, naming the model.
+        ValueError: for a chat template that is no Jinja, or a file with one that cannot be read.
+    """
+    if not is_file(Path(name) / "tokenizer_config.json"):
+        name = adapter_base(name) or name
+    with _named("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = _template(chat_template)
+    set_template_defaults(tokenizer, chat_template_kwargs)
+    check_template(tokenizer, name if chat_template is None else "--chat_template")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _named(what: str, name: str) -> Iterator[None]:
+    """Errors of what is inside get the model's name, whatever a broken file makes a library say."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
+        raise OSError(f"no {what} can be loaded from {name!r}: {reason}") from error
+
+
+def _template(given: str) -> str:
+    # A template of one line may be longer than the system lets a file name be.
+    if "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--chat_template {given}: byte {error.start} is not UTF-8 text; save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--chat_template {given}: neither a template (it holds no {{) nor a file that can be read ({error})"
+        ) from None

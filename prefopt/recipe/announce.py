@@ -1,0 +1,109 @@
+"""The lines that a run and a dry run begin with: what is trained, on what, how, and where."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from rich.text import Text
+
+from prefopt.data import parse_sources
+from prefopt.losses import parse
+from prefopt.models.load import adapter_base
+from prefopt.safety.redaction import redact
+from prefopt.trainer import PreferenceConfig, expression_from_trl_options
+from prefopt.trainer.config import changed_trl_options
+
+if TYPE_CHECKING:
+    from prefopt.recipe.arguments import Recipe
+
+
+def announce(recipe: Recipe, train: Any, heldout: Any) -> None:
+    """Print the run in a few lines: objective, model, data and rows, learning rate, batch, steps and device."""
+    lines = {
+        "Objective": _objective(recipe),
+        "Model": _model(recipe),
+        "Data": _data(recipe, train, heldout),
+        "Training": _training(recipe, train),
+        "Device": _device(recipe),
+    }
+    for name, value in lines.items():
+        recipe.console.print(
+            Text(f"{name:<10} ", style="bold").append(redact(value), style="not bold"), soft_wrap=True
+        )
+
+
+def _objective(recipe: Recipe) -> str:
+    training = recipe.training
+    expression = training.loss or expression_from_trl_options(training)
+    if expression:
+        return str(parse(expression))
+    options = ", ".join(f"{name}={value}" for name, value in changed_trl_options(training).items())
+    return f"TRL's own: {options}"
+
+
+def _model(recipe: Recipe) -> str:
+    model, script = recipe.model, recipe.script
+    name = str(recipe.base_model or model.model_name_or_path)
+    if recipe.converted_model:
+        name += " (the 4-bit copy from PyPI, in float32)"
+    if (base := adapter_base(str(model.model_name_or_path))) is not None:
+        text = f"{name}, an adapter of {base} that is trained on"
+    elif model.use_peft:
+        text = f"{name}, a new LoRA adapter of rank {model.lora_r}"
+    else:
+        text = f"{name}, all weights"
+    if model.load_in_4bit or model.load_in_8bit:
+        text += f", in {4 if model.load_in_4bit else 8} bits"
+    if script.ref_model_name_or_path is not None:
+        text += f"; compared with {script.ref_model_name_or_path}"
+    if script.previous_model_name_or_path is not None:
+        text += f"; previous iterate {script.previous_model_name_or_path}"
+    return text
+
+
+def _data(recipe: Recipe, train: Any, heldout: Any) -> str:
+    if recipe.bundled_data:
+        names = "the bundled pairs"
+    else:
+        names = ", ".join(name for name, _ in parse_sources(str(recipe.script.dataset_name)))
+    held = "no held-out rows" if heldout is None else f"{_count(heldout)} held out"
+    return f"{names}: {_count(train)}, {held}"
+
+
+def _count(rows: Any) -> str:
+    return f"{len(rows)} examples" if hasattr(rows, "__len__") else "a stream"
+
+
+def _training(recipe: Recipe, train: Any) -> str:
+    training = recipe.training
+    each, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    world = PartialState().num_processes
+    schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    steps = steps_of(training, train)
+    return (
+        f"{steps if steps is not None else '?'} steps of {each * accumulated * world} examples ({each} a process x "
+        f"{accumulated} accumulated x {world} process{'es' if world > 1 else ''}), learning rate "
+        f"{training.learning_rate:g} ({schedule})"
+    )
+
+
+def steps_of(training: PreferenceConfig, train: Any) -> int | None:
+    """How many steps the run takes; None where a stream has no length."""
+    steps: int = training.max_steps
+    if steps > 0:
+        return steps
+    if not hasattr(train, "__len__"):
+        return None
+    per_pass = math.ceil(len(train) / (training.per_device_train_batch_size * PartialState().num_processes))
+    steps = math.ceil(math.ceil(per_pass / training.gradient_accumulation_steps) * training.num_train_epochs)
+    return steps
+
+
+def _device(recipe: Recipe) -> str:
+    training = recipe.training
+    precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "float32"
+    named = recipe.model.dtype
+    weights = f", weights in {named}" if named not in (None, "auto", "float32") else ""
+    return f"{training.device.type}, {precision}{weights}"

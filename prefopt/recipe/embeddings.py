@@ -1,0 +1,149 @@
+"""The step of a recipe that gives pairs the vectors which losses with `embeddings='given'` compare.
+
+They come with the data, or `--embeddings` names a frozen encoder that computes them, once, before any model is loaded.
+What encoders are, and how their vectors are kept, is in `prefopt.data.embed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+
+from prefopt.data.columns import column_names
+from prefopt.data.embed import DEFAULT, Encoder, embed, texts_of, width_of
+from prefopt.data.errors import DataError
+from prefopt.losses import Need, parse
+from prefopt.losses.scores import EMBEDDINGS
+
+if TYPE_CHECKING:
+    from prefopt.recipe.arguments import Recipe, RecipeArguments
+    from prefopt.trainer import PreferenceConfig
+
+REMEDY = (
+    f"let --embeddings {DEFAULT} compute them (a folder or a Hub name works as well), or have the loss take the "
+    "policy's own with embeddings='hidden'"
+)
+
+
+def compares_given(training: PreferenceConfig) -> bool:
+    """Whether the loss compares embeddings that come with the data. TRL's own loss options never do."""
+    return training.loss is not None and Need.EMBEDDINGS in parse(training.loss).needs
+
+
+def refuse_mismatch(script: RecipeArguments, training: PreferenceConfig) -> None:
+    """Refuse an encoder that the loss has no use for, and a loss for which the bundled pairs have no vectors.
+
+    Raises:
+        SystemExit: naming the option and what to do.
+    """
+    wanted = compares_given(training)
+    if script.embeddings is None:
+        if wanted and script.dataset_name is None:
+            raise SystemExit(
+                f"--loss {training.loss}: it compares embeddings that come with the data, and the bundled pairs have "
+                f"none: {REMEDY}"
+            )
+        return
+    if not wanted:
+        raise SystemExit(
+            f"--embeddings {script.embeddings} has no effect: {training.loss or training.loss_type} compares no "
+            "embeddings that come with the data. Leave the option out, or set embeddings='given' in a loss that has "
+            "it (kernel_dpo, hmk)"
+        )
+    if script.dataset_streaming:
+        raise SystemExit(
+            "--embeddings computes the vectors of all texts ahead, and a stream is read as it comes: leave "
+            "--dataset_streaming out, or give the data columns of vectors"
+        )
+
+
+def with_embeddings(
+    recipe: Recipe, train: dict[str, Any], heldout: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Training and held-out sources, by name, with the vectors of `--embeddings`, where that is given.
+
+    On a dry run nothing is computed: a line says how much there would be.
+
+    Raises:
+        DataError: where a source has vectors already, or rows are no pairs.
+    """
+    name = recipe.script.embeddings
+    if name is None:
+        return train, heldout
+    state = PartialState()
+    # One process of a machine computes what the others then find on its disk.
+    with state.local_main_process_first(), _read_whole(recipe.training):
+        encoder = Encoder(name, device=recipe.training.device)
+        texts = {text for part in (train, heldout) for source in part.items() for text in _texts(*source)}
+        new = encoder.missing(sorted(texts))
+        share = f"{len(new)} of {len(texts)} texts"
+        if recipe.script.dry_run:
+            recipe.console.print(f"Embeddings: {share} are to be computed by {name}.", soft_wrap=True)
+            return train, heldout
+        if new and not state.is_local_main_process:
+            raise DataError(
+                f"--embeddings: {share} have no vector in {encoder.kept_in}, though another process computed them: "
+                "set PREFOPT_CACHE to a folder that all processes of a machine can write to and read"
+            )
+        encoder.compute(new)
+        train, heldout = ({key: embed(rows, encoder) for key, rows in part.items()} for part in (train, heldout))
+    recipe.console.print(f"Embeddings: {share} computed by {name}; kept in {encoder.kept_in}", soft_wrap=True)
+    return train, heldout
+
+
+@contextmanager
+def _read_whole(training: PreferenceConfig) -> Iterator[None]:
+    """Let models be read whole: under ZeRO-3 transformers spreads them over processes, of which one works here."""
+    plugin = training.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(getattr(training, "hf_deepspeed_config", None) or plugin.dschf)
+
+
+def _texts(name: str, source: Dataset) -> list[str]:
+    """Every text of a source that is to have a vector."""
+    try:
+        return [text for texts in texts_of(source).values() for text in texts]
+    except DataError as error:
+        raise DataError(f"--embeddings: {name}: {error}") from None
+
+
+def check_given(recipe: Recipe, sources: Mapping[str, Dataset | IterableDataset], part: str) -> None:
+    """See that the vectors which the loss compares came with the data, where no encoder is to compute them.
+
+    Row numbers are those of `sources`, so call this before anything is split or mixed. Of a stream only the columns
+    are looked at.
+
+    Raises:
+        DataError: naming the source, and the column or row that has no such vector.
+    """
+    if recipe.script.embeddings is not None or not compares_given(recipe.training):
+        return
+    widths = {}
+    for name, source in sources.items():
+        if missing := [column for column in EMBEDDINGS if column not in column_names(source)]:
+            raise DataError(
+                f"The loss compares embeddings that come with the data, but the {part} rows of {name} have no column "
+                f"{', '.join(missing)}: {REMEDY}"
+            )
+        if isinstance(source, Dataset):
+            try:
+                widths[name] = width_of(source)
+            except DataError as error:
+                raise DataError(f"The {part} rows of {name}: {error}") from None
+    if len(set(widths.values())) > 1:
+        raise DataError(
+            f"Vectors that the loss compares must have as many numbers in every source; the {part} rows have "
+            f"{', '.join(f'{width} in {name}' for name, width in widths.items())}: compute them with one encoder"
+        )

@@ -1,0 +1,109 @@
+"""Which rows are held out: a split that the data has for it, else training rows, whole prompts at a time."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from prefopt.data import parse_sources
+
+if TYPE_CHECKING:
+    from prefopt.recipe.arguments import Recipe
+
+USUAL = "test"
+OTHERS = ("validation", "valid", "val", "dev", "eval")
+"""What a held-out split is called where it is not called `test`."""
+
+
+def own_split(recipe: Recipe, load: Callable[[str], dict[str, Any]]) -> dict[str, Any] | None:
+    """The held-out split of the data, by source; None where it has none (a single local file never does).
+
+    Sets `recipe.heldout_split` to the split's name.
+    """
+    script = recipe.script
+    if any(Path(name).is_file() for name, _ in parse_sources(str(script.dataset_name))):
+        return None
+    wanted = recipe.heldout_split = script.dataset_test_split
+    try:
+        return load(wanted)
+    except ValueError as error:
+        if "split" not in str(error):
+            raise
+        if wanted != USUAL:
+            raise  # it was asked for by name
+        # The error lists the splits that there are.
+        found = [name for name in OTHERS if f"'{name}'" in str(error) and name != script.dataset_train_split]
+    if not found:
+        return None
+    recipe.heldout_split = found[0]
+    recipe.console.print(
+        f"The data has no split {wanted!r}: its split {found[0]!r} is held out (--dataset_test_split names another)."
+    )
+    return load(found[0])
+
+
+def hold_out(recipe: Recipe, sources: dict[str, Dataset]) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Set rows of every source apart, in proportion to its size; at most a fifth of each.
+
+    Rows with the same prompt stay together, in all sources: a prompt that was trained on tells nothing when it is
+    held out.
+    """
+    script, training = recipe.script, recipe.training
+    recipe.heldout_split = f"of {script.dataset_train_split}"
+    total = sum(len(source) for source in sources.values())
+    if not script.eval_rows or not total:
+        return sources, {}
+    room = Counter({n: min(round(script.eval_rows * len(s) / total), len(s) // 5) for n, s in sources.items()})
+    places = _places_of_prompts(sources)
+    prompts = sorted(places)
+    random.Random(training.data_seed or training.seed).shuffle(prompts)
+    apart: dict[str, list[int]] = {name: [] for name in sources}
+    held = 0
+    for prompt in prompts:
+        taken = Counter(name for name, _ in places[prompt])
+        if all(count <= room[name] for name, count in taken.items()):
+            room -= taken
+            held += 1
+            for name, row in places[prompt]:
+                apart[name].append(row)
+    return _split(recipe, sources, apart, held, shared=total > len(prompts))
+
+
+def _places_of_prompts(sources: dict[str, Dataset]) -> dict[str, list[tuple[str, int]]]:
+    """The source and row of every prompt."""
+    places: dict[str, list[tuple[str, int]]] = {}
+    for name, source in sources.items():
+        for row, prompt in enumerate(source["prompt"]):
+            places.setdefault(json.dumps(prompt, sort_keys=True, default=str), []).append((name, row))
+    return places
+
+
+def _split(
+    recipe: Recipe, sources: dict[str, Dataset], apart: dict[str, list[int]], prompts: int, shared: bool
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    total = sum(len(source) for source in sources.values())
+    count = sum(map(len, apart.values()))
+    of = f" with all rows of {prompts} prompts" if shared else ""
+    if count:
+        recipe.console.print(
+            f"The data has no split {recipe.script.dataset_test_split!r}: {count} of its {total} rows are held "
+            f"out{of} (--eval_rows 0 trains on all).",
+            soft_wrap=True,
+        )
+    elif shared:
+        recipe.console.print(
+            f"No rows are held out: the data has no split {recipe.script.dataset_test_split!r}, and every prompt has "
+            "more rows than may be set apart.",
+            soft_wrap=True,
+        )
+    kept = {}
+    for name, source in sources.items():
+        out = set(apart[name])
+        kept[name] = source.select([row for row in range(len(source)) if row not in out]) if out else source
+    return kept, {name: sources[name].select(sorted(rows)) for name, rows in apart.items() if rows}

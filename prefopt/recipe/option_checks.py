@@ -1,0 +1,168 @@
+"""Options that are refused as soon as they are read: out of range, without effect, or of another name by now.
+
+Looks at options alone, never at data or models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from trl import ModelConfig
+
+from prefopt.models.load import adapter_base
+from prefopt.trainer import PreferenceConfig
+
+if TYPE_CHECKING:
+    from prefopt.recipe.arguments import RecipeArguments
+
+_RENAMED = {
+    "warmup_ratio": "--warmup_steps takes a fraction of the run too, as in --warmup_steps 0.1",
+    "evaluation_strategy": "write --eval_strategy",
+    "torch_dtype": "write --dtype",
+    "max_prompt_length": "--max_length cuts prompt and completion together, and --truncation_mode says at which end",
+    "max_completion_length": "--max_length cuts prompt and completion together",
+    "no_cuda": "write --use_cpu true",
+}
+"""Options of earlier releases of transformers and TRL, and what is written for them now."""
+
+
+def renamed(option: str) -> str | None:
+    """What to write for an option of an earlier release; None for any other word."""
+    return _RENAMED.get(option.lstrip("-").replace("-", "_"))
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "num_train_epochs": (0, math.inf),
+    "per_device_train_batch_size": (1, 2**31),
+    "per_device_eval_batch_size": (1, 2**31),
+    "gradient_accumulation_steps": (1, 2**31),
+    "dataloader_num_workers": (0, 2**31),
+    "dataset_num_proc": (1, 2**31),
+    "max_length": (2, 2**31),
+    "pad_to_multiple_of": (1, 2**31),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+    "step0_tolerance": (0, math.inf),
+    "sample_max_new_tokens": (1, 2**31),
+    "dataloader_prefetch_factor": (1, 2**31),
+    "lora_r": (1, 2**31),
+    "lora_alpha": (0, 2**31),
+    "lora_dropout": (0, 1),
+}
+"""Least and largest value of options that would otherwise fail only once the model is loaded."""
+
+
+def refuse_out_of_range(training: PreferenceConfig, model: ModelConfig) -> None:
+    """Refuse numbers that would otherwise fail only once the model is loaded."""
+    for name, (least, most) in _RANGES.items():
+        value = getattr(model if hasattr(model, name) else training, name, None)
+        # `inf` as a learning rate or a norm is a slip too, and nan is in no range.
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
+            limits = f"of at least {least}" if most in (2**31, math.inf) else f"from {least} to {most}"
+            raise SystemExit(f"--{name} must be a finite number {limits}, got {value}")
+
+
+def refuse_steps_and_epochs(config: dict[str, Any], words: set[str], known: argparse.Namespace) -> None:
+    """Both in one place: `max_steps` would win, and the epochs would have no effect."""
+    both = {"max_steps", "num_train_epochs"}
+    for where, names, steps in (("", words, known.max_steps), ("the config: ", set(config), config.get("max_steps"))):
+        if both <= names and steps is not None and float(steps) > 0:
+            raise SystemExit(
+                f"{where}num_train_epochs would have no effect beside max_steps {steps}, which decides how long to "
+                "train: leave one of them out"
+            )
+
+
+def refuse_what_is_ignored(script: RecipeArguments, model: ModelConfig, words: set[str]) -> None:
+    """Refuse options about data that is not there, and of a new adapter where one is trained on."""
+    if script.eval_rows < 0:
+        raise SystemExit(f"--eval_rows must be 0 or more, got {script.eval_rows}")
+    if script.dataset_name is None and script.columns:
+        raise SystemExit("--columns renames columns of a data set of yours: name it with --dataset_name")
+    if script.dataset_name is None and script.format:
+        raise SystemExit("--format is the layout of a data set of yours: name it with --dataset_name")
+    if script.dataset_streaming and script.on_bad_rows == "drop":
+        raise SystemExit("--dataset_streaming cannot validate rows ahead, so --on_bad_rows drop has no effect with it")
+    if script.dataset_streaming and script.dataset_name is None:
+        raise SystemExit("--dataset_streaming streams a data set of yours: name it with --dataset_name")
+    shape = sorted(name for name in words if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
+    if shape and model.model_name_or_path is not None and adapter_base(model.model_name_or_path) is not None:
+        raise SystemExit(
+            f"--{shape[0]} shapes a new adapter, but {model.model_name_or_path} is an adapter already and is trained "
+            "on as it is: leave the option out, or merge the adapter into its model first"
+        )
+    if model.use_peft and model.lora_task_type != "CAUSAL_LM":
+        raise SystemExit(
+            f"--lora_task_type {model.lora_task_type}: what is trained here is a CAUSAL_LM; leave the option out"
+        )
+
+
+# ---- options that another one switches on ------------------------------------------------------------------------
+
+
+def _is(name: str, *values: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda options: str(getattr(options[name], "value", options[name])) in values
+
+
+def _set(*names: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda options: any(bool(options[name]) for name in names)
+
+
+def _picks_the_best(options: dict[str, Any]) -> bool:
+    return bool(options["load_best_model_at_end"]) or (
+        _is("save_strategy", "best")(options) or _is("lr_scheduler_type", "reduce_lr_on_plateau", "greedy")(options)
+    )
+
+
+_LORA = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+    "use_rslora", "use_dora",
+)  # fmt: skip
+_SWITCHES: tuple[tuple[tuple[str, ...], str, str, Callable[[dict[str, Any]], bool]], ...] = (
+    (_LORA, "use_peft", "--use_peft", _set("use_peft")),
+    (("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), "load_in_4bit", "--load_in_4bit",
+     _set("load_in_4bit")),
+    (("eval_steps", "eval_delay"), "eval_strategy", "--eval_strategy steps", _is("eval_strategy", "steps", "epoch")),
+    (("save_steps", "save_total_limit"), "save_strategy", "--save_strategy steps",
+     _is("save_strategy", "steps", "epoch", "best")),
+    (("metric_for_best_model", "greater_is_better"), "load_best_model_at_end", "--load_best_model_at_end true",
+     _picks_the_best),
+    (("ref_model_mixup_alpha", "ref_model_sync_steps"), "sync_ref_model", "--sync_ref_model true",
+     _set("sync_ref_model")),
+    (("precompute_ref_batch_size",), "precompute_ref_log_probs", "--precompute_ref_log_probs true",
+     _set("precompute_ref_log_probs")),
+    (("dataset_config", "dataset_train_split", "dataset_test_split"), "dataset_name", "--dataset_name",
+     _set("dataset_name")),
+    (("model_revision",), "model_name_or_path", "--model_name_or_path", _set("model_name_or_path")),
+)  # fmt: skip
+"""Options, the one that switches them on, how that is written, and whether it is on."""
+
+
+def refuse_without_effect(named: set[str], *parts: Any) -> None:
+    """Refuse options that do nothing as the one that they belong to is off and nobody has turned it off.
+
+    Args:
+        named: the options that the command line and the config name.
+        parts: what they fill.
+
+    Raises:
+        SystemExit: naming both options.
+    """
+    options = {name: value for part in parts for name, value in vars(part).items()}
+    for names, switch, written, is_on in _SWITCHES:
+        given = [name for name in names if name in named]
+        if given and switch not in named and not is_on(options):
+            raise SystemExit(f"--{given[0]} would have no effect without {written}: add that, or leave it out")
+    kwargs = options["model_init_kwargs"]
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise SystemExit(f'--model_init_kwargs must be a JSON object such as \'{{"revision": "main"}}\', got {kwargs}')

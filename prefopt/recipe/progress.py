@@ -1,0 +1,129 @@
+"""How a run shows itself: a progress bar with the numbers that matter on a terminal, one line per log in a file.
+
+A transformers callback; imports rich, transformers and `prefopt.trainer.metrics` alone.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
+from transformers import TrainerCallback
+
+from prefopt.trainer.metrics import still_reference
+
+_SHOWN = (
+    ("loss", "loss", ".3f"),
+    ("rewards/accuracies", "accuracy", ".2f"),
+    ("rewards/margins", "margin", "+.2f"),
+    ("ratios/chosen", "chosen ratio", "+.1f"),
+    ("ratios/rejected", "rejected ratio", "+.1f"),
+    ("learning_rate", "lr", ".1e"),
+)
+_GAP = "  "
+
+
+class _AsManyAsFit:
+    """Numbers side by side, the last ones left out where the line is too short for all."""
+
+    def __init__(self, numbers: list[str]):
+        self._numbers = numbers
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = list(self._numbers)
+        while shown and len(_GAP.join(shown)) > options.max_width:
+            shown.pop()
+        yield Text(_GAP.join(shown), no_wrap=True)
+
+
+class _Numbers(ProgressColumn):
+    """The latest numbers, in what the bar leaves of the line: the line above has them all."""
+
+    def render(self, task: Task) -> _AsManyAsFit:
+        return _AsManyAsFit(task.fields["numbers"])
+
+
+class RunProgress(TrainerCallback):  # type: ignore[misc]
+    """Shows steps, loss, accuracy, margin and log-ratios of the training batches, and what an evaluation found."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.monotonic()
+        if not state.is_world_process_zero:
+            return
+        self._console.print(f"Training for {state.max_steps} steps")
+        if not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("step", table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=16),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            _Numbers(table_column=Column(ratio=1)),
+            console=self._console,
+            expand=True,
+        )
+        self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, numbers=[])
+        self._bar.start()
+
+    def close(self) -> None:
+        """Give the line of the bar back, where a run ends in the middle."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            held_out = {name.removeprefix("eval_"): value for name, value in logs.items()}
+            line = _GAP.join(_numbers(held_out, untrained=state.global_step == 0))
+            self._console.print(f"held-out {line}", soft_wrap=True)
+        elif "loss" in logs:
+            # What the first step logs was computed before its update.
+            numbers = _numbers(logs, untrained=state.global_step <= 1)
+            if self._bar is not None and self._task is not None:
+                self._bar.update(self._task, numbers=numbers)
+            # The bar shows the latest numbers; their history stays on the screen above it.
+            step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+            seconds = int(time.monotonic() - self._started)
+            self._console.print(
+                f"step {step} {seconds // 60:>3}:{seconds % 60:02} {_GAP.join(numbers)}", soft_wrap=True
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+def _numbers(logs: dict[str, Any], untrained: bool) -> list[str]:
+    shown = {key: f"{label} {logs[key]:{form}}" for key, label, form in _SHOWN if key in logs}
+    if untrained and "rewards/accuracies" in shown and still_reference(logs):
+        shown["rewards/accuracies"] = "accuracy n/a (policy = reference)"
+    return list(shown.values())

@@ -1,0 +1,223 @@
+"""Which files of a folder belong to the model that was saved there, so that a folder holds one model.
+
+transformers loads the whole weights of a folder and then applies the adapter that lies beside them, whichever was
+trained last. Saving therefore removes what belongs to the model of before, and loading refuses a folder with both.
+Knows files alone: no trainer, no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefopt.safety.files import is_file, to_disk, write_whole
+
+ASIDE = ".unfinished-model"
+"""Where a model is written before it takes its place in the folder above."""
+REFERENCE_ADAPTER = "ref"
+"""The folder of TRL's copy of an adapter that is trained on, which it compares with."""
+_WHOLE = "whole.json"
+"""The last file of `ASIDE`, with the names of the others: the model in it is complete."""
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER = re.compile(r"adapter_model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json")
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+_OF_THE_MODEL = (
+    "config.json", "generation_config.json", "objective*.safetensors", "reference.safetensors",
+    "ref/adapter_config.json", "ref/adapter_model.safetensors", "ref/adapter_model.bin", "ref/README.md",
+)  # fmt: skip
+_CHECKPOINT = "prefopt.json"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder holds of a model and of the run that made it.
+
+    Attributes:
+        weights: files of whole weights.
+        adapter: files of an adapter.
+        results: files that say what a run found.
+        checkpoints: folders of checkpoints.
+    """
+
+    weights: tuple[str, ...] = ()
+    adapter: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.weights or self.adapter or self.results or self.checkpoints)
+
+    def __str__(self) -> str:
+        """In words: `an adapter (adapter_config.json, ...) and results (results.json)`."""
+        parts = {
+            "whole weights": self.weights,
+            "an adapter": self.adapter,
+            "results": self.results,
+            "checkpoints": self.checkpoints,
+        }
+        said = [f"{what} ({_some(names)})" for what, names in parts.items() if names]
+        return " and ".join(filter(None, [", ".join(said[:-1]), *said[-1:]]))
+
+
+def what_is_there(folder: str | os.PathLike[str]) -> Contents:
+    """What an earlier run left in an output folder; false where it left nothing of a finished model."""
+    path = Path(folder)
+    try:
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    except (OSError, ValueError):
+        names = []
+    results = [path / name for name in names if name in ("results.json", "before.json")]
+    return Contents(
+        tuple(name for name in names if _WEIGHTS.fullmatch(name)),
+        tuple(name for name in names if _ADAPTER.fullmatch(name)),
+        tuple(result.name for result in results if _is_ours(result)),
+        tuple(name for name in names if re.fullmatch(r"checkpoint-\d+", name)),
+    )
+
+
+def check_one_model(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder from which two models, or neither, would be loaded; anything but a folder is let through.
+
+    Raises:
+        ValueError: naming the files of both, and what to do.
+    """
+    path = Path(folder)
+    if is_whole(path / ASIDE):
+        raise ValueError(
+            f"the last model was not put in its place in {path} before its run ended: it is complete in "
+            f"{path / ASIDE}. Load that folder, or move its files to where you want them and delete it"
+        )
+    if not is_file(path / _ADAPTER_CONFIG):
+        return
+    held = what_is_there(path)
+    if held.weights:
+        adapter, weights = _some(held.adapter), _some(held.weights)
+        raise ValueError(
+            f"{path} holds two models: whole weights ({weights}) and an adapter ({adapter}). transformers would apply "
+            f"the adapter on top of the weights, whichever of them was trained last. Move {adapter} out of the folder "
+            f"to use the whole weights, or {weights} to use the adapter"
+        )
+
+
+# ---- saving ------------------------------------------------------------------------------------------------------
+
+
+def is_whole(aside: Path) -> bool:
+    """Whether the model in a folder `ASIDE` is complete."""
+    return is_file(aside / _WHOLE)
+
+
+def move_into(aside: Path, folder: Path) -> None:
+    """Put a model that is complete in one folder in the place of the one in another.
+
+    Files that no model is known to have are left alone. Killed meanwhile, the folder loads as the model of before or
+    as the new one, or as none at all: then the new one is complete in `aside`, and `recover` goes on.
+    """
+    files = [path for path in aside.rglob("*") if path.is_file()]
+    for path in files:
+        to_disk(path)
+    names = sorted(path.relative_to(aside).as_posix() for path in files)
+    write_whole(aside / _WHOLE, lambda path: path.write_text(json.dumps(names), encoding="utf-8"))
+    to_disk(aside)
+    recover(folder, aside)
+
+
+def recover(folder: Path, aside: Path | None = None) -> bool:
+    """Finish what `move_into` began, if it did.
+
+    Returns:
+        Whether there was anything to finish.
+    """
+    aside = folder / ASIDE if aside is None else aside
+    if not is_whole(aside):
+        return False
+    names: list[str] = json.loads((aside / _WHOLE).read_text(encoding="utf-8"))
+    new = {name for name in names if _is_weights(name)}
+    if new:
+        # Not one moment with parts of two models that would load together: old ones that have no successor of the
+        # same name go first, and what lists them goes before them. A lone file is replaced at once.
+        held = what_is_there(folder)
+        old = [name for name in (*held.adapter, *held.weights) if name not in new or name.endswith(".index.json")]
+        for name in sorted(old, key=_loads_last, reverse=True):
+            if name not in new or (aside / name).exists():
+                (folder / name).unlink()
+    for name in sorted(names, key=lambda name: (name in new, _loads_last(name), name)):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (aside / name).exists():
+            os.replace(aside / name, target)
+    if new:
+        for path in _left_over(folder, set(names)):
+            path.unlink()
+            if path.parent != folder and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    to_disk(folder)
+    shutil.rmtree(aside)
+    return True
+
+
+def earlier_results(folder: Path) -> list[Path]:
+    """What a run before this one found, where a model of it is there; this run's own files are newer than that model.
+
+    To be asked before the first save of a run that was not resumed.
+    """
+    held = what_is_there(folder)
+    times = [(folder / name).stat().st_mtime_ns for name in (*held.weights, *held.adapter)]
+    if not times:
+        return []
+    found = [folder / name for name in held.results] + list(folder.glob("dropped_*_rows.jsonl"))
+    return [path for path in found if path.name == "results.json" or path.stat().st_mtime_ns < max(times)]
+
+
+def _left_over(folder: Path, names: set[str]) -> Iterable[Path]:
+    """Files of a model of before that the one of `names` has no file in place of."""
+    of_model = () if (folder / _CHECKPOINT).exists() else _OF_THE_MODEL
+    patterns = [*of_model, *(_TOKENIZER if "tokenizer_config.json" in names else ())]
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
+        mine = path.name == "config.json" and not _is_model_config(path)
+        if path.is_file() and path.relative_to(folder).as_posix() not in names and not mine:
+            yield path
+
+
+def _is_weights(name: str) -> bool:
+    return bool(_WEIGHTS.fullmatch(name) or _ADAPTER.fullmatch(name))
+
+
+def _loads_last(name: str) -> bool:
+    """Whether other files of weights are not loaded without this one."""
+    return name.endswith(".index.json") or name == _ADAPTER_CONFIG
+
+
+def _is_model_config(path: Path) -> bool:
+    settings = _read(path)
+    return isinstance(settings, dict) and bool({"model_type", "architectures"} & set(settings))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file of results was written by a recipe; others may use the name too."""
+    found = _read(path)
+    return isinstance(found, dict) and "before" in found
+
+
+def _read(path: Path) -> object:
+    try:
+        made: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return made
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,0 +1,268 @@
+"""Checkpoint folders on disk: when one counts, what is wrong with the others, and which one a run goes on from.
+
+A checkpoint that this package writes counts once its manifest is there, which is written last and lists every file
+with its size; what was killed before is never taken for a checkpoint. Folders that plain TRL wrote have no manifest:
+they count if they can be read. Knows files only, no trainer and no process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from prefopt.safety.files import to_disk, write_whole
+from prefopt.safety.weights import pickled
+
+MANIFEST = "complete.json"
+STATE = "prefopt.json"
+"""The first file of a checkpoint of ours, so that one without a manifest is known to be unfinished."""
+TRAINER_STATE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+_INDEX = "model.safetensors.index.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint, or their folder, that cannot be used or written. The message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder as it was found.
+
+    Attributes:
+        folder: `.../checkpoint-<step>`.
+        step: the optimizer step it was written after.
+        written: when, in nanoseconds since the epoch.
+        problem: why it cannot be resumed from; "" if it can.
+    """
+
+    folder: Path
+    step: int
+    written: int
+    problem: str
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def begin(folder: Path, state: Mapping[str, Any]) -> None:
+    """Make an empty checkpoint folder that is known to be unfinished.
+
+    Args:
+        folder: of the checkpoint; an earlier one of that name is deleted.
+        state: what a resumed run needs beside what transformers writes.
+    """
+    discard(folder)
+    folder.mkdir(parents=True)
+    write_whole(folder / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8"))
+
+
+def complete(folder: Path) -> None:
+    """Put every file of a checkpoint on the disk, then the manifest that makes it count."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        to_disk(path)
+    manifest = {
+        "written": time.time_ns(),
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+    }
+    write_whole(
+        folder / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    )
+    to_disk(folder)
+    to_disk(folder.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; killed half-way, what is left of it no longer counts."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def remove_unfinished(output_dir: Path) -> list[Path]:
+    """Delete the checkpoints of ours that no manifest was written for.
+
+    Returns:
+        Their folders.
+    """
+    gone = [
+        folder for folder in _folders(output_dir) if (folder / STATE).exists() and not (folder / MANIFEST).exists()
+    ]
+    # Killed within `begin` or `discard`, a folder may be left with nothing in it at all.
+    gone += [folder for folder in _folders(output_dir) if not any(folder.iterdir())]
+    for folder in gone:
+        discard(folder)
+    return gone
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None = None) -> None:
+    """Delete the oldest checkpoints until `limit` are left; damaged ones first, the newest whole one and `best` never.
+
+    transformers' own orders folders by their own times, falling back to the steps, and would delete what a run has
+    just written where an earlier run in the same folder had gone further.
+    """
+    if limit is None or limit <= 0:
+        return
+    found = find(output_dir)
+    newest = next((checkpoint.folder for checkpoint in found if not checkpoint.problem), None)
+    kept = {newest, None if best is None else Path(best)}
+    excess = len(found) - limit
+    for checkpoint in sorted(found, key=lambda found: (not found.problem, found.written, found.step)):
+        if excess > 0 and checkpoint.folder not in kept:
+            discard(checkpoint.folder)
+            excess -= 1
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def find(output_dir: Path) -> list[Checkpoint]:
+    """The checkpoints of a folder, the last written first.
+
+    Times, not steps, say which is the newest: a folder may hold what an earlier run left that had gone further.
+    """
+    found = []
+    for folder in _folders(output_dir):
+        # Another process may be deleting it.
+        with contextlib.suppress(FileNotFoundError):
+            match = _NAME.fullmatch(folder.name)
+            step = int(match[1]) if match else 0
+            found.append(Checkpoint(folder, step, _written(folder), problem(folder)))
+    return sorted(found, key=lambda checkpoint: (checkpoint.written, checkpoint.step), reverse=True)
+
+
+def _folders(output_dir: Path) -> list[Path]:
+    if not output_dir.is_dir():
+        return []
+    return sorted(path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def _written(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["written"])
+    except (OSError, ValueError, KeyError, TypeError):
+        state = folder / TRAINER_STATE
+        return (state if state.exists() else folder).stat().st_mtime_ns
+
+
+def problem(folder: Path) -> str:
+    """Why a checkpoint cannot be resumed from, naming the file; "" if it can.
+
+    Sizes, and the tables of contents of the files that have one, are looked at, not every byte.
+    """
+    if not folder.is_dir():
+        return "there is no such folder"
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        try:
+            sizes = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{MANIFEST} cannot be read ({error})"
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes where {size} were written"
+    elif (folder / STATE).exists():
+        return f"it was not finished: {MANIFEST}, which is written last, is missing"
+    return _missing(folder) or _unreadable(folder)
+
+
+def _missing(folder: Path) -> str:
+    """What every checkpoint holds and this one lacks."""
+    if not (folder / TRAINER_STATE).is_file():
+        return f"{TRAINER_STATE} is missing"
+    # DeepSpeed and FSDP keep weights and optimizer in folders of their own.
+    if (folder / "latest").is_file() or any(folder.glob("pytorch_model_fsdp*")):
+        return ""
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            return f"{_INDEX} cannot be read ({error})"
+        absent = sorted(name for name in shards if not (folder / name).is_file())
+        if absent:
+            return f"{absent[0]} is missing"
+    elif not any((folder / name).is_file() for name in _WEIGHTS):
+        names = pickled(folder)
+        instead = f"; {names[0]} is pickled, which can run code when it is read, and is not loaded" if names else ""
+        return f"{' or '.join(_WEIGHTS)} is missing{instead}"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not (folder / name).is_file():
+            return f"{name} is missing (save_only_model=True leaves it out), without which no run can be continued"
+    return ""
+
+
+def _unreadable(folder: Path) -> str:
+    """The first file whose own table of contents does not fit it, as after a copy that broke off."""
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth"):
+                zipfile.ZipFile(path).close()
+            elif path.name in (TRAINER_STATE, STATE):
+                json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, SafetensorError, zipfile.BadZipFile, ValueError) as error:
+            return f"{path.name} is damaged ({error})"
+    return ""
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside what transformers writes; empty for one of plain TRL."""
+    path = folder / STATE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+# ---- which one ---------------------------------------------------------------------------------------------------
+
+
+def choose(asked: str | bool | None, output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a run is to go on from, and one line about each newer one that was passed over.
+
+    Args:
+        asked: None or False for a fresh start; True for the newest that is whole; "auto" for the same, or a fresh
+            start where there is none; or a folder. "true" and "false" are what they say.
+        output_dir: where checkpoints are looked for.
+
+    Raises:
+        CheckpointError: if there is none to be had, or the folder that was named is not whole.
+    """
+    word = str(asked).lower()
+    if word in ("none", "false", ""):
+        return None, []
+    if word not in ("true", "auto"):
+        folder = Path(str(asked))
+        if trouble := problem(folder):
+            raise CheckpointError(
+                f"{folder} cannot be resumed from: {trouble}. Name another checkpoint, or use "
+                "resume_from_checkpoint='auto' for the newest whole one of the output folder"
+            )
+        return folder, []
+    passed: list[str] = []
+    for checkpoint in find(output_dir):
+        if not checkpoint.problem:
+            return checkpoint.folder, passed
+        passed.append(f"{checkpoint.folder} is passed over: {checkpoint.problem}")
+    if word == "true":
+        listed = "".join(f"\n  {line}" for line in passed)
+        raise CheckpointError(
+            f"{output_dir} holds no checkpoint to resume from: start without resume_from_checkpoint, or use 'auto', "
+            f"which starts anew where there is none{listed}"
+        )
+    return None, passed

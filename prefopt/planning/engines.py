@@ -246,7 +246,7 @@ def _title(job: Job, engine: str) -> str:
 PARTS = {
     "weights": ("weights",),
     "reference": ("reference model",),
-    "gradients": ("gradients", "terms' gradients or moments"),
+    "gradients": ("gradients", "terms' gradients"),
     "optimizer": ("optimizer (AdamW)",),
     "activations": ("activations", "a layer going backward", "head and layer take turns", "freed as gradients come"),
     "copies": ("autocast's copies of weights",),

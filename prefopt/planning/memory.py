@@ -131,7 +131,6 @@ class Setting:
         nodes: machines that they run on.
         device: "cpu" or another kind, which sets the size of the head's chunks.
         term_gradients: terms whose gradients are kept apart, a copy each, until all are there.
-        term_moments: terms of which a moment is kept, in float32.
     """
 
     dtype: torch.dtype = torch.float32
@@ -144,7 +143,6 @@ class Setting:
     nodes: int = 1
     device: str = "cuda"
     term_gradients: int = 0
-    term_moments: int = 0
 
     @property
     def computed(self) -> int:
@@ -154,9 +152,7 @@ class Setting:
 
 def of_terms(loss: Loss | None) -> dict[str, Any]:
     """What `conflict_free` keeps of its terms, as arguments of `Setting`; nothing for any other loss."""
-    if not isinstance(loss, ConflictFree):
-        return {}
-    return {"term_gradients" if loss.momentum is None else "term_moments": len(loss.labels)}
+    return {"term_gradients": len(loss.labels)} if isinstance(loss, ConflictFree) else {}
 
 
 def kept_under(engine: str, config: Any, rows: Rows, setting: Setting, adapter: Any = None) -> Activations:
@@ -234,9 +230,7 @@ def estimate(sizes: Sizes, kept: Activations, scored: int, setting: Setting, eng
         "weights": states.weights,
         "reference model": states.reference if setting.reference and not sizes.adapters else 0,
         "gradients": states.gradients,
-        "terms' gradients or moments": (
-            setting.term_gradients * states.gradients + setting.term_moments * sizes.trainable * SINGLE
-        ),
+        "terms' gradients": setting.term_gradients * states.gradients,
         "optimizer (AdamW)": states.optimizer,
         "activations": saved,
         "a layer going backward": layer,

@@ -4,7 +4,7 @@ Each mixin of `mixin.LossMixin` is a file: `scoring` says how models are called,
 in parts, `conflict` about sums without conflict, `evaluation` about evaluations, `finite` what ends a run, `saving`
 how folders are written and gone on from, `publishing` how they are pushed. `config` holds the arguments;
 `checkpoints`, `disk` and `stops` are what saving rests on, `state` what is kept between steps and runs, `learned` what
-trains inside a loss, `moments` what momentum does to its terms, `facts` what a model card says, `trackers` what
+trains inside a loss, `facts` what a model card says, `trackers` what
 trackers are told, `engine` what a run is spread over.
 """
 

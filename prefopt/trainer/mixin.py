@@ -135,7 +135,7 @@ class LossMixin(
         self._guard = StepGuard(self)
         self._share = 1.0  # of its batch, that what is being scored is
         self._in_parts_of: int | None = None  # tokens, where a batch is scored in parts
-        self._terms, self._term_gradients, self._moment_step = (), [], None
+        self._terms, self._term_gradients = (), []
         self._learned: LearnedLoss | None = None
         self._reference_cache: ReferenceCache | None = None
         for name, value in bound.items():
@@ -380,7 +380,7 @@ class LossMixin(
             self._evaluated = output
         loss = loss * self._share
         if isinstance(self.objective, ConflictFree):
-            loss = self._backward_from(loss, [term * self._share for term in output.terms])
+            self._terms = [term * self._share for term in output.terms]
         return (loss, outputs) if return_outputs else loss
 
     def _row_texts(self, inputs: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Training steps for `conflict_free`: the terms' gradients, or moments of them, are combined before each update."""
+"""Training steps for `conflict_free`: the terms' gradients are combined before each update."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from prefopt.losses import Loss
 from prefopt.losses.conflict import ConflictFree, coefficients, combined, gram_of
 from prefopt.losses.distributed import mean_gradient
-from prefopt.trainer.moments import MomentStep
 
 
 class ConflictFreeMixin:
@@ -19,9 +18,6 @@ class ConflictFreeMixin:
 
     Micro-batches add to each term's own gradient; when the optimizer is about to step these are averaged over
     processes, combined, and put in the place of the parameters' gradients. Clipping sees the combined gradient.
-
-    With momentum a step is an ordinary one whose backward pass starts from one term; `MomentStep` does the rest after
-    that term's gradient was averaged over processes and clipped.
     """
 
     objective: Loss | None
@@ -29,8 +25,6 @@ class ConflictFreeMixin:
     accelerator: Any
     _terms: Sequence[Tensor]
     _term_gradients: list[list[Tensor | None]]
-    _moment_step: MomentStep | None
-    _sum: Tensor
 
     def _check_conflict_free(self, objective: Loss) -> None:
         """Refuse engines that keep gradients where they cannot be told apart by term."""
@@ -44,17 +38,11 @@ class ConflictFreeMixin:
         ):
             if wrong:
                 raise ValueError(f"{objective.name} does not go with {what}")
-        if (moments := objective.new_moments()) is not None:
-            self._moment_step = MomentStep(self, moments)
-            self.add_callback(self._moment_step)  # type: ignore[attr-defined]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         if not isinstance(self.objective, ConflictFree):
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         share = 1 / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
-        if self._moment_step is not None:
-            super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-            return self._sum * share
         model.train()
         inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -67,16 +55,6 @@ class ConflictFreeMixin:
         if self.accelerator.sync_gradients:
             self._combine(trained)
         return loss.detach() * share
-
-    def _backward_from(self, loss: Tensor, terms: Sequence[Tensor]) -> Tensor:
-        """What a training step's backward pass starts from: with momentum the term whose turn it is, else the sum."""
-        self._terms = terms
-        if self._moment_step is None or not self.model.training:  # type: ignore[attr-defined]
-            return loss
-        self._sum, self._terms = loss.detach(), ()
-        term = terms[self._moment_step.moments.turn]
-        # DDP waits for a gradient of every parameter, be it 0.
-        return term if term.requires_grad else 0 * loss
 
     def _add_gradients(self, terms: Sequence[Tensor], trained: list[Any]) -> None:
         if not self._term_gradients:

@@ -9,7 +9,7 @@ import torch
 from _common import Claim, numbers, run
 from torch import Tensor
 
-from prefopt.losses.conflict import TermMoments, coefficients, combined, gram_of
+from prefopt.losses.conflict import coefficients, combined, gram_of
 
 RATE, STEPS = 0.002, 20
 
@@ -35,27 +35,12 @@ def descend(method: str | None) -> Tensor:
     return torch.stack(values)
 
 
-def descend_in_turn(steps: int) -> Tensor:
-    """(steps + 1, 2) values on the way down along ConFIG of moments, one bowl's gradient a step."""
-    x = torch.tensor([0.5, 3.0], dtype=torch.float64)
-    moments = TermMoments(2, "config", momentum=0.9)
-    values = []
-    for _ in range(steps + 1):
-        x.requires_grad_()
-        terms = bowls(x)
-        values.append(torch.stack(terms).detach())
-        (step,) = moments.step(torch.autograd.grad(terms[moments.turn], [x]), adam=False)
-        x = x.detach() if step is None else (x - RATE * step).detach()
-    return torch.stack(values)
-
-
 def experiment() -> list[Claim]:
     paths = {name: descend(name) for name in ("config", "pcgrad")}
     plain = descend(None)
     lowered = {name: bool((path[-1] < path[0]).all()) for name, path in paths.items()}
     always = bool((paths["config"].diff(dim=0) < 0).all())
     ends = "; ".join(f"{name} {numbers(path[-1])}" for name, path in {"sum": plain, **paths}.items())
-    in_turn = descend_in_turn(2 * STEPS)
     settings = f"minima that exclude one another, curvatures 100 and 1, {STEPS} steps of {RATE}"
     return [
         Claim(
@@ -72,14 +57,6 @@ def experiment() -> list[Claim]:
             f"largest change of a term in a step: {float(paths['config'].diff(dim=0).max()):.2g}",
             always,
             settings,
-        ),
-        Claim(
-            "ConFIG 2408.11104, algorithm 1",
-            "With one term's gradient a step and moments of the others, both terms fall too",
-            f"start {numbers(plain[0])}; after {2 * STEPS} gradients: config {numbers(paths['config'][-1])}; with "
-            f"momentum {numbers(in_turn[-1])}",
-            bool((in_turn[-1] < in_turn[0]).all()),
-            f"the same bowls and rate, {2 * STEPS} steps, momentum 0.9, plain descent along the combined moments",
         ),
     ]
 

@@ -792,7 +792,6 @@ CASES = [
     Case("kl_prior", batch_values=lambda rows: [len(rows) * sum(r.w.forward_kl) / r.nw for r in rows]),
     # conflict: the value is the sum's, what changes is how gradients are added up
     Case("conflict_free(dpo(beta=0.1) + 0.5*sft(nll='mean'))", lambda r: (softplus(-0.1 * r.d) - 0.5 * r.aw,)),
-    Case("conflict_free(dpo(beta=0.1) + sft(nll='mean'), momentum=0.9)", lambda r: (softplus(-0.1 * r.d) - r.aw,)),
     Case(
         "conflict_free(cpo(beta=0.1) + simpo(beta=2.5, gamma=1.25), method='pcgrad')",
         lambda r: (softplus(-0.1 * (r.pw - r.pl)) + softplus(1.25 - 2.5 * (r.aw - r.al)),),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prefopt.losses import PreferenceBatch, Scores, parse
-from prefopt.losses.conflict import TermMoments, coefficients, combined, gram_of
+from prefopt.losses.conflict import coefficients, combined, gram_of
 
 
 def combine(vectors: list[list[float]], method: str) -> torch.Tensor:
@@ -175,173 +175,11 @@ def test_a_term_that_is_constant_is_no_obstacle():
     torch.testing.assert_close(policy.grad, expected)
 
 
-# ---- one term a step ------------------------------------------------------------------------------------------------
-
-AUTHORS = {
-    "config": [
-        [0.5, 3.0],
-        [0.4000000000707781, 2.900000000043743],
-        [0.3011445809587974, 2.8011445809023106],
-        [0.2091483033287665, 2.703275466111506],
-        [0.1246504808636475, 2.6135705002257286],
-        [0.05279145600516724, 2.5262574192165363],
-        [-0.006920647749598781, 2.453733354282401],
-        [-0.05433918880141396, 2.385116132018789],
-        [-0.09051596955535032, 2.3331001998071494],
-        [-0.11844691487291295, 2.2850835776195195],
-    ],
-    "pcgrad": [
-        [0.5, 3.0],
-        [0.400000000025, 2.900000000047619],
-        [0.30118741963948015, 2.8010952761821524],
-        [0.20575725284112864, 2.701762451618173],
-        [0.11880172915669474, 2.6107008734665786],
-        [0.040474374039789374, 2.5168129210054957],
-        [-0.023044153981188864, 2.439512840914254],
-        [-0.0755930776742902, 2.360391719184282],
-        [-0.11369696251116246, 2.3022573811956892],
-        [-0.14349846595763352, 2.245077569120229],
-    ],
-}
-"""Ten steps of conflictfree 0.1.8's PseudoMomentumOperator from (0.5, 3) on the two bowls of `one_bowl`, one a step in
-turn, in float64: its default betas, a rate of 0.1, steps of plain descent along what it returns."""
-
-
-def one_bowl(x: torch.Tensor, number: int) -> torch.Tensor:
-    center = torch.tensor([1.0, 2.0], dtype=x.dtype)
-    return 50 * x[0] ** 2 if number == 0 else (x - center).square().sum() / 2
-
-
-@pytest.mark.parametrize("method", AUTHORS)
-def test_adam_on_what_momentum_returns_takes_the_authors_steps(method):
-    x = torch.tensor([0.5, 3.0], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([x], lr=0.1)
-    moments = TermMoments(2, method, momentum=0.9)
-    for step, expected in enumerate(AUTHORS[method]):
-        assert moments.turn == step % 2
-        (x.grad,) = moments.step(torch.autograd.grad(one_bowl(x, moments.turn), x))
-        optimizer.step()
-        torch.testing.assert_close(x.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
-
-
-def vector(*numbers: float) -> list[torch.Tensor | None]:
-    return [torch.tensor(numbers, dtype=torch.float64)]
-
-
-@pytest.mark.parametrize(("adam", "third"), [(False, 8 / 3), (True, 3.0)])
-def test_momentum_by_hand(adam, third):
-    # Moments (1, 0) and (0, 1) after a step each, corrected by 1 - 0.5 to the gradients themselves, whose sum it is.
-    # Then m_0 = 0.5 * 1 + 0.5 * 4 = 2.5, corrected by 1 - 0.25: (10/3, 0) and (0, 2). At right angles, the direction
-    # is (1, 1), the projections add up to (10/3 + 2) / sqrt 2: (8/3, 8/3). Adam's own moment was 0.5 * 2 = 1 and is to
-    # be 0.75 * 8/3 = 2, for which it needs (2 - 0.5 * 1) / 0.5 = 3.
-    moments = TermMoments(2, "config", momentum=0.5)
-    assert moments.step(vector(2, 0), adam) == [None]
-    assert moments.gram is None
-    torch.testing.assert_close(moments.step(vector(0, 2), adam), vector(2, 2))
-    torch.testing.assert_close(moments.step(vector(4, 0), adam), vector(third, third))
-    torch.testing.assert_close(moments.gram, torch.tensor([[100 / 9, 0], [0, 4]], dtype=torch.float64))
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("count", [2, 3])
-def test_adams_own_moment_becomes_the_combined_one(count, momentum):
-    torch.manual_seed(count)
-    x = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.AdamW([x], betas=(momentum, 0.99))
-    ours, plain = (TermMoments(count, "config", momentum) for _ in range(2))
-    for step in range(12):
-        gradient = [torch.randn(5, dtype=torch.float64) * 10 ** (step % count)]
-        (x.grad,), (expected,) = ours.step(gradient), plain.step(gradient, adam=False)
-        optimizer.step()
-        if step < count - 1:
-            assert x.grad is None
-            assert expected is None
-            assert not optimizer.state
-        else:
-            scale = 1 - momentum ** (step - count + 2)
-            torch.testing.assert_close(optimizer.state[x]["exp_avg"] / scale, expected)
-
-
-def test_gradients_that_never_change_are_combined_as_without_momentum():
-    gradients = [vector(3, 0), vector(-1, 1), vector(0, -5)]
-    expected = combined(gradients, coefficients(gram_of(gradients), "config"))
-    for adam in (True, False):
-        moments = TermMoments(3, "config", momentum=0.8)
-        made = [moments.step(gradients[moments.turn], adam) for _ in range(9)]
-        for found in made[2:]:
-            torch.testing.assert_close(found, expected)
-
-
-def test_a_term_without_a_gradient_fades_and_one_that_never_had_any_has_no_say():
-    moments = TermMoments(2, "config", momentum=0.5)
-    made = [moments.step(gradient, adam=False) for gradient in (vector(2, 0), [None], [None], [None], [None])]
-    # The zeros are gradients as good as any: the corrected moment is 2, then 1 / 2 / (1 - 1/4), 1 / 4 / (1 - 1/8).
-    for found, expected in zip(made[1:], (2, 2 / 3, 2 / 3, 2 / 7), strict=True):
-        torch.testing.assert_close(found, vector(expected, 0))
-    assert moments.gram[0, 1] == moments.gram[1, 1] == 0
-
-
-def test_moments_of_half_precision_gradients_are_float32():
-    moments = TermMoments(2, "config", momentum=0.9)
-    for _ in range(4):
-        (made,) = moments.step([torch.ones(3, dtype=torch.bfloat16)])
-    assert made.dtype == torch.float32
-    assert {value.dtype for name, value in moments.state_dict(["x"]).items() if name.endswith(".x")} == {torch.float32}
-
-
-@pytest.mark.parametrize("saved_after", [0, 1, 2, 5])
-def test_moments_read_back_go_on_as_if_nothing_had_happened(saved_after):
-    torch.manual_seed(0)
-    gradients = [[torch.randn(3), None if step % 3 == 0 else torch.randn(2)] for step in range(8)]
-    whole, first, second = (TermMoments(2, "config", 0.9) for _ in range(3))
-    expected = [whole.step(gradient) for gradient in gradients]
-    for gradient in gradients[:saved_after]:
-        first.step(gradient)
-    parameters = {"a": torch.zeros(3), "b": torch.zeros(2)}
-    second.load_state_dict(first.state_dict(list(parameters)), parameters)
-    for step in range(saved_after, 8):
-        found = second.step(gradients[step])
-        assert [a is None for a in found] == [b is None for b in expected[step]]
-        assert all(torch.equal(a, b) for a, b in zip(found, expected[step], strict=True) if a is not None)
-
-
-def test_moments_of_something_else_are_refused():
-    moments = TermMoments(2, "config", 0.9)
-    moments.step([torch.ones(2)])
-    state = moments.state_dict(["a"])
-    with pytest.raises(ValueError, match=r"do not belong to these 2 terms and parameters: 0\.a"):
-        TermMoments(2, "config", 0.9).load_state_dict(state, {"b": torch.zeros(2)})
-    with pytest.raises(ValueError, match="do not belong to these 3 terms and parameters: 2 terms"):
-        TermMoments(3, "config", 0.9).load_state_dict(state, {"a": torch.zeros(2)})
-    moments.step([torch.ones(2)])
-    with pytest.raises(ValueError, match="moments are of 1 parameters, but 2 gradients were given"):
-        moments.step([torch.ones(2), torch.ones(2)])
-
-
-def test_a_loop_of_ones_own_takes_one_term_a_call():
-    loss = parse("conflict_free(npo(beta=1.0) + sft(nll='mean'), momentum=0.9)")
+def test_no_term_with_a_gradient_is_an_error_that_names_them():
     policy = torch.tensor([2.0, 1.9, 0.0], dtype=torch.float64, requires_grad=True)
-    output = loss.backward(batch_of(policy), [policy])
-    assert policy.grad is None
-    assert float(output.loss.detach()) == pytest.approx(sum(float(term.detach()) for term in output.terms))
-    loss.backward(batch_of(policy), [policy])
-    fresh = policy.detach().requires_grad_()
-    first, second = (torch.autograd.grad(term, fresh, retain_graph=True)[0] for term in loss(batch_of(fresh)).terms)
-    torch.testing.assert_close(policy.grad, published_config(first, second))
-    assert loss.moments.taken == 2
-    assert loss.new_moments().taken == 0
-
-
-def test_a_loop_of_ones_own_with_momentum_lowers_both_terms():
-    loss = parse("conflict_free(npo(beta=1.0) + sft(nll='mean'), momentum=0.9)")
-    policy = torch.tensor([2.0, 1.9, 0.0], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([policy], lr=0.05)
-    start = [float(term.detach()) for term in loss(batch_of(policy)).terms]
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss.backward(batch_of(policy), [policy])
-        optimizer.step()
-    assert all(float(term.detach()) < before for term, before in zip(loss(batch_of(policy)).terms, start, strict=True))
+    loss = parse("conflict_free(npo(beta=1.0) + sft(nll='mean'))")
+    with pytest.raises(ValueError, match=r"no term of conflict_free\(.*\) has a gradient \(npo, sft\)"):
+        loss.backward(batch_of(policy.detach()), [policy])
 
 
 # ---- where it may stand ---------------------------------------------------------------------------------------------
@@ -356,9 +194,6 @@ def test_a_loop_of_ones_own_with_momentum_lowers_both_terms():
         ("2*conflict_free(dpo + sft)", "conflict_free must be the outermost loss"),
         ("wpo(conflict_free(dpo + sft))", "loss cannot be conflict_free"),
         ("conflict_free(dpo + sft, method='mgda')", "method must be 'config' or 'pcgrad' or 'balance'"),
-        ("conflict_free(dpo + sft, momentum=1.0)", r"momentum must be a finite number in \[0, 1\), got 1.0"),
-        ("conflict_free(dpo + sft, momentum=-0.1)", r"momentum must be a finite number in \[0, 1\), got -0.1"),
-        ("conflict_free(dpo + sft, momentum=True)", "momentum"),
     ],
 )
 def test_it_must_be_the_outermost_loss_around_a_sum(expression, problem):

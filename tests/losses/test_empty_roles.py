@@ -28,7 +28,7 @@ SUMS = (
     "reweighted(npo)",
     "reweighted(kto)",
     "conflict_free(npo + sft)",
-    "conflict_free(undial + kl_retain, momentum=0.9)",
+    "conflict_free(undial + kl_retain)",
 )
 EVERY = dict.fromkeys([*(case.expression for case in CASES), *presets(), *SUMS])
 UNPAIRED = [expression for expression in EVERY if not parse(expression).paired]

@@ -76,15 +76,14 @@ def test_a_reference_free_loss_and_adapters_keep_no_reference():
     assert {cells[column] for cells in before.values()} == {"-"}
 
 
-@pytest.mark.parametrize("momentum", ["", ", momentum=0.9"])
-def test_conflict_free_is_planned_with_what_it_keeps_on_the_engine_that_takes_it(momentum):
+def test_conflict_free_is_planned_with_what_it_keeps_on_the_engine_that_takes_it():
     words = ("--model", "1B", "--gpus", "2", "--method", "full", "--loss")
-    plain, free = plan(*words, "dpo + sft"), plan(*words, f"conflict_free(dpo + sft{momentum})")
+    plain, free = plan(*words, "dpo + sft"), plan(*words, "conflict_free(dpo + sft)")
     assert [engine for _, engine in rows_of(free)] == ["DDP"]
     assert "conflict_free goes with one process or DDP alone" in free
     column = list(PARTS).index("gradients")
     name = ("full fine-tuning", "DDP")
-    # A float32 copy, or moment, of each term beside the gradient.
+    # A float32 copy of each term beside the gradient.
     assert float(rows_of(free)[name][column]) == pytest.approx(3 * float(rows_of(plain)[name][column]), abs=0.2)
 
 

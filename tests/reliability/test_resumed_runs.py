@@ -22,7 +22,7 @@ JOBS = {
     "single completions, bco": Job("bco", "lora", labelled=True, options={"gradient_accumulation_steps": 2}),
     "sampled completions, hypo": Job("hypo", "lora", options={"sample_max_new_tokens": 4, "disable_dropout": False}),
     "reference that follows": Job(options={"sync_ref_model": True, "ref_model_sync_steps": 2}),
-    "one term a step": Job("conflict_free(dpo + sft, momentum=0.9)", "lora"),
+    "terms combined without conflict": Job("conflict_free(dpo + sft)", "lora"),
     "reference cache": Job("ipo", "full", cache=True),
     "padded layout, by epoch": Job(
         "simpo", "lora", options={"layout": "padded", "save_strategy": "epoch", "disable_dropout": False}

@@ -18,10 +18,9 @@ from tests.trainer.test_learned import Tempered
 LOSSES = {
     "config": "conflict_free(dpo(beta=0.5) + 0.3*sft(nll='mean'))",
     "pcgrad": "conflict_free(dpo(beta=0.5) + 0.3*sft(nll='mean'), method='pcgrad')",
-    "momentum": "conflict_free(dpo(beta=0.5) + 0.3*sft(nll='mean'), momentum=0.9)",
     "batchwise": "conflict_free(dpo(beta=0.5) + sft(nll='token'))",
     "learned": Tempered,
-    "learned in turn": lambda: ConflictFree(Tempered() + SFT(), momentum=0.9),
+    "learned, conflict free": lambda: ConflictFree(Tempered() + SFT()),
 }
 
 

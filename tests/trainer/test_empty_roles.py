@@ -16,7 +16,7 @@ from tests.processes import torchrun
 from tests.trainer.empty_roles_processes import labelled, numbers
 from tests.trainer.runs import make_trainer, save_model
 
-TWO_PROCESSES = [loss for loss in OFFLINE if Need.MISMATCHED not in parse(loss).needs and "momentum" not in loss]
+TWO_PROCESSES = [loss for loss in OFFLINE if Need.MISMATCHED not in parse(loss).needs]
 """Completions are moved to prompts of the same process, so mismatched ones differ with the number of processes."""
 LORA = LoraConfig(target_modules="all-linear", r=2)
 

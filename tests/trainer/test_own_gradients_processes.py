@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
     return [json.loads((folder / f"{processes}.json").read_text()) for processes in (1, 2)]
 
 
-@pytest.mark.parametrize("name", ["config", "pcgrad", "momentum", "batchwise", "learned", "learned in turn"])
+@pytest.mark.parametrize("name", ["config", "pcgrad", "batchwise", "learned", "learned, conflict free"])
 def test_two_processes_step_as_one(runs, name):
     alone, together = (found[name] for found in runs)
     assert (together["world"], together["wrapped"], together["same"]) == (2, "DistributedDataParallel", True)

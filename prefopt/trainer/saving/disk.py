@@ -76,19 +76,17 @@ def _bytes(parameter: Any) -> int:
     return _numel(parameter) * int(parameter.element_size())
 
 
-def check_room(folder: Path, model: nn.Module, args: Any, sharded: bool, more: int = 0) -> None:
+def check_room(folder: Path, model: nn.Module, args: Any, sharded: bool) -> None:
     """Compare the room on the disk with what the run will write.
 
     Args:
         model, args, sharded: as `checkpoint_bytes` takes them.
-        more: bytes that a checkpoint holds beside the model's and the optimizer's.
 
     Raises:
         CheckpointError: if not even one checkpoint fits. Where its size is a guess, or where one fits but not all
             that will be kept, a warning is logged.
     """
     size, known = checkpoint_bytes(model, args, sharded)
-    size += more
     free = shutil.disk_usage(folder).free
     if free < size:
         message = (

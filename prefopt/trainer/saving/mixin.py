@@ -26,7 +26,6 @@ from prefopt.safety.folders import ASIDE, REFERENCE_ADAPTER, earlier_results, is
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.trainer.learned import LearnedLoss
 from prefopt.trainer.metrics import RunningMeans
-from prefopt.trainer.moments import MomentStep
 from prefopt.trainer.saving import checkpoints, disk
 from prefopt.trainer.saving.checkpoints import CheckpointError
 from prefopt.trainer.saving.state import (
@@ -61,7 +60,6 @@ class CheckpointMixin:
     _tokens_seen: Any
     _reference_cache: ReferenceCache | None
     _learned: LearnedLoss | None
-    _moment_step: MomentStep | None
 
     def _set_up_checkpoints(self) -> None:
         self._signals = StopSignals(says=self.accelerator.is_main_process)
@@ -156,8 +154,7 @@ class CheckpointMixin:
         for folder in checkpoints.remove_unfinished(output_dir):
             logger.warning("%s was not finished by an earlier run and has been deleted", folder)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
-        more = 0 if self._moment_step is None else self._moment_step.bytes
-        disk.check_room(output_dir, self.accelerator.unwrap_model(self.model), self.args, sharded, more)
+        disk.check_room(output_dir, self.accelerator.unwrap_model(self.model), self.args, sharded)
         if resumed_from is None and (found := checkpoints.find(output_dir)):
             logger.warning(
                 "%s holds checkpoints of an earlier run (%s), which this run, started anew, does not go on from",
@@ -184,8 +181,6 @@ class CheckpointMixin:
         compare(self._resumed.get("run", {}), self._description(), folder, not self.args.ignore_data_skip)
         if self.objective is not None:
             restore(self.objective, folder, self._learned)
-        if self._moment_step is not None:
-            self._moment_step.restore(folder)
         if self._moving_reference is not None:
             restore_reference(self._moving_reference, folder)
         elif self.args.sync_ref_model:
@@ -257,8 +252,6 @@ class CheckpointMixin:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
             if self.objective is not None and self.args.should_save:
                 save_objective(self.objective, folder, self._learned)
-            if self._moment_step is not None and self.args.should_save:
-                self._moment_step.save(folder)
             if self._moving_reference is not None and self.args.should_save:
                 save_reference(self._moving_reference, folder)
             self.accelerator.wait_for_everyone()

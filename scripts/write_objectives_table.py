@@ -1,10 +1,10 @@
-"""Write the generated tables of README.md and docs/objectives.md anew, after a loss was added or changed.
+"""Update the generated tables of README.md and docs/objectives.md after a loss was added or changed.
 
     python scripts/write_objectives_table.py             # the tables
     python scripts/write_objectives_table.py --plots     # and the pictures, by the commands that the page shows
 
-What stands between `<!-- objectives: NAME -->` and `<!-- end -->` is replaced: NAME is a family, `presets`, or `all`
-for the README's overview.
+The text between `<!-- objectives: NAME -->` and `<!-- end -->` is replaced. NAME is a family, `presets`, `all` for the
+overview of all objectives, or `families` for the README's list of families.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from prefopt.catalogue.tables import families, losses_table, objectives_table, presets_table
+from prefopt.catalogue.tables import families, families_line, losses_table, objectives_table, presets_table
 from prefopt.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,8 @@ def table(name: str) -> str:
     """The generated table called `name`."""
     if name == "all":
         return losses_table()
+    if name == "families":
+        return families_line()
     if name == "presets":
         return presets_table()
     members = {family.name: family.losses for family in families()}
@@ -38,7 +40,7 @@ def table(name: str) -> str:
 
 
 def rewritten(text: str) -> str:
-    """A page with its tables as the registry has them now."""
+    """A page with its tables as the registry has them."""
     return BLOCK.sub(lambda block: f"<!-- objectives: {block[1]} -->\n{table(block[1])}\n<!-- end -->", text)
 
 

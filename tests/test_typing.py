@@ -14,9 +14,9 @@ from trl import DPOTrainer
 from prefopt import PreferenceTrainer
 
 ROOT = Path(__file__).parents[1]
-README_LOSS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[2]
+OWN_LOSS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL)[3]
 
-LOSSES = f"""{README_LOSS}
+LOSSES = f"""{OWN_LOSS}
 
 from prefopt.losses import DPO, SFT, Loss, Need, PairLoss, Scores, paired_roles, parse
 

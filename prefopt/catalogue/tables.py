@@ -89,8 +89,14 @@ def reference_of(loss: Loss | type[Loss]) -> str:
 # ---- as Markdown -------------------------------------------------------------------------------------------------
 
 
+def families_line() -> str:
+    """The families with their numbers of objectives, for the README."""
+    counts = [(family.name, len(family.losses)) for family in families()] + [("presets", len(presets()))]
+    return " · ".join(f"[{name}](docs/objectives.md#{name}) {count}" for name, count in counts)
+
+
 def losses_table() -> str:
-    """The families and the names of their objectives, for the README."""
+    """The families and the names of their objectives, for the top of docs/objectives.md."""
     rows = []
     for family in families():
         names = []
@@ -98,9 +104,9 @@ def losses_table() -> str:
             fact = facts(cls)
             marks = "ᵀ" * bool(fact.trl_name) + "°" * (fact.reference == "no")
             names.append(_link(f"`{cls.name}`", fact.paper) + marks)
-        rows.append((f"[{family.name}](docs/objectives.md#{family.name})", family.about, ", ".join(names)))
+        rows.append((f"[{family.name}](#{family.name})", family.about, ", ".join(names)))
     named = ", ".join(_link(f"`{preset.name}`", preset.paper) for preset in presets().values())
-    rows.append(("[presets](docs/objectives.md#presets)", "Sums of the above that papers train with.", named))
+    rows.append(("[presets](#presets)", "Sums of the above that papers train with.", named))
     return table(("family", "what it holds", "objectives"), rows)
 
 

@@ -20,7 +20,7 @@ from prefopt.cli.app import app, console, fail
 @app.command()
 def losses(
     names: Annotated[list[str] | None, typer.Argument(help="Losses, presets or expressions to explain.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table: the README's, or of NAMES.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table of all, or of NAMES.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw loss and gradient of NAMES to this file (.png).")] = None,
     vary: Annotated[
         list[str] | None, typer.Option(help="What a plot moves: margin (default), chosen or rejected; repeatable.")

@@ -40,7 +40,7 @@ class DiscoPOP(_Discovered):
     Needs: reference sums.
     Limits: policy = reference gives (log 2 + 1) / 2. Not convex: at tau = 0.05 it has a local minimum at x = -0.1186
         and a local maximum at x = 0.0720, between which pairs are pushed the wrong way. x = 0, where a run starts, is
-        between them: on the bundled pairs all held-out pairs ended up wrong (docs/claims.md).
+        between them: on the bundled pairs all held-out pairs ended up wrong (docs/notes/claims.md).
     Reference: Lu et al. 2024, arXiv 2406.08414, eq. 5; as TRL's `discopop`.
     """
 

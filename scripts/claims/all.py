@@ -47,7 +47,7 @@ def markdown(name: str, report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes here as well")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables of docs/claims.md here")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables of docs/notes/claims.md here")
     parser.add_argument("--lm", action="store_true", help="run the scripts on the bundled 135M model too")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"scripts to run: {', '.join([*names(), *SLOW])}")
     args = parser.parse_args()

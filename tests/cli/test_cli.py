@@ -125,7 +125,7 @@ class TestExplain:
 
 
 class TestMarkdown:
-    def test_without_names_it_is_the_readmes(self):
+    def test_without_names_it_is_the_overview(self):
         assert run("--markdown")[1].strip() == losses_table()
 
     def test_with_names_it_has_everything(self):

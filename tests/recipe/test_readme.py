@@ -1,41 +1,74 @@
-"""What the README says that a machine can check."""
+"""What the README and the docs claim that a machine can check: counts, snippets, links and anchors."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from prefopt.catalogue.tables import losses_table
-from prefopt.losses import parse
+import pytest
+
+from prefopt.catalogue.tables import families_line
+from prefopt.losses import available, parse, presets
 from prefopt.losses.registry import _LOSSES
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_the_table_of_objectives_is_the_registrys():
-    assert losses_table() in README, "stale: run `python scripts/write_objectives_table.py`"
+def test_the_families_are_the_registrys():
+    assert families_line() in README, "stale: run `python scripts/write_objectives_table.py`"
 
 
-def snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_counts():
+    assert f"{len(available())} objectives and {len(presets())} presets" in README
+    assert f"{len(list((ROOT / 'configs' / 'papers').glob('*.yaml')))} config files" in README
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 130
+
+
+def snippets(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_loss_snippet_prints_what_it_says(capsys):
-    exec(snippets()[0], {})
+    exec(snippets(README)[0], {})
     shown = capsys.readouterr().out
     assert "1.0210" in shown
     assert "'rewards/margins': 0.15" in shown
 
 
+def test_the_snippet_of_a_loss_in_a_loop_runs(capsys):
+    exec(snippets(PYTHON)[0], {})
+    assert "REFERENCE" in capsys.readouterr().out
+
+
 def test_the_snippet_of_ones_own_loss_registers_it():
     try:
-        exec(snippets()[2], {})
+        exec(snippets(PYTHON)[3], {})
         assert str(parse("exponential")) == "exponential(beta=0.1)"
     finally:
         _LOSSES.pop("exponential", None)
 
 
-def test_every_linked_file_exists():
-    root = Path(__file__).parents[2]
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        goal = (page.parent / name).resolve() if name else page
+        assert goal.exists(), target
+        if anchor:
+            assert anchor in anchors(goal), target

@@ -121,7 +121,7 @@ def activations(
         dtype: of its weights as the engine keeps them for the computation.
         autocast: whether operations are cast to bfloat16.
         adapter: a PEFT configuration, or None where all weights train.
-        fused: LoRA layers compute in one go, as they do where weights are whole.
+        fused: LoRA layers compute in one go, as they do on a CPU with whole weights.
     """
     hidden = config.get_text_config().hidden_size
     for some in (rows, rows.padded()) if rows.trees is not None else (rows,):

@@ -16,8 +16,8 @@ from torch import nn
 
 from prefopt.losses import ConflictFree, Loss
 from prefopt.planning.activations import Activations, Rows, activations
-from prefopt.scoring.frozen import decoder_layers
 from prefopt.scoring.head import KEPT_BYTES, chunk_bytes
+from prefopt.scoring.model import decoder_layers
 
 SINGLE, HALF = 4, 2
 
@@ -158,7 +158,8 @@ def of_terms(loss: Loss | None) -> dict[str, Any]:
 def kept_under(engine: str, config: Any, rows: Rows, setting: Setting, adapter: Any = None) -> Activations:
     """What a model's layers keep under an engine.
 
-    Sharded engines compute with weights that are in half precision already, and with PEFT's own LoRA layers.
+    Sharded engines compute with weights that are in half precision already, and with PEFT's own LoRA layers, as do
+    accelerators.
 
     Args:
         engine: a name in `ENGINES`.
@@ -169,7 +170,8 @@ def kept_under(engine: str, config: Any, rows: Rows, setting: Setting, adapter: 
     """
     whole = engine == "ddp"
     dtype = torch.bfloat16 if setting.half and not whole else setting.dtype
-    return activations(config, rows, dtype=dtype, autocast=setting.half, adapter=adapter, fused=whole)
+    fused = whole and setting.device == "cpu"
+    return activations(config, rows, dtype=dtype, autocast=setting.half, adapter=adapter, fused=fused)
 
 
 @dataclass(frozen=True)

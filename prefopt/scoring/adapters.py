@@ -1,8 +1,8 @@
-"""LoRA layers with fewer passes over memory: the adapter's output is added inside its own matrix product.
+"""LoRA layers on CPUs with fewer passes over memory: the adapter's output is added inside its own matrix product.
 
 PEFT computes `W x + s * B(A(x))` with the scaled adapter output as a tensor of its own, in the forward pass and again
-for the gradient. On a CPU those elementwise passes cost as much as the adapter's products. Every other kind of
-adapter, dropout, quantised or sharded weights, and autocast go through PEFT's own code.
+for the gradient. On a CPU those elementwise passes cost as much as the adapter's products; elsewhere PEFT's own code
+runs. It also runs for every other kind of adapter, dropout, quantised or sharded weights, and autocast.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ def _forward(self: Any, x: Tensor, *arguments: Any, **options: Any) -> Any:
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Let the plain LoRA layers of a model compute in one go; how many there are.
+    """Let the plain LoRA layers of a model that are on a CPU compute in one go; returns how many there are.
 
     Not for weights that live on other processes (ZeRO-3, FSDP): hooks of the inner modules would not be called.
     """
     plain = [m for m in model.modules() if type(m) is LoraLinear and type(m.base_layer) is nn.Linear]
+    # On the meta device a model is only counted, as the CPU would compute it.
+    plain = [m for m in plain if m.base_layer.weight.device.type in ("cpu", "meta")]
     # One that has a forward of its own belongs to somebody else: accelerate moves weights between devices so.
     layers = [layer for layer in plain if "forward" not in vars(layer) and "forward" not in vars(layer.base_layer)]
     for layer in layers:

@@ -1,12 +1,10 @@
 """One call of a model, and what is read off it: the head on scored tokens only, or the whole logits.
 
-Both layouts call models through here, so what saves work below them (a chunked head, frozen layers that are computed
-once for policy and reference) serves both.
+Both layouts call models through here, so what saves work below them (a chunked head) serves both.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prefopt.scoring.frozen import FrozenLayers
 from prefopt.scoring.head import Head, Kept, head_of, measured_by_head, replaced_head
 from prefopt.scoring.logprobs import DIFFERENTIABLE, MEASURED, Extras, Measured, scores_of_logits
 from prefopt.scoring.model import unwrapped
@@ -72,12 +69,10 @@ class Call:
 
     Attributes:
         chunked_head: compute the head on scored tokens, a chunk at a time, where the model's head is a plain layer.
-        frozen: layers that policy and reference share, to be computed once; None where there are none.
         recompute: keep nothing for the backward pass but what was read off, and make the call again in it.
     """
 
     chunked_head: bool = True
-    frozen: FrozenLayers | None = None
     recompute: bool = False
 
     def __call__(
@@ -111,12 +106,10 @@ class Call:
         # Kept hidden states need weights that are there when the policy is scored.
         if request.keep and head is not None and head.sharded:
             head = None
-        shared = contextlib.nullcontext() if self.frozen is None else self.frozen.around(inner, arguments)
-        with shared:
-            if head is None:
-                outputs = _pooling(model, inner, arguments, request)
-                return _off_logits(outputs.logits[:, -request.mask.shape[1] :], request), outputs
-            return self._by_head(model, inner, head, arguments, request)
+        if head is None:
+            outputs = _pooling(model, inner, arguments, request)
+            return _off_logits(outputs.logits[:, -request.mask.shape[1] :], request), outputs
+        return self._by_head(model, inner, head, arguments, request)
 
     @staticmethod
     def _by_head(

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefopt.scoring.frozen import decoder_layers
-from prefopt.scoring.model import replaced_forward, unwrapped
+from prefopt.scoring.model import decoder_layers, replaced_forward, unwrapped
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

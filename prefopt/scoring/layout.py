@@ -21,7 +21,6 @@ from prefopt.scoring import attention
 from prefopt.scoring.call import Call
 from prefopt.scoring.collate import select_rows
 from prefopt.scoring.exact import peeled, undisturbed
-from prefopt.scoring.frozen import FrozenLayers
 from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores
 from prefopt.scoring.model import is_checkpointed, unwrapped
 from prefopt.scoring.padded import score_rows
@@ -47,7 +46,6 @@ class Layout:
         gather: what every process found, so that all take the same layout.
         one_call: whether the policy may be called only once per batch (DDP, DeepSpeed and FSDP count calls).
         compiled: whether the model is compiled, so that nothing in it may be replaced for a call.
-        frozen: layers that policy and reference share.
         half: whether the model is run in half precision, whatever its weights are kept in.
         max_length: of the run's rows; None if there is no limit.
 
@@ -62,7 +60,6 @@ class Layout:
         gather: Callable[[Any], Sequence[Any]] = lambda found: [found],
         one_call: bool = False,
         compiled: bool = False,
-        frozen: FrozenLayers | None = None,
         half: bool = False,
         max_length: int | None = None,
     ):
@@ -70,7 +67,7 @@ class Layout:
         self.one_call = one_call
         self.masks: Masks | None = None
         self.reason = ""
-        self.call = Call(chunked_head=not compiled, frozen=frozen)
+        self.call = Call(chunked_head=not compiled)
         self._compiled = compiled
         self._half = half
         self._gather = gather
@@ -88,7 +85,6 @@ class Layout:
         reference: TokenScores | None = None,
         keep_logits: bool = False,
         all_logits: bool = False,
-        shares_layers: bool = True,
         in_parts_of: int | None = None,
     ) -> tuple[TokenScores, Any]:
         """Token scores of shape (R, T - 1), position t standing for token t + 1, and the model's output.
@@ -101,15 +97,13 @@ class Layout:
             reference: the reference's scores of the same rows with their logits, for extras that compare.
             keep_logits: hand on with the scores what it takes to have the logits again.
             all_logits: keep the logits of every position in the model's output, which only the padded layout can.
-            shares_layers: whether this is the policy or its own reference, which have the frozen layers in common.
             in_parts_of: most tokens of trees that go through the model at once, each part being computed again in the
                 backward pass. None: as many as suit the device, and nothing twice.
         """
         mask = inputs["completion_mask"]
         trees = None if all_logits else self._trees(model, inputs, model_inputs, in_parts_of)
-        # Only now, as the first batch settles what a call may leave out.
-        frozen = self.call.frozen if shares_layers else None
-        call = replace(self.call, frozen=frozen, recompute=in_parts_of is not None)
+        # Only now, as the first batch settles how models are called.
+        call = replace(self.call, recompute=in_parts_of is not None)
         options: dict[str, Any] = {"extras": extras, "reference": reference, "keep_logits": keep_logits}
         if trees is not None:
             assert self.masks is not None
@@ -248,7 +242,6 @@ class Layout:
         if self.call.chunked_head:
             chunked = self._gap(truth, model, lambda call: score_rows(model, kept, mask, call=call)[0], Call())
             self.call.chunked_head = not any(self._gather(chunked))
-        self._try_frozen(truth, model, lambda call: score_rows(model, kept, mask, call=call)[0])
         if self.name == "padded":
             return
         call = Call(chunked_head=self.call.chunked_head)
@@ -278,15 +271,6 @@ class Layout:
     def _agree(self, reason: str) -> str:
         """Why any process cannot; "" if all can."""
         return next((reason for reason in self._gather(reason) if reason), "")
-
-    def _try_frozen(self, truth: TokenScores, model: nn.Module, score: Callable[[Call], TokenScores]) -> None:
-        """Use shared layers only where leaving them out gives the same numbers."""
-        if self.call.frozen is None:
-            return
-        call = Call(chunked_head=self.call.chunked_head, frozen=FrozenLayers(self.call.frozen.depth))
-        found = [self._gap(truth, model, score, call) for _ in range(2)]  # the second takes what the first kept
-        if any(reason for both in self._gather(found) for reason in both):
-            self.call.frozen = None
 
     def _candidates(self, model: nn.Module, inputs: Mapping[str, Any], model_inputs: Mapping[str, Any]) -> list[Masks]:
         """The ways of scoring trees that are worth a trial, the fastest first; `reason` says why if there are none."""

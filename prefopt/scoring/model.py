@@ -24,6 +24,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Name and list of an unwrapped model's decoder layers; None where it cannot be told which they are."""
+    config: Any = getattr(model, "config", None)
+    count = getattr(config.get_text_config(), "num_hidden_layers", None) if config is not None else None
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return lists[0] if len(lists) == 1 else None
+
+
 def takes_logits_to_keep(model: nn.Module) -> bool:
     """Whether the model can be told to compute logits for the last positions only."""
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters

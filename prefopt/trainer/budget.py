@@ -104,8 +104,6 @@ class TokenBudgetMixin:
             yield
         finally:
             self._in_parts_of = None
-            if self._layout.call.frozen is not None:
-                self._layout.call.frozen.clear()
 
     @contextlib.contextmanager
     def _accumulating(self, model: Any) -> Iterator[None]:

@@ -229,7 +229,7 @@ class LossMixin(
 
     def _after_trl(self, objective: Loss, own_reference: bool, sample: Mapping[str, Any]) -> None:
         objective.to(self.accelerator.device)
-        self._layout = self._make_layout(own_reference)
+        self._layout = self._make_layout()
         self._check_budget(objective, self._own_collator is not None)
         self._check_conflict_free(objective)
         self._check_overrides(objective)

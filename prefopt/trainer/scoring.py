@@ -24,7 +24,6 @@ from prefopt.scoring.adapters import fuse_lora
 from prefopt.scoring.cache import ReferenceCache, cache_root
 from prefopt.scoring.collate import COLUMN_PREFIX, COUNTED, SIZES, PreferenceCollator, select_rows
 from prefopt.scoring.fingerprint import fingerprint, is_sharded
-from prefopt.scoring.frozen import FrozenLayers, frozen_depth, same_below
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.logprobs import BARE
 from prefopt.scoring.sampling import with_samples
@@ -52,7 +51,7 @@ class ScoringMixin:
     _share: float
     _in_parts_of: int | None
 
-    def _make_layout(self, own_reference: bool) -> Layout:
+    def _make_layout(self) -> Layout:
         name: Any = getattr(self.args, "layout", "auto")
         if getattr(self, "aux_loss_enabled", False) and name != "padded":
             logger.warning("padded layout: the load-balancing loss of experts is computed over padded rows")
@@ -61,29 +60,14 @@ class ScoringMixin:
         compiled = bool(self.args.torch_compile)
         if not sharded and not compiled and is_peft_model(self.model):
             fuse_lora(self.model)
-        # A wrapper that shards weights follows which layers are called.
-        shared = 0 if sharded or compiled else self._shared_depth(own_reference)
         return Layout(
             name,
             gather=lambda found: gather_object([found]),
             one_call=sharded or self.accelerator.num_processes > 1,
             compiled=compiled,
-            frozen=FrozenLayers(shared) if shared else None,
             half=self.accelerator.mixed_precision != "no",
             max_length=self.args.max_length,
         )
-
-    def _shared_depth(self, own_reference: bool) -> int:
-        """How many of the first layers give the policy what they give the reference."""
-        assert self.objective is not None
-        if not own_reference or not self.objective.needs.compares or self.args.sync_ref_model:
-            return 0
-        # Routers of skipped layers would be missing from the load-balancing loss.
-        if self.args.precompute_ref_log_probs or getattr(self, "aux_loss_enabled", False):
-            return 0
-        depth = frozen_depth(self.model)
-        same = self.ref_model is None or (depth > 0 and same_below(self.model, self.ref_model, depth))
-        return depth if same else 0
 
     def _open_cache(self, objective: Loss) -> ReferenceCache | None:
         where = getattr(self.args, "reference_cache", "off")
@@ -159,9 +143,8 @@ class ScoringMixin:
     def _previous_scores(self, inputs: Mapping[str, Any]) -> TokenScores:
         with torch.no_grad(), self.accelerator.autocast():
             scores, _ = self._layout.score(
-                self._previous_model, inputs, self._model_inputs(inputs), extras=BARE, shares_layers=False,
-                in_parts_of=self._in_parts_of,
-            )  # fmt: skip
+                self._previous_model, inputs, self._model_inputs(inputs), extras=BARE, in_parts_of=self._in_parts_of
+            )
         return scores
 
     @contextlib.contextmanager
@@ -218,9 +201,6 @@ class ScoringMixin:
         batch, scores, scored = score_batch(
             inputs, self.objective, models, every_role=all_logits or not self.model.training
         )
-        # Calls that are made again in the backward pass take from it once more.
-        if self._layout.call.frozen is not None and self._in_parts_of is None:
-            self._layout.call.frozen.clear()
         if self._share > 0:
             self._record_tokens(scores, scored)  # type: ignore[attr-defined]
         return batch, outputs

@@ -64,7 +64,7 @@ def test_a_batch_that_is_partly_known_does_not_settle_the_layout(tmp_path):
     inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     cache = trainer._reference_cache
     trainer._cached_reference(cache, trainer.ref_model, select_rows(inputs, inputs["examples"] <= 1))
-    trainer._layout = trainer._make_layout(own_reference=True)
+    trainer._layout = trainer._make_layout()
     scores = trainer._cached_reference(cache, trainer.ref_model, inputs)
     assert trainer._layout.masks == "packed"
     assert (cache.hits, cache.misses) == (4, 8)

@@ -64,7 +64,7 @@ def fuse_lora(model: nn.Module) -> int:
 
     Not for weights that live on other processes (ZeRO-3, FSDP): hooks of the inner modules would not be called.
     """
-    plain = [m for m in model.modules() if type(m) is LoraLinear and type(m.base_layer) is nn.Linear]
+    plain: list[Any] = [m for m in model.modules() if type(m) is LoraLinear and type(m.base_layer) is nn.Linear]
     # On the meta device a model is only counted, as the CPU would compute it.
     plain = [m for m in plain if m.base_layer.weight.device.type in ("cpu", "meta")]
     # One that has a forward of its own belongs to somebody else: accelerate moves weights between devices so.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prefopt.losses import Loss, LossOutput, PreferenceBatch, Scores, WeightedSum, parse
 from prefopt.losses.divergences import divergence, named
+from prefopt.safety.errors import PrefoptError
 
 TOKENS = 40
 VOCABULARY = 8
@@ -44,7 +45,7 @@ NOISE = 1e-12
 """Gradients below this are rounding errors of terms that cancel, which no panel should be scaled to."""
 
 
-class PlotError(ValueError):
+class PlotError(PrefoptError, ValueError):
     """Something that cannot be drawn, and why."""
 
 

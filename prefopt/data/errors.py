@@ -5,12 +5,8 @@ It imports nothing of ours but the redaction of secrets, so every file of this f
 
 from __future__ import annotations
 
-from prefopt.safety.redaction import redact
+from prefopt.safety.errors import PrefoptError
 
 
-class DataError(ValueError):
+class DataError(PrefoptError, ValueError):
     """The data cannot be used as it is. The message says what was wrong, where, and what to do."""
-
-    def __init__(self, message: str):
-        # A source may be named by a URL with a password in it.
-        super().__init__(redact(message))

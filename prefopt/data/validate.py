@@ -23,6 +23,7 @@ from prefopt.data.problems import KINDS
 from prefopt.data.row import is_label
 from prefopt.data.row_check import Checked, RowCheck
 from prefopt.data.schema import kind
+from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_whole
 
 
@@ -44,7 +45,7 @@ def validate(
     """
     columns = column_names(dataset)
     if max_length is not None and tokenizer is None and "prompt_ids" not in columns:
-        raise ValueError("max_length needs a tokenizer, or a dataset that is tokenized already.")
+        raise UsageError("max_length needs a tokenizer, or a dataset that is tokenized already.")
     check = row_check(dataset, tokenizer, max_length, truncation_mode, vocabulary)
     findings = Findings(check.sides, roles)
     for index, row in enumerate(dataset):
@@ -144,7 +145,7 @@ def clean(
     The file at `dropped_path` holds one JSON object a line: the row's number, its reasons and the row itself.
     """
     if on_bad_rows not in ("error", "drop"):
-        raise ValueError(f"on_bad_rows is {on_bad_rows!r}; it must be 'error' or 'drop'.")
+        raise UsageError(f"on_bad_rows is {on_bad_rows!r}; it must be 'error' or 'drop'.")
     if report.ok:
         return dataset
     bad = report.bad_rows
@@ -156,7 +157,7 @@ def clean(
     if len(bad) == report.total:
         raise DataError(f"Every row would be dropped, so nothing is left to train on.\n{report.message()}")
     if dropped_path is None:
-        raise ValueError("on_bad_rows='drop' needs dropped_path: dropped rows are always written down.")
+        raise UsageError("on_bad_rows='drop' needs dropped_path: dropped rows are always written down.")
     _write_dropped(dataset, report, bad, Path(dropped_path))
     gone = frozenset(bad)
     if isinstance(dataset, Dataset):

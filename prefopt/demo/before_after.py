@@ -16,6 +16,7 @@ from rich.text import Text
 
 from prefopt.demo.rule import RULE, follows_rule
 from prefopt.generation.answers import Answer, Prompt
+from prefopt.safety.errors import UsageError
 from prefopt.safety.tables import table
 from prefopt.trainer.metrics import still_reference
 
@@ -105,7 +106,7 @@ def side_by_side(
 ) -> RenderableType:
     """The table of answers (the first `shown`; None for all) over a panel of the numbers, for `Console.print`."""
     if not len(prompts) == len(before) == len(after):
-        raise ValueError(
+        raise UsageError(
             f"{len(prompts)} prompts, {len(before)} answers before and {len(after)} after: counts differ."
         )
     limit = len(prompts) if shown is None else min(shown, len(prompts))

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from prefopt.safety.errors import UsageError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -34,12 +36,12 @@ def heldout_prompts() -> list[Messages]:
 def read_rows(split: Split) -> list[dict[str, Any]]:
     """The rows of one split as plain Python, refused if the file is not the one that was shipped."""
     if split not in get_args(Split):
-        raise ValueError(f"no demo split {split!r}: there are {' and '.join(get_args(Split))}.")
+        raise UsageError(f"no demo split {split!r}: there are {' and '.join(get_args(Split))}.")
     file = DATA_FOLDER / f"{split}.jsonl"
     content = file.read_bytes()
     expected = metadata()["files"][file.name]["sha256"]
     if hashlib.sha256(content).hexdigest() != expected:
-        raise ValueError(
+        raise UsageError(
             f"{file} is not the demo data that was shipped: its SHA-256 differs from the one in metadata.json. "
             "Reinstall prefopt, or make the data anew with scripts/make_demo_data.py."
         )

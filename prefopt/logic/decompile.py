@@ -16,6 +16,7 @@ from torch import Tensor
 from prefopt.logic.structure import Structure
 from prefopt.losses import Loss, Need, PreferenceBatch, Scores
 from prefopt.losses.logic import MODEL, WITH_REFERENCE, Logic
+from prefopt.safety.errors import PrefoptError
 
 PROBES = 48
 EXACT = 1e-7
@@ -51,7 +52,7 @@ class Decompiled:
         return made if self.scale == 1 else self.scale * made
 
 
-class NoStructure(ValueError):
+class NoStructure(PrefoptError, ValueError):
     """A loss that puts no odds on two propositions, and why."""
 
 

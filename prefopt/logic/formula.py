@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+from prefopt.safety.errors import PrefoptError
+
 _TOKEN = re.compile(
     r"\s*(?:(?P<atom>(?:M|Ref|Prev)\s*\(\s*(?:w|l|s)\s*\))|(?P<word>[A-Za-z_]\w*)|(?P<sign><->|->|[()&|^~!])|(?P<bad>\S))"
 )
@@ -33,7 +35,7 @@ _BINARY: dict[str, tuple[int, Callable[[bool, bool], bool]]] = {
 """How tightly each connective binds, and what it means."""
 
 
-class FormulaError(ValueError):
+class FormulaError(PrefoptError, ValueError):
     """A formula that cannot be read; the message shows where."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.logic.structure import NAMED, Structure, name_of_rows, named
+from prefopt.safety.errors import PrefoptError
 
 ENDINGS = (".png", ".svg", ".pdf")
 LINES: dict[bool, dict[str, Any]] = {
@@ -17,7 +18,7 @@ LINES: dict[bool, dict[str, Any]] = {
 }
 
 
-class LatticeError(ValueError):
+class LatticeError(PrefoptError, ValueError):
     """Why the order cannot be drawn."""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from prefopt.logic.formula import Formula, FormulaError, parse_formula
 from prefopt.losses.logic import MODEL, MOST, WITH_REFERENCE, Logic, propositions, rows_of
+from prefopt.safety.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def from_formula(core: str, given: str = "", also: str = "", over: str | None = 
     structure = Structure.of(core, given, also, over)
     if structure.trivial:
         side = "true" if not structure.T else "false"
-        raise ValueError(
+        raise UsageError(
             f"no row is on the {side} side of {core!r}{f' given {given!r}' if given else ''}, so there is nothing to "
             "learn: the formula always holds or never does"
         )

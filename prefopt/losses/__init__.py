@@ -28,6 +28,7 @@ from prefopt.losses.direct import (
     paired_roles,
 )
 from prefopt.losses.discovered import AQFL, AQL, CELL, DBAQL, PADLL, PFL, DiscoPOP
+from prefopt.losses.errors import LossError
 from prefopt.losses.kernel import HMK, KernelDPO
 from prefopt.losses.likelihood import SFT
 from prefopt.losses.logic import Logic
@@ -98,6 +99,7 @@ __all__ = [
     "LengthNormalized",
     "Logic",
     "Loss",
+    "LossError",
     "LossOutput",
     "LossSyntaxError",
     "MarginDPO",

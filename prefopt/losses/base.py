@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.losses.distributed import global_sum, world_size
+from prefopt.losses.errors import LossError
 from prefopt.losses.scores import PreferenceBatch, Scores
 from prefopt.losses.values import values_of
 
@@ -255,29 +256,29 @@ class Loss(nn.Module):
         for role in self.roles:
             scores = batch.role(role)
             if scores is None:
-                raise ValueError(
+                raise LossError(
                     f"{self._label} needs {' and '.join(self.roles)} completions; this batch has no {role} ones"
                 )
             needs = self.needs | (Need.TOKENS if self.needs & PER_TOKEN else Need.NONE)
             for need, (names, remedy) in _FIELDS.items():
                 missing = [name for name in names if getattr(scores, name) is None]
                 if need in needs and missing:
-                    raise ValueError(f"{self._label} needs {missing[0]}, but the {role} scores hold none: {remedy}")
+                    raise LossError(f"{self._label} needs {missing[0]}, but the {role} scores hold none: {remedy}")
             if Need.TOKENS in self.needs and Need.REFERENCE in self.needs and scores.ref_token_logps is None:
-                raise ValueError(
+                raise LossError(
                     f"{self._label} needs ref_token_logps, but the {role} scores hold none: keep the reference's "
                     "per-token log-probabilities too"
                 )
             for column in self.columns:
                 if column not in scores.columns:
-                    raise ValueError(f"{self._label} needs a numeric data set column {column!r}; the batch has none")
+                    raise LossError(f"{self._label} needs a numeric data set column {column!r}; the batch has none")
         if self.paired and not batch.paired:
-            raise ValueError(
+            raise LossError(
                 f"{self._label} compares the chosen and the rejected completion of one prompt, but this batch holds "
                 "unpaired feedback; use a loss for unpaired data, such as kto"
             )
         if Need.MISMATCHED in self.needs and batch.mismatched is None:
-            raise ValueError(
+            raise LossError(
                 f"{self._label} needs completions scored under other examples' prompts, but batch.mismatched is None"
             )
 
@@ -330,15 +331,15 @@ class WeightedSum(Loss):
     def __init__(self, terms: list[tuple[float, Loss]]):
         super().__init__()
         if not terms:
-            raise ValueError("a sum of losses needs at least one term")
+            raise LossError("a sum of losses needs at least one term")
         self.weights = [weight for weight, _ in terms]
         if not all(math.isfinite(weight) for weight in self.weights):
-            raise ValueError(f"the weights of a sum of losses must be finite, got {self.weights}")
+            raise LossError(f"the weights of a sum of losses must be finite, got {self.weights}")
         self.losses = nn.ModuleList(loss for _, loss in terms)
         members = [loss for _, loss in terms]
         for loss in members:
             if loss.outermost:
-                raise ValueError(f"{loss._label} must be the outermost loss: move what is added to it inside")
+                raise LossError(f"{loss._label} must be the outermost loss: move what is added to it inside")
             self.needs = self.needs | loss.needs
         self.roles = tuple(role for role in ROLES if any(role in loss.roles for loss in members))
         self.paired = any(loss.paired for loss in members)
@@ -363,7 +364,7 @@ class WeightedSum(Loss):
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         values = self.forward(batch).per_example
         if values is None:
-            raise ValueError(f"the terms of {self} score different numbers of examples, so they have no common values")
+            raise LossError(f"the terms of {self} score different numbers of examples, so they have no common values")
         return values
 
     def forward(self, batch: PreferenceBatch) -> LossOutput:

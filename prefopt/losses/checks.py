@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+from prefopt.losses.errors import LossError
+
 
 def positive(name: str, value: float, most: float = math.inf) -> float:
     """`value` if it is a finite number in (0, most], else a ValueError that names the argument."""
     if not (math.isfinite(value) and 0 < value <= most):
         limit = "" if math.isinf(most) else f" of at most {most:g}"
-        raise ValueError(f"{name} must be a positive finite number{limit}, got {value!r}")
+        raise LossError(f"{name} must be a positive finite number{limit}, got {value!r}")
     return value
 
 
@@ -17,19 +19,19 @@ def non_negative(name: str, value: float, most: float = math.inf, below: float =
     """`value` if it is a finite number in [0, most] and less than `below`, else a ValueError that names it."""
     if not (math.isfinite(value) and 0 <= value <= most and value < below):
         interval = f"[0, {below:g})" if below <= most and not math.isinf(below) else f"[0, {most:g}]"
-        raise ValueError(f"{name} must be a finite number in {interval}, got {value!r}")
+        raise LossError(f"{name} must be a finite number in {interval}, got {value!r}")
     return value
 
 
 def finite(name: str, value: float) -> float:
     """`value` if it is a finite number, else a ValueError that names the argument."""
     if not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise LossError(f"{name} must be a finite number, got {value!r}")
     return value
 
 
 def whole(name: str, value: int, least: int = 0) -> int:
     """`value` if it is a whole number of at least `least`, else a ValueError that names the argument."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise LossError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return value

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefopt.losses.base import Loss, LossOutput, WeightedSum
+from prefopt.losses.errors import LossError
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch
 from prefopt.losses.wrappers import Wrapper
@@ -126,9 +127,9 @@ class ConflictFree(Wrapper):
     def __init__(self, loss: Loss, method: Method = "config"):
         super().__init__(loss)
         if not isinstance(loss, WeightedSum) or len(list(loss.terms())) < 2:
-            raise ValueError(f"loss must be a sum of two losses or more, so that there is a conflict, got {loss}")
+            raise LossError(f"loss must be a sum of two losses or more, so that there is a conflict, got {loss}")
         if method not in ("config", "pcgrad", "balance"):
-            raise ValueError(f"method must be 'config', 'pcgrad' or 'balance', got {method!r}")
+            raise LossError(f"method must be 'config', 'pcgrad' or 'balance', got {method!r}")
         self.method = method
 
     @property
@@ -157,7 +158,7 @@ class ConflictFree(Wrapper):
         output: LossOutput = self(batch)
         terms = [term for term in output.terms if term.requires_grad]
         if not terms:
-            raise ValueError(
+            raise LossError(
                 f"no term of {self} has a gradient ({', '.join(self.labels)}): compute the batch's log-probabilities "
                 "with gradient, without detach() or no_grad()"
             )

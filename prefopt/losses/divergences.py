@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prefopt.losses.errors import LossError
+
 NAMES = ("kl", "js", "hellinger", "renyi", "bhattacharyya", "wasserstein", "f")
 GENERATORS = ("forward_kl", "total_variation", "triangular")
 """The functions that "f" knows: f(t) = -log t, |t - 1| / 2 and (t - 1)^2 / (2 (t + 1))."""
@@ -39,17 +41,17 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
-            raise ValueError(f"divergence must be one of {', '.join(NAMES)}, got {self.name!r}")
+            raise LossError(f"divergence must be one of {', '.join(NAMES)}, got {self.name!r}")
         if (self.order is None) == (self.name == "renyi"):
             needed = "needs an order" if self.name == "renyi" else "takes no order"
-            raise ValueError(f"order: the divergence {self.name!r} {needed}, got {self.order!r}")
+            raise LossError(f"order: the divergence {self.name!r} {needed}, got {self.order!r}")
         if self.order is not None and not (math.isfinite(self.order) and self.order > 0):
-            raise ValueError(f"order must be a positive finite number, got {self.order!r}")
+            raise LossError(f"order must be a positive finite number, got {self.order!r}")
         if (self.f is None) == (self.name == "f"):
             needed = f"needs one of {', '.join(GENERATORS)}" if self.name == "f" else "takes none"
-            raise ValueError(f"f: the divergence {self.name!r} {needed}, got {self.f!r}")
+            raise LossError(f"f: the divergence {self.name!r} {needed}, got {self.f!r}")
         if self.f is not None and self.f not in GENERATORS:
-            raise ValueError(f"f must be one of {', '.join(GENERATORS)}, got {self.f!r}")
+            raise LossError(f"f must be one of {', '.join(GENERATORS)}, got {self.f!r}")
 
     def __str__(self) -> str:
         argument = self.f if self.order is None else repr(float(self.order))
@@ -69,7 +71,7 @@ def named(text: str) -> Divergence:
     try:
         order = None if argument is None else float(argument)
     except ValueError:
-        raise ValueError(f"order must be a positive finite number, got {argument!r}") from None
+        raise LossError(f"order must be a positive finite number, got {argument!r}") from None
     return Divergence(name, order=order)
 
 

@@ -21,6 +21,7 @@ from prefopt.losses.checks import non_negative, positive, whole
 from prefopt.losses.direct import paired_roles
 from prefopt.losses.distributed import global_sum, present
 from prefopt.losses.divergences import Divergence
+from prefopt.losses.errors import LossError
 from prefopt.losses.numerics import masked_mean
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
@@ -116,7 +117,7 @@ def spectrum_of(text: str) -> tuple[tuple[float, float], ...]:
         try:
             found.append((positive("weight", float(weight)), positive("rate", float(rate))))
         except ValueError:
-            raise ValueError(
+            raise LossError(
                 f"spectrum holds {part.strip()!r}: write weight:rate for each component, both positive, as in "
                 f"{SPECTRUM!r}"
             ) from None
@@ -144,9 +145,9 @@ class Kernelized(PairLoss):
     ):
         super().__init__()
         if link not in ("logistic", "linear"):
-            raise ValueError(f"link must be 'logistic' or 'linear', got {link!r}")
+            raise LossError(f"link must be 'logistic' or 'linear', got {link!r}")
         if embeddings not in ("hidden", "given"):
-            raise ValueError(f"embeddings must be 'hidden' or 'given', got {embeddings!r}")
+            raise LossError(f"embeddings must be 'hidden' or 'given', got {embeddings!r}")
         kind = Divergence(
             divergence,
             order=0.9 if order is None and divergence == "renyi" else order,
@@ -297,13 +298,13 @@ class KernelDPO(Kernelized):
     ):
         super().__init__(divergence, beta, gamma, alpha, link, embeddings, gradient, order, f)
         if kernel not in KERNELS:
-            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+            raise LossError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
         self.kernel = kernel
         self.degree, self.offset, self.bandwidth = degree, offset, bandwidth
         self.spectrum, self.shrinkage = spectrum, shrinkage
         for name, owner in _OWNERS.items():
             if getattr(self, name) is not None and owner != kernel:
-                raise ValueError(f"{name} is of the {owner} kernel, this one is {kernel}")
+                raise LossError(f"{name} is of the {owner} kernel, this one is {kernel}")
         self._kernels = _kernels(degree, offset, bandwidth, spectrum, shrinkage)
         self.batchwise = kernel == "mahalanobis" and gamma > 0
 

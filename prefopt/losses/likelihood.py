@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefopt.losses.base import Loss
 from prefopt.losses.distributed import global_sum, present
+from prefopt.losses.errors import LossError
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch
 
@@ -21,7 +22,7 @@ Reduction = Literal["mean", "sum", "token"]
 
 def check_reduction(name: str, value: str) -> None:
     if value not in ("mean", "sum", "token"):
-        raise ValueError(f"{name} must be 'mean', 'sum' or 'token', got {value!r}")
+        raise LossError(f"{name} must be 'mean', 'sum' or 'token', got {value!r}")
 
 
 def reduce_tokens(sums: Tensor, lengths: Tensor, how: str, weights: Tensor | None) -> Tensor:

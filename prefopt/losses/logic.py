@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from prefopt.losses.base import ROLES, Loss, Need, PairLoss
 from prefopt.losses.checks import finite, positive
 from prefopt.losses.direct import paired_roles
+from prefopt.losses.errors import LossError
 from prefopt.losses.numerics import log1mexp
 from prefopt.losses.registry import preset, register
 from prefopt.losses.scores import PreferenceBatch, Scores
@@ -45,15 +46,15 @@ def propositions(over: str) -> tuple[tuple[str, ...], ...]:
     atoms = [atom for part in found for atom in part]
     for atom in atoms:
         if not _ATOM.fullmatch(atom):
-            raise ValueError(
+            raise LossError(
                 f"over holds {atom!r}, which is no prediction: write M(w), M(l) or M(s) for what the policy makes of "
                 "the chosen, rejected or sampled completion, Ref(...) or Prev(...) for the reference or the previous "
                 "iterate, joined by & within a proposition and by commas between them"
             )
         if atoms.count(atom) > 1:
-            raise ValueError(f"over uses {atom} twice: propositions must be independent of one another")
+            raise LossError(f"over uses {atom} twice: propositions must be independent of one another")
     if len(found) > MOST:
-        raise ValueError(f"over has {len(found)} propositions, at most {MOST} are possible")
+        raise LossError(f"over has {len(found)} propositions, at most {MOST} are possible")
     return found
 
 
@@ -66,7 +67,7 @@ def rows_of(name: str, text: str, count: int) -> int:
     bits = 0
     for row in filter(None, (part.strip() for part in text.split(","))):
         if len(row) != count or set(row) - {"0", "1"}:
-            raise ValueError(f"{name} holds the row {row!r}: write a 0 or 1 for each of the {count} propositions")
+            raise LossError(f"{name} holds the row {row!r}: write a 0 or 1 for each of the {count} propositions")
         bits |= 1 << int(row, 2)
     return bits
 
@@ -145,7 +146,7 @@ class Logic(PairLoss):
         count = len(self._propositions)
         self._true, self._false = rows_of("T", T, count), rows_of("B", B, count)
         if link not in ("logistic", "hinge", "squared"):
-            raise ValueError(f"link must be 'logistic', 'hinge' or 'squared', got {link!r}")
+            raise LossError(f"link must be 'logistic', 'hinge' or 'squared', got {link!r}")
         self.T, self.B, self.over, self.link, self.average = T, B, over, link, average
         self.beta = positive("beta", beta)
         self.gamma = finite("gamma", gamma)
@@ -185,7 +186,7 @@ class Logic(PairLoss):
         """
         if not self._true or not self._false:
             side, what = ("T", "infinite") if not self._true else ("B", "0")
-            raise ValueError(f"{self} has no row in {side}: the loss is {what} whatever the models predict")
+            raise LossError(f"{self} has no row in {side}: the loss is {what} whatever the models predict")
         weights = self.log_weights(batch)
         odds = log_count(self._true, weights) - log_count(self._false, weights)
         # Two sides that both hold every row, or the same rows, differ by nothing.

@@ -13,6 +13,7 @@ from prefopt.losses.base import Loss, Need, PairLoss
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.direct import paired_roles
 from prefopt.losses.distributed import global_sum, present
+from prefopt.losses.errors import LossError
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -78,7 +79,7 @@ class KLOnline(Loss):
     def __init__(self, baseline: Literal["leave_one_out", "none"] = "leave_one_out"):
         super().__init__()
         if baseline not in ("leave_one_out", "none"):
-            raise ValueError(f"baseline must be 'leave_one_out' or 'none', got {baseline!r}")
+            raise LossError(f"baseline must be 'leave_one_out' or 'none', got {baseline!r}")
         self.baseline = baseline
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
@@ -116,7 +117,7 @@ class KLPrior(Loss):
     def __init__(self, reduction: Literal["sum", "mean"] = "sum"):
         super().__init__()
         if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+            raise LossError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.reduction = reduction
         self.batchwise = reduction == "sum"
 

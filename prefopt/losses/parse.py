@@ -15,6 +15,7 @@ import typing
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from prefopt.losses.base import Loss, WeightedSum
+from prefopt.losses.errors import LossError
 from prefopt.losses.registry import Preset, arguments_of, available, describe_arguments, presets
 
 MAX_LENGTH = 2000
@@ -24,7 +25,7 @@ MAX_NUMBER = 10**300
 """Largest whole number in an expression, well within what a float can hold."""
 
 
-class LossSyntaxError(ValueError):
+class LossSyntaxError(LossError):
     """A loss expression that cannot be read.
 
     Attributes:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from prefopt.losses.base import Need
 from prefopt.losses.checks import finite, non_negative, positive
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
+from prefopt.losses.errors import LossError
 from prefopt.losses.numerics import capped_exp, capped_expm1
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
@@ -183,7 +184,7 @@ class FDPO(ReferencePairLoss):
     ):
         super().__init__()
         if divergence not in ("reverse_kl", "forward_kl", "js", "alpha"):
-            raise ValueError(f"divergence must be 'reverse_kl', 'forward_kl', 'js' or 'alpha', got {divergence!r}")
+            raise LossError(f"divergence must be 'reverse_kl', 'forward_kl', 'js' or 'alpha', got {divergence!r}")
         self.beta = positive("beta", beta)
         self.divergence = divergence
         self.alpha = finite("alpha", alpha)

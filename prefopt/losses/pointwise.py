@@ -16,6 +16,7 @@ from prefopt.losses.base import Loss, Need
 from prefopt.losses.checks import positive
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
 from prefopt.losses.distributed import global_sum
+from prefopt.losses.errors import LossError
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -140,7 +141,7 @@ class SPPO(ReferencePairLoss):
     def __init__(self, beta: float = 0.1, reduction: Literal["sum", "mean"] = "sum"):
         super().__init__()
         if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+            raise LossError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.beta = positive("beta", beta)
         self.reduction = reduction
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from prefopt.losses.base import Loss, constructor_arguments
+from prefopt.losses.errors import LossError
 
 L = TypeVar("L", bound=type[Loss])
 
@@ -46,7 +47,7 @@ def register(name: str) -> Callable[[L], L]:
         taken = _LOSSES.get(name)
         # A reloaded module defines its class anew; only a different class is a clash.
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"the loss name {name!r} already belongs to {taken.__module__}.{taken.__qualname__}")
+            raise LossError(f"the loss name {name!r} already belongs to {taken.__module__}.{taken.__qualname__}")
         cls.name = name
         _LOSSES[name] = cls
         return cls
@@ -64,7 +65,7 @@ def preset(name: str, paper: str = "") -> Callable[[Callable[..., Loss]], Callab
 
     def add(build: Callable[..., Loss]) -> Callable[..., Loss]:
         if name in _LOSSES:
-            raise ValueError(f"the name {name!r} already belongs to a loss")
+            raise LossError(f"the name {name!r} already belongs to a loss")
         _PRESETS[name] = Preset(name, build, paper)
         return build
 
@@ -78,7 +79,7 @@ def presets() -> dict[str, Preset]:
 
 def _check_name(name: str) -> None:
     if not name.isidentifier() or name != name.lower():
-        raise ValueError(f"a loss name must be a lower-case Python identifier, got {name!r}")
+        raise LossError(f"a loss name must be a lower-case Python identifier, got {name!r}")
 
 
 def available() -> dict[str, type[Loss]]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefopt.losses.errors import LossError
+
 GIVEN_LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "prev_chosen_logps", "prev_rejected_logps")
 """Log-probabilities of a reference and of a previous iterate, where they come with the data."""
 EMBEDDINGS = ("prompt_embedding", "chosen_embedding", "rejected_embedding")
@@ -74,11 +76,11 @@ class Scores:
 
     def __post_init__(self) -> None:
         if self.logps.dim() != 1:
-            raise ValueError(f"Scores.logps must have shape (N,), got {tuple(self.logps.shape)}")
+            raise LossError(f"Scores.logps must have shape (N,), got {tuple(self.logps.shape)}")
         n = self.logps.shape[0]
         for name, value in [*((f.name, getattr(self, f.name)) for f in fields(self)), *self.columns.items()]:
             if isinstance(value, Tensor) and (value.dim() == 0 or value.shape[0] != n):
-                raise ValueError(f"Scores.{name} must have {n} rows like logps, got shape {tuple(value.shape)}")
+                raise LossError(f"Scores.{name} must have {n} rows like logps, got shape {tuple(value.shape)}")
 
     def __len__(self) -> int:
         return self.logps.shape[0]
@@ -87,7 +89,7 @@ class Scores:
     def ratios(self) -> Tensor:
         """(N,) log pi(y|x) - log ref(y|x)."""
         if self.ref_logps is None:
-            raise ValueError(
+            raise LossError(
                 "this loss compares with a reference, but the scores hold no ref_logps: score the completions under "
                 "the frozen reference too (the trainer does so for losses that declare Need.REFERENCE)"
             )
@@ -106,7 +108,7 @@ class Scores:
     def token_divergence(self, name: str) -> Tensor:
         """(N, T) the divergence of that name."""
         if self.token_divergences is None or name not in (self.divergences or ()):
-            raise ValueError(
+            raise LossError(
                 f"this loss needs the divergence {name!r}, but the scores hold {self.divergences or 'none'}"
             )
         assert self.divergences is not None
@@ -152,7 +154,7 @@ class PreferenceBatch:
         if not self.paired or self.chosen is None or self.rejected is None:
             return
         if len(self.chosen) != len(self.rejected):
-            raise ValueError(
+            raise LossError(
                 f"a paired batch needs as many chosen as rejected completions, got {len(self.chosen)} and "
                 f"{len(self.rejected)}; pass paired=False for binary feedback"
             )

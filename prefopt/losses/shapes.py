@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from prefopt.losses.checks import positive, whole
 from prefopt.losses.direct import ReferencePairLoss
+from prefopt.losses.errors import LossError
 from prefopt.losses.numerics import capped_exp, numbered_generator
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch
@@ -106,7 +107,7 @@ class GPO(ReferencePairLoss):
     ):
         super().__init__()
         if shape not in SHAPES:
-            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+            raise LossError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
         self.beta = positive("beta", beta)
         self.shape = shape
         self.normalize = normalize

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from prefopt.losses.base import Need
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
+from prefopt.losses.errors import LossError
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -43,7 +44,7 @@ class TDPO(ReferencePairLoss):
     def __init__(self, beta: float = 0.1, alpha: float = 0.5, variant: Literal[1, 2] = 2):
         super().__init__()
         if variant not in (1, 2):
-            raise ValueError(f"variant must be 1 or 2, got {variant!r}")
+            raise LossError(f"variant must be 1 or 2, got {variant!r}")
         self.beta = positive("beta", beta)
         self.alpha = non_negative("alpha", alpha)
         self.variant = variant

@@ -19,6 +19,7 @@ from prefopt.losses.base import Loss, Need
 from prefopt.losses.checks import finite, non_negative, positive
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
 from prefopt.losses.distributed import global_mean
+from prefopt.losses.errors import LossError
 from prefopt.losses.likelihood import Reduction, check_reduction, reduce_tokens
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
@@ -149,7 +150,7 @@ class KLRetain(Loss):
     ):
         super().__init__()
         if direction not in ("forward", "reverse"):
-            raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
+            raise LossError(f"direction must be 'forward' or 'reverse', got {direction!r}")
         check_reduction("reduction", reduction)
         self.direction = direction
         self.reduction = reduction
@@ -263,7 +264,7 @@ class UNDIAL(ForgetLoss):
         assert scores.token_forward_kl is not None
         for name in ("ref_token_entropy", "ref_token_logps"):
             if getattr(scores, name) is None:
-                raise ValueError(f"undial needs {name}, but the rejected scores hold none")
+                raise LossError(f"undial needs {name}, but the rejected scores hold none")
         assert scores.ref_token_logps is not None
         assert scores.ref_token_entropy is not None
         assert scores.token_mask is not None
@@ -300,7 +301,7 @@ class KTOForget(ReferencePairLoss):
     def __init__(self, beta: float = 0.1, link: Literal["logsigmoid", "sigmoid"] = "logsigmoid"):
         super().__init__()
         if link not in ("logsigmoid", "sigmoid"):
-            raise ValueError(f"link must be 'logsigmoid' or 'sigmoid', got {link!r}")
+            raise LossError(f"link must be 'logsigmoid' or 'sigmoid', got {link!r}")
         self.beta = positive("beta", beta)
         self.link = link
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prefopt.losses.errors import LossError
 from prefopt.losses.scores import PreferenceBatch
 
 
@@ -30,14 +31,14 @@ def values_of(loss: Any, batch: PreferenceBatch, absent: Mapping[str, str]) -> T
     except (TypeError, AttributeError, KeyError) as error:
         if (reason := _reads_absent(error, absent)) is None:
             raise
-        raise ValueError(f"{loss._label}.per_example {reason}") from error
+        raise LossError(f"{loss._label}.per_example {reason}") from error
     counts = {role: len(scores) for role in loss.roles if (scores := batch.role(role)) is not None}
     # A pair counts once.
     expected = next(iter(counts.values())) if loss.paired else sum(counts.values())
     if not isinstance(values, Tensor) or values.shape != (expected,):
         found = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         of = "a pair" if loss.paired else f"a completion ({', '.join(f'{n} {role}' for role, n in counts.items())})"
-        raise ValueError(
+        raise LossError(
             f"{loss._label}.per_example must return a tensor of shape ({expected},), one value {of}, and returned "
             f"{found}. Leave the mean to the trainer, which takes it over examples, weights and processes"
         )

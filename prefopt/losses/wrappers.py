@@ -17,6 +17,7 @@ from torch import Tensor
 from prefopt.losses.base import PER_TOKEN, Loss, Need
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.distributed import global_sum, present, world_size
+from prefopt.losses.errors import LossError
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -27,9 +28,9 @@ class Wrapper(Loss):
     def __init__(self, loss: Loss):
         super().__init__()
         if loss.outermost:
-            raise ValueError(f"loss cannot be {loss._label}, which must be the outermost one")
+            raise LossError(f"loss cannot be {loss._label}, which must be the outermost one")
         if not self.outermost and not loss.paired and len({term.roles for _, _, term in loss.terms()}) > 1:
-            raise ValueError(
+            raise LossError(
                 f"loss must give one value a completion, but the terms of {loss} are about different completions: put "
                 f"each of them into a {self._label}(...) of its own and add these up"
             )
@@ -115,7 +116,7 @@ class LengthNormalized(Wrapper):
     def __init__(self, loss: Loss):
         super().__init__(loss)
         if loss.needs & (PER_TOKEN | Need.MISMATCHED):
-            raise ValueError(f"loss must work on summed log-probabilities, but {loss} asks for more")
+            raise LossError(f"loss must work on summed log-probabilities, but {loss} asks for more")
 
     def reward(self, scores: Scores) -> Tensor | None:
         return self.loss.reward(self._averaged(scores))
@@ -165,9 +166,9 @@ class NoiseRobust(Wrapper):
     ):
         super().__init__(loss)
         if method not in ("normalized", "unbiased", "smoothed"):
-            raise ValueError(f"method must be 'normalized', 'unbiased' or 'smoothed', got {method!r}")
+            raise LossError(f"method must be 'normalized', 'unbiased' or 'smoothed', got {method!r}")
         if not loss.paired or set(loss.roles) != {"chosen", "rejected"} or loss.state_dict():
-            raise ValueError(f"loss must be a pair loss without state, so that a pair can be swapped, got {loss}")
+            raise LossError(f"loss must be a pair loss without state, so that a pair can be swapped, got {loss}")
         self.method = method
         self.rate = non_negative("rate", rate, below=0.5)
 
@@ -204,7 +205,7 @@ class Reweighted(Wrapper):
     def __init__(self, loss: Loss, trust: Literal["small", "large"] = "small", temperature: float = 1.0):
         super().__init__(loss)
         if trust not in ("small", "large"):
-            raise ValueError(f"trust must be 'small' or 'large', got {trust!r}")
+            raise LossError(f"trust must be 'small' or 'large', got {trust!r}")
         self.trust = trust
         self.temperature = positive("temperature", temperature)
 

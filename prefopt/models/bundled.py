@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from prefopt.safety.errors import PrefoptError
 from prefopt.safety.files import cache_folder
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -40,7 +41,7 @@ LOCK_TIMEOUT_S = 1200.0
 Say = Callable[[str], None]
 
 
-class DemoModelError(RuntimeError):
+class DemoModelError(PrefoptError, RuntimeError):
     """The demo's model could not be found, made or trusted; the message says what to do."""
 
 

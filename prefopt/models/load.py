@@ -19,9 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.templates import check_template
+from prefopt.safety.errors import PrefoptError, UsageError
 from prefopt.safety.files import is_file
 from prefopt.safety.folders import check_one_model
 from prefopt.safety.weights import check_folder
+
+
+class ModelError(PrefoptError, OSError):
+    """A model, adapter or tokenizer cannot be loaded; says which and why."""
 
 
 def adapter_base(name: str) -> str | None:
@@ -29,6 +34,7 @@ def adapter_base(name: str) -> str | None:
 
     Raises:
         ValueError: for a folder that holds whole weights as well.
+        ModelError: where the adapter's settings cannot be read or name no model.
     """
     check_one_model(name)
     settings = Path(name) / "adapter_config.json"
@@ -37,9 +43,9 @@ def adapter_base(name: str) -> str | None:
     try:
         base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise SystemExit(f"{settings} cannot be read: {error}. Save the adapter again") from None
+        raise ModelError(f"{settings} cannot be read: {error}. Save the adapter again") from None
     if not isinstance(base, str) or not base:
-        raise SystemExit(f"{settings} does not say which model the adapter belongs to (base_model_name_or_path)")
+        raise ModelError(f"{settings} does not say which model the adapter belongs to (base_model_name_or_path)")
     return base
 
 
@@ -155,7 +161,7 @@ def _named(what: str, name: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:600] or type(error).__name__
-        raise OSError(f"no {what} can be loaded from {name!r}: {reason}") from error
+        raise ModelError(f"no {what} can be loaded from {name!r}: {reason}") from error
 
 
 def _template(given: str) -> str:
@@ -165,8 +171,8 @@ def _template(given: str) -> str:
     try:
         return Path(given).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--chat_template {given}: byte {error.start} is not UTF-8 text; save it as UTF-8") from None
+        raise UsageError(f"--chat_template {given}: byte {error.start} is not UTF-8 text; save it as UTF-8") from None
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UsageError(
             f"--chat_template {given}: neither a template (it holds no {{) nor a file that can be read ({error})"
         ) from None

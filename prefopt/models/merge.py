@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from prefopt.models import base_sample
 from prefopt.models.load import adapter_base, load_tokenizer
 from prefopt.report.card import code, is_hub_id, loading
+from prefopt.safety.errors import PrefoptError
 from prefopt.safety.folders import check_one_model
-from prefopt.safety.redaction import redact
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,11 +39,8 @@ _TEXTS = (
 )
 
 
-class MergeError(ValueError):
+class MergeError(PrefoptError, ValueError):
     """The adapter cannot be folded into its base; says why and what to do."""
-
-    def __init__(self, message: str):
-        super().__init__(redact(message))
 
 
 @dataclass(frozen=True)
@@ -221,7 +218,7 @@ def _tokenizer(folder: Path, base: str) -> Any:
             ) from None
     try:
         return load_tokenizer(base)
-    except (OSError, ValueError, SystemExit):
+    except (OSError, ValueError):
         return None
 
 

@@ -19,9 +19,10 @@ from rich.text import Text
 from transformers import AutoConfig, HfArgumentParser, LlamaConfig
 
 from prefopt.losses import ConflictFree, Loss, parse
-from prefopt.models.load import adapter_base
+from prefopt.models.load import ModelError, adapter_base
 from prefopt.planning.activations import Activations, Rows, causal_model, made_up_rows
 from prefopt.planning.memory import ENGINES, FOUR_BIT, Estimate, Setting, Sizes, count, estimate, kept_under, of_terms
+from prefopt.safety.errors import UsageError
 from prefopt.safety.tables import table
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
@@ -83,15 +84,15 @@ class Job:
                  "max_length": 2, "lora_r": 1}  # fmt: skip
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
-                raise ValueError(f"--{name} must be at least {smallest}, got {getattr(self, name)}")
+                raise UsageError(f"--{name} must be at least {smallest}, got {getattr(self, name)}")
         if self.memory <= 0:
-            raise ValueError(f"--memory is in GB and must be more than 0, got {self.memory}")
+            raise UsageError(f"--memory is in GB and must be more than 0, got {self.memory}")
         if self.gpus % self.nodes:
-            raise ValueError(f"--gpus {self.gpus} cannot be spread evenly over --nodes {self.nodes}")
+            raise UsageError(f"--gpus {self.gpus} cannot be spread evenly over --nodes {self.nodes}")
         if self.token_budget is not None and self.token_budget < 1:
-            raise ValueError(f"--token_budget must be at least 1 token, got {self.token_budget}")
+            raise UsageError(f"--token_budget must be at least 1 token, got {self.token_budget}")
         if not 0 < self.prompt < self.max_length:
-            raise ValueError(
+            raise UsageError(
                 f"--prompt_length must leave room for a completion within --max_length {self.max_length}, "
                 f"got {self.prompt_length}"
             )
@@ -134,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
     parser = HfArgumentParser(Job, prog="prefopt plan", description="Which way of training fits, and its command.")
     job, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
     if unknown:
-        raise ValueError(f"prefopt plan has no option {unknown[0]}; --help lists them")
+        raise UsageError(f"prefopt plan has no option {unknown[0]}; --help lists them")
     loss = parse(job.loss)
     name, config, built_in = model_config(job.model)
     rows = made_up_rows(
@@ -156,7 +157,7 @@ def model_config(model: str) -> tuple[str, Any, bool]:
     """A model's name, its configuration, and whether that is a built-in shape of its size.
 
     Raises:
-        OSError: naming the sizes that go without the Hub.
+        ModelError: naming the sizes that go without the Hub.
     """
     if model.upper() in FAMILIES:
         name, hidden, inner, layers, heads, groups, tied = FAMILIES[model.upper()]
@@ -170,7 +171,7 @@ def model_config(model: str) -> tuple[str, Any, bool]:
         return model, AutoConfig.from_pretrained(adapter_base(model) or model), False
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise OSError(
+        raise ModelError(
             f"--model {model}: {first} Name a folder or a model of the Hub, or a size with built-in shapes: "
             f"{', '.join(FAMILIES)}"
         ) from error

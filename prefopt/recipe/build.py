@@ -20,6 +20,7 @@ from prefopt.recipe.arguments import Recipe
 from prefopt.recipe.earlier_run import make_room
 from prefopt.recipe.preflight import tokenizer_of
 from prefopt.recipe.progress import RunProgress
+from prefopt.safety.errors import UsageError
 from prefopt.trainer import PreferenceTrainer
 from prefopt.trainer.facts import RunNotes, changed_settings
 from prefopt.trainer.publishing import PushError
@@ -59,7 +60,7 @@ def make_trainer(recipe: Recipe, train: Any, heldout: Any) -> PreferenceTrainer:
                 peft_config=get_peft_config(model) if base is None else None,
             )
     except PushError as error:
-        raise SystemExit(f"{error}. Nothing was trained") from None
+        raise UsageError(f"{error}. Nothing was trained") from None
     trainer.notes = _notes(recipe, base or name)
     # Ours replaces the two ways in which transformers prints the same numbers.
     trainer.remove_callback(ProgressCallback)
@@ -95,7 +96,7 @@ def _model_options(recipe: Recipe) -> dict[str, Any]:
     if model.dtype is not None:
         options.setdefault("dtype", model.dtype)
     if options.setdefault("use_safetensors", True) is not True:
-        raise SystemExit("--model_init_kwargs: use_safetensors cannot be turned off: pickled weights can run code")
+        raise UsageError("--model_init_kwargs: use_safetensors cannot be turned off: pickled weights can run code")
     return options
 
 

@@ -38,6 +38,7 @@ from prefopt.recipe.preflight import (
     tokenizer_of,
     with_the_hub,
 )
+from prefopt.safety.errors import UsageError
 from prefopt.trainer.saving.disk import check_writable
 
 
@@ -52,7 +53,7 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
         HubUnreachable: where model or data are not on this machine and the Hub does not answer.
     """
     if (missing := to_be_made(recipe)) is not None:
-        raise SystemExit(missing)
+        raise UsageError(missing)
     if not recipe.script.dry_run and PartialState().is_main_process:
         refuse_overwriting(recipe)
         check_writable(Path(recipe.training.output_dir))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
+from prefopt.safety.errors import UsageError
+
 if TYPE_CHECKING:
     from prefopt.recipe.arguments import Recipe
 
@@ -30,11 +32,11 @@ def refuse_overwriting(recipe: Recipe) -> None:
     """Refuse a folder that was named and holds a model or results, unless the run resumes or may overwrite them.
 
     Raises:
-        SystemExit: naming the folder, what is in it, and the options.
+        UsageError: naming the folder, what is in it, and the options.
     """
     found = _found(recipe)
     if found and recipe.output_named and not recipe.script.overwrite_output_dir:
-        raise SystemExit(
+        raise UsageError(
             f"--output_dir {recipe.training.output_dir} holds an earlier run ({', '.join(found)}): give another "
             "--output_dir, add --overwrite_output_dir to write over it, or --resume_from_checkpoint auto to resume it"
         )

@@ -14,6 +14,7 @@ from trl import DPOConfig
 
 from prefopt.losses import Loss, LossSyntaxError, Preset, available, parse, presets
 from prefopt.losses.registry import arguments_of
+from prefopt.safety.errors import UsageError
 from prefopt.trainer.config import DIVERGENCES, TRL_LOSS_OPTIONS, expression_from_trl_options
 
 _OTHER_NAMES = {
@@ -158,7 +159,7 @@ def _set(text: str, option: str, value: Any) -> str:
     places = _places(tree, option)
     if len(places) != 1:
         terms = " and ".join(ast.unparse(node) for node, _ in places)
-        raise ValueError(
+        raise UsageError(
             f"{len(places)} losses of {text} have this argument"
             + (f': {terms}. Write it in the one that you mean: --loss "{text}"' if places else "")
         )

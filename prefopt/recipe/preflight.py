@@ -21,6 +21,7 @@ from prefopt.models.bundled import HUB_ID, HUB_TIMEOUT_S
 from prefopt.models.load import Limits, adapter_base, limits_of, load_tokenizer
 from prefopt.recipe.announce import steps_of
 from prefopt.recipe.rehearsal import rehearse
+from prefopt.safety.errors import PrefoptError, UsageError
 from prefopt.trainer.checks import RunPlan, check_run
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.publishing import PushError
@@ -40,21 +41,21 @@ def check_recipe(recipe: Recipe, train: Any, heldout: Any) -> None:
     """Refuse what the run would refuse once its model is loaded.
 
     Raises:
-        SystemExit: naming the option that has no effect, or that lacks something.
+        UsageError: naming the option that has no effect, or that lacks something.
         ValueError: of `check_run`.
         CheckpointError: where the checkpoint to resume from is not there, not whole, or of another loss.
     """
     script, training = recipe.script, recipe.training
     objective = resolve_objective(None, training)
     if heldout is None and training.eval_strategy.value != "no":
-        raise SystemExit(
+        raise UsageError(
             f"--eval_strategy {training.eval_strategy.value} needs held-out rows, but there are none: name a test "
             "split with --dataset_test_split, set --eval_rows, or use --eval_strategy no"
         )
     if script.ref_model_name_or_path is not None and objective is not None and not objective.needs.compares:
-        raise SystemExit(f"--ref_model_name_or_path has no effect: {training.loss} compares with no reference")
+        raise UsageError(f"--ref_model_name_or_path has no effect: {training.loss} compares with no reference")
     if script.previous_model_name_or_path is not None and (objective is None or Need.PREVIOUS not in objective.needs):
-        raise SystemExit(
+        raise UsageError(
             f"--previous_model_name_or_path has no effect: {training.loss or training.loss_type} does not compare "
             "with a previous iterate"
         )
@@ -67,7 +68,7 @@ def check_recipe(recipe: Recipe, train: Any, heldout: Any) -> None:
     try:
         check_run(RunPlan(objective, training, train, heldout, *references, adapter, made))
     except PushError as error:
-        raise SystemExit(f"{error}. Nothing was trained") from None
+        raise UsageError(f"{error}. Nothing was trained") from None
     rehearse(recipe, steps_of(training, train))
 
 
@@ -111,7 +112,7 @@ def with_the_hub(recipe: Recipe, load: Callable[[Recipe], T]) -> T:
         ) from error
 
 
-class HubUnreachable(ConnectionError):
+class HubUnreachable(PrefoptError, ConnectionError):
     """Something is not on this machine, and the Hub cannot be asked for it."""
 
 

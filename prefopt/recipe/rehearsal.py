@@ -22,6 +22,7 @@ from trl import get_peft_config, get_quantization_config
 
 from prefopt.models.load import adapter_base
 from prefopt.planning.activations import causal_model
+from prefopt.safety.errors import UsageError
 
 if TYPE_CHECKING:
     from prefopt.recipe.arguments import Recipe
@@ -35,7 +36,7 @@ def rehearse(recipe: Recipe, steps: int | None) -> None:
         steps: how many steps the run takes; None where nobody knows.
 
     Raises:
-        SystemExit: naming the option, and what the library says about it.
+        UsageError: naming the option, and what the library says about it.
     """
     _quantization(recipe)
     model = _without_weights(recipe)
@@ -51,7 +52,7 @@ def _named(options: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
-        raise SystemExit(f"{options}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{options}: {' '.join(str(error).split())}") from error
 
 
 def _quantization(recipe: Recipe) -> None:
@@ -96,11 +97,11 @@ def _refuse_unmatched(recipe: Recipe, modules: list[str], model: Any) -> None:
     """PEFT leaves out names that match nothing as long as another one matches; a lone one is a regular expression."""
     targets, saved = recipe.model.lora_target_modules, recipe.model.lora_modules_to_save
     if isinstance(targets, str) and targets != "all-linear" and not any(re.fullmatch(targets, m) for m in modules):
-        raise SystemExit(_unmatched("lora_target_modules", targets, model))
+        raise UsageError(_unmatched("lora_target_modules", targets, model))
     for option, names in (("lora_target_modules", targets), ("lora_modules_to_save", saved)):
         for wanted in names if isinstance(names, list) else ():
             if not any(module == wanted or module.endswith(f".{wanted}") for module in modules):
-                raise SystemExit(_unmatched(option, wanted, model))
+                raise UsageError(_unmatched(option, wanted, model))
 
 
 def _unmatched(option: str, wanted: str, model: Any) -> str:

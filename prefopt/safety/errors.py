@@ -1,6 +1,6 @@
-"""How a program ends that cannot go on: our own errors as a message, those of other libraries with their traceback.
+"""Errors with a text for the user, and how a command line ends with one: the message alone, without a traceback.
 
-Only command lines use it. Inside Python, in a notebook or a test, the errors themselves are raised as ever.
+In a notebook or a test the errors themselves are raised.
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ from types import TracebackType
 
 from prefopt.safety.redaction import redact
 
-_USUAL = (ValueError, TypeError, OSError, ArithmeticError)
-"""Kinds of Python's own that prefopt raises with words for users; RuntimeErrors are so only under a name of ours."""
+
+class PrefoptError(Exception):
+    """An error whose text is for the user: what was wrong, where, and what to do. Secrets are taken out of it."""
+
+    for_users = True  # `prefopt.losses`, which imports nothing of ours, has it on its LossError
+
+    def __init__(self, message: object = ""):
+        super().__init__(redact(str(message)))
+
+
+class UsageError(PrefoptError, ValueError):
+    """An option, an argument or a file that cannot be used as it is."""
 
 
 def show_short_errors() -> None:
     """From now on this process ends with the message alone where the error is ours.
 
-    An error is ours if prefopt raised it, with words that say what was wrong, where, and what to do. One from deep
-    inside another library is a defect of ours or theirs, and its traceback is what a report of it needs.
     `PREFOPT_VERBOSE=1` shows every traceback.
     """
     previous = sys.excepthook
@@ -34,7 +42,7 @@ def show_short_errors() -> None:
             # Where the program was when Ctrl-C came is no defect to report.
             print("\nStopped by Ctrl-C.", file=sys.stderr)
         elif is_ours(error) and not os.environ.get("PREFOPT_VERBOSE"):
-            print(redact(f"error: {error}"), file=sys.stderr)
+            print(f"error: {message_of(error)}", file=sys.stderr)
         else:
             previous(kind, error, traceback)
 
@@ -54,17 +62,21 @@ def short_errors() -> Iterator[None]:
     except Exception as error:
         if not is_ours(error) or os.environ.get("PREFOPT_VERBOSE"):
             raise
-        raise SystemExit(redact(f"error: {error}")) from error
+        raise SystemExit(f"error: {message_of(error)}") from error
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether the frame that raised an error is in prefopt, and its kind one that carries words for users."""
-    module, traceback = "", error.__traceback__
-    while traceback is not None:
-        module = str(traceback.tb_frame.f_globals.get("__name__", ""))
-        traceback = traceback.tb_next
-    meant = isinstance(error, _USUAL) or type(error).__module__.startswith("prefopt.")
-    return meant and module.startswith("prefopt.")
+    """Whether an error's text is for the user. Any other error is a defect, and its traceback belongs in the report.
+
+    An OSError is so wherever it comes from: the disk is full, a file may not be read, the Hub does not answer.
+    """
+    return getattr(error, "for_users", False) or isinstance(error, OSError)
+
+
+def message_of(error: BaseException) -> str:
+    """The text of an error that `is_ours`, without secrets."""
+    text = redact(str(error)) or type(error).__name__
+    return text if getattr(error, "for_users", False) else f"{text}. PREFOPT_VERBOSE=1 shows where"
 
 
 def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:

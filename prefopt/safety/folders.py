@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefopt.safety.errors import UsageError
 from prefopt.safety.files import is_file, to_disk, write_whole
 
 ASIDE = ".unfinished-model"
@@ -94,7 +95,7 @@ def check_one_model(folder: str | os.PathLike[str]) -> None:
     """
     path = Path(folder)
     if is_whole(path / ASIDE):
-        raise ValueError(
+        raise UsageError(
             f"the last model was not put in its place in {path} before its run ended: it is complete in "
             f"{path / ASIDE}. Load that folder, or move its files to where you want them and delete it"
         )
@@ -103,7 +104,7 @@ def check_one_model(folder: str | os.PathLike[str]) -> None:
     held = what_is_there(path)
     if held.weights:
         adapter, weights = _some(held.adapter), _some(held.weights)
-        raise ValueError(
+        raise UsageError(
             f"{path} holds two models: whole weights ({weights}) and an adapter ({adapter}). transformers would apply "
             f"the adapter on top of the weights, whichever of them was trained last. Move {adapter} out of the folder "
             f"to use the whole weights, or {weights} to use the adapter"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from prefopt.safety.errors import UsageError
+
 PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "model*.bin", "*.pth", "*.ckpt", "*.pkl")
 """Names under which weights are pickled."""
 
@@ -31,7 +33,7 @@ def check_folder(folder: Path, wanted: str = "*.safetensors") -> None:
     """
     found = sorted(folder.glob(wanted))
     if not found and (names := pickled(folder)):
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds pickled weights alone ({', '.join(names[:3])}), which can run code when they are read: "
             "only safetensors are loaded. Load them where you trust them and save them again with save_pretrained, "
             "which writes safetensors"
@@ -41,4 +43,4 @@ def check_folder(folder: Path, wanted: str = "*.safetensors") -> None:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no whole safetensors file ({error}): copy or download it again") from None
+            raise UsageError(f"{path} is no whole safetensors file ({error}): copy or download it again") from None

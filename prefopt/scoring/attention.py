@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from prefopt.safety.errors import UsageError
+
 NAME = "tree_sdpa"
 
 Span = tuple[int, int]
@@ -174,7 +176,7 @@ def tree_attention(
     assert attention_mask is not None
     unknown = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
     if unknown:
-        raise ValueError(f"packed trees cannot be scored with an attention that uses {unknown[0]}")
+        raise UsageError(f"packed trees cannot be scored with an attention that uses {unknown[0]}")
     plan = decode(attention_mask)
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:

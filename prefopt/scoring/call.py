@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.head import Head, Kept, head_of, measured_by_head, replaced_head
 from prefopt.scoring.logprobs import DIFFERENTIABLE, MEASURED, Extras, Measured, scores_of_logits
 from prefopt.scoring.model import unwrapped
@@ -162,7 +163,7 @@ def _pooling(model: nn.Module, inner: nn.Module, arguments: Mapping[str, Any], r
     get = getattr(inner, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if head is None:
-        raise ValueError(
+        raise UsageError(
             f"{type(inner).__name__} does not say which layer its head is, so its hidden states are unknown"
         )
 
@@ -177,7 +178,7 @@ def _pooling(model: nn.Module, inner: nn.Module, arguments: Mapping[str, Any], r
     finally:
         handle.remove()
     if not seen:
-        raise ValueError(
+        raise UsageError(
             f"{type(inner).__name__} did not call its head as a module, so its hidden states were not seen; if it is "
             "compiled (torch_compile), train it without that"
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.rows import RowGroups
 
 CHOSEN, REJECTED, MISMATCHED, SAMPLED = range(4)
@@ -87,11 +88,11 @@ class PreferenceCollator:
 
     def _pad(self, rows: list[tuple[int, int, list[int], list[int]]]) -> dict[str, Tensor]:
         if self.pad_token_id is None:
-            raise ValueError("PreferenceCollator.pad_token_id is not set; give it the tokenizer's pad_token_id")
+            raise UsageError("PreferenceCollator.pad_token_id is not set; give it the tokenizer's pad_token_id")
         cut = slice(None)
         if self.max_length is not None:
             if self.truncation_mode not in ("keep_start", "keep_end"):
-                raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', got {self.truncation_mode!r}")
+                raise UsageError(f"truncation_mode must be 'keep_start' or 'keep_end', got {self.truncation_mode!r}")
             cut = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
         ids = [torch.tensor((prompt + completion)[cut]) for *_, prompt, completion in rows]
         masks = [torch.tensor(([0] * len(prompt) + [1] * len(completion))[cut]) for *_, prompt, completion in rows]
@@ -99,7 +100,7 @@ class PreferenceCollator:
         attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         completion_mask = pad_sequence(masks, batch_first=True)
         if self.vocabulary is not None and int(input_ids.max()) >= self.vocabulary:
-            raise ValueError(
+            raise UsageError(
                 f"token id {int(input_ids.max())} is beyond the vocabulary of {self.vocabulary} that the models have "
                 "embeddings for: use the tokenizer that belongs to the model, or call "
                 "model.resize_token_embeddings(len(tokenizer)) on policy and reference"
@@ -120,7 +121,7 @@ def _is_desirable(label: Any) -> bool:
     """
     value = label.item() if hasattr(label, "item") else label
     if type(value) not in (bool, int) or value not in (0, 1):
-        raise ValueError(f"column 'label' must hold true or false in every row, found {label!r}")
+        raise UsageError(f"column 'label' must hold true or false in every row, found {label!r}")
     return bool(value)
 
 
@@ -151,7 +152,7 @@ def collate_columns(examples: Sequence[dict[str, Any]], columns: tuple[str, ...]
         values = [example.get(name) for example in examples]
         if not all(isinstance(value, (int, float)) for value in values):
             bad = next(value for value in values if not isinstance(value, (int, float)))
-            raise ValueError(f"column {name!r} must hold a number in every row, found {bad!r}")
+            raise UsageError(f"column {name!r} must hold a number in every row, found {bad!r}")
         batch[COLUMN_PREFIX + name] = torch.tensor(values, dtype=torch.float32)
     return batch
 
@@ -169,7 +170,7 @@ def collate_vectors(examples: Sequence[dict[str, Any]], name: str) -> Tensor:
         made = torch.empty(0)
     if made.dim() != 2 or not bool(torch.isfinite(made).all()):
         widths = sorted({len(v) if isinstance(v, Sequence) else 0 for v in vectors})
-        raise ValueError(
+        raise UsageError(
             f"column {name!r} must hold a list of finite numbers, as many in every row; numbers here: {widths}"
         )
     return made

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefopt.safety.errors import UsageError
+
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version", "revision",
     "task_type",
@@ -58,7 +60,7 @@ def fingerprint(model: nn.Module, trained_adapter: str | None = None, about: str
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
         with _whole(value) as whole:
             if whole.is_meta:
-                raise ValueError(
+                raise UsageError(
                     f"{name} is on the meta device, so the reference has no fingerprint: load the model without "
                     "offloading, or set reference_cache='off'"
                 )
@@ -113,7 +115,7 @@ def _whole(value: Tensor) -> Iterator[Tensor]:
 def _refuse_flat(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if _is_flat(name, value):
-            raise ValueError(
+            raise UsageError(
                 f"the reference is sharded by FSDP1, which joins weights into flat pieces ({name}) that have no "
                 "fingerprint: use FSDP2 (fsdp_version: 2 in fsdp_config) or DeepSpeed ZeRO-3, or set "
                 "reference_cache='off'"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prefopt.safety.errors import UsageError
 from prefopt.scoring import attention
 from prefopt.scoring.call import Call
 from prefopt.scoring.collate import select_rows
@@ -205,7 +206,7 @@ class Layout:
 
     def _say_padded(self, need: Reach, reason: str) -> None:
         if self.name == "tree":
-            raise ValueError(f"layout='tree' cannot be used for rows of {need.row} tokens: {reason}")
+            raise UsageError(f"layout='tree' cannot be used for rows of {need.row} tokens: {reason}")
         if not self._said:
             logger.warning("padded layout for some batches (rows of %d tokens): %s", need.row, reason)
         self.reason, self._said = reason, True
@@ -228,7 +229,7 @@ class Layout:
         if self.masks is not None or self.name == "padded":
             return
         if self.name == "tree":
-            raise ValueError(f"layout='tree' cannot be used here: {self.reason}")
+            raise UsageError(f"layout='tree' cannot be used here: {self.reason}")
         logger.warning("padded layout (each prompt once per completion): %s", self.reason)
 
     def _try_out(

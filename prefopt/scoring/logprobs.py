@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prefopt.losses.divergences import Divergence, divergence, slope
+from prefopt.safety.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -344,12 +345,12 @@ def scores_of_logits(
 
 def _check_shapes(logits: Tensor, labels: Tensor, mask: Tensor, extras: Extras, ref_logits: Tensor | None) -> None:
     if logits.shape[:2] != labels.shape or labels.shape != mask.shape:
-        raise ValueError(
+        raise UsageError(
             f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and mask {tuple(mask.shape)} must agree in "
             "rows and positions"
         )
     if extras.full_reference and (ref_logits is None or ref_logits.shape != logits.shape):
         got = None if ref_logits is None else tuple(ref_logits.shape)
-        raise ValueError(f"a KL needs ref_logits of the policy's shape {tuple(logits.shape)}, got {got}")
+        raise UsageError(f"a KL needs ref_logits of the policy's shape {tuple(logits.shape)}, got {got}")
     if extras.top_k > logits.shape[-1]:
-        raise ValueError(f"top_k={extras.top_k} exceeds the vocabulary of {logits.shape[-1]} tokens")
+        raise UsageError(f"top_k={extras.top_k} exceeds the vocabulary of {logits.shape[-1]} tokens")

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from prefopt.models import base_sample
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.fingerprint import is_sharded
 
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -58,7 +59,7 @@ def check_adapters(model: Any, peft_config: Any, own_reference: bool) -> None:
     configs = dict(model.peft_config) if isinstance(model, PeftModel) else {}
     for config in (peft_config, *configs.values()):
         if "_niter_" in str(init := getattr(config, "init_lora_weights", "")):
-            raise ValueError(
+            raise UsageError(
                 f"init_lora_weights={init!r} takes a random part of the base into the adapter, and whoever loads the "
                 "adapter draws another, so it would be another model: use 'pissa'"
             )
@@ -71,14 +72,14 @@ def check_adapters(model: Any, peft_config: Any, own_reference: bool) -> None:
     )
     names = ", ".join(map(repr, configs))
     if "default" not in configs:
-        raise ValueError(f"the model has the adapters {names}, but the one to train must be called 'default'. {how}")
+        raise UsageError(f"the model has the adapters {names}, but the one to train must be called 'default'. {how}")
     if "ref" in configs:
-        raise ValueError(
+        raise UsageError(
             f"the model has the adapters {names}, but 'ref' is the name of the reference, a frozen copy of 'default': "
             f"call model.delete_adapter('ref'). {how}"
         )
     if model.active_adapter != "default":
-        raise ValueError(
+        raise UsageError(
             f"the active adapter is {model.active_adapter!r}, but the one to train must be 'default', of which the "
             f"reference is a copy: call model.set_adapter('default'). {how}"
         )
@@ -116,7 +117,7 @@ def set_up(model: Any, own_reference: bool) -> Iterator[None]:
             model.peft_config[name].init_lora_weights = init
     for name, numbers in _sample(model).items() if continued else ():
         if name in before and not torch.equal(before[name], numbers):
-            raise ValueError(
+            raise UsageError(
                 f"the base's weights changed while the trainer was set up ({name}), so neither policy nor reference "
                 "would be the model that was passed in: pass ref_model=..., a model of its own, or save the adapter "
                 "with path_initial_model_for_weight_conversion and load that"

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from prefopt.losses import Loss
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.collate import groups_of, select_examples
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.parts import cut
@@ -39,14 +40,14 @@ class TokenBudgetMixin:
         if self._budget is None:
             return
         if not own_collator:
-            raise ValueError("token_budget is for text: this run has a collator of its own")
+            raise UsageError("token_budget is for text: this run has a collator of its own")
         if getattr(self, "aux_loss_enabled", False):
-            raise ValueError(
+            raise UsageError(
                 f"token_budget={self._budget} cannot be kept with a load-balancing loss of experts, which is no mean "
                 "over examples: lower per_device_train_batch_size, or set the model's router_aux_loss_coef to 0"
             )
         if not objective.separable and self._layout.one_call:
-            raise ValueError(self._together(f"{objective}, whose examples act on one another,"))
+            raise UsageError(self._together(f"{objective}, whose examples act on one another,"))
 
     def _together(self, what: str) -> str:
         return (
@@ -65,9 +66,9 @@ class TokenBudgetMixin:
             in_trees = self._layout.in_trees(model, inputs, model_inputs, self._budget)
         if not self.objective.separable or not groups_of(inputs).paired:
             if self._layout.one_call:
-                raise ValueError(self._together("single completions"))
+                raise UsageError(self._together("single completions"))
             if not in_trees:
-                raise ValueError(
+                raise UsageError(
                     f"token_budget={self._budget} cannot be kept with {self.objective} in the padded layout "
                     f"({self._layout.reason or 'asked for'}): its examples act on one another. Lower "
                     "per_device_train_batch_size, or use gradient_checkpointing=True"

@@ -21,6 +21,7 @@ from transformers.utils import is_liger_kernel_available
 from prefopt.data.columns import column_names, kind_of_columns
 from prefopt.losses import ConflictFree, Loss, Need
 from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.safety.errors import UsageError
 from prefopt.scoring import extras_for
 from prefopt.trainer.config import changed_trl_options, refuse_what_trl_refuses
 from prefopt.trainer.options import refuse_options, refuse_sampling
@@ -102,18 +103,18 @@ def _rows(plan: RunPlan) -> None:
         return  # TRL says what it takes
     if isinstance(plan.train, IterableDataset):
         if plan.args is not None and plan.args.max_steps <= 0:
-            raise ValueError(
+            raise UsageError(
                 "the training data is a stream, whose length is unknown, so the number of steps must be given: set "
                 "max_steps"
             )
     elif len(plan.train) == 0:
-        raise ValueError("the training data has no rows: nothing can be trained")
+        raise UsageError("the training data has no rows: nothing can be trained")
     elif plan.option("dataloader_drop_last", False):
         processes = PartialState().num_processes
         batches = {"per_device_train_batch_size": plan.train, "per_device_eval_batch_size": plan.evaluation}
         for option, rows in batches.items():
             if isinstance(rows, Dataset) and len(rows) < plan.option(option) * processes:
-                raise ValueError(
+                raise UsageError(
                     f"dataloader_drop_last leaves nothing of {len(rows)} examples: they make no batch of {option}="
                     f"{plan.option(option)} on {processes} process(es). Make it smaller, or leave the option out"
                 )
@@ -122,7 +123,7 @@ def _rows(plan: RunPlan) -> None:
 def _evaluation(plan: RunPlan) -> None:
     strategy = getattr(plan.option("eval_strategy"), "value", plan.option("eval_strategy"))
     if strategy not in (None, "no") and plan.evaluation is None:
-        raise ValueError(
+        raise UsageError(
             f"eval_strategy={strategy!r} needs held-out rows, but there are none: pass eval_dataset, or set "
             "eval_strategy='no'"
         )
@@ -132,23 +133,23 @@ def _saving(plan: RunPlan) -> None:
     strategy = getattr(plan.option("save_strategy"), "value", plan.option("save_strategy"))
     if strategy == "best":
         if plan.option("metric_for_best_model") is None:
-            raise ValueError("save_strategy='best' needs a metric: set metric_for_best_model, for example to loss")
+            raise UsageError("save_strategy='best' needs a metric: set metric_for_best_model, for example to loss")
         if str(getattr(plan.option("eval_strategy"), "value", plan.option("eval_strategy"))) == "no":
-            raise ValueError("save_strategy='best' saves after evaluations, and there are none: set eval_strategy")
+            raise UsageError("save_strategy='best' saves after evaluations, and there are none: set eval_strategy")
     if strategy == "steps" and plan.option("save_steps") <= 0:
-        raise ValueError(
+        raise UsageError(
             f"save_steps must be above 0, got {plan.option('save_steps')}; save_strategy='no' saves nothing"
         )
 
 
 def _launch(plan: RunPlan) -> None:
     if plan.option("fsdp") and PartialState().num_processes == 1:
-        raise ValueError(
+        raise UsageError(
             "fsdp needs several processes: start with accelerate launch --config_file configs/accelerate/fsdp2.yaml, "
             "or leave it out"
         )
     if plan.option("use_liger_kernel", False) and not is_liger_kernel_available():
-        raise ValueError(
+        raise UsageError(
             "use_liger_kernel needs the package liger-kernel, which is not installed: pip install liger-kernel, or "
             "leave it out"
         )
@@ -158,12 +159,12 @@ def _moving_reference(plan: RunPlan) -> None:
     if not plan.option("sync_ref_model", False):
         return
     if plan.adapter:
-        raise ValueError(
+        raise UsageError(
             "sync_ref_model cannot be used with an adapter, whose reference is the model without it: leave it out, or "
             "train all weights"
         )
     if plan.option("precompute_ref_log_probs", False):
-        raise ValueError(
+        raise UsageError(
             "sync_ref_model moves the reference, so precompute_ref_log_probs cannot compute it ahead: leave one of "
             "them out"
         )
@@ -173,11 +174,11 @@ def _trackers(plan: RunPlan) -> None:
     for name in plan.option("report_to") or ():
         if name not in integration_utils.INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
-            raise ValueError(f"report_to={name!r}: there is no such tracker. There are: {known}, none")
+            raise UsageError(f"report_to={name!r}: there is no such tracker. There are: {known}, none")
         package = {"comet_ml": "comet_ml", "azure_ml": "azureml-mlflow", "flyte": "flytekit"}.get(name, name)
         if not _installed(name):
             ours = ', or pip install -e ".[trackers]" here,' if name in ("tensorboard", "wandb", "trackio") else ""
-            raise ValueError(
+            raise UsageError(
                 f"report_to={name!r} needs the package {package}, which is not installed: pip install {package}{ours} "
                 "or leave it out"
             )
@@ -229,7 +230,7 @@ def _pairs(plan: RunPlan, objective: Loss) -> None:
         **{f"eval {name}".strip(): rows for name, rows in evaluation.items()},
     }.items():
         if kind_of_columns(_names(rows)) == "unpaired":
-            raise ValueError(
+            raise UsageError(
                 f"{objective} compares two completions of one prompt, but the {name} set holds single labelled "
                 "completions (prompt, completion, label); use a loss for unpaired data, as kto"
             )
@@ -239,9 +240,9 @@ def _other_models(plan: RunPlan, objective: Loss) -> None:
     # With its loss_type sft, TRL takes a reference that it does not look at.
     of_trl = plan.args is not None and bool(changed_trl_options(plan.args))
     if plan.reference and not objective.needs.frozen and not of_trl:
-        raise ValueError(f"ref_model would have no effect: {objective} compares with no reference; leave it out")
+        raise UsageError(f"ref_model would have no effect: {objective} compares with no reference; leave it out")
     if plan.previous and Need.PREVIOUS not in objective.needs:
-        raise ValueError(f"previous_model would have no effect: {objective} does not compare with one")
+        raise UsageError(f"previous_model would have no effect: {objective} does not compare with one")
 
 
 def _mismatched(plan: RunPlan, objective: Loss) -> None:
@@ -249,11 +250,11 @@ def _mismatched(plan: RunPlan, objective: Loss) -> None:
         return
     for option in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if plan.option(option, 2) < 2:
-            raise ValueError(
+            raise UsageError(
                 f"{objective} moves completions to other examples' prompts within a batch: {option} must be at least 2"
             )
     if plan.option("precompute_ref_log_probs", False):
-        raise ValueError(
+        raise UsageError(
             f"{objective} scores other completions of the batch under the reference at every step, which cannot be "
             "computed ahead: set precompute_ref_log_probs=False"
         )
@@ -261,9 +262,9 @@ def _mismatched(plan: RunPlan, objective: Loss) -> None:
 
 def _precomputed(plan: RunPlan, objective: Loss) -> None:
     if plan.option("precompute_ref_log_probs", False) and objective.needs & _OF_TOKENS and objective.needs.compares:
-        raise ValueError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
+        raise UsageError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
     if plan.option("precompute_ref_log_probs", False) and (given := sorted({*plan.columns} & {*GIVEN_LOGPS[:2]})):
-        raise ValueError(
+        raise UsageError(
             f"precompute_ref_log_probs=True computes {' and '.join(given)}, which the data has already: take them out "
             f"with train_dataset.remove_columns({given})"
         )
@@ -273,12 +274,12 @@ def _sampled(plan: RunPlan, objective: Loss) -> None:
     if "sampled" not in objective.roles:
         return
     if plan.option("precompute_ref_log_probs", False):
-        raise ValueError(
+        raise UsageError(
             f"{objective} learns from completions drawn while it trains, which no reference can score ahead: set "
             "precompute_ref_log_probs=False"
         )
     if {"image", "images"} & set(plan.columns):
-        raise ValueError(f"{objective} draws completions while it trains, which works for text only so far")
+        raise UsageError(f"{objective} draws completions while it trains, which works for text only so far")
 
 
 def _needed_columns(plan: RunPlan, objective: Loss) -> None:
@@ -286,13 +287,13 @@ def _needed_columns(plan: RunPlan, objective: Loss) -> None:
     if not columns:
         return
     if Need.EMBEDDINGS in objective.needs and (missing := set(EMBEDDINGS) - set(columns)):
-        raise ValueError(
+        raise UsageError(
             f"{objective} needs columns of embeddings; the data lacks {', '.join(sorted(missing))}: let "
             "`prefopt.data.embed` add them, or take the policy's own with embeddings='hidden'"
         )
     for column in objective.columns:
         if column not in columns:
-            raise ValueError(f"{objective} needs a numeric column {column!r}; the data has {sorted(columns)}")
+            raise UsageError(f"{objective} needs a numeric column {column!r}; the data has {sorted(columns)}")
 
 
 def _cache(plan: RunPlan, objective: Loss) -> None:
@@ -301,16 +302,16 @@ def _cache(plan: RunPlan, objective: Loss) -> None:
         return
     if not objective.needs.compares or extras_for(objective).full_reference:
         what = "the reference's whole distributions" if objective.needs.compares else "no reference"
-        raise ValueError(f"reference_cache={where!r} would have no effect: {objective} needs {what}")
+        raise UsageError(f"reference_cache={where!r} would have no effect: {objective} needs {what}")
     for option in ("sync_ref_model", "precompute_ref_log_probs"):
         if plan.option(option, False):
-            raise ValueError(f"reference_cache={where!r} cannot be used with {option}=True")
+            raise UsageError(f"reference_cache={where!r} cannot be used with {option}=True")
 
 
 def _precision(plan: RunPlan, objective: Loss) -> None:
     if not plan.option("fp16", False):
         return
     if isinstance(objective, ConflictFree):
-        raise ValueError(f"{objective.name} does not go with fp16, whose loss scale differs between steps: use bf16")
+        raise UsageError(f"{objective.name} does not go with fp16, whose loss scale differs between steps: use bf16")
     if any(parameter.requires_grad for parameter in objective.parameters()):
-        raise ValueError(f"{objective} has parameters of its own, which are not trained in fp16: use bf16")
+        raise UsageError(f"{objective} has parameters of its own, which are not trained in fp16: use bf16")

@@ -13,7 +13,7 @@ import torch
 from trl import DPOConfig, DPOTrainer
 
 from prefopt.losses import Loss, parse
-from prefopt.safety.errors import did_you_mean
+from prefopt.safety.errors import UsageError, did_you_mean
 from prefopt.safety.redaction import redacted
 
 logger = logging.getLogger(__name__)
@@ -151,18 +151,18 @@ class PreferenceConfig(DPOConfig):
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
         if not isinstance(self.chat_template_kwargs, (dict, NoneType)):
-            raise ValueError(
+            raise UsageError(
                 f'chat_template_kwargs must be a mapping, as in {{"enable_thinking": false}}, got '
                 f"{self.chat_template_kwargs!r}"
             )
         if self.layout not in ("auto", "tree", "padded"):
-            raise ValueError(f"layout must be 'auto', 'tree' or 'padded', got {self.layout!r}")
+            raise UsageError(f"layout must be 'auto', 'tree' or 'padded', got {self.layout!r}")
         if self.token_budget is not None and self.token_budget < 1:
-            raise ValueError(f"token_budget must be at least 1 token, got {self.token_budget}")
+            raise UsageError(f"token_budget must be at least 1 token, got {self.token_budget}")
         if self.loss_learning_rate is not None and not self.loss_learning_rate >= 0:
-            raise ValueError(f"loss_learning_rate must be 0 or more, got {self.loss_learning_rate}")
+            raise UsageError(f"loss_learning_rate must be 0 or more, got {self.loss_learning_rate}")
         if self.step0_check not in ("error", "warn", "off"):
-            raise ValueError(f"step0_check must be 'error', 'warn' or 'off', got {self.step0_check!r}")
+            raise UsageError(f"step0_check must be 'error', 'warn' or 'off', got {self.step0_check!r}")
         if self.loss is not None:
             parse(self.loss)
             _refuse_trl_loss_options(self)
@@ -191,7 +191,7 @@ def changed_trl_options(args: DPOConfig) -> dict[str, Any]:
 def _refuse_trl_loss_options(args: DPOConfig) -> None:
     if changed := changed_trl_options(args):
         listed = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-        raise ValueError(
+        raise UsageError(
             f"{listed} would have no effect beside a loss expression: write hyperparameters inside it, as in "
             "loss='dpo(beta=0.2, label_smoothing=0.1)', or leave `loss` out to use TRL's options"
         )
@@ -300,16 +300,16 @@ def refuse_what_trl_refuses(args: DPOConfig) -> None:
     types = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
     source = inspect.getsource(DPOTrainer)  # has them all by name; a later TRL may have more
     for unknown in sorted(name for name in types if f'"{name}"' not in source):
-        raise ValueError(f"there is no loss_type {unknown!r}.{did_you_mean(unknown, _LOSS_TYPES)}")
+        raise UsageError(f"there is no loss_type {unknown!r}.{did_you_mean(unknown, _LOSS_TYPES)}")
     if "exo_pair" in types and not args.label_smoothing:
-        raise ValueError("loss_type exo_pair needs label_smoothing above 0; its paper has 0.001")
+        raise UsageError("loss_type exo_pair needs label_smoothing above 0; its paper has 0.001")
     if args.use_weighting and (others := types & {"aot", "aot_unpaired", "sft"}):
-        raise ValueError(
+        raise UsageError(
             f"use_weighting cannot be used with {', '.join(sorted(others))}: it weights pairs, which aot and "
             "aot_unpaired sort and sft does not look at"
         )
     if args.f_divergence_type != "reverse_kl" and (others := types - _WITH_DIVERGENCE):
-        raise ValueError(
+        raise UsageError(
             f"f_divergence_type {args.f_divergence_type} cannot be used with loss_type {', '.join(sorted(others))}, "
             f"only with {', '.join(sorted(_WITH_DIVERGENCE))}: leave it out"
         )
@@ -334,7 +334,7 @@ def resolve_objective(loss: Loss | str | None, args: Any) -> Loss | None:
     given = loss if loss is not None else getattr(args, "loss", None)
     if given is not None:
         if loss is not None and getattr(args, "loss", None) is not None:
-            raise ValueError("the objective is given twice, as `loss` and as `args.loss`; leave one out")
+            raise UsageError("the objective is given twice, as `loss` and as `args.loss`; leave one out")
         _refuse_trl_loss_options(args)
         return parse(given) if isinstance(given, str) else given
     expression = expression_from_trl_options(args)

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from prefopt.losses import ConflictFree, Loss, LossOutput
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.collate import COUNTED, groups_of
 from prefopt.trainer.metrics import PART_OF_LOSS, RunningMeans
 
@@ -46,7 +47,7 @@ class EvaluationMixin:
         if not self._is_vision_dataset:
             test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")  # type: ignore[attr-defined]
             if self.args.precompute_ref_log_probs and "ref_chosen_logps" not in (test_dataset.column_names or ()):
-                raise ValueError(
+                raise UsageError(
                     "predict needs rows with ref_chosen_logps and ref_rejected_logps here, as "
                     "precompute_ref_log_probs=True keeps no reference: pass them to evaluate, which computes these"
                 )
@@ -69,7 +70,7 @@ class EvaluationMixin:
         if wanted is None or f"eval_{wanted.removeprefix('eval_')}" in metrics:
             return
         names = [name.removeprefix("eval_") for name in metrics if not name.endswith(("_runtime", "_per_second"))]
-        raise ValueError(f"metric_for_best_model={wanted!r}: evaluations have {', '.join(names)}")
+        raise UsageError(f"metric_for_best_model={wanted!r}: evaluations have {', '.join(names)}")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         self.check_best_metric(metrics)

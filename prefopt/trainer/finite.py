@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt.losses import Loss, LossOutput, PreferenceBatch
+from prefopt.safety.errors import PrefoptError
 from prefopt.trainer.metrics import SHOWN, RunningMeans, describe_non_finite, shortened
 from prefopt.trainer.saving.checkpoints import find
 
@@ -28,6 +29,10 @@ ADVICE = (
 )
 _OF_ROWS = ("input_ids", "attention_mask", "roles", "examples", "paired")
 """What of a batch it takes to quote its rows."""
+
+
+class NonFiniteError(PrefoptError, FloatingPointError):
+    """A loss, a gradient or a weight is NaN or infinite; says in which rows, and what to do."""
 
 
 class FiniteMixin:
@@ -101,7 +106,7 @@ class FiniteMixin:
 
     def _stop(self, said: str) -> NoReturn:
         everywhere = [f"{text}" for text in gather_object([said]) if text]
-        raise FloatingPointError("\n".join(filter(None, [*dict.fromkeys(everywhere), self._rescued(), ADVICE])))
+        raise NonFiniteError("\n".join(filter(None, [*dict.fromkeys(everywhere), self._rescued(), ADVICE])))
 
     def _rescued(self) -> str:
         """Save what was trained before this step, and say so; "" outside of training. Every process must call it."""

@@ -27,6 +27,7 @@ from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.unused import MEDIA, without_empty_media
 from prefopt.losses import ConflictFree, Loss, LossOutput, Need
 from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.safety.errors import UsageError
 from prefopt.safety.folders import check_one_model
 from prefopt.safety.weights import check_folder
 from prefopt.scoring import TokenScores
@@ -192,7 +193,7 @@ class LossMixin(
                 logger.warning("the weight column has no effect: TRL computes this objective itself")
             return
         if loss is None and str(resolve_objective(None, self.args)) != str(self.objective):
-            raise ValueError(
+            raise UsageError(
                 f"{type(self).__name__} makes its own configuration, so the objective could not be read from it "
                 "ahead: pass loss=... as well"
             )
@@ -210,7 +211,7 @@ class LossMixin(
 
     def _keep_first_adapter(self) -> None:
         if self.args.precompute_ref_log_probs:
-            raise ValueError(
+            raise UsageError(
                 "precompute_ref_log_probs=True computes the reference with the adapter put aside, which is not the "
                 "initial model with an init_lora_weights that changes the base: set it to False, or pass ref_model=..."
             )
@@ -263,14 +264,14 @@ class LossMixin(
             c for c in overrides.own_classes(type(self), LossMixin) if {"compute_loss", "_compute_loss"} & {*vars(c)}
         ]
         if isinstance(objective, ConflictFree) and own:
-            raise ValueError(
+            raise UsageError(
                 f"{objective.name} takes the gradients of its own terms, so what {own[0].__name__}.compute_loss adds "
                 "would have no effect: write that as a prefopt Loss and make it one of the terms"
             )
 
     def _make_learned(self, objective: Loss) -> LearnedLoss:
         if self.accelerator.mixed_precision == "fp16":  # asked for by `accelerate launch`, not by the arguments
-            raise ValueError(f"{objective} has parameters of its own, which are not trained in fp16: use bf16")
+            raise UsageError(f"{objective} has parameters of its own, which are not trained in fp16: use bf16")
         rate = getattr(self.args, "loss_learning_rate", None)
         return LearnedLoss(objective, self.args.learning_rate if rate is None else rate)
 
@@ -293,7 +294,7 @@ class LossMixin(
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
             if getattr(args, "pad_token", None) is not None:
                 if args.pad_token not in tokenizer.get_vocab():
-                    raise ValueError(f"pad_token {args.pad_token!r} is not in the tokenizer's vocabulary")
+                    raise UsageError(f"pad_token {args.pad_token!r} is not in the tokenizer's vocabulary")
                 tokenizer.pad_token = args.pad_token
             self._own_collator.pad_token_id = tokenizer.pad_token_id
         with args.main_process_first(local=False, desc=f"preparing the {dataset_name} set"):
@@ -340,7 +341,7 @@ class LossMixin(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
         if not self._scored:
-            raise ValueError(
+            raise UsageError(
                 f"{self._wrapped[0].__name__}.compute_loss does not call super().compute_loss, so {self.objective} "
                 "has no effect: call it and change what it returns, or leave `loss` out"
             )
@@ -357,7 +358,7 @@ class LossMixin(
         except ValueError as error:
             if "mage features and image tokens do not match" not in str(error) or self.args.max_length is None:
                 raise
-            raise ValueError(
+            raise UsageError(
                 f"max_length={self.args.max_length} cuts off image tokens while the image stays whole; raise "
                 "max_length, or set it to None"
             ) from error
@@ -369,7 +370,7 @@ class LossMixin(
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
             self._means.add("aux_loss", outputs.aux_loss.reshape(1))
         if self.model.training and torch.is_grad_enabled() and not loss.requires_grad:
-            raise ValueError(
+            raise UsageError(
                 f"{self.objective} returns values without a gradient, so nothing would be trained: compute them from "
                 "the scores with torch operations, without detach(), no_grad() or comparisons"
             )

@@ -14,6 +14,7 @@ from datasets import IterableDataset
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, ProcessorMixin
 
 from prefopt.losses import Loss
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.model import unwrapped
 
 
@@ -91,7 +92,7 @@ def refuse_options(args: Any) -> None:
     """
     for name, (is_set, why) in REFUSED.items():
         if getattr(args, name, None) is not None and is_set(args):
-            raise ValueError(f"{name}={getattr(args, name)!r} cannot be used here: {why}")
+            raise UsageError(f"{name}={getattr(args, name)!r} cannot be used here: {why}")
 
 
 def refuse_sampling(args: Any, data: Any, columns: Collection[str]) -> None:
@@ -105,9 +106,9 @@ def refuse_sampling(args: Any, data: Any, columns: Collection[str]) -> None:
     name = "train_sampling_strategy" if hasattr(args, "train_sampling_strategy") else "group_by_length"
     asked = f"{name}={getattr(args, name)!r}"
     if isinstance(data, IterableDataset):
-        raise ValueError(f"{asked} would have no effect: streamed rows come in their own order. Leave it out")
+        raise UsageError(f"{asked} would have no effect: streamed rows come in their own order. Leave it out")
     if {"image", "images"} & set(columns):
-        raise ValueError(
+        raise UsageError(
             f"{asked} cannot be used here: with images, an example's tokens are counted in its batch only"
         )
 
@@ -135,7 +136,7 @@ def refuse_images(model: Any, args: Any, processor: Any, columns: Collection[str
         return
     config, named, _ = _described(model, args)
     if config is not None and getattr(config, "vision_config", None) is None:
-        raise ValueError(
+        raise UsageError(
             f"the rows have images in column {media[0]!r}, and {named} reads text alone: take a vision-language "
             f"model, or train on the texts with train_dataset.remove_columns({media[0]!r})"
         )
@@ -154,21 +155,21 @@ def refuse_model(model: Any, args: Any, role: str) -> None:
     """
     config, named, architecture = _described(model, args)
     if config is None and not isinstance(model, str):
-        raise ValueError(
+        raise UsageError(
             f"{role} is a {architecture}, not a transformers model: pass a model, or the name or folder of one"
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
+        raise UsageError(
             f"{role}={named} is an encoder-decoder ({architecture or config.model_type}), which reads a prompt and "
             "its answer apart; every objective here scores them as one row. Use a decoder-only (causal) language model"
         )
     if architecture.endswith(_NOT_CAUSAL):
-        raise ValueError(
+        raise UsageError(
             f"{role}={named} is a {architecture}, which does not predict the next token. Use a causal language model "
             "(an architecture that ends in ForCausalLM)"
         )
     if architecture in _names(MODEL_MAPPING, config) - _names(MODEL_FOR_CAUSAL_LM_MAPPING, config):
-        raise ValueError(
+        raise UsageError(
             f"{role}={named} is a {architecture}, a network without the head that predicts tokens. Load it with "
             "AutoModelForCausalLM, from weights that were saved with their head"
         )
@@ -189,7 +190,7 @@ def refuse_nameless(model: Any, objective: Loss) -> None:
     config = None if isinstance(model, str) else getattr(unwrapped(model), "config", None)
     if config is not None and not getattr(config, "_name_or_path", ""):
         copied = ", pass ref_model=copy.deepcopy(model)" if objective.needs.frozen else ""
-        raise ValueError(
+        raise UsageError(
             f"model is a {type(unwrapped(model)).__name__} made in memory, and TRL loads a reference from where the "
             f"model came from: save the model (save_pretrained) and pass its folder{copied}, or train an adapter"
         )

@@ -22,6 +22,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from prefopt.report.card import render
+from prefopt.safety.errors import PrefoptError
 from prefopt.safety.files import write_whole
 from prefopt.safety.folders import REFERENCE_ADAPTER
 from prefopt.safety.redaction import redact, redacted, remember
@@ -50,7 +51,7 @@ ONLY_TO_RESUME = (
 """Files of a checkpoint that a model's users have no need of."""
 
 
-class PushError(RuntimeError):
+class PushError(PrefoptError, RuntimeError):
     """The Hub did not take what was to be pushed; says which repository, why, and what to do."""
 
 

@@ -19,6 +19,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from prefopt.losses import Loss, PreferenceBatch
 from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.safety.errors import UsageError
 from prefopt.scoring import Extras, TokenScores
 from prefopt.scoring.adapters import fuse_lora
 from prefopt.scoring.cache import ReferenceCache, cache_root
@@ -74,7 +75,7 @@ class ScoringMixin:
         if where == "off":
             return None
         if self._own_collator is None:
-            raise ValueError(f"reference_cache={where!r} is for text: this run has a collator of its own")
+            raise UsageError(f"reference_cache={where!r} is for text: this run has a collator of its own")
         reference = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
         adapter = reference.active_adapter if self.ref_model is None and is_peft_model(reference) else None
         precision = f"{reference.dtype} {self.accelerator.mixed_precision}"
@@ -94,7 +95,7 @@ class ScoringMixin:
         if previous_model is None:
             return None
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
-            raise ValueError(
+            raise UsageError(
                 "previous_model is not sharded, so it does not go with DeepSpeed or FSDP: put its log-probabilities "
                 "into the data as prev_chosen_logps and prev_rejected_logps"
             )

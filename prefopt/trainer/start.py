@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from prefopt.losses import Loss, Need, PreferenceBatch
+from prefopt.safety.errors import UsageError
 from prefopt.scoring import extras_for
 from prefopt.scoring.causal import looks_ahead
 from prefopt.scoring.model import unwrapped
@@ -118,7 +119,7 @@ class StartMixin:
     @staticmethod
     def _refuse(message: str, mode: str) -> None:
         if mode == "error":
-            raise ValueError(message)
+            raise UsageError(message)
         logger.warning(message)
 
 
@@ -148,12 +149,12 @@ class StartCheck(TrainerCallback):
         self._before, self._empty, self._at_end = None, 0, ""
         model = trainer.accelerator.unwrap_model(trainer.model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(_nothing_to_train(model))
+            raise UsageError(_nothing_to_train(model))
         if optimizer is None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             return  # their optimizers hold pieces of parameters, which cannot be matched by identity
         outside = not_in_optimizer(model, optimizer)
         if outside is None:
-            raise ValueError(
+            raise UsageError(
                 "the optimizer holds no trainable parameter of the model, so nothing would be trained: it was made "
                 "for another model, or before the adapter was added or the weights were frozen. Make it from the "
                 "parameters that the trainer trains, or leave `optimizers` out"
@@ -237,7 +238,7 @@ class StartCheck(TrainerCallback):
             return
         said = f"the first update at the full learning rate ({rate:g}) {found}"
         if share < LOST and self._mode == "error":
-            raise ValueError(f"{said}. To go on anyway, set step0_check to 'warn' or 'off'")
+            raise UsageError(f"{said}. To go on anyway, set step0_check to 'warn' or 'off'")
         logger.warning(said)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -326,7 +327,7 @@ def check_separate(policy: nn.Module, other: nn.Module, role: str) -> None:
     """
     theirs = {id(parameter) for parameter in other.parameters()}
     if shared := [name for name, p in policy.named_parameters() if p.requires_grad and id(p) in theirs]:
-        raise ValueError(
+        raise UsageError(
             f"{role} shares {len(shared)} trained parameters with the model ({_some(shared)}), so it would change "
             f"with it and the two would hardly differ: load {role} on its own with from_pretrained, or make it with "
             "copy.deepcopy before an adapter is added to the model"

@@ -11,6 +11,7 @@ from torch import Tensor
 from prefopt.losses import Loss
 from prefopt.losses.conflict import ConflictFree, coefficients, combined, gram_of
 from prefopt.losses.distributed import mean_gradient
+from prefopt.safety.errors import UsageError
 
 
 class ConflictFreeMixin:
@@ -37,7 +38,7 @@ class ConflictFreeMixin:
             (getattr(self, "aux_loss_enabled", False), "the load-balancing loss of experts, which belongs to no term"),
         ):
             if wrong:
-                raise ValueError(f"{objective.name} does not go with {what}")
+                raise UsageError(f"{objective.name} does not go with {what}")
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         if not isinstance(self.objective, ConflictFree):

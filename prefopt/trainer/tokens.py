@@ -11,6 +11,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.model import unwrapped
 from prefopt.trainer.options import groups_by_length
 
@@ -81,7 +82,7 @@ def check_vocabulary(datasets: dict[str, Any], models: dict[str, Any], tokenizer
     role, limit = min(known.items(), key=lambda item: item[1])
     padding = tokenizer.pad_token_id
     if padding is not None and padding >= limit:
-        raise ValueError(
+        raise UsageError(
             f"the padding token {tokenizer.pad_token!r} (id {padding}) is beyond {beyond(role, limit, tokenizer)}"
         )
     for name, data in datasets.items():
@@ -89,7 +90,7 @@ def check_vocabulary(datasets: dict[str, Any], models: dict[str, Any], tokenizer
             continue
         if (found := _first_beyond(data, limit)) is not None:
             row, column, token = found
-            raise ValueError(
+            raise UsageError(
                 f"{name} row {row}: {column.removesuffix('_ids')} holds token {token} "
                 f"({tokenizer.convert_ids_to_tokens(token)!r}), which is beyond {beyond(role, limit, tokenizer)}"
             )
@@ -104,7 +105,7 @@ def check_same_vocabulary(objective: Any, policy: nn.Module, reference: nn.Modul
     """
     mine, theirs = vocabulary_of(policy), vocabulary_of(reference)
     if mine and theirs and mine != theirs:
-        raise ValueError(
+        raise UsageError(
             f"{objective} compares next-token distributions, but the policy has {mine} tokens and the reference "
             f"{theirs}: call resize_token_embeddings({max(mine, theirs)}) on the smaller one, or pass a reference of "
             "the policy's own family"

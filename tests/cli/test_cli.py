@@ -16,6 +16,7 @@ from prefopt.catalogue.tables import FAMILIES, facts, families, losses_table, ob
 from prefopt.cli import app, main
 from prefopt.losses import Loss, available, presets, register
 from prefopt.losses.registry import _LOSSES
+from prefopt.safety.errors import UsageError
 from prefopt.trainer.saving.checkpoints import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -239,19 +240,21 @@ class TestStart:
 
 class TestErrors:
     def run_raising(self, error: Exception, monkeypatch) -> str:
-        """What ends the program when a command raises an error within prefopt."""
-        source = compile("def raising(error):\n    raise error\n", "raising.py", "exec")
-        scope = {"__name__": "prefopt.somewhere"}
-        exec(source, scope)
-        monkeypatch.setattr("prefopt.cli.app", lambda: scope["raising"](error))
+        """What ends the program when a command raises an error."""
+
+        def raising():
+            raise error
+
+        monkeypatch.setattr("prefopt.cli.app", raising)
         with pytest.raises(SystemExit) as ended:
             main()
         return str(ended.value)
 
-    @pytest.mark.parametrize("error", [ValueError("no such row"), CheckpointError("no such row")])
+    @pytest.mark.parametrize("error", [UsageError("no such row"), CheckpointError("no such row")])
     def test_our_own_are_a_line(self, error, monkeypatch):
         assert self.run_raising(error, monkeypatch) == "error: no such row"
 
-    def test_a_defect_keeps_its_traceback(self, monkeypatch):
-        with pytest.raises(RuntimeError, match="tensors"):
-            self.run_raising(RuntimeError("tensors on two devices"), monkeypatch)
+    @pytest.mark.parametrize("error", [RuntimeError("tensors on two devices"), ValueError("tensors on two devices")])
+    def test_a_defect_keeps_its_traceback(self, error, monkeypatch):
+        with pytest.raises(type(error), match="tensors"):
+            self.run_raising(error, monkeypatch)

@@ -36,7 +36,7 @@ def test_the_folder_of_the_default_is_moved_aside(tmp_path, capsys):
 def test_a_named_folder_is_refused_before_the_data_are_read(tmp_path):
     main("ipo", words(tmp_path, output="mine"))
     before = sorted(Path("mine").iterdir())
-    with pytest.raises(SystemExit, match=r"mine holds an earlier run .*results.json.*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"mine holds an earlier run .*results.json.*--overwrite_output_dir"):
         load_data(parse_arguments("hinge", words(tmp_path, output="mine")))
     assert sorted(Path("mine").iterdir()) == before
 

@@ -220,7 +220,7 @@ class TestPapers:
     def test_what_must_be_made_first_ends_the_run_at_once(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         words = ["--config", self.config(tmp_path, model_name_or_path="runs/sft", dataset_name="data/forget.jsonl")]
-        with pytest.raises(SystemExit, match=r"runs/sft and data/forget.jsonl must be made first"):
+        with pytest.raises(ValueError, match=r"runs/sft and data/forget.jsonl must be made first"):
             main("npo_rt", words)
         main("npo_rt", [*words, "--dry_run"])
         assert "must be made first; the paper's 'differs' says how" in capsys.readouterr().out.replace("\n", " ")

@@ -248,7 +248,7 @@ def test_trls_own_options_run(tmp_path, more):
 
 
 def test_evaluating_without_held_out_rows_says_what_to_set(tmp_path):
-    with pytest.raises(SystemExit, match="--eval_strategy steps needs held-out rows"):
+    with pytest.raises(ValueError, match="--eval_strategy steps needs held-out rows"):
         main("dpo", arguments(tmp_path, pairs_file(tmp_path), "--eval_rows", "0", "--eval_strategy", "steps"))
 
 

@@ -157,7 +157,7 @@ class TestPickledWeights:
             check_weights(adapter_of(tmp_path, base))
 
     def test_safetensors_cannot_be_put_aside(self, tmp_path):
-        with pytest.raises(SystemExit, match="use_safetensors cannot be turned off"):
+        with pytest.raises(ValueError, match="use_safetensors cannot be turned off"):
             main("dpo", words(tmp_path, "--model_init_kwargs", '{"use_safetensors": false}'))
 
     def test_damaged_safetensors_are_told_before_anything_is_loaded(self, tmp_path):

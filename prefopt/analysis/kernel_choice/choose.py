@@ -19,6 +19,7 @@ from prefopt.analysis.kernel_choice.trial import PAIRS, STEPS, Outcome, Trial, e
 from prefopt.data import DataError, kind, tokenize_dataset, validate
 from prefopt.data.embed import DEFAULT, Encoder, embed, width_of
 from prefopt.losses.scores import EMBEDDINGS
+from prefopt.safety.errors import UsageError
 
 ROWS = 1000
 STATE_ROWS = 240
@@ -100,7 +101,7 @@ def choose(
     most = STATE_ROWS if embeddings == HIDDEN else ROWS
     rows = most if rows is None else rows
     if embeddings == HIDDEN and rows > most:
-        raise ValueError(
+        raise UsageError(
             f"rows is {rows}, but of hidden states at most {most} pairs are kept: leave it out or lower it"
         )
     if embeddings == GIVEN:
@@ -115,7 +116,7 @@ def choose(
     states = None
     if embeddings == HIDDEN or verify:
         if model is None:
-            raise ValueError("hidden states and the trial need a model")
+            raise UsageError("hidden states and the trial need a model")
         network, tokenizer = model()
         drawn = _readable(drawn, tokenizer)
         states = _states(drawn.select(range(min(STATE_ROWS, len(drawn)))), network, tokenizer)

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from prefopt.safety.errors import UsageError
+
 SLACK = 0.1
 """By how much closer than the rejected completion the chosen one should be, as a cosine distance: TAT's margin."""
 FEWEST = 20
@@ -34,12 +36,12 @@ class Triplets:
     def __post_init__(self) -> None:
         if not self.prompt.shape == self.chosen.shape == self.rejected.shape or self.prompt.dim() != 2:
             shapes = ", ".join(str(tuple(part.shape)) for part in (self.prompt, self.chosen, self.rejected))
-            raise ValueError(f"prompt, chosen and rejected must be of one shape (N, H), got {shapes}")
+            raise UsageError(f"prompt, chosen and rejected must be of one shape (N, H), got {shapes}")
         for name in ("prompt", "chosen", "rejected"):
             vectors = getattr(self, name).double()
             if not bool(vectors.isfinite().all()):
                 row = int((~vectors.isfinite().all(1)).nonzero()[0])
-                raise ValueError(f"the embedding of the {name} text in row {row} is not finite")
+                raise UsageError(f"the embedding of the {name} text in row {row} is not finite")
             object.__setattr__(self, name, torch.nn.functional.normalize(vectors, dim=-1))
 
     def __len__(self) -> int:
@@ -116,7 +118,7 @@ def measure(triplets: Triplets) -> Measures:
         ValueError: for fewer than `FEWEST` pairs.
     """
     if len(triplets) < FEWEST:
-        raise ValueError(f"a preference set is measured from {FEWEST} pairs on, got {len(triplets)}")
+        raise UsageError(f"a preference set is measured from {FEWEST} pairs on, got {len(triplets)}")
     return Measures(len(triplets), geometry(triplets), distribution(triplets))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prefopt.losses.numerics import masked_mean
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.head import Head, head_of, replaced_head
 
 PROMPT_TOKENS = 256
@@ -103,12 +104,12 @@ def states_of(model: Any, rows: Sequence[dict[str, Any]]) -> States:
     """
     head = head_of(model)
     if head is None:
-        raise ValueError(
+        raise UsageError(
             f"a trial needs a model whose head is a plain linear layer; that of {type(model).__name__} is not"
         )
     for number, row in enumerate(rows):
         if empty := [name for name in ("prompt", "chosen", "rejected") if not row[f"{name}_ids"]]:
-            raise ValueError(f"row {number} has no {empty[0]} tokens")
+            raise UsageError(f"row {number} has no {empty[0]} tokens")
     jobs = [(row["prompt_ids"][-PROMPT_TOKENS:], row["chosen_ids"][:COMPLETION_TOKENS]) for row in rows]
     jobs += [(row["prompt_ids"][-PROMPT_TOKENS:], row["rejected_ids"][:COMPLETION_TOKENS]) for row in rows]
     prompts, hidden = _forward(model.eval(), head, jobs)
@@ -158,7 +159,7 @@ def _forward(model: Any, head: Head, jobs: list[tuple[list[int], list[int]]]) ->
             model(input_ids=ids.to(model.device), use_cache=False)
         (states,) = seen
         if own := states.shape[1] - longest:
-            raise ValueError(
+            raise UsageError(
                 f"the model's adapter puts {own} tokens of its own before every row (prompt learning), whose states "
                 "are not read here: name the model without it"
             )

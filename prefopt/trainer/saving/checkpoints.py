@@ -20,6 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from prefopt.safety.errors import PrefoptError
 from prefopt.safety.files import to_disk, write_whole
 from prefopt.safety.weights import pickled
 
@@ -32,7 +33,7 @@ _WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 _INDEX = "model.safetensors.index.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PrefoptError, RuntimeError):
     """A checkpoint, or their folder, that cannot be used or written. The message says which, why, and what to do."""
 
 

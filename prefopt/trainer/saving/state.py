@@ -76,13 +76,13 @@ def restore(objective: Loss, folder: Path, learned: LearnedLoss | None = None) -
     """Read an objective's state back from the checkpoint that a run resumes from.
 
     Raises:
-        FileNotFoundError: if the objective has state and the checkpoint holds none.
+        CheckpointError: if the objective has state and the checkpoint holds none.
     """
     if not objective.state_dict():
         return
     path = folder / FILE
     if not path.exists():
-        raise FileNotFoundError(
+        raise CheckpointError(
             f"{objective} keeps state between steps, but {path} does not exist: the checkpoint was written with "
             "another objective, or by a version that did not save this one's. Start anew from the weights in that "
             "folder (model_name_or_path), or resume with the objective that it was trained with"

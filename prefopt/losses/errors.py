@@ -1,0 +1,9 @@
+"""The kind of error that losses raise with a text for the user. It imports nothing."""
+
+from __future__ import annotations
+
+
+class LossError(ValueError):
+    """A loss cannot be made, read or computed as asked. The message says what was wrong, where, and what to do."""
+
+    for_users = True  # as `prefopt.safety.errors.PrefoptError` has it, which this package does not import

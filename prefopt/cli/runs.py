@@ -1,18 +1,14 @@
-"""Commands around runs: `prefopt demo`, `plan`, `merge`, `cache`."""
+"""Commands around runs: `prefopt train`, `demo`, `plan`, `merge`, `cache`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from prefopt.safety.errors import short_errors
-
-if TYPE_CHECKING:
-    pass
-
 from prefopt.cli.app import app, console, fail
+from prefopt.safety.errors import short_errors
 
 
 @app.command()
@@ -81,19 +77,26 @@ def merge(
     console().print(f"Saved to {merged.folder}", soft_wrap=True)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def demo(context: typer.Context) -> None:
-    """Train the bundled model on the bundled pairs, or yours: --model_name_or_path, --dataset_name, --loss ..."""
+# What follows the command's name is for another parser, `--help` included.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASSED_ON, options_metavar="[OPTIONS; --help lists them]")
+def train(context: typer.Context) -> None:
+    """Train a model on preferences: --config FILE, --model_name_or_path, --dataset_name, --loss ..."""
     from prefopt.recipe import main as run_recipe
 
     with short_errors():
         run_recipe("dpo(beta=0.1)", context.args)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    options_metavar="--model NAME [OPTIONS; --help lists them]",
-)
+@app.command(context_settings=_PASSED_ON, options_metavar="[OPTIONS; --help lists them]")
+def demo(context: typer.Context) -> None:
+    """Train the bundled model on the bundled pairs: `prefopt train`, which does so where nothing else is named."""
+    train(context)
+
+
+@app.command(context_settings=_PASSED_ON, options_metavar="--model NAME [OPTIONS; --help lists them]")
 def plan(context: typer.Context) -> None:
     """Estimate the memory of every way to train a model, and say which to take on given GPUs."""
     from prefopt.planning.engines import main as show_plan

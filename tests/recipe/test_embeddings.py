@@ -215,7 +215,7 @@ def test_of_two_processes_one_computes_and_both_learn_from_it(tmp_path, encoder,
         own = ["--output_dir", str(tmp_path / name), "--per_device_train_batch_size", str(per_device)]
         return [*arguments(tmp_path, data, *words), *own]
 
-    ended = launched(tmp_path, engine, "hmk", [*command("two", 2), "--loss", MIXTURE])
+    ended = launched(tmp_path, engine, [*command("two", 2), "--loss", MIXTURE])
     assert ended.status == 0, ended.stderr[-3000:]
     assert json.loads((tmp_path / "two" / "results.json").read_text())["engine"] == IN_WORDS[engine]
     (file,) = kept(tmp_path)

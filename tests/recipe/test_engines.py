@@ -44,10 +44,10 @@ def arguments(folder: Path, output: str, per_device: int) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
-def launched(folder: Path, engine: str, recipe: str, words: list[str]) -> Ended:
-    """A recipe by name on two processes under an engine, once it has ended."""
+def launched(folder: Path, engine: str, words: list[str]) -> Ended:
+    """The recipe on two processes under an engine, once it has ended."""
     launcher = ["accelerate.commands.launch", "--num_processes=2"]
-    command = [str(ROOT / "recipes" / f"{recipe}.py"), *words]
+    command = [str(ROOT / "recipes" / "dpo.py"), *words]
     if engine == "ddp":
         launcher.append("--multi_gpu")  # which is what accelerate calls it on CPUs as well
     elif engine == "fsdp2":
@@ -75,7 +75,7 @@ def alone(tmp_path_factory) -> tuple[Path, dict]:
 def test_the_same_recipe_ends_at_the_same_numbers(alone, engine):
     require(engine)
     folder, expected = alone
-    ended = launched(folder, engine, "dpo", arguments(folder, engine, 2))
+    ended = launched(folder, engine, arguments(folder, engine, 2))
     assert ended.status == 0, ended.stderr[-3000:]
     results = json.loads((folder / engine / "results.json").read_text())
     assert results["engine"] == IN_WORDS[engine]

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from prefopt.cli import app
 from prefopt.losses import parse
 from prefopt.losses.parse import LossSyntaxError
 from prefopt.losses.registry import presets
@@ -27,6 +29,10 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "papers"
 FILES = sorted(FOLDER.glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+FAMILIES = (
+    "asft_two_stage", "cringe_safety", "discopop", "hdpo", "hmk", "hypo_tldr", "inpo", "ipo_zephyr", "irpo_gsm8k",
+    "kernel_dpo", "kto", "npo_tofu", "orpo_two_stage", "rpo_zephyr", "simpo",
+)  # fmt: skip
 PAPER = "arxiv", "title", "setting", "reported", "claim", "devices", "global_batch", "source", "unknown", "differs"
 
 configs = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -194,12 +200,22 @@ def test_its_command_names_a_recipe_and_itself(file):
     assert ROOT / config == file
 
 
+@configs
+def test_the_commands_above_it_work(file):
+    check_words(file.read_text(encoding="utf-8").split("paper:")[0])
+
+
 @recipes
 def test_every_recipe_has_a_loss_and_its_commands_work(script):
     module = runpy.run_path(str(script))
     assert parse(module["LOSS"])
     text = module["__doc__"]
     assert f"recipes/{script.name}" in text
+    check_words(text)
+
+
+def check_words(text: str) -> None:
+    """Files, expressions and options that a text for people names are there."""
     for config in re.findall(r"--config (\S+)", text):
         assert (ROOT / config).is_file()
     for expression in re.findall(r'--loss "([^"]+)"', text):
@@ -211,28 +227,50 @@ def test_every_recipe_has_a_loss_and_its_commands_work(script):
         assert option == "config" or any(hasattr(part, option) for part in vars(arguments(FILES[0])).values()), option
 
 
+FEW = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--eval_rows", "0", "--max_length", "128",
+       "--sample_max_new_tokens", "8"]  # fmt: skip
+
+
 @recipes
 @pytest.mark.usefixtures("_bundled_is_tiny")
 def test_every_recipe_trains_here(script, tmp_path):
-    few = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--eval_rows", "0", "--max_length", "128"]
-    words = ["--demo", "--output_dir", str(tmp_path), "--sample_max_new_tokens", "8", *few]
     loss = runpy.run_path(str(script))["LOSS"]
-    assert main(loss, words)["loss"] == str(parse(loss))
+    assert main(loss, ["--demo", "--output_dir", str(tmp_path), *FEW])["loss"] == str(parse(loss))
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.usefixtures("_bundled_is_tiny")
+def test_a_config_of_every_family_trains_here(name, tmp_path):
+    file = FOLDER / f"{name}.yaml"
+    results = main("dpo", ["--config", str(file), "--demo", "--output_dir", str(tmp_path), *FEW])
+    assert results["loss"] == str(parse(read(file)["loss"]))
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.usefixtures("_bundled_is_tiny")
-def test_a_recipe_script_runs_a_paper_config_here(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("program", ["recipe", "command"])
+def test_a_paper_config_runs_here(tmp_path, monkeypatch, capsys, program):
     monkeypatch.setenv("COLUMNS", "200")
-    words = ["simpo.py", "--config", str(FOLDER / "simpo.yaml"), "--demo", "--dry_run", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", words)
-    runpy.run_path(str(ROOT / "recipes" / "simpo.py"), run_name="__main__")
-    shown = capsys.readouterr().out
+    words = ["--config", str(FOLDER / "simpo.yaml"), "--demo", "--dry_run", "--output_dir", str(tmp_path)]
+    if program == "recipe":
+        monkeypatch.setattr(sys, "argv", ["dpo.py", *words])
+        runpy.run_path(str(ROOT / "recipes" / "dpo.py"), run_name="__main__")
+        shown = capsys.readouterr().out
+    else:
+        shown = CliRunner().invoke(app, ["train", *words], catch_exceptions=False).output
     assert "the bundled model in place of alignment-handbook/zephyr-7b-sft-full" in shown
     assert "the bundled pairs in place of HuggingFaceH4/ultrafeedback_binarized" in shown
     assert "simpo(beta=2.0, gamma=1.6)" in shown
     assert "flash_attention_2" not in shown
     assert "example 0, chosen" in shown
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_the_command_lists_every_option(command):
+    shown = CliRunner().invoke(app, [command, "--help"], catch_exceptions=False).output
+    assert "--loss LOSS" in shown
+    assert "--per_device_train_batch_size" in shown
 
 
 def test_the_page_has_the_table_of_the_files():

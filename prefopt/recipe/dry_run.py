@@ -20,7 +20,9 @@ from transformers import AutoConfig
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from prefopt.data import tokenize_dataset
+from prefopt.data.columns import column_names
 from prefopt.losses import Loss, Need, parse
+from prefopt.losses.scores import EMBEDDINGS
 from prefopt.models.bundled import HUB_ID
 from prefopt.models.load import adapter_base
 from prefopt.planning.activations import Rows, causal_model
@@ -31,9 +33,10 @@ from prefopt.recipe.preflight import HubUnreachable, to_be_made, tokenizer_of
 from prefopt.safety.redaction import redacted
 from prefopt.safety.tables import table
 from prefopt.scoring import ROLES
-from prefopt.scoring.collate import ROW_TENSORS, PreferenceCollator
+from prefopt.scoring.collate import ROW_TENSORS
 from prefopt.scoring.tree import plant
 from prefopt.trainer import PreferenceConfig, expression_from_trl_options
+from prefopt.trainer.collator import collator_for
 from prefopt.trainer.config import default_of
 
 if TYPE_CHECKING:
@@ -135,14 +138,10 @@ def _first_batch(
     training: PreferenceConfig, tokenizer: Any, train: Any, expression: str | None
 ) -> dict[str, torch.Tensor]:
     tokenised = tokenize_dataset(train.take(training.per_device_train_batch_size), tokenizer)
-    loss = parse(expression) if expression else None
-    collator = PreferenceCollator(
-        pad_token_id=tokenizer.pad_token_id,
-        max_length=training.max_length,
-        truncation_mode=training.truncation_mode,
-        mismatched=loss is not None and Need.MISMATCHED in loss.needs,
-        columns=loss.columns if loss is not None else (),
-    )
+    objective = parse(expression) if expression else None
+    collator = collator_for(objective, training, tokenizer.pad_token_id)
+    # A dry run leaves the vectors of --embeddings uncomputed.
+    collator.embeddings &= set(EMBEDDINGS) <= set(column_names(tokenised))
     return collator(list(tokenised))
 
 

@@ -25,7 +25,7 @@ from prefopt.data.prepare import check_ids, silent, tokenize_checked, without_te
 from prefopt.data.prompts import refuse_to_guess
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.unused import MEDIA, without_empty_media
-from prefopt.losses import ConflictFree, Loss, LossOutput, Need
+from prefopt.losses import ConflictFree, Loss, LossOutput
 from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
 from prefopt.safety.errors import UsageError
 from prefopt.safety.folders import check_one_model
@@ -39,6 +39,7 @@ from prefopt.trainer.accumulation import AccumulationMixin
 from prefopt.trainer.adapters import AdaptersMixin
 from prefopt.trainer.budget import TokenBudgetMixin
 from prefopt.trainer.checks import RunPlan, check_run
+from prefopt.trainer.collator import collator_for
 from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.dropout import DropoutMixin
 from prefopt.trainer.evaluation import EvaluationMixin
@@ -177,7 +178,7 @@ class LossMixin(
                 # turns it off for a streamed training set only.
                 args.accelerator_config.dispatch_batches = False
             if bound.get("data_collator") is None and not {"image", "images"} & set(sample):
-                self._own_collator = self._make_collator(self.objective, args)
+                self._own_collator = collator_for(self.objective, args)
                 if takes_collator:
                     bound["data_collator"] = self._own_collator
         model, own_reference = bound.get("model"), bound.get("ref_model") is None
@@ -216,17 +217,6 @@ class LossMixin(
                 "initial model with an init_lora_weights that changes the base: set it to False, or pass ref_model=..."
             )
         adapters.keep_first_adapter(self.model)
-
-    def _make_collator(self, objective: Loss, args: Any) -> PreferenceCollator:
-        args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False) if args is None else args
-        return PreferenceCollator(
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-            mismatched=Need.MISMATCHED in objective.needs,
-            columns=objective.columns,
-            embeddings=Need.EMBEDDINGS in objective.needs,
-        )
 
     def _after_trl(self, objective: Loss, own_reference: bool, sample: Mapping[str, Any]) -> None:
         objective.to(self.accelerator.device)

@@ -186,6 +186,12 @@ def test_a_dry_run_with_rows_to_drop_writes_nothing(tmp_path, capsys):
     assert "1 training rows would be dropped" in capsys.readouterr().out
 
 
+def test_the_batch_of_a_dry_run_is_padded_as_the_trainers(tmp_path, capsys):
+    words = ["--pad_to_multiple_of", "96", "--dry_run"]
+    main("dpo", [*arguments(tmp_path, pairs_file(tmp_path)), *words])
+    assert "rows like these (8 x 96, " in " ".join(capsys.readouterr().out.split())
+
+
 class TestAnnouncement:
     """Both kinds of run say first what is trained, on what, how and where."""
 

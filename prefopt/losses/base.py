@@ -137,6 +137,7 @@ class Loss(nn.Module):
         divergences: which ones `Need.DIVERGENCE` asks for, as `prefopt.losses.divergences` names them.
         batchwise: whether examples act on one another, through a statistic or a mean over the batch's tokens; None is
             taken as yes for losses from outside this package.
+        by_length: the argument through which completion lengths count beyond averages over tokens, or "".
         outermost: whether it cannot be a term of a sum, nor stand inside another loss.
     """
 
@@ -151,6 +152,7 @@ class Loss(nn.Module):
     top_k: int = 0
     divergences: tuple[str, ...] = ()
     batchwise: bool | None = None
+    by_length: str = ""
     outermost: bool = False
 
     if TYPE_CHECKING:

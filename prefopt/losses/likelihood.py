@@ -69,6 +69,7 @@ class SFT(Loss):
         check_reduction("nll", nll)
         self.nll = nll
         self.batchwise = nll == "token"
+        self.by_length = "nll" if nll == "token" else ""
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         assert batch.chosen is not None

@@ -72,6 +72,7 @@ class RDPO(ReferencePairLoss):
         super().__init__()
         self.beta = positive("beta", beta)
         self.alpha = finite("alpha", alpha)
+        self.by_length = "alpha" if alpha else ""
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)

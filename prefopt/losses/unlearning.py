@@ -116,6 +116,7 @@ class GradientAscent(ForgetLoss):
         check_reduction("nll", nll)
         self.nll = nll
         self.batchwise = nll == "token"
+        self.by_length = "nll" if nll == "token" else ""
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         scores = self.forget(batch)

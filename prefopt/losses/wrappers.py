@@ -103,7 +103,8 @@ class LengthNormalized(Wrapper):
     loss evaluated at log pi / n, log ref / n, log prev / n
 
     Args:
-        loss: a loss on summed log-probabilities; one that works token by token is refused.
+        loss: a loss on summed log-probabilities; one that works token by token, or that uses lengths in another way
+            than to average (rdpo's alpha, nll="token"), is refused.
 
     Needs: what `loss` needs, and lengths.
     Limits: length_normalized(dpo(beta)) is dpo_norm(beta); length_normalized(cpo(beta)) is simpo(beta, gamma=0).
@@ -117,6 +118,12 @@ class LengthNormalized(Wrapper):
         super().__init__(loss)
         if loss.needs & (PER_TOKEN | Need.MISMATCHED):
             raise LossError(f"loss must work on summed log-probabilities, but {loss} asks for more")
+        for part in loss.modules():
+            if isinstance(part, Loss) and part.by_length:
+                raise LossError(
+                    f"loss must use lengths to average alone, but {part.by_length} of {part} does more with them and "
+                    "would have no effect here: set it to another value, or leave length_normalized out"
+                )
 
     def reward(self, scores: Scores) -> Tensor | None:
         return self.loss.reward(self._averaged(scores))

@@ -20,9 +20,11 @@ from prefopt.losses import (
     PreferenceBatch,
     Scores,
     SimPO,
+    available,
     parse,
     register,
 )
+from prefopt.losses.base import constructor_arguments
 from prefopt.losses.registry import _LOSSES
 from tests.losses.cases import Row, make_batch, random_rows
 
@@ -501,9 +503,46 @@ def test_wrappers_say_what_they_cannot_wrap():
         "noise_robust(npo)": "must be a pair loss",
         "noise_robust(beta_dpo)": "without state",
         "length_normalized(cringe)": "must work on summed",
+        "length_normalized(rdpo(alpha=0.2))": r"alpha of rdpo\(beta=0.1, alpha=0.2\) does more with them",
+        "length_normalized(dpo + 0.5*rdpo)": r"alpha of rdpo",
+        "length_normalized(sft(nll='token'))": r"nll of sft\(nll='token'\) does more",
+        "length_normalized(ga)": "nll of ga",
     }.items():
         with pytest.raises(ValueError, match=message):
             parse(text)
+
+
+@pytest.mark.parametrize("name", ["length_normalized", "noise_robust", "reweighted", "wpo"])
+def test_no_wrapper_drops_an_argument_of_its_loss(name):
+    """Doubled, moved or of another kind, an argument that changes a loss changes the wrapped loss, or is refused."""
+    rows = random_rows(6, seed=3)
+    averaging = {"average", "nll"} if name == "length_normalized" else set()  # it averages what is not averaged yet
+    method = ", method='smoothed'" if name == "noise_robust" else ""  # "normalized" drops any scale on purpose
+
+    def value(expression: str) -> float | None:
+        try:
+            return float(parse(expression)(make_batch(rows)).loss)
+        except (ValueError, AssertionError):
+            return None
+
+    for cls in available().values():
+        for argument, parameter in constructor_arguments(cls).items():
+            for other in others(parameter.default):
+                plain, changed = (value(f"{cls.name}({text})") for text in ("", f"{argument}={other!r}"))
+                if None in (plain, changed) or plain == changed or argument in averaging:
+                    continue
+                wrapped = [value(f"{name}({cls.name}({text}){method})") for text in ("", f"{argument}={other!r}")]
+                assert None in wrapped or wrapped[0] != wrapped[1], (cls.name, argument, other)
+
+
+def others(default: object) -> list[object]:
+    """Other values that an argument with this default may take."""
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, (int, float)):
+        return [default * 2 + 0.05, default + 1]
+    words = ("mean", "sum", "token", "logistic", "hinge")
+    return [word for word in words if word != default] if isinstance(default, str) else []
 
 
 def test_needs_are_per_role():

@@ -124,7 +124,7 @@ def objectives_table(members: list[type[Loss]]) -> str:
 def presets_table() -> str:
     """The presets and what they expand to, for docs/objectives.md."""
     rows = [
-        (f"`{preset.name}({describe_arguments(preset)})`", f"`{preset.build()}`", _link(preset.paper))
+        (f"`{preset.name}({describe_arguments(preset.build)})`", f"`{preset.build()}`", _link(preset.paper))
         for preset in presets().values()
     ]
     return table(("preset", "with its defaults", "paper"), rows)

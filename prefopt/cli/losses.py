@@ -66,7 +66,7 @@ def _list() -> None:
             _entry(f"{cls.name}({describe_arguments(cls)})", fact.formula, parts)
     screen.print(Text("\npresets: ", style="bold").append("named sums that papers train with.", style="not bold"))
     for preset in presets().values():
-        _entry(f"{preset.name}({describe_arguments(preset)})", str(preset.build()), [f"arXiv {preset.paper}"])
+        _entry(f"{preset.name}({describe_arguments(preset.build)})", str(preset.build()), [f"arXiv {preset.paper}"])
     screen.print(Text('\nCombine them: --loss "dpo(beta=0.1) + 0.2*sft". `prefopt losses NAME` explains one.'))
 
 
@@ -80,7 +80,7 @@ def _entry(title: str, formula: str, parts: list[str]) -> None:
 def _explain(text: str) -> None:
     from prefopt.catalogue.tables import facts
     from prefopt.losses import LossSyntaxError, Preset, available, parse, presets
-    from prefopt.losses.registry import describe_arguments
+    from prefopt.losses.registry import describe_arguments, makers
 
     screen = console()
     maker = available().get(text) or presets().get(text)
@@ -90,7 +90,7 @@ def _explain(text: str) -> None:
         except LossSyntaxError as error:
             fail(str(error))
         return
-    screen.print(Text(f"{text}({describe_arguments(maker)})", style="bold"))
+    screen.print(Text(f"{text}({describe_arguments(makers()[text])})", style="bold"))
     if isinstance(maker, Preset):
         _docstring(maker.build)
         screen.print(Text("\nExpands to:"))

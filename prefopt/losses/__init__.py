@@ -28,8 +28,10 @@ from prefopt.losses.direct import (
     paired_roles,
 )
 from prefopt.losses.discovered import AQFL, AQL, CELL, DBAQL, PADLL, PFL, DiscoPOP
+from prefopt.losses.divergences import Divergence
 from prefopt.losses.errors import LossError
 from prefopt.losses.kernel import HMK, KernelDPO
+from prefopt.losses.kernel_functions import RBF, Mahalanobis, Polynomial, Spectral
 from prefopt.losses.likelihood import SFT
 from prefopt.losses.logic import Logic
 from prefopt.losses.online import INPO, KLOnline, KLPrior
@@ -69,6 +71,7 @@ __all__ = [
     "ORPO",
     "PADLL",
     "PFL",
+    "RBF",
     "RDPO",
     "RRHF",
     "SFT",
@@ -89,6 +92,7 @@ __all__ = [
     "ConflictFree",
     "Cringe",
     "DiscoPOP",
+    "Divergence",
     "GradientAscent",
     "Hinge",
     "KLOnline",
@@ -102,12 +106,14 @@ __all__ = [
     "LossError",
     "LossOutput",
     "LossSyntaxError",
+    "Mahalanobis",
     "MarginDPO",
     "Need",
     "NoiseRobust",
     "NormalizedDPO",
     "PairLoss",
     "PairwiseCringe",
+    "Polynomial",
     "PreferenceBatch",
     "Preset",
     "ReferencePairLoss",
@@ -118,6 +124,7 @@ __all__ = [
     "Scores",
     "SimNPO",
     "SimPO",
+    "Spectral",
     "SurrogateEnsemble",
     "WeightedSum",
     "available",

@@ -10,7 +10,7 @@ import enum
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -110,12 +110,12 @@ class LossOutput:
         return {name: float(values.mean()) for name, values in self.metrics.items() if values.numel()}
 
 
-def constructor_arguments(cls: type[Loss]) -> dict[str, inspect.Parameter]:
-    """The hyperparameters of a loss class, in order."""
+def arguments_of(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What a class or a function is called with, in order; of a loss class these are its hyperparameters."""
     # A loss without a constructor of its own inherits torch's (*args, **kwargs), which takes nothing here.
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    signature = inspect.signature(cls.__init__).parameters
-    return {name: p for name, p in signature.items() if name != "self" and p.kind not in variable}
+    signature = inspect.signature(make).parameters
+    return {name: p for name, p in signature.items() if p.kind not in variable}
 
 
 class Loss(nn.Module):
@@ -224,7 +224,7 @@ class Loss(nn.Module):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Constructor arguments and their values, in order."""
-        return {name: getattr(self, name) for name in constructor_arguments(type(self))}
+        return {name: getattr(self, name) for name in arguments_of(type(self))}
 
     def terms(self) -> Iterator[tuple[float, str, Loss]]:
         """(weight, unique label, loss) of every term; a plain loss is its own single term."""

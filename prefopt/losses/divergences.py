@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from prefopt.losses.errors import LossError
 
-NAMES = ("kl", "js", "hellinger", "renyi", "bhattacharyya", "wasserstein", "f")
-GENERATORS = ("forward_kl", "total_variation", "triangular")
+DivergenceName = Literal["kl", "js", "hellinger", "renyi", "bhattacharyya", "wasserstein", "f"]
+Generator = Literal["forward_kl", "total_variation", "triangular"]
+NAMES: tuple[str, ...] = get_args(DivergenceName)
+GENERATORS: tuple[str, ...] = get_args(Generator)
 """The functions that "f" knows: f(t) = -log t, |t - 1| / 2 and (t - 1)^2 / (2 (t + 1))."""
 
 _TEXT = re.compile(r"(?P<name>[a-z]+)(?:\((?P<argument>[^()]+)\))?")
@@ -53,9 +57,32 @@ class Divergence:
         if self.f is not None and self.f not in GENERATORS:
             raise LossError(f"f must be one of {', '.join(GENERATORS)}, got {self.f!r}")
 
+    @staticmethod
+    def choices() -> dict[str, Callable[..., Divergence]]:
+        """What a loss expression can write for an argument of this type, by name."""
+        return {name: _without_parameters(name) for name in NAMES} | {"renyi": renyi, "f": f}
+
+    def __repr__(self) -> str:
+        argument = "" if self.order is None else f"order={self.order!r}"
+        return f"{self.name}({argument if self.f is None else f'generator={self.f!r}'})"
+
     def __str__(self) -> str:
         argument = self.f if self.order is None else repr(float(self.order))
         return self.name if argument is None else f"{self.name}({argument})"
+
+
+def renyi(order: float = 0.9) -> Divergence:
+    """The Renyi divergence; order 1 is KL, 0.5 twice Bhattacharyya."""
+    return Divergence("renyi", order=order)
+
+
+def f(generator: Generator = "forward_kl") -> Divergence:
+    """The f-divergence of a generator."""
+    return Divergence("f", f=generator)
+
+
+def _without_parameters(name: str) -> Callable[[], Divergence]:
+    return lambda: Divergence(name)
 
 
 def named(text: str) -> Divergence:

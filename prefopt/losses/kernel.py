@@ -1,131 +1,34 @@
 """Kernelized objectives: the log-ratio's margin plus the margin of a kernel between prompt and completion.
 
-Lives here: the four kernels of DPO-Kernels in log space, the objective of one kernel, and their learned mixture.
-The paper's text was not at hand: what is written here follows its abstract and a public demonstration, and what is our
-own reading is marked so. Imports torch and its neighbours alone.
+Lives here: the objective of one kernel of DPO-Kernels, and their learned mixture. The paper's text was not available:
+what is written here follows its abstract and a public demonstration, and what is our own reading is marked so. Imports
+torch and its neighbours alone.
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prefopt.losses.base import LossOutput, Need, PairLoss
-from prefopt.losses.checks import non_negative, positive, whole
+from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.direct import paired_roles
-from prefopt.losses.distributed import global_sum, present
-from prefopt.losses.divergences import Divergence
+from prefopt.losses.distributed import present
+from prefopt.losses.divergences import Divergence, DivergenceName
 from prefopt.losses.errors import LossError
+from prefopt.losses.kernel_functions import RBF, Kernel, Mahalanobis, Polynomial, Spectral, diagonal_precision, unit
 from prefopt.losses.numerics import masked_mean
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
-KERNELS = ("polynomial", "rbf", "mahalanobis", "spectral")
-SPECTRUM = "1:1, 0.5:0.1"
-"""Weights and rates of the demonstration's two spectral components."""
-SMALLEST_BASE = 1e-6
-"""What the polynomial's base is clamped to: below it the kernel's logarithm has no value or no bounded slope."""
-
-Kernel = Literal["polynomial", "rbf", "mahalanobis", "spectral"]
-DivergenceName = Literal["kl", "js", "hellinger", "renyi", "bhattacharyya", "wasserstein", "f"]
-Generator = Literal["forward_kl", "total_variation", "triangular"]
-
-
-# ---- kernels -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The four kernels with their parameters; every one is 1 where its arguments are the same unit vector.
-
-    That scale, a factor that a single kernel's ratio does not see, is what makes a mixture's weights comparable.
-
-    Attributes:
-        degree: of the polynomial.
-        offset: added to the polynomial's inner product; the paper's c.
-        bandwidth: standard deviation of the radial kernel.
-        spectrum: (weight, rate) of each spectral component; weights sum to 1.
-        shrinkage: of the Mahalanobis kernel's variances towards their mean.
-    """
-
-    degree: int = 2
-    offset: float = 1.0
-    bandwidth: float = 1.0
-    spectrum: tuple[tuple[float, float], ...] = ((2 / 3, 1.0), (1 / 3, 0.1))
-    shrinkage: float = 0.5
-
-    def log(self, name: str, u: Tensor, v: Tensor, precision: Tensor | None = None) -> Tensor:
-        """(N,) log K(u, v) of (N, H) unit vectors; `precision` (H,) is for the Mahalanobis kernel."""
-        if name == "polynomial":
-            base = ((u * v).sum(-1) + self.offset).clamp(min=SMALLEST_BASE) / (1 + self.offset)
-            return self.degree * base.log()
-        squares = (u - v) ** 2
-        if name == "rbf":
-            return -squares.sum(-1) / (2 * self.bandwidth**2)
-        if name == "mahalanobis":
-            assert precision is not None
-            return -(squares * precision).sum(-1) / 2
-        parts = [math.log(weight) - rate * squares.sum(-1) for weight, rate in self.spectrum]
-        return torch.logsumexp(torch.stack(parts), 0)
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """(N, H) vectors divided by their Euclidean norms; a null vector stays null.
-
-    On the unit sphere a bandwidth or an offset means the same for any encoder, width and scale of its vectors, and
-    the polynomial's base cannot run away.
-    """
-    return F.normalize(vectors, dim=-1, eps=1e-12)
-
-
-def diagonal_precision(vectors: Tensor, shrinkage: float, weights: Tensor | None = None) -> Tensor:
-    """(H,) inverse variances of the (M, H) vectors of all processes, scaled to a mean of 1, without gradient.
-
-    Variances are shrunk towards their mean; equal ones give the identity, which is the radial kernel of bandwidth 1.
-
-    Args:
-        vectors: (M, H).
-        shrinkage: in (0, 1]; 1 is the identity.
-        weights: (M,) 0 for vectors that do not count, else 1.
-    """
-    vectors = vectors.detach()
-    weights = vectors.new_ones(vectors.shape[0]) if weights is None else weights.to(vectors.dtype)
-    count = global_sum(weights.sum()).clamp(min=1)
-    mean = global_sum(weights @ vectors) / count
-    variance = global_sum(weights @ (vectors - mean) ** 2) / count
-    shrunk = (1 - shrinkage) * variance + shrinkage * variance.mean()
-    # Vectors that are all the same have no variance in any direction, and no direction to prefer.
-    inverse = torch.where(variance.mean() > 0, 1 / shrunk.clamp(min=torch.finfo(shrunk.dtype).tiny), 1.0)
-    return inverse / inverse.mean()
-
-
-def spectrum_of(text: str) -> tuple[tuple[float, float], ...]:
-    """Weights, scaled to sum to 1, and rates from text such as `1:1, 0.5:0.1`.
-
-    Raises:
-        ValueError: naming the part that is no `weight:rate` of positive numbers.
-    """
-    found = []
-    for part in text.split(","):
-        weight, _, rate = part.partition(":")
-        try:
-            found.append((positive("weight", float(weight)), positive("rate", float(rate))))
-        except ValueError:
-            raise LossError(
-                f"spectrum holds {part.strip()!r}: write weight:rate for each component, both positive, as in "
-                f"{SPECTRUM!r}"
-            ) from None
-    total = sum(weight for weight, _ in found)
-    return tuple((weight / total, rate) for weight, rate in found)
-
-
-# ---- objectives ----------------------------------------------------------------------------------------------------
+KernelName = Literal["polynomial", "rbf", "mahalanobis", "spectral"]
+Link = Literal["logistic", "linear"]
+Embeddings = Literal["hidden", "given"]
+T = TypeVar("T", Kernel, Divergence)
 
 
 class Kernelized(PairLoss):
@@ -133,31 +36,26 @@ class Kernelized(PairLoss):
 
     def __init__(
         self,
-        divergence: DivergenceName,
+        kernels: tuple[Kernel, ...],
+        divergence: DivergenceName | Divergence,
         beta: float,
         gamma: float,
         alpha: float,
-        link: Literal["logistic", "linear"],
-        embeddings: Literal["hidden", "given"],
+        link: Link,
+        embeddings: Embeddings,
         gradient: bool,
-        order: float | None,
-        f: Generator | None,
     ):
         super().__init__()
         if link not in ("logistic", "linear"):
             raise LossError(f"link must be 'logistic' or 'linear', got {link!r}")
         if embeddings not in ("hidden", "given"):
             raise LossError(f"embeddings must be 'hidden' or 'given', got {embeddings!r}")
-        kind = Divergence(
-            divergence,
-            order=0.9 if order is None and divergence == "renyi" else order,
-            f="forward_kl" if f is None and divergence == "f" else f,
-        )
         self.divergence, self.link, self.embeddings, self.gradient = divergence, link, embeddings, gradient
         self.beta = positive("beta", beta)
         self.gamma = non_negative("gamma", gamma)
         self.alpha = non_negative("alpha", alpha)
-        self.order, self.f = order, f
+        self._kernels = kernels
+        self._mahalanobis = next((kernel for kernel in kernels if isinstance(kernel, Mahalanobis)), None)
         self._logged: dict[str, Tensor] = {}  # of the batch at hand, until its metrics are asked for
         self.needs = Need.NONE
         if link == "logistic":
@@ -166,16 +64,11 @@ class Kernelized(PairLoss):
             self.needs |= Need.HIDDEN if embeddings == "hidden" else Need.EMBEDDINGS
         if alpha:
             self.needs |= Need.DIVERGENCE
-            self.divergences = (str(kind),)
+            self.divergences = (str(_chosen("divergence", divergence, Divergence)),)
 
     @abstractmethod
     def log_kernel(self, u: Tensor, v: Tensor, precision: Tensor | None) -> Tensor:
         """(N,) log K(u, v) of (N, H) unit vectors."""
-
-    @property
-    def _shrinkage(self) -> float | None:
-        """Of the Mahalanobis kernel; None if it takes no part."""
-        return None
 
     def reward(self, scores: Scores) -> Tensor:
         """beta times the log-ratio; the kernel's part of the margin is logged as `kernel/margins`."""
@@ -186,10 +79,10 @@ class Kernelized(PairLoss):
         chosen, rejected = paired_roles(batch)
         vectors = [*self._vectors(chosen), *self._vectors(rejected)]
         precision = None
-        if self._shrinkage is not None:
+        if self._mahalanobis is not None:
             weights = self._weights(batch)
             counted = None if weights is None else present(weights, weights).repeat(len(vectors))
-            precision = diagonal_precision(torch.cat(vectors), self._shrinkage, counted)
+            precision = diagonal_precision(torch.cat(vectors), self._mahalanobis.shrinkage, counted)
         before_chosen, up, before_rejected, down = vectors
         return self.log_kernel(before_chosen, up, precision) - self.log_kernel(before_rejected, down, precision)
 
@@ -228,7 +121,7 @@ class Kernelized(PairLoss):
         return values
 
     def _metrics(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        # Not computed anew: the Mahalanobis kernel's variances are exchanged between processes.
+        # Not computed again: the Mahalanobis kernel's variances are exchanged between processes.
         logged, self._logged = self._logged, {}
         return super()._metrics(batch) | {name: value.detach() for name, value in logged.items()}
 
@@ -247,22 +140,18 @@ class KernelDPO(Kernelized):
     spectral     sum_i w_i exp(-a_i |u - v|^2)
 
     Args:
-        kernel: one of the above.
+        kernel: one of the above by name, or with parameters: polynomial(degree=2, offset=1.0), rbf(bandwidth=1.0),
+            mahalanobis(shrinkage=0.5) or spectral(spectrum="1:1, 0.5:0.1"). A spectrum is weight:rate of each
+            component; shrinkage of the variances towards their mean is in (0, 1].
         divergence: between next-token distributions, see `prefopt.losses.divergences`; the mean over a completion's
-            positions, and over the two completions (our reading).
+            positions, and over the two completions (our reading). By name, or with parameters: renyi(order=0.9), 1 is
+            KL and 0.5 twice Bhattacharyya; f(generator="forward_kl"), "total_variation" or "triangular".
         beta: scale of the log-ratio; unknown for the paper, DPO's 0.1 here.
         gamma: weight of the kernel's margin; 0 leaves it, and what it needs, away.
         alpha: weight of the divergence; 0 leaves it away.
         link: "logistic" or "linear".
         embeddings: "hidden" pools the policy's own last hidden states, "given" takes those that come with the data.
         gradient: let hidden states learn from the kernel's margin.
-        degree: of the polynomial; 2 if None.
-        offset: of the polynomial; 1 if None.
-        bandwidth: of the radial kernel; 1 if None.
-        spectrum: weight:rate of each spectral component; "1:1, 0.5:0.1" if None.
-        shrinkage: of the Mahalanobis kernel's variances towards their mean, in (0, 1]; 0.5 if None.
-        order: of the Renyi divergence; 0.9 if None. 1 is KL, 0.5 twice Bhattacharyya.
-        f: generator of the f-divergence: "forward_kl" (if None), "total_variation" or "triangular".
 
     Needs: sums; reference sums for the logistic link; pooled hidden states or embeddings; next-token distributions of
         both models while alpha > 0.
@@ -280,40 +169,22 @@ class KernelDPO(Kernelized):
 
     def __init__(
         self,
-        kernel: Kernel = "rbf",
-        divergence: DivergenceName = "kl",
+        kernel: KernelName | Kernel = "rbf",
+        divergence: DivergenceName | Divergence = "kl",
         beta: float = 0.1,
         gamma: float = 1.0,
         alpha: float = 0.1,
-        link: Literal["logistic", "linear"] = "logistic",
-        embeddings: Literal["hidden", "given"] = "hidden",
+        link: Link = "logistic",
+        embeddings: Embeddings = "hidden",
         gradient: bool = True,
-        degree: int | None = None,
-        offset: float | None = None,
-        bandwidth: float | None = None,
-        spectrum: str | None = None,
-        shrinkage: float | None = None,
-        order: float | None = None,
-        f: Generator | None = None,
     ):
-        super().__init__(divergence, beta, gamma, alpha, link, embeddings, gradient, order, f)
-        if kernel not in KERNELS:
-            raise LossError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+        chosen = _chosen("kernel", kernel, Kernel)
+        super().__init__((chosen,), divergence, beta, gamma, alpha, link, embeddings, gradient)
         self.kernel = kernel
-        self.degree, self.offset, self.bandwidth = degree, offset, bandwidth
-        self.spectrum, self.shrinkage = spectrum, shrinkage
-        for name, owner in _OWNERS.items():
-            if getattr(self, name) is not None and owner != kernel:
-                raise LossError(f"{name} is of the {owner} kernel, this one is {kernel}")
-        self._kernels = _kernels(degree, offset, bandwidth, spectrum, shrinkage)
-        self.batchwise = kernel == "mahalanobis" and gamma > 0
-
-    @property
-    def _shrinkage(self) -> float | None:
-        return self._kernels.shrinkage if self.kernel == "mahalanobis" else None
+        self.batchwise = self._mahalanobis is not None and gamma > 0
 
     def log_kernel(self, u: Tensor, v: Tensor, precision: Tensor | None) -> Tensor:
-        return self._kernels.log(self.kernel, u, v, precision)
+        return self._kernels[0].log(u, v, precision)
 
 
 @register("hmk")
@@ -334,13 +205,10 @@ class HMK(Kernelized):
         link: as in `kernel_dpo`.
         embeddings: as in `kernel_dpo`. The weights learn from embeddings of either kind.
         gradient: as in `kernel_dpo`.
-        degree: of the polynomial.
-        offset: of the polynomial.
-        bandwidth: of the radial kernel.
-        spectrum: weight:rate of each spectral component.
-        shrinkage: of the Mahalanobis kernel's variances, in (0, 1].
-        order: of the Renyi divergence; 0.9 if None.
-        f: generator of the f-divergence; "forward_kl" if None.
+        rbf: the kernels with their parameters, as in `kernel_dpo`.
+        polynomial: likewise.
+        spectral: likewise.
+        mahalanobis: likewise.
 
     Needs: as `kernel_dpo`; an optimizer that is given `loss.parameters()` too.
     Limits: logits that pick one kernel give `kernel_dpo` of it, but for the entropy term. Weights are logged as
@@ -355,34 +223,26 @@ class HMK(Kernelized):
 
     def __init__(
         self,
-        divergence: DivergenceName = "kl",
+        divergence: DivergenceName | Divergence = "kl",
         beta: float = 0.1,
         gamma: float = 1.0,
         alpha: float = 0.1,
         entropy: float = 0.1,
-        link: Literal["logistic", "linear"] = "logistic",
-        embeddings: Literal["hidden", "given"] = "hidden",
+        link: Link = "logistic",
+        embeddings: Embeddings = "hidden",
         gradient: bool = True,
-        degree: int = 2,
-        offset: float = 1.0,
-        bandwidth: float = 1.0,
-        spectrum: str = SPECTRUM,
-        shrinkage: float = 0.5,
-        order: float | None = None,
-        f: Generator | None = None,
+        rbf: RBF = RBF(),
+        polynomial: Polynomial = Polynomial(),
+        spectral: Spectral = Spectral(),
+        mahalanobis: Mahalanobis = Mahalanobis(),
     ):
-        super().__init__(divergence, beta, positive("gamma", gamma), alpha, link, embeddings, gradient, order, f)
+        kernels = (rbf, polynomial, spectral, mahalanobis)
+        super().__init__(kernels, divergence, beta, positive("gamma", gamma), alpha, link, embeddings, gradient)
         self.entropy = non_negative("entropy", entropy)
-        self.degree, self.offset, self.bandwidth = degree, offset, bandwidth
-        self.spectrum, self.shrinkage = spectrum, shrinkage
-        self._kernels = _kernels(degree, offset, bandwidth, spectrum, shrinkage)
+        self.rbf, self.polynomial, self.spectral, self.mahalanobis = kernels
         self.groups = nn.Parameter(torch.zeros(2))
         self.local = nn.Parameter(torch.zeros(2))
         self.broad = nn.Parameter(torch.zeros(2))
-
-    @property
-    def _shrinkage(self) -> float | None:
-        return self._kernels.shrinkage
 
     def _log_shares(self) -> list[Tensor]:
         """(2,) log of t, a and b."""
@@ -391,19 +251,16 @@ class HMK(Kernelized):
     def log_weights(self) -> dict[str, Tensor]:
         """Scalar log-weight of each kernel in the mixture; the weights sum to 1."""
         groups, local, broad = self._log_shares()
-        return {
-            "rbf": groups[0] + local[0],
-            "polynomial": groups[0] + local[1],
-            "spectral": groups[1] + broad[0],
-            "mahalanobis": groups[1] + broad[1],
-        }
+        weights = (groups[0] + local[0], groups[0] + local[1], groups[1] + broad[0], groups[1] + broad[1])
+        return {kernel.name: weight for kernel, weight in zip(self._kernels, weights, strict=True)}
 
     def mixture_entropy(self) -> Tensor:
         """Scalar H(t) + H(a) + H(b), at most 3 log 2."""
         return -torch.stack([(part.exp() * part).sum() for part in self._log_shares()]).sum()
 
     def log_kernel(self, u: Tensor, v: Tensor, precision: Tensor | None) -> Tensor:
-        parts = [weight + self._kernels.log(name, u, v, precision) for name, weight in self.log_weights().items()]
+        weights = self.log_weights()
+        parts = [weights[kernel.name] + kernel.log(u, v, precision) for kernel in self._kernels]
         return torch.logsumexp(torch.stack(parts), 0)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
@@ -416,21 +273,15 @@ class HMK(Kernelized):
         return output
 
 
-_OWNERS = {
-    "degree": "polynomial", "offset": "polynomial", "bandwidth": "rbf", "spectrum": "spectral",
-    "shrinkage": "mahalanobis",
-}  # fmt: skip
-"""Which kernel a parameter belongs to."""
+def _chosen(argument: str, value: str | T, family: type[T]) -> T:
+    """`value`, or for a name the kernel or divergence of that name with its defaults.
 
-
-def _kernels(
-    degree: int | None, offset: float | None, bandwidth: float | None, spectrum: str | None, shrinkage: float | None
-) -> Kernels:
-    """The kernels with these parameters, or the demonstration's for those that are None."""
-    return Kernels(
-        degree=whole("degree", 2 if degree is None else degree, least=1),
-        offset=non_negative("offset", 1.0 if offset is None else offset),
-        bandwidth=positive("bandwidth", 1.0 if bandwidth is None else bandwidth),
-        spectrum=spectrum_of(SPECTRUM if spectrum is None else spectrum),
-        shrinkage=positive("shrinkage", 0.5 if shrinkage is None else shrinkage, most=1.0),
-    )
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if isinstance(value, family):
+        return value
+    choices = family.choices()
+    if value not in choices:
+        raise LossError(f"{argument} must be one of {', '.join(choices)}, got {value!r}")
+    return choices[value]()

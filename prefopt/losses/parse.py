@@ -1,7 +1,8 @@
 """From text to a loss: `parse("dpo(beta=0.1) + 0.2*sft")`.
 
 The text is Python's expression syntax, read with `ast` and walked by a whitelist: registered names, calls of them,
-numbers, strings, + - * / and parentheses. Nothing is ever evaluated.
+numbers, strings, + - * / and parentheses. An argument whose type has `choices()`, such as a kernel, can be a call of
+one of them: `kernel_dpo(kernel=rbf(bandwidth=0.5))`. Nothing is ever evaluated.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import inspect
 import math
 import types
 import typing
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
 from prefopt.losses.base import Loss, WeightedSum
 from prefopt.losses.errors import LossError
-from prefopt.losses.registry import Preset, arguments_of, available, describe_arguments, presets
+from prefopt.losses.registry import arguments_of, available, describe_arguments, makers
 
 MAX_LENGTH = 2000
 """Longest accepted expression, in characters; real ones are a tenth of it."""
@@ -159,9 +161,15 @@ class _Reader:
             self.fail(node, "the number is too large")
         return value
 
-    def value(self, node: ast.expr) -> Any:
-        """An argument: a constant, a signed number, or a loss."""
+    def value(self, node: ast.expr, hint: Any = Any) -> Any:
+        """An argument of type `hint`: a constant, a signed number, one of the type's choices, or a loss."""
+        choices = _choices(hint)
         match node:
+            case (ast.Name() as name) | ast.Call(func=ast.Name() as name) if choices:
+                if name.id not in choices:
+                    self.fail(name, f"expected {_type_name(hint)}, got {_short(name.id)}")
+                args, keywords = (node.args, node.keywords) if isinstance(node, ast.Call) else ([], [])
+                return self.call(node, name.id, choices[name.id], args, keywords)
             case ast.Constant(value=bool() | int() | float() | str() | None):
                 if isinstance(node.value, int) and abs(node.value) > MAX_NUMBER:
                     self.fail(node, "the number is too large")
@@ -177,51 +185,72 @@ class _Reader:
                 return self.loss(node)
 
     def build(self, node: ast.expr, name: ast.Name, args: list[ast.expr], keywords: list[ast.keyword]) -> Loss:
-        losses: dict[str, type[Loss] | Preset] = {**available(), **presets()}
-        cls = losses.get(name.id)
-        if cls is None:
+        losses = makers()
+        if name.id not in losses:
             near = difflib.get_close_matches(name.id.lower(), losses, n=2, cutoff=0.6)
             hint = f", did you mean {' or '.join(map(repr, near))}?" if near else "."
             self.fail(name, f"no loss is named {_short(name.id)}{hint} Registered losses: {', '.join(losses)}")
-        parameters = arguments_of(cls)
-        values: dict[str, tuple[Any, ast.expr]] = {}
+        loss: Loss = self.call(node, name.id, losses[name.id], args, keywords)
+        return loss
+
+    def call(
+        self, node: ast.expr, name: str, make: Callable[..., Any], args: list[ast.expr], keywords: list[ast.keyword]
+    ) -> Any:
+        """What `make` returns for these arguments, each checked against the type that `make` declares."""
+        parameters = arguments_of(make)
+        hints = get_type_hints(cast(Any, make).__init__ if isinstance(make, type) else make)
+        nodes: dict[str, ast.expr] = {}
         for position, argument in enumerate(args):
             if isinstance(argument, ast.Starred) or position >= len(parameters):
-                self.fail(argument, f"{name.id} takes at most {len(parameters)} arguments: {describe_arguments(cls)}")
-            values[list(parameters)[position]] = (self.value(argument), argument)
+                self.fail(argument, f"{name} takes at most {len(parameters)} arguments: {describe_arguments(make)}")
+            nodes[list(parameters)[position]] = argument
         for keyword in keywords:
             if keyword.arg is None or keyword.arg not in parameters:
-                self.unknown_argument(name.id, keyword, cls)
-            if keyword.arg in values:
-                self.fail(keyword, f"{name.id} got {keyword.arg!r} twice", len(keyword.arg))
-            values[keyword.arg] = (self.value(keyword.value), keyword.value)
+                self.unknown_argument(name, keyword, make, hints)
+            if keyword.arg in nodes:
+                self.fail(keyword, f"{name} got {keyword.arg!r} twice", len(keyword.arg))
+            nodes[keyword.arg] = keyword.value
+        values = {key: self.value(where, hints.get(key, Any)) for key, where in nodes.items()}
         for key, parameter in parameters.items():
             if parameter.default is inspect.Parameter.empty and key not in values:
-                self.fail(node, f"{name.id} needs an argument {key!r}; its arguments: {describe_arguments(cls)}")
-        make = cls.build if isinstance(cls, Preset) else cls
-        hints = get_type_hints(cls.build if isinstance(cls, Preset) else cls.__init__)
-        for key, (value, where) in values.items():
+                self.fail(node, f"{name} needs an argument {key!r}; its arguments: {describe_arguments(make)}")
+        for key, value in values.items():
             if not _fits(value, hints.get(key, Any)):
-                self.fail(where, f"{name.id}'s {key} must be {_type_name(hints[key])}, got {_short(value)}")
+                self.fail(nodes[key], f"{name}'s {key} must be {_type_name(hints[key])}, got {_short(value)}")
         try:
-            return make(**{key: value for key, (value, _) in values.items()})
+            return make(**values)
         except ValueError as error:
-            culprit = next((where for key, (_, where) in values.items() if str(error).startswith(key)), node)
-            self.fail(culprit, f"{name.id}: {error}")
+            culprit = next((where for key, where in nodes.items() if str(error).startswith(key)), node)
+            self.fail(culprit, f"{name}: {error}")
 
-    def unknown_argument(self, name: str, keyword: ast.keyword, cls: type[Loss] | Preset) -> NoReturn:
-        parameters = arguments_of(cls)
+    def unknown_argument(
+        self, name: str, keyword: ast.keyword, make: Callable[..., Any], hints: dict[str, Any]
+    ) -> NoReturn:
+        parameters = arguments_of(make)
         if keyword.arg is None:
-            self.fail(keyword, f"{name}'s arguments must be written out: {describe_arguments(cls)}")
-        near = difflib.get_close_matches(keyword.arg, parameters, n=1, cutoff=0.5)
-        hint = f", did you mean {near[0]!r}?" if near else "."
-        listing = f"Its arguments: {describe_arguments(cls)}" if parameters else "It takes none"
+            self.fail(keyword, f"{name}'s arguments must be written out: {describe_arguments(make)}")
+        hint = "."
+        for key in parameters:
+            for choice, inner in _choices(hints.get(key)).items():
+                if keyword.arg == choice:
+                    hint = f": write {key}={choice}(...)."
+                elif keyword.arg in arguments_of(inner):
+                    hint = f": write {key}={choice}({keyword.arg}=...)."
+        if near := difflib.get_close_matches(keyword.arg, parameters, n=1, cutoff=0.5):
+            hint = f", did you mean {near[0]!r}?" if hint == "." else hint
+        listing = f"Its arguments: {describe_arguments(make)}" if parameters else "It takes none"
         self.fail(keyword, f"{name} has no argument {_short(keyword.arg)}{hint} {listing}", len(keyword.arg))
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _choices(hint: Any) -> dict[str, Callable[..., Any]]:
+    """What an argument of this type can be written as a call of, by name."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return {name: make for option in options if hasattr(option, "choices") for name, make in option.choices().items()}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -248,6 +277,10 @@ def _type_name(hint: Any) -> str:
         return " or ".join(repr(choice) for choice in get_args(hint))
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(option) for option in typing.get_args(hint))
+    if choices := _choices(hint):
+        return " or ".join(
+            f"{name}({arguments})" for name in choices if (arguments := describe_arguments(choices[name]))
+        )
     return {float: "a number", int: "a whole number", bool: "True or False", str: "a string"}.get(
         hint, getattr(hint, "__name__", str(hint))
     )

@@ -8,10 +8,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from prefopt.losses.base import Loss, constructor_arguments
+from prefopt.losses.base import Loss, arguments_of
 from prefopt.losses.errors import LossError
+
+__all__ = ["Preset", "arguments_of", "available", "describe_arguments", "makers", "preset", "presets", "register"]
 
 L = TypeVar("L", bound=type[Loss])
 
@@ -87,14 +89,14 @@ def available() -> dict[str, type[Loss]]:
     return dict(sorted(_LOSSES.items()))
 
 
-def arguments_of(maker: type[Loss] | Preset) -> dict[str, inspect.Parameter]:
-    """The hyperparameters of a loss class or of a preset, in order."""
-    return constructor_arguments(maker) if isinstance(maker, type) else dict(inspect.signature(maker.build).parameters)
+def makers() -> dict[str, Callable[..., Loss]]:
+    """What makes each loss and preset from its arguments, by name."""
+    return {**available(), **{name: preset.build for name, preset in presets().items()}}
 
 
-def describe_arguments(cls: type[Loss] | Preset) -> str:
-    """The hyperparameters and their defaults in one line: `beta=0.1, label_smoothing=0.0`."""
+def describe_arguments(make: Callable[..., Any]) -> str:
+    """The arguments of a loss class, or of what builds a preset, and their defaults in one line: `beta=0.1, f='x'`."""
     return ", ".join(
         name if parameter.default is inspect.Parameter.empty else f"{name}={parameter.default!r}"
-        for name, parameter in arguments_of(cls).items()
+        for name, parameter in arguments_of(make).items()
     )

@@ -12,8 +12,8 @@ from typing import Any
 
 from trl import DPOConfig
 
-from prefopt.losses import Loss, LossSyntaxError, Preset, available, parse, presets
-from prefopt.losses.registry import arguments_of
+from prefopt.losses import LossSyntaxError, parse
+from prefopt.losses.registry import arguments_of, makers
 from prefopt.safety.errors import UsageError
 from prefopt.trainer.config import DIVERGENCES, TRL_LOSS_OPTIONS, expression_from_trl_options
 
@@ -122,27 +122,23 @@ def _asks_nothing(option: str, value: Any) -> bool:
 # ---- expressions -------------------------------------------------------------------------------------------------
 
 
-def _makers() -> dict[str, type[Loss] | Preset]:
-    return {**available(), **presets()}
-
-
 def _tree(text: str) -> ast.expr:
     return ast.parse(" ".join(text.split()), mode="eval").body
 
 
 def _places(tree: ast.expr, option: str) -> list[tuple[ast.expr, str]]:
     """The losses of an expression that have an option's argument, and what they call it."""
-    makers = _makers()
+    losses = makers()
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     places: list[tuple[ast.expr, str]] = []
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Call, ast.Name)):
             continue
         name = node.func if isinstance(node, ast.Call) else node
-        if not isinstance(name, ast.Name) or id(node) in called or name.id not in makers:
+        if not isinstance(name, ast.Name) or id(node) in called or name.id not in losses:
             continue
         loss, other = _OTHER_NAMES.get(option, (None, None))
-        arguments = arguments_of(makers[name.id])
+        arguments = arguments_of(losses[name.id])
         argument = other if name.id == loss else option
         if argument in arguments:
             places.append((node, argument))
@@ -169,7 +165,7 @@ def _set(text: str, option: str, value: Any) -> str:
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     name = call.func
     assert isinstance(name, ast.Name)
-    position = list(arguments_of(_makers()[name.id])).index(argument)
+    position = list(arguments_of(makers()[name.id])).index(argument)
     written = ast.parse(repr(value), mode="eval").body
     if position < len(call.args):
         call.args[position] = written

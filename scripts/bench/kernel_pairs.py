@@ -27,7 +27,7 @@ from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.analysis.kernel_choice.trial import BASELINE, PAIRS, expression
 from prefopt.catalogue.markdown import table
 from prefopt.demo.data import load_demo
-from prefopt.losses.kernel import KERNELS
+from prefopt.losses.kernel_functions import KERNELS
 from prefopt.models.bundled import resolve_demo_model
 from prefopt.safety.files import write_whole
 

@@ -33,7 +33,7 @@ from prefopt.catalogue.markdown import table as markdown_table
 from prefopt.demo.data import load_demo
 from prefopt.losses import available, parse, presets
 from prefopt.losses.divergences import NAMES as DIVERGENCES
-from prefopt.losses.kernel import KERNELS
+from prefopt.losses.kernel_functions import KERNELS
 from prefopt.models.bundled import resolve_demo_model
 from prefopt.safety.files import write_whole
 

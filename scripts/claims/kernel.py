@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefopt.losses import HMK, KernelDPO, PreferenceBatch, Scores
 from prefopt.losses.divergences import NAMES, Divergence, divergence
-from prefopt.losses.kernel import KERNELS, Kernels, diagonal_precision, unit
+from prefopt.losses.kernel_functions import KERNELS, RBF, diagonal_precision, unit
 
 PAPER = "DPO-Kernels 2501.03271"
 EXPECTED = f"{PAPER}; expected, not stated there"
@@ -44,8 +44,8 @@ def pairs(chosen: Tensor, rejected: Tensor, vectors: tuple[Tensor, Tensor, Tenso
 
 def scale(steps: int = 200) -> Claim:
     u, v = unit(normal(50, 6)), unit(normal(50, 6, seed=1))
-    precision, kernels = diagonal_precision(torch.cat([u, v]), 0.5), Kernels()
-    off = max(float(kernels.log(name, u, u, precision).abs().max()) for name in KERNELS)
+    precision = diagonal_precision(torch.cat([u, v]), 0.5)
+    off = max(float(kernel().log(u, u, precision).abs().max()) for kernel in KERNELS.values())
     mixture = HMK(alpha=0.0, entropy=0.0, embeddings="given").double()
     optimizer = torch.optim.SGD(mixture.parameters(), lr=20.0)
     even = torch.full((50,), math.log(0.5), dtype=torch.float64)
@@ -191,7 +191,7 @@ class World:
 
 def kernel_margin(vectors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     prompt, chosen, rejected = vectors
-    return Kernels().log("rbf", prompt, chosen) - Kernels().log("rbf", prompt, rejected)
+    return RBF().log(prompt, chosen) - RBF().log(prompt, rejected)
 
 
 def learned(seed: int, gamma: float, blind: bool = False) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import pytest
 from prefopt.analysis.kernel_choice.measures import Distribution, Geometry, Measures
 from prefopt.analysis.kernel_choice.selection import Thresholds, select
 from prefopt.losses.divergences import NAMES
-from prefopt.losses.kernel import KERNELS
+from prefopt.losses.kernel_functions import KERNELS
 
 TIGHT = Geometry(pnd=0.5, pnav=0.0001, pad=0.3, nad=0.6, tat=0.0, nag=0.3, nag_error=0.01)
 CLOSE = Distribution(overlap=0.95, drift=0.1, kurtosis=0.0, roughness=1.0)

@@ -662,7 +662,7 @@ CASES = [
         lambda r: (-0.1 * (r.pw - r.pl) - 0.5 * kernel_margin(r, "polynomial") + 0.1 * distance(r, "renyi(0.9)"),),
     ),
     Case(
-        "kernel_dpo(kernel='spectral', divergence='f', f='triangular', embeddings='given')",
+        "kernel_dpo(kernel='spectral', divergence=f(generator='triangular'), embeddings='given')",
         lambda r: (
             softplus(-0.1 * r.d - kernel_margin(r, "spectral", given=True)) + 0.1 * distance(r, "f(triangular)"),
         ),
@@ -673,7 +673,7 @@ CASES = [
         held=True,
     ),
     Case(
-        "kernel_dpo(divergence='renyi', order=2.0, gamma=0.0, link='linear')",
+        "kernel_dpo(divergence=renyi(order=2.0), gamma=0.0, link='linear')",
         lambda r: (-0.1 * (r.pw - r.pl) + 0.1 * distance(r, "renyi(2.0)"),),
     ),
     Case("kernel_dpo(gamma=0.0, alpha=0.0)", lambda r: (softplus(-0.1 * r.d),), 0.620957, LOG2),

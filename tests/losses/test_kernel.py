@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from prefopt.losses import HMK, KernelDPO, LossSyntaxError, PreferenceBatch, Scores, parse
-from prefopt.losses.divergences import NAMES
-from prefopt.losses.kernel import KERNELS, Kernels, diagonal_precision, spectrum_of, unit
+from prefopt.losses.divergences import NAMES, Divergence, renyi
+from prefopt.losses.kernel_functions import (
+    KERNELS,
+    RBF,
+    Mahalanobis,
+    Polynomial,
+    Spectral,
+    diagonal_precision,
+    spectrum_of,
+    unit,
+)
 from tests.losses.cases import make_batch, random_rows
 
 
@@ -31,16 +40,17 @@ class TestKernels:
     def test_one_at_the_same_vector_and_less_elsewhere(self, name):
         u, v = vectors(seed=0), vectors(seed=1)
         precision = diagonal_precision(torch.cat([u, v]), 0.5)
-        kernels = Kernels()
-        torch.testing.assert_close(kernels.log(name, u, u, precision), torch.zeros(20, dtype=torch.float64))
-        assert (kernels.log(name, u, v, precision) < 0).all()
-        torch.testing.assert_close(kernels.log(name, u, v, precision), kernels.log(name, v, u, precision))
+        kernel = KERNELS[name]()
+        torch.testing.assert_close(kernel.log(u, u, precision), torch.zeros(20, dtype=torch.float64))
+        assert (kernel.log(u, v, precision) < 0).all()
+        torch.testing.assert_close(kernel.log(u, v, precision), kernel.log(v, u, precision))
 
-    @pytest.mark.parametrize("name", KERNELS)
-    def test_far_vectors_do_not_underflow(self, name):
+    @pytest.mark.parametrize(
+        "kernel", [Polynomial(offset=0.0), RBF(0.01), Spectral("1:1e4, 1:2e4"), Mahalanobis()], ids=repr
+    )
+    def test_far_vectors_do_not_underflow(self, kernel):
         u = torch.tensor([[1.0, 0.0]], requires_grad=True)
-        kernels = Kernels(bandwidth=0.01, spectrum=((0.5, 1e4), (0.5, 2e4)), offset=0.0)
-        log_kernel = kernels.log(name, unit(u), unit(torch.tensor([[-1.0, 1e-4]])), torch.full((2,), 1e4))
+        log_kernel = kernel.log(unit(u), unit(torch.tensor([[-1.0, 1e-4]])), torch.full((2,), 1e4))
         log_kernel.sum().backward()
         assert torch.isfinite(log_kernel).all()
         assert float(log_kernel.detach()) < -20
@@ -49,9 +59,8 @@ class TestKernels:
     def test_equal_variances_and_full_shrinkage_are_the_radial_kernel(self):
         u, v = vectors(seed=0), vectors(seed=1)
         spread = vectors(200, seed=2) * torch.linspace(0.1, 3, 6, dtype=torch.float64)
-        kernels = Kernels()
-        radial = kernels.log("rbf", u, v)
-        torch.testing.assert_close(kernels.log("mahalanobis", u, v, diagonal_precision(spread, 1.0)), radial)
+        radial = RBF().log(u, v)
+        torch.testing.assert_close(Mahalanobis().log(u, v, diagonal_precision(spread, 1.0)), radial)
         own = diagonal_precision(spread, 0.1)
         assert (own.diff() < 0).all()  # directions of large variance count less
         assert float(own.mean()) == pytest.approx(1.0)
@@ -79,17 +88,33 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("kernel_dpo(degree=3)", "degree is of the polynomial kernel, this one is rbf"),
-            ("kernel_dpo(kernel='spectral', shrinkage=0.1)", "shrinkage is of the mahalanobis kernel"),
-            ("kernel_dpo(kernel='spectral', spectrum='1:1, 2')", "spectrum holds '2': write weight:rate"),
+            ("kernel_dpo(degree=3)", r"no argument 'degree': write kernel=polynomial\(degree=...\)"),
             (
-                "kernel_dpo(kernel='mahalanobis', shrinkage=0.0)",
+                "kernel_dpo(kernel='spectral', shrinkage=0.1)",
+                r"'shrinkage': write kernel=mahalanobis\(shrinkage=...\)",
+            ),
+            ("kernel_dpo(order=0.5)", r"no argument 'order': write divergence=renyi\(order=...\)"),
+            ("kernel_dpo(divergence='f', f='triangular')", r"no argument 'f': write divergence=f\(...\)"),
+            ("hmk(bandwidth=0.5)", r"no argument 'bandwidth': write rbf=rbf\(bandwidth=...\)"),
+            ("kernel_dpo(kernel=rbf(degree=3))", "rbf has no argument 'degree'. Its arguments: bandwidth=1.0"),
+            ("kernel_dpo(kernel=spectral(spectrum='1:1, 2'))", "spectrum holds '2': write weight:rate"),
+            (
+                "kernel_dpo(kernel=mahalanobis(shrinkage=0.0))",
                 "shrinkage must be a positive finite number of at most 1",
             ),
-            ("kernel_dpo(order=0.5)", "order: the divergence 'kl' takes no order"),
-            ("kernel_dpo(divergence='renyi', order=0)", "order must be a positive finite number"),
-            ("kernel_dpo(divergence='js', f='triangular')", "f: the divergence 'js' takes none"),
-            ("kernel_dpo(kernel='cubic')", "kernel must be 'polynomial' or 'rbf'"),
+            ("kernel_dpo(kernel=polynomial(degree=0))", "degree must be a whole number of at least 1"),
+            ("kernel_dpo(kernel=rbf(bandwidth='1'))", "rbf's bandwidth must be a number, got '1'"),
+            ("kernel_dpo(divergence=renyi(order=0))", "order must be a positive finite number"),
+            ("kernel_dpo(divergence=js(order=2))", "js has no argument 'order'. It takes none"),
+            ("kernel_dpo(divergence=f('cosine'))", "f's generator must be 'forward_kl' or 'total_variation'"),
+            (
+                "kernel_dpo(kernel=cubic(degree=3))",
+                r"expected 'polynomial' or .* or rbf\(bandwidth=1.0\) .*, got 'cubic'",
+            ),
+            ("kernel_dpo(kernel=dpo)", "expected 'polynomial' or 'rbf' .*, got 'dpo'"),
+            ("hmk(rbf=polynomial())", r"expected rbf\(bandwidth=1.0\), got 'polynomial'"),
+            ("rbf(bandwidth=0.5)", "no loss is named 'rbf'"),
+            ("kernel_dpo(kernel='cubic')", r"kernel must be 'polynomial' or 'rbf' .* or rbf\(bandwidth=1.0\)"),
             ("kernel_dpo(link='probit')", "link must be 'logistic' or 'linear'"),
             ("hmk(gamma=0.0)", "gamma must be a positive finite number"),
         ],
@@ -97,6 +122,27 @@ class TestOptions:
     def test_a_bad_one_is_named(self, text, message):
         with pytest.raises(LossSyntaxError, match=message):
             parse(text)
+
+    @pytest.mark.parametrize("kernel", ["polynomial(degree=3)", "rbf(0.5)", "spectral", "mahalanobis(shrinkage=1)"])
+    @pytest.mark.parametrize("divergence", ["renyi(order=2.0)", "f('triangular')", "renyi", "js()"])
+    def test_objects_print_as_the_text_that_makes_them(self, kernel, divergence):
+        for text in (f"kernel_dpo(kernel={kernel}, divergence={divergence})", f"hmk({divergence}, rbf=rbf(0.5))"):
+            loss = parse(text)
+            again = parse(str(loss))
+            assert str(again) == str(loss)
+            assert again.hyperparameters() == loss.hyperparameters()
+
+    def test_a_name_is_the_object_with_its_defaults(self):
+        batch = make_batch(random_rows(3))
+        short = KernelDPO("rbf", "kl")
+        torch.testing.assert_close(
+            KernelDPO(RBF(1.0), Divergence("kl"))(batch).loss, short(batch).loss, rtol=0, atol=0
+        )
+        assert float(KernelDPO(RBF(0.5))(batch).loss) != float(short(batch).loss)
+        assert KernelDPO(divergence="renyi").divergences == KernelDPO(divergence=renyi()).divergences
+        for wrong in ({"kernel": "cubic"}, {"divergence": "cosine"}):
+            with pytest.raises(ValueError, match="must be one of"):
+                KernelDPO(**wrong)
 
     def test_what_is_not_used_is_not_asked_for(self):
         asked = {text: parse(text).needs.words for text in (
@@ -121,7 +167,7 @@ class TestOptions:
             KernelDPO()(replace(batch, **other))
 
     def test_spectra_are_scaled_to_one(self):
-        assert spectrum_of("1:1, 0.5:0.1") == Kernels().spectrum
+        assert spectrum_of("1:1, 0.5:0.1") == ((2 / 3, 1.0), (1 / 3, 0.1))
         assert sum(weight for weight, _ in spectrum_of("3:1,1:2,4:9")) == pytest.approx(1)
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from prefopt.losses import KernelDPO, Need, Scores
+from prefopt.losses import Divergence, KernelDPO, Need, Scores
 from prefopt.losses.scores import EMBEDDINGS
 from prefopt.scoring import Extras, score_rows
 from prefopt.scoring.call import Call
@@ -127,7 +127,7 @@ def test_a_model_whose_head_is_not_a_module_is_refused():
 
 
 def test_the_loss_gets_what_it_asks_for():
-    loss = KernelDPO(divergence="renyi", order=2.0)
+    loss = KernelDPO(divergence=Divergence("renyi", order=2.0))
     extras = extras_for(loss)
     assert extras.hidden
     assert [str(kind) for kind in extras.divergences] == ["renyi(2.0)"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefopt.losses.kernel import KERNELS
+from prefopt.losses.kernel_functions import KERNELS
 from prefopt.losses.scores import EMBEDDINGS
 from tests.trainer.engine_processes import embedded
 from tests.trainer.runs import make_pairs, make_trainer

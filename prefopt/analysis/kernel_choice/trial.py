@@ -19,7 +19,7 @@ from prefopt.analysis.kernel_choice.measures import Triplets
 from prefopt.analysis.kernel_choice.states import Side, States
 from prefopt.losses import Loss, PreferenceBatch, Scores, parse
 from prefopt.losses.divergences import NAMES, divergence, named
-from prefopt.losses.kernel import KERNELS
+from prefopt.losses.kernel_functions import KERNELS
 from prefopt.losses.numerics import masked_mean
 
 PAIRS = tuple((kernel, name) for kernel in KERNELS for name in NAMES)

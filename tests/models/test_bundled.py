@@ -231,13 +231,6 @@ def test_the_first_of_two_conversions_wins(cheap_wheel: list[list[str]], monkeyp
     assert (made / "config.json").is_file()
 
 
-def test_a_missing_gguf_reader_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_hub(monkeypatch, local=None, remote=None, offline=True)
-    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DemoModelError, match="pip install gguf"):
-        resolve_demo_model()
-
-
 # ------------------------------------------------------------------------------------------------ the real thing
 
 

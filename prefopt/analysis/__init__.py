@@ -1,6 +1,6 @@
-"""What can be told of a preference set before a model is trained on it: today, which kernel and divergence suit it.
+"""Analysis of a preference set before training: today, which kernel and divergence suit it.
 
-Sits on top of data, scoring and losses; nothing in these imports it.
+Uses data, scoring and losses; none of these imports it.
 """
 
 from prefopt.analysis.kernel_choice.measures import Distribution, Geometry, Measures, Triplets, measure

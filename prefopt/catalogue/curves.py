@@ -1,10 +1,10 @@
-"""Objectives as curves: loss and gradient against the margin, in a world of one pair.
+"""Objectives as curves: loss and gradient against the margin, for one pair.
 
 Nothing here loads a model or draws; `prefopt.catalogue.plots` does the drawing.
 
-The world: both completions have `TOKENS` tokens. At every position the vocabulary has `VOCABULARY` tokens, which the
-reference finds equally likely; the policy moves probability between the completion's token and all the others alike.
-One log-ratio per completion then settles everything that a loss may ask for (per-token values, largest
+Both completions have `TOKENS` tokens. At every position the vocabulary has `VOCABULARY` tokens, which the
+reference finds equally likely; the policy moves probability between the completion's token and all the others equally.
+One log-ratio per completion then determines everything that a loss may need (per-token values, largest
 log-probabilities, divergences) without contradiction. Columns such as `margin` are 0, the previous iterate is the
 reference, the reference point of `kto` is 0, and prompts and completions share one embedding.
 """
@@ -27,7 +27,7 @@ TOKENS = 40
 VOCABULARY = 8
 POINTS = 161
 SPAN = 40.0
-"""Half the width of the x-axis in nats, unless told otherwise."""
+"""Default of half the width of the x-axis, in nats."""
 
 START = -math.log(VOCABULARY)
 """Log-probability of every token where the policy is the reference."""
@@ -42,11 +42,11 @@ MOVES = {
 
 
 NOISE = 1e-12
-"""Gradients below this are rounding errors of terms that cancel, which no panel should be scaled to."""
+"""Gradients below this are rounding errors of terms that cancel; panels are not scaled to them."""
 
 
 class PlotError(PrefoptError, ValueError):
-    """Something that cannot be drawn, and why."""
+    """An objective or option that cannot be drawn; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Curve:
     gradient: Tensor
 
     def same(self, other: Curve) -> bool:
-        """Whether the two could not be told apart in a picture."""
+        """Whether the two look the same in a picture."""
         pairs = ((self.loss, other.loss), (self.gradient, other.gradient))
         return all(bool(((a - b).abs() <= 1e-6 * (a.abs().max() + 1e-9)).all()) for a, b in pairs)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One colour of the picture.
+    """One line style of the picture.
 
     Attributes:
         names: the expressions whose curves these are; several where they coincide.
@@ -93,12 +93,12 @@ def trace(expressions: Sequence[str], vary: Sequence[str] = ("margin",), span: f
         expressions: loss expressions, as `parse` reads them.
         vary: what to move for losses that look at both completions: "margin" moves the chosen one up by x/2 and the
             rejected one down by x/2, "chosen" and "rejected" move one and hold the other at the reference. A loss
-            on one role is drawn against that role, whatever is asked for.
+            on one role is always drawn against that role.
         span: half the width of the x-axis in nats.
 
     Raises:
         LossSyntaxError: for an expression that cannot be read.
-        PlotError: for one that is no curve in this world, or an axis that is too long for it.
+        PlotError: for one that has no curve here, or an axis that is too long for it.
     """
     if not expressions:
         raise PlotError("name the losses or expressions to plot")
@@ -125,16 +125,16 @@ def trace(expressions: Sequence[str], vary: Sequence[str] = ("margin",), span: f
 
 
 def reach(values: Tensor, origin: float | None = None) -> float:
-    """How far a curve goes from its value at 0, its farthest tenth left out."""
+    """Largest distance of a curve from its value at 0, without the farthest tenth of the points."""
     start = float(values[len(values) // 2]) if origin is None else origin
     return float(torch.quantile((values - start).abs(), 0.9))
 
 
-# ---- the world ---------------------------------------------------------------------------------------------------
+# ---- the pair ----------------------------------------------------------------------------------------------------
 
 
 def _scores(loss: Loss, ratio: Tensor, start: Tensor) -> Scores:
-    """(N,) completions whose log-ratio to the reference is `ratio`, each token's log-probability there `start`."""
+    """(N,) completions with log-ratio `ratio` to the reference, where each token's log-probability is `start`."""
 
     def spread(each: Tensor) -> Tensor:
         return each.unsqueeze(-1).expand(-1, TOKENS)
@@ -167,7 +167,7 @@ def _scores(loss: Loss, ratio: Tensor, start: Tensor) -> Scores:
         token_reverse_kl=spread(p * (token - start) + (1 - p) * (rest - ref_rest)),
         token_divergences=torch.stack([spread(each) for each in divergences], -1) if divergences else None,
         divergences=loss.divergences,
-        # One vector for all, so that no kernel tells a pair's completions apart.
+        # One vector for all, so that kernels do not distinguish the completions of a pair.
         **dict.fromkeys(("hidden", "prompt_hidden", "embedding", "prompt_embedding"), torch.ones(len(ratio), 2)),
         columns={name: torch.zeros_like(ratio) for name in loss.columns},
     )
@@ -181,7 +181,7 @@ def _evaluate(loss: Loss, axis: str, x: Tensor, starts: Tensor | None = None) ->
         _scores(loss, MOVES[axis].get(role, 0.0) * x, usual if starts is None or role != "rejected" else starts)
         for role in ("chosen", "rejected", "sampled", "mismatched")
     )
-    # State (running means, numbered draws) starts anew at every point: what is drawn is the first step.
+    # State (running means, numbered draws) is reset at every point: the picture shows the first step.
     fresh = copy.deepcopy(loss).double()
     output = fresh(PreferenceBatch(chosen, rejected, sampled=sampled, mismatched=mismatched))
     if not output.loss.requires_grad:
@@ -191,7 +191,7 @@ def _evaluate(loss: Loss, axis: str, x: Tensor, starts: Tensor | None = None) ->
 
 
 def _pairs(loss: Loss, axis: str, x: Tensor, alone: bool) -> tuple[Tensor, Tensor]:
-    """(N,) losses and gradients of the pairs at (N,) `x`, each in a batch of its own if `alone`."""
+    """(N,) losses and gradients of the pairs at (N,) `x`, each in its own batch if `alone`."""
     if not alone:
         output, gradient = _evaluate(loss, axis, x)
         if isinstance(loss, WeightedSum):
@@ -200,7 +200,7 @@ def _pairs(loss: Loss, axis: str, x: Tensor, alone: bool) -> tuple[Tensor, Tenso
             terms = [(1.0, output.per_example)]
         parts = [weight * part.detach().reshape(-1, len(x)).mean(0) for weight, part in terms if part is not None]
         values = torch.stack(parts).sum(0)
-        # A loss may make its scalar in some way of its own.
+        # A loss may override how its scalar is computed.
         if torch.isclose(values.mean(), output.loss.detach(), rtol=1e-9):
             return values, gradient * len(x)
     points = [_evaluate(loss, axis, place.reshape(1)) for place in x]
@@ -210,7 +210,7 @@ def _pairs(loss: Loss, axis: str, x: Tensor, alone: bool) -> tuple[Tensor, Tenso
 def _mixes(loss: Loss, axis: str) -> bool:
     """Whether two pairs in one batch get other values or gradients than each has alone."""
     x = torch.tensor([-7.0, 4.0], dtype=torch.float64)
-    # References that rank the two pairs the other way round than x does, so that a sort shows.
+    # The references rank the two pairs in the opposite order of x, so that a sort has an effect.
     starts = torch.tensor([START - 0.05, START], dtype=torch.float64)
     together, slopes = _evaluate(loss, axis, x, starts)
     alone = [_evaluate(loss, axis, x[i : i + 1], starts[i : i + 1]) for i in range(2)]
@@ -223,7 +223,7 @@ def _mixes(loss: Loss, axis: str) -> bool:
 def _held(loss: Loss, axis: str, span: float, mixes: bool) -> bool:
     """Whether the gradient is not the slope of the loss."""
     step = 1e-5 * span
-    # Odd shares of the span, so that hardly any is a kink or a jump.
+    # Uneven shares of the span, so that they rarely hit a kink or a jump.
     x = span * torch.tensor([-0.83, -0.47, -0.29, -0.11, 0.07, 0.23, 0.53, 0.79], dtype=torch.float64)
     _, gradient = _pairs(loss, axis, x, mixes)
     slope = (_pairs(loss, axis, x + step, mixes)[0] - _pairs(loss, axis, x - step, mixes)[0]) / (2 * step)
@@ -231,7 +231,7 @@ def _held(loss: Loss, axis: str, span: float, mixes: bool) -> bool:
 
 
 def _line(text: str, axes: Sequence[str], span: float) -> Line:
-    """The curves of one expression, over its own role if it has but one, else over `axes`."""
+    """The curves of one expression, over its own role if it has only one, else over `axes`."""
     loss = parse(text)
     axes = (loss.roles[0],) if len(loss.roles) == 1 else axes
     limit = min(-START * TOKENS / max(MOVES[axis].values()) for axis in axes)

@@ -1,7 +1,7 @@
 """Title and first author of the papers that the objectives come from, so that a model card can cite them.
 
 Titles are those of `configs/papers/` where there is a file for the paper. The other authors are left to arXiv ("and
-others"): a list that is written down from memory gets somebody wrong. Imports nothing.
+others"): a list from memory would contain mistakes. Imports nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Paper:
     Attributes:
         arxiv: its id; the first two digits are the year.
         author: the first author, family name first.
-        title: of the paper, without the capitals that BibTeX would need.
+        title: of the paper, without the braces that keep capitals in BibTeX.
     """
 
     arxiv: str
@@ -33,7 +33,7 @@ class Paper:
 
     @property
     def key(self) -> str:
-        """What BibTeX knows it by; the id keeps two papers of one author and year apart."""
+        """The BibTeX key; the id distinguishes two papers of one author and year."""
         family = "".join(letter for letter in self.author.partition(",")[0].lower() if letter.isalpha())
         return f"{family}{self.year}_{self.arxiv.replace('.', '_')}"
 
@@ -53,7 +53,7 @@ class Paper:
 
 
 def find(arxiv: str) -> Paper | None:
-    """The paper with this arXiv id; None where the table does not have it, as for losses of other packages."""
+    """The paper with this arXiv id; None if the table does not have it, as for losses of other packages."""
     return PAPERS.get(arxiv)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["SPAN", "Curve", "Line", "PlotError", "draw", "scale_hints", "trace"]
 
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-"""Okabe and Ito's palette, which people with any colour vision can tell apart, less its yellow."""
+"""Okabe and Ito's palette, which is readable with any colour vision, without its yellow."""
 
 DASHES = ("-", "--", "-.", (0, (1.2, 1.2)))
 
@@ -30,7 +30,7 @@ DPI = 110
 
 
 def scale_hints(lines: Sequence[Line]) -> list[str]:
-    """A sentence for every line that is so steep that the others look flat beside it."""
+    """A sentence for every line so steep that the others look flat."""
     hints = []
     for axis in _axes(lines):
         reaches = {line.label: reach(line.curves[axis].loss) for line in lines if axis in line.curves}
@@ -76,7 +76,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 
 def _shrink(path: Path) -> None:
-    """A third of the size for the same picture: line art has few colours."""
+    """Saves the picture at a third of the size: line art has few colours."""
     from PIL import Image  # matplotlib depends on it
 
     with Image.open(path) as image:
@@ -97,13 +97,13 @@ def _x_label(axis: str, lines: Sequence[Line]) -> str:
         letter = {"chosen": "w", "rejected": "l", "sampled": "s"}[axis]
         what, ratio, plain = axis, f"$u_{letter}$", f"change of $p_{letter}$"
         other = {"chosen": "rejected", "rejected": "chosen"}.get(axis)
-        # A loss on this role alone has no other side.
+        # A loss on one role has no other side.
         rest = f", {other} held" if any(len(line.curves) > 1 for line in drawn) else ""
     return f"{what}: " + (f"{ratio} = {plain}" if some and none else ratio if some else plain) + " (nats)" + rest
 
 
 def _limits(curves: Sequence[Tensor], origin: float | None) -> tuple[float, float]:
-    """A y-range that holds the starts of all curves, and the whole of those that are not far steeper than most."""
+    """A y-range with the starts of all curves, and with all of those that are not far steeper than most."""
     reaches = [reach(values, origin) for values in curves]
     typical = median(reaches)
     low, high = (math.inf, -math.inf) if origin is None else (origin, origin)
@@ -121,7 +121,7 @@ def _limits(curves: Sequence[Tensor], origin: float | None) -> tuple[float, floa
 
 
 def _row(left: Axes, right: Axes, axis: str, lines: Sequence[Line]) -> bool:
-    """Draw the two panels of one axis; returns whether a curve leaves them."""
+    """Draw the two panels of one axis; returns whether a curve leaves the panels."""
     drawn = [(place, line) for place, line in enumerate(lines) if axis in line.curves]
     cut = False
     for panel, field, title, origin in (
@@ -172,7 +172,7 @@ def _annotate(figure: Figure, lines: Sequence[Line], cut: bool) -> None:
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    # In the order of the lines, whichever row each is drawn in.
+    # In the order of the lines, for both rows.
     order = [line.label for line in lines]
     figure.legend(
         [handles[label] for label in order],

@@ -1,4 +1,4 @@
-"""What the registry knows of every objective, by family, and as the Markdown tables of the README and the docs.
+"""What the registry knows about every objective, by family, and as Markdown for the README and the docs.
 
 Imports `prefopt.losses` and `prefopt.catalogue.markdown` alone.
 """
@@ -50,7 +50,7 @@ def families() -> list[Family]:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the tables say of a loss, in words."""
+    """The facts about a loss in the tables, in words."""
 
     formula: str
     data: str
@@ -61,13 +61,13 @@ class Facts:
 
 
 def facts(cls: type[Loss]) -> Facts:
-    """What holds for a loss with its default arguments."""
+    """The facts about a loss with its default arguments."""
     if issubclass(cls, Wrapper):
-        inner = DPO() + SFT()  # of which each can be made
+        inner = DPO() + SFT()  # every wrapper accepts it
         own = cls(inner).needs & ~inner.needs
         return Facts(cls.formula, "as its loss", "as its loss", own.words if own else "", cls.trl_name, cls.paper)
     try:
-        # Some declare their needs only when they are made.
+        # Some declare their needs only in the constructor.
         made: Loss | type[Loss] = cls()
     except TypeError:
         made = cls
@@ -111,7 +111,7 @@ def losses_table() -> str:
 
 
 def objectives_table(members: list[type[Loss]]) -> str:
-    """Everything the registry knows of some objectives, for docs/objectives.md."""
+    """Everything the registry knows about some objectives, for docs/objectives.md."""
     rows = []
     for cls in members:
         fact = facts(cls)

@@ -1,1 +1,1 @@
-"""The bundled default job: a small model, a preference set with a rule that a person can see, and its report."""
+"""The bundled default job: a small model, a preference set with a visible rule, and its report."""

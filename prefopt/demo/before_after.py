@@ -1,6 +1,6 @@
 """What the demo shows: greedy answers to held-out prompts before and after training, side by side, and the numbers.
 
-Beside the rule's rate stand the numbers that give an over-optimised run away: empty and one-word answers, and how far
+Next to the rate of the rule are the numbers that reveal an over-optimised run: empty and one-word answers, and how far
 the log-ratios of chosen and rejected answers moved. Nothing here trains.
 """
 
@@ -20,13 +20,14 @@ from prefopt.safety.errors import UsageError
 from prefopt.safety.tables import table
 from prefopt.trainer.metrics import still_reference
 
-# Below this share of chosen answers' own probability, a run has pushed both sides down far beyond telling them apart.
+# Below this share of the chosen answers' probability, a run has pushed both sides down too far.
 CHOSEN_RATIO_ALARM = -10.0
 
 
 @dataclass(frozen=True)
 class AnswerSummary:
-    """Shares (0 to 1) over a set of answers, and their mean length; an unfinished answer counts as long as it got."""
+    """Shares (0 to 1) over a set of answers, and their mean length; unfinished answers count with their length so
+    far."""
 
     rule_rate: float
     unfinished: float
@@ -68,7 +69,7 @@ class PairMetrics:
 
 
 def follows(answer: Answer) -> bool:
-    """Whether an answer follows the rule. An unfinished one follows no rule, whatever its words so far."""
+    """Whether an answer follows the rule. An unfinished one never does."""
     return answer.ended and follows_rule(answer.text)
 
 
@@ -78,7 +79,7 @@ def rule_rate(answers: Sequence[Answer]) -> float:
 
 
 def summarize(answers: Sequence[Answer]) -> AnswerSummary:
-    """The rule's rate together with what a collapse looks like: empty, one-word and unfinished answers."""
+    """The rate of the rule, with signs of a collapse: empty, one-word and unfinished answers."""
     words = [len(answer.text.split()) for answer in answers]
     return AnswerSummary(
         rule_rate=rule_rate(answers),
@@ -125,7 +126,7 @@ def summary_panel(
     before_metrics: PairMetrics | None = None,
     after_metrics: PairMetrics | None = None,
 ) -> Panel:
-    """The numbers before and after, and a warning where they show an over-optimised run."""
+    """The numbers before and after, and a warning if they show an over-optimised run."""
     grid = Table.grid(padding=(0, 3))
     grid.add_column()
     grid.add_column(justify="right")
@@ -148,7 +149,7 @@ def summary_panel(
 
 
 def over_optimisation(after: AnswerSummary, metrics: PairMetrics | None = None) -> list[str]:
-    """Signs that training went past telling the pairs apart; empty for a healthy run."""
+    """Signs of over-optimisation; empty for a healthy run."""
     signs = []
     if after.empty or after.one_word:
         signs.append(

@@ -29,12 +29,12 @@ def load_demo(split: Split) -> Dataset:
 
 
 def heldout_prompts() -> list[Messages]:
-    """The held-out prompts, for greedy answers before and after training; no subject in them is trained on."""
+    """The held-out prompts, for greedy answers before and after training; the training pairs have other subjects."""
     return [row["prompt"] for row in read_rows("heldout")]
 
 
 def read_rows(split: Split) -> list[dict[str, Any]]:
-    """The rows of one split as plain Python, refused if the file is not the one that was shipped."""
+    """The rows of one split as plain Python; an error if the file is not the shipped one."""
     if split not in get_args(Split):
         raise UsageError(f"no demo split {split!r}: there are {' and '.join(get_args(Split))}.")
     file = DATA_FOLDER / f"{split}.jsonl"

@@ -1,7 +1,7 @@
 """The demo's visible rule: answer in one sentence of at most 22 words, without a preamble.
 
-The rule looks at the text alone and needs no model, so a person can check any line of the report by eye. The data, the
-report and the tests use this one definition; whether an answer was finished is the report's business.
+The rule needs only the text and no model, so a person can check any line of the report by eye. The data, the report
+and the tests use this definition. The report checks whether an answer was finished.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PREAMBLES = (
 )
 _PREAMBLE = re.compile(rf"(?:{'|'.join(map(re.escape, PREAMBLES))})\b", re.IGNORECASE)
 
-# A full stop after a title ends no sentence; after the others it ends one where a capital letter follows.
+# A full stop after a title does not end a sentence; after the others it does if a capital letter follows.
 _TITLE = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|St|vs|approx|e\.g|i\.e)\.$")
 _SHORT_FORM = re.compile(r"(?:\b(?:etc|a\.m|p\.m)|\.[A-Z])\.$")
 _END = re.compile(r"[.!?]+[\"')\]\u201d\u2019]*(?=\s|$)")
@@ -72,7 +72,7 @@ def sentences(text: str) -> list[str]:
 
 
 def explain(answer: str) -> list[str]:
-    """What keeps the answer from following the rule, in words; empty when it follows."""
+    """Why the answer does not follow the rule, in words; empty if it does."""
     text = answer.strip().replace("\u2019", "'")
     if not text:
         return ["it is empty"]

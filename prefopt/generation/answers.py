@@ -13,7 +13,7 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Answer:
-    """One greedy answer; `ended` is False where it was still going on at the token limit."""
+    """One greedy answer; `ended` is False if it reached the token limit."""
 
     text: str
     ended: bool
@@ -23,7 +23,7 @@ class Answer:
 def greedy_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 48, batch_size: int = 24
 ) -> list[Answer]:
-    """Answer each prompt greedily, in left-padded batches of similar length; order and settings are kept."""
+    """Answer each prompt greedily, in left-padded batches of similar length; returns them in order."""
     chats = [
         [{"role": "user", "content": p}] if isinstance(p, str) else [dict(message) for message in p] for p in prompts
     ]
@@ -37,7 +37,7 @@ def greedy_answers(
         for at in range(0, len(order), batch_size):
             rows = order[at : at + batch_size]
             batch = [texts[i] for i in rows]
-            # The template has placed the special tokens already.
+            # The template already has the special tokens.
             inputs = tokenizer(batch, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
             out = model.generate(
                 **inputs,

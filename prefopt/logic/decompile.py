@@ -1,4 +1,4 @@
-"""From a loss to its structure: which formula a loss puts odds on, found from its values alone.
+"""From a loss to its structure: the formula behind a loss, computed from its values alone.
 
 A loss is probed at a few dozen random pairs of completions. It has a structure if its values there are a link of
 beta * log(WMC(T) / WMC(B)) - gamma for some rows T and B; all of them are tried, over the policy's predictions, policy
@@ -20,10 +20,10 @@ from prefopt.safety.errors import PrefoptError
 
 PROBES = 48
 EXACT = 1e-7
-"""Largest relative misfit of what counts as equal; the losses themselves clamp probabilities at 1 - 1e-6."""
+"""Largest relative misfit that counts as equal; the losses clamp probabilities at 1 - 1e-6."""
 
 OVER = (MODEL, WITH_REFERENCE, "Ref(l), M(l)", "M(w), Ref(w)")
-"""What structures are looked for over."""
+"""The propositions to try structures over."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Decompiled:
     """A loss as scale * link(beta * log-odds - gamma) of a structure.
 
     Attributes:
-        structure: of those that fit, the one with the most rows: odds do not change when both sides gain rows in
+        structure: the one with the most rows among those that fit: odds do not change when both sides gain rows in
             proportion.
         link: "logistic", "hinge" or "squared", as in `Logic`.
         beta, gamma: as in `Logic`.
-        average: whether log-probabilities are taken per token.
-        scale: what the link's value is multiplied by, as in NPO.
+        average: whether log-probabilities are per token.
+        scale: factor of the link's value, as in NPO.
     """
 
     structure: Structure
@@ -53,14 +53,14 @@ class Decompiled:
 
 
 class NoStructure(PrefoptError, ValueError):
-    """A loss that puts no odds on two propositions, and why."""
+    """A loss without a structure over two propositions; the message gives the reason."""
 
 
 def decompile(loss: Loss) -> Decompiled:
     """The structure of a loss.
 
     Raises:
-        NoStructure: if it has none over the propositions in `OVER`.
+        NoStructure: if it has no structure over the propositions in `OVER`.
     """
     if isinstance(loss, Logic):
         return Decompiled(Structure(loss.T, loss.B, loss.over), loss.link, loss.beta, loss.gamma, loss.average)
@@ -104,7 +104,7 @@ def _probes(loss: Loss) -> PreferenceBatch:
 
 
 def _scales(loss: Loss) -> list[float]:
-    """1, and what a loss of such hyperparameters might be multiplied by."""
+    """1, and other likely factors of a loss with such hyperparameters."""
     numbers = [v for v in loss.hyperparameters().values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
     return list(dict.fromkeys([1.0, *(scale for n in numbers if n > 0 for scale in (n, 1 / n, 2 / n))]))
 
@@ -137,7 +137,7 @@ def _fit(values: Tensor, needs: Need, scale: float) -> Decompiled | None:
 
 
 Found = tuple[int, float, float] | None
-"""Which candidate fits first, with what beta and gamma."""
+"""The first candidate that fits, with its beta and gamma."""
 
 
 def _logistic(values: Tensor, odds: Tensor) -> Found:
@@ -184,6 +184,6 @@ def _first(good: Tensor, beta: Tensor, gamma: Tensor) -> Found:
 
 
 def _tidy(number: float) -> float:
-    """The short decimal that a fitted number stands for."""
+    """The short decimal closest to a fitted number."""
     short = round(number, 6)
     return short + 0.0 if abs(short - number) < 1e-6 * max(1.0, abs(number)) else number

@@ -32,11 +32,11 @@ _BINARY: dict[str, tuple[int, Callable[[bool, bool], bool]]] = {
     "xor": (3, lambda a, b: a != b),
     "and": (4, lambda a, b: a and b),
 }
-"""How tightly each connective binds, and what it means."""
+"""Precedence and meaning of each connective."""
 
 
 class FormulaError(PrefoptError, ValueError):
-    """A formula that cannot be read; the message shows where."""
+    """A formula that cannot be parsed; the message shows where."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Formula:
         return () if self.head in ("true", "false") else (self.head,)
 
     def holds(self, row: Mapping[str, bool]) -> bool:
-        """Whether the formula is true where each atom is as `row` says."""
+        """Whether the formula is true under the truth values in `row`."""
         if self.head in _BINARY:
             left, right = (part.holds(row) for part in self.parts)
             return _BINARY[self.head][1](left, right)
@@ -73,7 +73,7 @@ class Formula:
         return f"not {self.parts[0]._within('not')}" if self.head == "not" else self.head
 
     def _within(self, outer: str) -> str:
-        """As written inside of another formula, in parentheses unless that would say the same."""
+        """Text inside another formula, in parentheses if they are needed."""
         plain = self.head not in _BINARY or (outer == self.head and outer in ("and", "or", "xor"))
         return str(self) if plain else f"({self})"
 
@@ -129,7 +129,7 @@ class _Parser:
         while self.next in _BINARY and (binds := _BINARY[self.next][0]) >= least:
             head = self.next
             self.place += 1
-            # An implication goes to the right: a -> b -> c is a -> (b -> c).
+            # Implication associates to the right: a -> b -> c is a -> (b -> c).
             formula = Formula(head, (formula, self.binary(binds if head == "->" else binds + 1)))
         self.depth -= 1
         return formula

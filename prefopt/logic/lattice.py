@@ -1,4 +1,4 @@
-"""The order of structures, drawn: a line downwards leads to a structure whose loss is never above.
+"""The order of structures, drawn: a line downwards leads to a structure whose loss is never higher.
 
 Imports matplotlib (the `plot` extra) only to draw.
 """
@@ -23,7 +23,7 @@ class LatticeError(PrefoptError, ValueError):
 
 
 def below(structures: list[Structure]) -> dict[Structure, list[Structure]]:
-    """For every structure the ones right below it: none of the others stands between them."""
+    """For every structure the ones directly below it."""
     lower = {s: [t for t in structures if s != t and s.at_least_as_demanding_as(t)] for s in structures}
     return {s: [t for t in mine if not any(t in lower[u] for u in mine)] for s, mine in lower.items()}
 
@@ -35,10 +35,10 @@ def every_structure() -> list[Structure]:
 
 
 def draw(path: Path, everything: bool = False) -> str:
-    """Draw the paper's structures, or all 256 with those marked, and say what was drawn.
+    """Draw the paper's structures, or all 256 with those marked, and return a sentence on what was drawn.
 
     Raises:
-        LatticeError: for an ending that is no picture's, or where matplotlib is missing.
+        LatticeError: if the ending is not an image format, or matplotlib is missing.
     """
     if path.suffix.lower() not in ENDINGS:
         raise LatticeError(f"{path}: write to a file that ends in {', '.join(ENDINGS)}")
@@ -75,7 +75,7 @@ def draw(path: Path, everything: bool = False) -> str:
 def _places(
     structures: list[Structure], covers: dict[Structure, list[Structure]]
 ) -> dict[Structure, tuple[float, float]]:
-    """x and y of every structure: its height is how much it asks for, its level is spread evenly."""
+    """x and y of every structure: its height shows how strict it is, each level is spread evenly."""
     if len(structures) > len(NAMED):
         heights = {s: s.B.count(",") + bool(s.B) - s.T.count(",") - bool(s.T) for s in structures}
     else:

@@ -1,4 +1,4 @@
-"""What `prefopt logic` prints of a structure: formula, truth table, closed form, and its place in the order."""
+"""What `prefopt logic` prints about a structure: formula, truth table, closed form, and its place in the order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefopt.safety.tables import table
 
 
 def explain(found: Decompiled, title: str) -> Group:
-    """Everything known of a loss's structure, for the terminal."""
+    """Everything known about a loss's structure, for the terminal."""
     structure = found.structure
     lines = Text(f"{title}\n", style="bold")
     for label, text in _facts(found):
@@ -61,7 +61,7 @@ def _truth_table(structure: Structure) -> Table:
 
 
 def _place(structure: Structure) -> str:
-    """The named structures above and below, where the propositions are those that names are for."""
+    """The named structures above and below, if names exist for these propositions."""
     if structure.count != 2:
         return ""
     plain = Structure(structure.T, structure.B)

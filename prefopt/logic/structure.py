@@ -1,6 +1,6 @@
-"""Preference structures: what a core formula, a condition and an addition count on either side, and how two compare.
+"""Preference structures: the rows that a core formula, a condition and an addition count on each side.
 
-Imports torch and `prefopt.losses.logic`; sympy only where a formula is made up for rows that have none.
+Imports torch and `prefopt.losses.logic`; sympy only to write a formula for rows that have none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prefopt.safety.errors import UsageError
 class Structure:
     """A preference structure: which rows of the truth table count for the true side, and which for the false one.
 
-    A row in both counts on either side (the addition), a row in neither is ruled out (the condition).
+    A row in both counts on each side (the addition), a row in neither is excluded (the condition).
 
     Attributes:
         T: rows of the true side, such as `11,10`, in falling order.
@@ -44,7 +44,7 @@ class Structure:
 
         Args:
             core: what the models should predict.
-            given: the condition: rows where it is false are ruled out.
+            given: the condition: rows where it is false are excluded.
             also: the addition: rows where it is true count on both sides.
             over: the propositions, where a formula's atoms and their order are not to decide; a proposition of
                 several atoms, `M(w)&Ref(l)`, is then what formulas call by its first atom.
@@ -72,7 +72,7 @@ class Structure:
 
     @property
     def names(self) -> list[str]:
-        """What formulas call the propositions."""
+        """The names of the propositions in formulas."""
         return [part[0] for part in propositions(self.over)]
 
     @property
@@ -95,7 +95,7 @@ class Structure:
 
     @property
     def given(self) -> str:
-        """The condition; empty where no row is ruled out."""
+        """The condition; empty if no row is excluded."""
         if name := name_of_rows(self):
             return _renamed(NAMED[name][1], self.names)
         true, false = self.rows
@@ -103,7 +103,7 @@ class Structure:
 
     @property
     def also(self) -> str:
-        """The addition; empty where no row counts on both sides."""
+        """The addition; empty if no row counts on both sides."""
         if name := name_of_rows(self):
             return _renamed(NAMED[name][2], self.names)
         true, false = self.rows
@@ -120,7 +120,7 @@ class Structure:
         return (1 << (1 << self.count)) - 1
 
     def at_least_as_demanding_as(self, other: Structure) -> bool:
-        """Whether this one's loss is never below the other's, whatever the models predict: fewer true, more false."""
+        """Whether this one's loss is never below the other's, for any prediction: fewer true rows, more false ones."""
         if propositions(self.over) != propositions(other.over):
             return False
         (true, false), (their_true, their_false) = self.rows, other.rows
@@ -183,14 +183,14 @@ def name_of(structure: Structure) -> str:
         for reference in (False, True):
             if named(name, reference) == structure:
                 return f"{name} over policy and reference" if reference else name
-    # The same shape over other propositions: NPO is CPO's with the reference's prediction in the winner's place.
+    # The same shape over other propositions: NPO is CPO's with the reference's prediction for the chosen completion's.
     if name := name_of_rows(structure):
         return f"{name} with {structure.names[0]} for M(w) and {structure.names[1]} for M(l)"
     return ""
 
 
 def name_of_rows(structure: Structure) -> str:
-    """The paper's name for the rows alone, whatever the two propositions are; or ""."""
+    """The paper's name for the rows, for any two propositions; or ""."""
     sides = (structure.T, structure.B)
     return _named_rows().get(sides, "") if structure.count == 2 else ""
 
@@ -230,7 +230,7 @@ def _written(bits: int, count: int) -> str:
 
 
 def _formula(structure: Structure, true: int, free: int) -> str:
-    """A short formula that is true on some rows and whatever it likes on free ones."""
+    """A short formula that is true on some rows and may have any value on free ones."""
     if structure.count == 2 and (found := _familiar(structure, true, free)):
         return found
     from sympy import Symbol
@@ -248,7 +248,7 @@ def _formula(structure: Structure, true: int, free: int) -> str:
 
 
 def _familiar(structure: Structure, true: int, free: int) -> str:
-    """The formula that people would write for two propositions: the first of a list that fits."""
+    """The usual formula for two propositions: the first of a list that fits."""
     w, l = structure.names  # noqa: E741
     shapes = (
         f"{l} -> {w}", w, f"not {l}", f"{w} and not {l}", f"{w} or {l}", f"{w} and {l}", f"{w} xor {l}",
@@ -257,7 +257,7 @@ def _familiar(structure: Structure, true: int, free: int) -> str:
     )  # fmt: skip
     made = {text: rows_of("T", _sides([parse_formula(text), None, None], structure.names)[0], 2) for text in shapes}
     fits = [text for text, rows in made.items() if (rows ^ true) & ~free == 0]
-    # One that claims no more than it must, if there is one.
+    # Prefer one that is true on no free row.
     return next((text for text in fits if made[text] == true), fits[0] if fits else "")
 
 
@@ -266,7 +266,7 @@ def _symbol(part: Iterable[str]) -> str:
 
 
 def _closed(rows: int, symbols: list[str], turned: bool = False) -> str:
-    """A weighted model count as people write it; of the rows or, where shorter, one minus that of the others."""
+    """A weighted model count as text: of the rows or, if shorter, one minus that of the others."""
     if not symbols:
         return "1" if rows else "0"
     half = 1 << (len(symbols) - 1)

@@ -1,4 +1,4 @@
-"""What a loss is: a small module that maps scored completions to a scalar, says what it needs, and adds to others.
+"""What a loss is: a small module that maps scored completions to a scalar, declares its needs, and adds to others.
 
 Lives here: `Need`, `LossOutput`, `Loss`, `PairLoss` and the weighted sum. Imports torch and its neighbours
 (`scores`, `values`, `distributed`); it never sees a model, a trainer or a data set.
@@ -24,7 +24,7 @@ from prefopt.losses.values import values_of
 
 
 class Need(enum.Flag):
-    """What a loss asks of the scorer beyond summed log-probabilities and lengths."""
+    """What a loss needs from the scorer besides summed log-probabilities and lengths."""
 
     NONE = 0
     REFERENCE = enum.auto()
@@ -57,12 +57,12 @@ class Need(enum.Flag):
 
     @property
     def frozen(self) -> bool:
-        """Whether a model beside the policy is kept: the reference, or the previous iterate that it may stand for."""
+        """Whether a second model is needed: the reference or the previous iterate."""
         return self.compares or Need.PREVIOUS in self
 
     @property
     def words(self) -> str:
-        """The needs as people read them: `reference, tokens`."""
+        """The needs as text: `reference, tokens`."""
         return ", ".join(str(need.name).lower() for need in self) or "sums and lengths only"
 
 
@@ -96,7 +96,7 @@ class LossOutput:
         per_example: (N,) values before weighting by `weight` columns; for a pair loss one per pair, for a binary loss
             chosen then rejected. None for a sum whose terms score different numbers of examples.
         metrics: detached per-example values by name, (M,) each, M may differ between names and may be 0. Average them
-            over as many batches and processes as wanted: `mean_metrics` does so for one.
+            over any number of batches and processes; `mean_metrics` averages over one batch.
         terms: of a sum, the weighted value of each term, with gradient; they add up to `loss`.
     """
 
@@ -121,8 +121,8 @@ def arguments_of(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 class Loss(nn.Module):
     """Base of every objective. Subclasses set the class attributes and write `per_example`.
 
-    Constructor arguments are hyperparameters and are kept as attributes of the same name; that is what makes a loss
-    print as the expression that parses back to it. State that a paper calls for belongs in buffers or parameters.
+    Constructor arguments are hyperparameters and are stored as attributes of the same name, so that a loss prints as
+    the expression that parses back to it. State (running means, learned weights) belongs in buffers or parameters.
 
     Class attributes:
         name: the registry name, set by `register`.
@@ -133,12 +133,12 @@ class Loss(nn.Module):
         roles: the roles that `per_example` returns values for, in that order.
         paired: whether chosen and rejected must answer the same prompts row by row.
         columns: numeric data set columns that must be present in every scored role.
-        top_k: how many of the largest log-probabilities `Need.TOP_K` asks for.
-        divergences: which ones `Need.DIVERGENCE` asks for, as `prefopt.losses.divergences` names them.
-        batchwise: whether examples act on one another, through a statistic or a mean over the batch's tokens; None is
-            taken as yes for losses from outside this package.
+        top_k: how many of the largest log-probabilities `Need.TOP_K` supplies.
+        divergences: which ones `Need.DIVERGENCE` supplies, as `prefopt.losses.divergences` names them.
+        batchwise: whether examples act on one another, through a statistic or a mean over the batch's tokens; None
+            counts as True for losses from outside this package.
         by_length: the argument through which completion lengths count beyond averages over tokens, or "".
-        outermost: whether it cannot be a term of a sum, nor stand inside another loss.
+        outermost: whether it cannot be a term of a sum or inside another loss.
     """
 
     name: ClassVar[str] = ""
@@ -161,15 +161,15 @@ class Loss(nn.Module):
 
     @property
     def _label(self) -> str:
-        """What messages and metrics call it: its registered name, else its class's."""
+        """The name in messages and metrics: the registered name, else the class's."""
         return self.name or type(self).__name__
 
     @property
     def separable(self) -> bool:
-        """Whether the loss of a batch of pairs is the mean of the losses of its examples, each on its own.
+        """Whether the loss of a batch of pairs is the mean of the losses of its single examples.
 
-        Not so where examples act on one another, where state moves on with every batch, or where completions are
-        drawn or moved to other prompts. What is separable may be computed in parts.
+        False where examples act on one another, where state changes with every batch, or where completions are
+        sampled or moved to other prompts. A separable loss may be computed in parts.
         """
         parts = [part for part in self.modules() if isinstance(part, Loss)]
         foreign = [part for part in parts if not type(part).__module__.startswith("prefopt.losses.")]
@@ -181,7 +181,7 @@ class Loss(nn.Module):
 
     @abstractmethod
     def per_example(self, batch: PreferenceBatch) -> Tensor:
-        """(N,) loss values: one a pair for paired losses, else those of each role in `roles` in turn."""
+        """(N,) loss values: one per pair for paired losses, else those of each role in `roles` in turn."""
 
     def reward(self, scores: Scores) -> Tensor | None:
         """(N,) implicit reward that this objective gives a completion, or None if it defines none."""
@@ -189,7 +189,7 @@ class Loss(nn.Module):
 
     @property
     def has_reward(self) -> bool:
-        """Whether it, or one of the losses that it is made of, defines `reward`, so that `rewards/...` are logged."""
+        """Whether this loss, or a loss inside it, defines `reward`, so that `rewards/...` are logged."""
         return any(
             type(part).reward is not Loss.reward
             for part in self.modules()
@@ -198,7 +198,7 @@ class Loss(nn.Module):
         )
 
     def needs_of(self, role: str) -> Need:
-        """What has to be known about the completions of one role."""
+        """What the scorer must supply for the completions of one role."""
         if role == "mismatched":
             return self.needs & Need.REFERENCE if Need.MISMATCHED in self.needs else Need.NONE
         return self.needs if role in self.roles else Need.NONE
@@ -208,7 +208,7 @@ class Loss(nn.Module):
 
         Raises:
             ValueError: if a role, a reference or a column that this loss needs is missing from the batch, or if
-                `per_example` returns anything but a value an example.
+                `per_example` does not return one value per example.
         """
         self._check(batch)
         batch = batch.at_least_float32()
@@ -217,7 +217,7 @@ class Loss(nn.Module):
         return LossOutput(weighted.sum() / self._count(values, batch), values, self._metrics(batch))
 
     def _absent(self) -> dict[str, str]:
-        """Fields of the scores that this loss does not ask for, and the need that each comes with."""
+        """Fields of the scores that this loss does not need, and the need that each belongs to."""
         needs = self.needs | (Need.TOKENS if self.needs & PER_TOKEN else Need.NONE)
         absent = {name: need for need, (names, _) in _FIELDS.items() if need not in needs for name in names}
         return {name: f"Need.{need.name}" for name, need in absent.items()}
@@ -404,7 +404,7 @@ class WeightedSum(Loss):
 
 
 def _written(value: Any) -> str:
-    """A hyperparameter as it stands in an expression."""
+    """A hyperparameter as an expression writes it."""
     return str(value) if isinstance(value, Loss) else repr(value)
 
 

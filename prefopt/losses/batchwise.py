@@ -25,12 +25,12 @@ def _smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
 
 
 def match_quantiles(values: Tensor, others: Tensor, counted: Tensor, others_counted: Tensor) -> Tensor:
-    """For each of (N,) `values` the entry of `others` at the same quantile of its own global batch, no gradient.
+    """For each of (N,) `values`, the entry of `others` at the same quantile of its global batch; no gradient.
 
     Args:
         values: (N,) local values.
-        others: (M,) local values of the other kind. Globally equal numbers make this a match by rank.
-        counted: (N,) bool, false for values that take no part (weight 0); they are matched with themselves.
+        others: (M,) local values of the other kind. If N and M are globally equal, this matches by rank.
+        counted: (N,) bool, false for values of weight 0, which are left out; they are matched with themselves.
         others_counted: (M,) bool, the same for `others`.
     """
     everyone = global_concat(values[counted])
@@ -51,7 +51,7 @@ def match_quantiles(values: Tensor, others: Tensor, counted: Tensor, others_coun
 
 @register("aot")
 class AOT(ReferencePairLoss):
-    """Alignment via optimal transport on pairs: sorted margins of the policy against sorted ones of the reference.
+    """Alignment via optimal transport on pairs: sorted margins of the policy against sorted margins of the reference.
 
     loss = mean over ranks i of -log sigmoid(beta (sorted(p_w - p_l)_i - sorted(r_w - r_l)_i))
 
@@ -59,8 +59,8 @@ class AOT(ReferencePairLoss):
         beta: 0.01 in the paper; 0.1 is TRL's default.
         label_smoothing: e in [0, 0.5], as in DPO.
 
-    Needs: reference sums; sorts run over the global batch, so it works better the larger the micro-batch.
-    Limits: a batch of one pair is DPO. Pairs of weight 0 take no part in the sorts.
+    Needs: reference sums; sorts run over the global batch, so it works better with larger micro-batches.
+    Limits: a batch of one pair is DPO. Pairs of weight 0 are left out of the sorts.
     Rewards are DPO's.
     Reference: Melnyk et al. 2024, arXiv 2406.05882, algorithm 2; as TRL's `aot`.
     """
@@ -97,7 +97,7 @@ class AOTUnpaired(Loss):
 
     Needs: reference sums; sorts run over the global batch.
     Classes of different size are matched by quantile. Limits: one chosen and one rejected completion are DPO; the
-        order of the rejected completions does not matter. Completions of weight 0 take no part in the sorts.
+        order of the rejected completions does not matter. Completions of weight 0 are left out of the sorts.
     Reference: Melnyk et al. 2024, arXiv 2406.05882, algorithm 1; as TRL's `aot_unpaired`.
     """
 
@@ -121,8 +121,8 @@ class AOTUnpaired(Loss):
         up, down = batch.chosen.ratios, batch.rejected.ratios
         counted = present(torch.cat([up, down]), self._weights(batch)).bool()
         here, there = counted[: len(up)], counted[len(up) :]
-        # A match may live on another process, where its own gradient is made: each side therefore carries the
-        # gradient of its own completion alone, and twice, since every matched pair is counted on both sides.
+        # A match may be on another process, which computes its own gradient. So each side has the gradient of its
+        # own completion only, and twice, because every matched pair is counted on both sides.
         chosen = up - match_quantiles(up, down, here, there)
         rejected = match_quantiles(down, up, there, here) - down
         values = _smoothed_logistic(self.beta * torch.cat([chosen, rejected]), self.label_smoothing)
@@ -131,7 +131,7 @@ class AOTUnpaired(Loss):
 
 @register("beta_dpo")
 class BetaDPO(ReferencePairLoss):
-    """Beta-DPO: one beta for the batch, larger where its margins are larger, on the pairs whose margins are typical.
+    """Beta-DPO: one beta per batch, larger for larger margins, on the pairs with typical margins.
 
     loss = -log sigmoid(beta_b d) over the selected pairs
     beta_b = max(1e-3, beta (1 + a (mean of selected d - M))), no gradient
@@ -143,12 +143,13 @@ class BetaDPO(ReferencePairLoss):
         a: how strongly beta follows the margins; 0.6 in the paper (from memory), 0 in the official configuration.
         keep: share of the pairs that is drawn; 0.8 in the paper.
         momentum: of the running statistics; 0.9 in the paper.
-        seed: of the draws, which are numbered: a resumed run goes on with the next one.
+        seed: of the draws, which are numbered: a resumed run continues with the next one.
 
     Needs: reference sums; statistics are over the global batch, each process draws from its own pairs.
-    Unselected pairs have value 0 and the selected ones are scaled up, so that the mean is that of the selected. During
-    evaluation nothing is dropped or moved. Limits: a = 0 and keep = 1 is DPO. The official running statistics start at
-    0; here they start at the first batch's, as the official deviation is 0 where the policy is the reference.
+    Unselected pairs have value 0 and the selected ones are scaled up, so that the mean is that of the selected pairs.
+    Evaluation drops nothing and does not change the statistics. Limits: a = 0 and keep = 1 is DPO. The official
+    running statistics start at 0; here they start at the first batch's, because the official deviation is 0 where the
+    policy is the reference.
     Reference: Wu et al. 2024, arXiv 2407.08639, eq. 7 to 9; order of updates as in junkangwu/beta-DPO, trainers.py.
     """
 
@@ -200,8 +201,8 @@ class BetaDPO(ReferencePairLoss):
             return counted.to(d)
         spread = self.margin_std.to(d).clamp(min=1e-6)
         logits = -((d - self.margin_mean.to(d)) ** 2) / (2 * spread**2)
-        # The `count` largest of logit + Gumbel noise are a draw without replacement. Noise goes by rank, so that the
-        # order of the examples does not matter.
+        # The `count` largest of logit + Gumbel noise are a draw without replacement. Noise is assigned by rank, so
+        # that the order of the examples does not matter.
         noise = -torch.empty(len(d), dtype=torch.float64).exponential_(generator=generator).log()
         keys = logits.masked_fill(~counted, -math.inf)
         order = torch.argsort(keys, descending=True)
@@ -214,7 +215,7 @@ class BetaDPO(ReferencePairLoss):
 
 @register("alpha_dpo")
 class AlphaDPO(ReferencePairLoss):
-    """Alpha-DPO: SimPO with a margin of each pair's own, larger where the policy leads the reference by more.
+    """Alpha-DPO: SimPO with a margin for each pair, larger where the policy is further ahead of the reference.
 
     loss = -log sigmoid(beta (a_w - a_l) - gamma - beta alpha Z)
     Z = (m - mean(m)) / std(m), no gradient,  m = u_w / n_w - u_l / n_l, the policy's lead over the reference
@@ -223,13 +224,13 @@ class AlphaDPO(ReferencePairLoss):
         beta: 2.5 in the paper (10 for Gemma-2).
         gamma: SimPO's margin in units of the logit; the paper gives gamma / beta: 0.6 for Llama-3-Instruct, 0.15 for
             Mistral, 0.4 for Gemma-2.
-        alpha: weight of the pair's own margin, 0.05 to 0.2 in the paper. 0 is SimPO.
+        alpha: weight of the margin of each pair, 0.05 to 0.2 in the paper. 0 is SimPO.
         momentum: of the running mean and standard deviation of m.
 
-    Needs: reference sums, lengths; statistics are over the global batch and the run so far. They count the present
-        batch, and stand still during evaluation.
-    Limits: alpha = 0 is SimPO. Not to be mistaken for `alpha_po`.
-    The official running statistics start at 0 and divide by them as they are, which is 0 / 0 where the policy is the
+    Needs: reference sums, lengths; statistics are over the global batch and the run so far. They include the current
+        batch and do not change during evaluation.
+    Limits: alpha = 0 is SimPO. Not to be confused with `alpha_po`.
+    In the official code the running statistics start at 0 and are a divisor, which gives 0 / 0 where the policy is the
     reference; here they start at the first batch's.
     Reference: Wu et al. 2024, arXiv 2410.10148, eq. 11; as junkangwu/alpha-DPO, scripts/dpo_trainer.py.
     """

@@ -26,11 +26,11 @@ class KTO(Loss):
     Args:
         beta: scale of the log-ratios; the paper uses 0.1.
         desirable_weight: weight of chosen completions, 1 in the paper.
-        undesirable_weight: weight of rejected completions, 1 in the paper; where the two classes differ in number, it
-            asks that desirable_weight * N_chosen be 1 to 4/3 times undesirable_weight * N_rejected.
+        undesirable_weight: weight of rejected completions, 1 in the paper; if the two classes differ in number, it
+            recommends desirable_weight * N_chosen of 1 to 4/3 times undesirable_weight * N_rejected.
 
     Needs: reference sums, also of mismatched pairs (completions moved on by one example within the batch).
-    The mean is over all completions of the batch, chosen and rejected alike. Works on pairs too, as 2N examples. A
+    The mean is over all completions of the batch, chosen and rejected. Works on pairs too, as 2N examples. A
     batch without mismatched pairs (a lone example) takes the z0 of the training batch before it, which is saved with
     checkpoints.
     Limits: u = z0 gives weight / 2; the gradient vanishes for very good and very bad examples.
@@ -56,7 +56,7 @@ class KTO(Loss):
         """z0, a scalar without gradient, the same on every process."""
         assert batch.mismatched is not None
         shifts = batch.mismatched
-        # A last batch of one example has no other prompt to be moved to: the batch before it stands in.
+        # A last batch of one example has no other prompt to move to: use the value of the batch before.
         z0 = global_mean(shifts.ratios, shifts.weight, otherwise=self.last_baseline.to(shifts.logps)).clamp(min=0)
         if self.training:
             self.last_baseline.copy_(z0)

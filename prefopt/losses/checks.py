@@ -1,4 +1,4 @@
-"""Checks of hyperparameters, so that a bad value fails where it is written and names the argument."""
+"""Checks of hyperparameters, so that a bad value fails at construction with the name of the argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cringe: learning from bad completions by contrast with what the model would rather have said.
+"""Cringe: learning from bad completions by contrast with tokens that the model finds likely.
 
 At each position t of a rejected completion the token y_t is contrasted with one candidate drawn from the model's own k
 likeliest other tokens: c_t = log(1 + e^(s(y_t) - s(candidate))), s the log-probability (or logit: the normaliser
@@ -23,7 +23,7 @@ from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
 _EVALUATION = -1
-"""Number of the draw that evaluation uses, every time, so that its values can be compared."""
+"""Number of the draw that every evaluation uses, so that evaluations can be compared."""
 
 
 def token_contrast(scores: Scores, k: int, generator: torch.Generator) -> Tensor:
@@ -32,18 +32,18 @@ def token_contrast(scores: Scores, k: int, generator: torch.Generator) -> Tensor
     Args:
         scores: with at least k + 1 `top_logps`, `top_ids`, `token_ids`, `token_logps` and `token_mask`.
         k: number of candidates.
-        generator: CPU generator for the draws. They go to the rows by the order of their log-probabilities, so that
-            the order of the rows does not matter.
+        generator: CPU generator for the draws. They are assigned to the rows by the order of their log-probabilities,
+            so that the order of the rows does not matter.
     """
     assert scores.top_logps is not None
     assert scores.top_ids is not None
     assert scores.token_ids is not None
     assert scores.token_logps is not None
     assert scores.token_mask is not None
-    # Another term of the objective may have asked for more of them.
+    # Another term of the objective may need more of them.
     top_logps, top_ids = scores.top_logps[..., : k + 1], scores.top_ids[..., : k + 1]
     same = top_ids == scores.token_ids.unsqueeze(-1)
-    # Either the token itself is among the k + 1 likeliest, or the last of them is one too many.
+    # Either the token itself is among the k + 1 likeliest, or the last of them is not needed.
     last = torch.zeros_like(same)
     last[..., -1] = ~same.any(-1)
     keys = top_logps.detach().masked_fill(same | last, -math.inf)
@@ -58,7 +58,7 @@ def token_contrast(scores: Scores, k: int, generator: torch.Generator) -> Tensor
 
 
 class _Contrasting(Loss):
-    """What both Cringe losses share: the candidates and their numbered draws."""
+    """The part shared by both Cringe losses: the candidates and their numbered draws."""
 
     k: int
     seed: int
@@ -88,8 +88,8 @@ class Cringe(_Contrasting):
         k: number of candidates; 1 in ParlAI's code, which makes the draw the best other token.
         weight: of the contrast; 1 in ParlAI's code.
         reduction: "mean" per token of each completion, "sum", or "token": all terms over all tokens of the batch, as
-            ParlAI's code has it.
-        seed: of the draws, which are numbered: a resumed run goes on with the next one.
+            in ParlAI's code.
+        seed: of the draws, which are numbered: a resumed run continues with the next one.
 
     Needs: the k + 1 largest log-probabilities at every completion position; no reference. Works on unpaired feedback.
     Gradient flows into the candidate as well, as in the official code. Limits: a tie gives log 2 at a token.
@@ -118,7 +118,7 @@ class Cringe(_Contrasting):
 
 @register("pairwise_cringe")
 class PairwiseCringe(_Contrasting, PairLoss):
-    """Pairwise Cringe: binary Cringe on a pair, faded out as the pair is told apart.
+    """Pairwise Cringe: binary Cringe on a pair, faded out as the model separates the pair.
 
     loss = g (-log pi(y_w|x) / n_w + weight (sum_t c_t) / n_l),  g = sigmoid((margin - (p_w - p_l)) / temperature)
 
@@ -128,7 +128,7 @@ class PairwiseCringe(_Contrasting, PairLoss):
         k: number of candidates of the contrast.
         weight: of the contrast.
         gate_gradient: let gradient flow through the gate. Whether the paper does is unknown.
-        seed: of the draws, which are numbered: a resumed run goes on with the next one.
+        seed: of the draws, which are numbered: a resumed run continues with the next one.
 
     Needs: the k + 1 largest log-probabilities at every completion position; no reference.
     Limits: margin to infinity is binary Cringe on pairs. The paper's margin, temperature and k are unknown to us;

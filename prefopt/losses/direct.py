@@ -26,7 +26,7 @@ def paired_roles(batch: PreferenceBatch) -> tuple[Scores, Scores]:
 
 
 class ReferencePairLoss(PairLoss):
-    """A pair loss whose implicit reward is beta * u; beta is its only hyperparameter unless it says otherwise."""
+    """A pair loss with implicit reward beta * u; beta is its only hyperparameter unless a subclass adds others."""
 
     needs = Need.REFERENCE
 
@@ -85,7 +85,7 @@ class IPO(ReferencePairLoss):
     Args:
         beta: tau in the paper: the target margin is 1 / (2 beta) nats (per token, if averaged). Its meaning differs
             between the two forms: with equal lengths n, averaged with beta is 1/n^2 times summed with beta / n.
-        average: log-ratios per token, as the authors confirmed to be their practice (TRL does the same). False sums
+        average: log-ratios per token, which the authors confirmed as their practice (TRL does the same). False sums
             them, the literal reading of the paper's equation.
 
     Needs: reference sums, lengths.
@@ -113,12 +113,12 @@ class IPO(ReferencePairLoss):
 
 @register("hinge")
 class Hinge(ReferencePairLoss):
-    """Hinge loss on the DPO margin (the form of SLiC that RSO fits with a reference).
+    """Hinge loss on the DPO margin (the form of SLiC that RSO uses with a reference).
 
     loss = relu(1 - beta d)
 
     Args:
-        beta: scale of the margin; pairs with d >= 1 / beta no longer contribute. RSO uses 0.05.
+        beta: scale of the margin; pairs with d >= 1 / beta do not contribute. RSO uses 0.05.
 
     Needs: reference sums.
     Limits: policy = reference gives 1; zero loss and gradient once d >= 1 / beta.
@@ -224,7 +224,7 @@ class NormalizedDPO(ReferencePairLoss):
 
 @register("hdpo")
 class HDPO(ReferencePairLoss):
-    """H-DPO: DPO whose reverse KL weighs the policy's entropy by alpha.
+    """H-DPO: DPO whose reverse KL weights the policy's entropy by alpha.
 
     loss = -log sigmoid(alpha beta (p_w - p_l) - beta (r_w - r_l)),  p = log pi(y|x), r = log ref(y|x)
 
@@ -258,7 +258,7 @@ class HDPO(ReferencePairLoss):
 
 @register("margin_dpo")
 class MarginDPO(ReferencePairLoss):
-    """DPO with a margin for each pair, from a `margin` column of the data (a reward gap, say).
+    """DPO with a margin for each pair, from a `margin` column of the data (a reward gap, for example).
 
     loss = -log sigmoid(beta d - margin)
 
@@ -268,7 +268,7 @@ class MarginDPO(ReferencePairLoss):
     Needs: reference sums, a numeric `margin` column.
     Limits: margin 0 is DPO.
     Reference: Touvron et al. 2023, arXiv 2307.09288, eq. 2 (the margin, in reward modelling); as
-        turbo-llm/turbo-alignment has it for DPO.
+        turbo-llm/turbo-alignment uses it for DPO.
     """
 
     formula = "-log sigmoid(beta*d - margin)"

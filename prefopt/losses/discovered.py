@@ -35,11 +35,11 @@ class DiscoPOP(_Discovered):
 
     Args:
         beta: 0.05 in the paper; 0.1 is TRL's default.
-        tau: temperature of the blend, 0.05 in the paper whatever beta is.
+        tau: temperature of the blend, 0.05 in the paper for every beta.
 
     Needs: reference sums.
     Limits: policy = reference gives (log 2 + 1) / 2. Not convex: at tau = 0.05 it has a local minimum at x = -0.1186
-        and a local maximum at x = 0.0720, between which pairs are pushed the wrong way. x = 0, where a run starts, is
+        and a local maximum at x = 0.0720, and pushes pairs the wrong way between them. x = 0, where a run starts, is
         between them: on the bundled pairs all held-out pairs ended up wrong (docs/notes/claims.md).
     Reference: Lu et al. 2024, arXiv 2406.08414, eq. 5; as TRL's `discopop`.
     """
@@ -67,7 +67,7 @@ class DBAQL(_Discovered):
         beta: 0.05 in the paper.
 
     Needs: reference sums; the variance is unbiased and over the global batch. A lone example has variance 0.
-    The quantile that the found code computes is never used there, and not computed here.
+    The official code computes a quantile that it never uses; it is not computed here.
     Reference: Lu et al. 2024, arXiv 2406.08414, appendix; official code as named in this module.
     """
 

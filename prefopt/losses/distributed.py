@@ -44,7 +44,7 @@ def global_mean(values: Tensor, weights: Tensor | None = None, otherwise: Tensor
     Args:
         values: (N,), N may differ between processes and may be 0.
         weights: (N,) non-negative example weights; equal weights if None.
-        otherwise: what to return where no process has an example.
+        otherwise: what to return if no process has an example.
     """
     weights = values.new_ones(values.shape) if weights is None else weights.to(values.dtype)
     total, count = global_sum((values * weights).sum()), global_sum(weights.sum())
@@ -52,7 +52,7 @@ def global_mean(values: Tensor, weights: Tensor | None = None, otherwise: Tensor
 
 
 def present(values: Tensor, weights: Tensor | None) -> Tensor:
-    """(N,) 1 for every example that takes part, 0 for those of weight 0, in the type of `values`."""
+    """(N,) 1 for every example with a weight above 0, else 0, in the type of `values`."""
     return torch.ones_like(values) if weights is None else (weights > 0).to(values)
 
 
@@ -84,7 +84,7 @@ def global_moments(values: Tensor, weights: Tensor | None = None) -> tuple[Tenso
         weights: (N,) non-negative; an example of weight 0 counts as absent. Equal weights if None.
 
     Returns:
-        Three scalars. One example alone has variance 0, with gradient 0.
+        Three scalars. A single example has variance 0, with gradient 0.
     """
     weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
     count, squares = global_sum(weights.sum()), global_sum((weights**2).sum())

@@ -1,8 +1,8 @@
 """Divergences between the policy's and the reference's next-token distributions, and their slopes.
 
 Lives here: the divergences of DPO-Kernels by name, as functions of (..., V) log-probabilities. The scorer computes
-them chunk by chunk and pulls gradients back with `slope`; in a loop of your own `divergence` is differentiable as it
-is. Imports torch alone. p is the policy's distribution, r the reference's.
+them chunk by chunk and pulls gradients back with `slope`; in your own loop, `divergence` is
+differentiable. Imports torch alone. p is the policy's distribution, r the reference's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ DivergenceName = Literal["kl", "js", "hellinger", "renyi", "bhattacharyya", "was
 Generator = Literal["forward_kl", "total_variation", "triangular"]
 NAMES: tuple[str, ...] = get_args(DivergenceName)
 GENERATORS: tuple[str, ...] = get_args(Generator)
-"""The functions that "f" knows: f(t) = -log t, |t - 1| / 2 and (t - 1)^2 / (2 (t + 1))."""
+"""The generators of "f": f(t) = -log t, |t - 1| / 2 and (t - 1)^2 / (2 (t + 1))."""
 
 _TEXT = re.compile(r"(?P<name>[a-z]+)(?:\((?P<argument>[^()]+)\))?")
 _SAME = 32.0
-"""Cumulated probabilities that differ by fewer units of rounding than this are the same."""
+"""Cumulated probabilities that differ by fewer units of rounding than this count as equal."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def _without_parameters(name: str) -> Callable[[], Divergence]:
 
 
 def named(text: str) -> Divergence:
-    """The divergence that `str` wrote: `kl`, `renyi(0.9)`, `f(triangular)`.
+    """The divergence from its text form: `kl`, `renyi(0.9)`, `f(triangular)`.
 
     Raises:
-        ValueError: if there is no such divergence.
+        ValueError: if the text names no divergence.
     """
     found = _TEXT.fullmatch(text)
     name, argument = (text, None) if found is None else found.group("name", "argument")
@@ -103,7 +103,7 @@ def named(text: str) -> Divergence:
 
 
 def divergence(kind: Divergence, log_p: Tensor, log_r: Tensor) -> Tensor:
-    """(...) D(p || r) of (..., V) log-probabilities, in nats where it has a unit, differentiable in both.
+    """(...) D(p || r) of (..., V) log-probabilities, in nats if it has a unit, differentiable in both.
 
     kl             sum p log(p/r)
     js             (KL(p||m) + KL(r||m)) / 2, m = (p + r)/2; at most log 2
@@ -112,8 +112,8 @@ def divergence(kind: Divergence, log_p: Tensor, log_r: Tensor) -> Tensor:
     bhattacharyya  -log sum sqrt(p r)
     wasserstein    the cost of moving p onto r along a line on which tokens stand in the order of the reference's
                    probability, the k-th likeliest at log k: sum_k |P_k - R_k| log((k+1)/k), P and R cumulated. Where
-                   probabilities fall with rank as Zipf's law has it, that is distance in surprisal, but no two
-                   tokens share a place, so it is 0 for equal distributions alone. Its slope at 0 is taken as 0.
+                   probabilities fall with rank as in Zipf's law, that is distance in surprisal. No two tokens
+                   share a place, so it is 0 only for equal distributions. Its slope at 0 is set to 0.
     f              sum r f(p/r) with f of `GENERATORS`: KL(r||p), total variation, or half of sum (p-r)^2 / (p+r)
     """
     match kind.name:
@@ -123,7 +123,7 @@ def divergence(kind: Divergence, log_p: Tensor, log_r: Tensor) -> Tensor:
             middle = torch.logaddexp(log_p, log_r) - math.log(2)
             return (_kl(log_p, middle) + _kl(log_r, middle)) / 2
         case "hellinger":
-            # By way of expm1: 1 - sum sqrt(pr) loses everything where the two are close.
+            # With expm1, because 1 - sum sqrt(pr) loses all digits where the two are close.
             return -torch.expm1(_overlap(log_p, log_r, 0.5))
         case "bhattacharyya":
             return -_overlap(log_p, log_r, 0.5)
@@ -162,7 +162,7 @@ def slope(kind: Divergence, log_p: Tensor, log_r: Tensor) -> Tensor:
         case "wasserstein":
             gaps, spacing, order = _cumulated(log_p, log_r)
             steps = gaps.sign() * spacing
-            # What a token's mass adds to every place from its own on.
+            # What a token's mass adds at its own place and at every later one.
             onwards = steps.flip(-1).cumsum(-1).flip(-1)
             raw = p * torch.zeros_like(p).scatter(-1, order, onwards)
         case _:
@@ -198,8 +198,8 @@ def _weighted(log_p: Tensor, log_r: Tensor, order: float) -> Tensor:
 
 def _overlap(log_p: Tensor, log_r: Tensor, order: float) -> Tensor:
     """(...) log sum p^a r^(1-a), 0 where the distributions are equal."""
-    # Of distributions that are close the sum is 1 but for what rounding over a vocabulary takes: what is missing of 1
-    # is summed instead, sum p ((r/p)^(1-a) - 1).
+    # For close distributions the sum is 1 up to rounding over the vocabulary. So sum the difference from 1 instead,
+    # sum p ((r/p)^(1-a) - 1).
     tilt = -(1 - order) * _gap(log_p, log_r)
     near = tilt < 1
     small = log_p.exp() * torch.expm1(torch.where(near, tilt, torch.zeros_like(tilt)))
@@ -217,7 +217,7 @@ def _cumulated(log_p: Tensor, log_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gaps = (log_p.exp() - log_r.exp()).gather(-1, order).cumsum(-1)
     gaps = torch.where(gaps.abs() <= _SAME * torch.finfo(gaps.dtype).eps, torch.zeros_like(gaps), gaps)
     ranks = torch.arange(1, log_p.shape[-1] + 1, dtype=gaps.dtype, device=gaps.device)
-    # Behind the last place there is none, and both sums are 1.
+    # There is no place after the last one, and both sums are 1.
     spacing = torch.log1p(1 / ranks)
     spacing[-1] = 0
     return gaps, spacing, order

@@ -1,4 +1,4 @@
-"""The kind of error that losses raise with a text for the user. It imports nothing."""
+"""The errors of losses that are meant for the user. Imports nothing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Plain likelihood of the chosen completions: the supervised term of hybrid objectives.
 
-Three normalisations exist under one name in the literature; with unequal lengths they are different objectives, so the
+The literature has three normalisations under one name. With unequal lengths they are different objectives, so the
 choice is an argument here.
 """
 
@@ -32,7 +32,7 @@ def reduce_tokens(sums: Tensor, lengths: Tensor, how: str, weights: Tensor | Non
         sums: (N,) sums over completion tokens.
         lengths: (N,) numbers of completion tokens.
         how: "mean" per token of the example, "sum", or "token": scaled so that the mean over the examples of all
-            processes, which every loss takes, is the mean over their tokens.
+            processes, which every loss takes, equals the mean over their tokens.
         weights: (N,) example weights or None; an example of weight 0 counts as absent.
     """
     if how == "mean":

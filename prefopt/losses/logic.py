@@ -26,10 +26,10 @@ MODEL = "M(w), M(l)"
 """The policy predicts the chosen completion; it predicts the rejected one."""
 
 WITH_REFERENCE = "M(w)&Ref(l), M(l)&Ref(w)"
-"""The same of policy and reference together: what makes a structure's reference-free loss into its DPO-like one."""
+"""The same for policy and reference together: turns a structure's reference-free loss into its DPO-like loss."""
 
 MOST = 6
-"""Propositions that a structure may have; its rows double with each."""
+"""Maximum number of propositions of a structure; each doubles its rows."""
 
 _SOURCES = {"M": "logps", "Ref": "ref_logps", "Prev": "prev_logps"}
 _ROLES = {"w": "chosen", "l": "rejected", "s": "sampled"}
@@ -40,7 +40,7 @@ def propositions(over: str) -> tuple[tuple[str, ...], ...]:
     """The atoms of every proposition in a text such as `M(w)&Ref(l), M(l)&Ref(w)`.
 
     Raises:
-        ValueError: naming what is no atom, or an atom that two propositions share: they would not be independent.
+        ValueError: naming what is not an atom, or an atom that two propositions share: they would not be independent.
     """
     found = tuple(tuple(atom.strip() for atom in part.split("&")) for part in over.split(","))
     atoms = [atom for part in found for atom in part]
@@ -59,7 +59,7 @@ def propositions(over: str) -> tuple[tuple[str, ...], ...]:
 
 
 def rows_of(name: str, text: str, count: int) -> int:
-    """A set of truth-table rows as bits, from text such as `11,10`: bit i stands for the row that spells i in binary.
+    """A set of truth-table rows as bits, from text such as `11,10`: bit i is the row that spells i in binary.
 
     Raises:
         ValueError: naming the row that does not have one 0 or 1 for each of the `count` propositions.
@@ -73,10 +73,10 @@ def rows_of(name: str, text: str, count: int) -> int:
 
 
 def log_count(rows: int, log_weights: list[Tensor]) -> Tensor | float:
-    """Logarithm of a weighted model count, (N,); plain 0 or -inf where it is 1 or 0 whatever the weights.
+    """Logarithm of a weighted model count, (N,); plain 0 or -inf where it is 1 or 0 for all weights.
 
     The sum over the rows of the product of w_i where proposition i is true and 1 - w_i where it is not, expanded one
-    proposition at a time, so that what does not depend on a proposition never mentions it: the closed form.
+    proposition at a time, so that a part that does not depend on a proposition never contains it: the closed form.
 
     Args:
         rows: bits as from `rows_of`.
@@ -103,26 +103,26 @@ class Logic(PairLoss):
     loss = -log sigmoid(beta rho - gamma),  rho = log WMC(T) - log WMC(B)
 
     WMC(S) sums, over the rows of S, the product of each proposition's probability where the row has a 1 and of its
-    complement where it has a 0. Rows in both T and B are compatible with either side, rows in neither are ruled out.
-    With two propositions there are 256 structures. `prefopt.logic.from_formula` makes one from a formula,
+    complement where it has a 0. Rows in both T and B are compatible with either side; rows in neither are excluded.
+    With two propositions there are 256 structures. `prefopt.logic.from_formula` makes a loss from a formula;
     `prefopt logic` explains one.
 
     Args:
         T: rows of the true side, such as "11,10". The default is cCPO: not (rejected without chosen), given either.
         B: rows of the false side.
         over: the propositions, in the order of a row's digits. M(w), M(l), M(s): the policy predicts the chosen, the
-            rejected, a sampled completion; Ref(...), Prev(...) likewise; & joins atoms to one proposition.
+            rejected, a sampled completion; Ref(...), Prev(...) likewise; & joins atoms into one proposition.
         beta: scale of the log-odds.
         gamma: target margin in units of the logit; SimPO's is 1.
         link: "logistic"; "hinge" is relu(1 - (beta rho - gamma)); "squared" is (rho - gamma - 1/(2 beta))^2.
-        average: take log-probabilities per token. Summed ones of long completions are so low that every complement is
-            1, and its gradient 0.
+        average: use log-probabilities per token. Sums of long completions are so low that every complement is 1
+            and has gradient 0.
 
-    Needs: sums and lengths; reference, previous iterate or samples where `over` mentions them.
+    Needs: sums and lengths; reference, previous iterate or samples if `over` mentions them.
     Limits: T="11,10", B="11,01" is `cpo` if not averaged, `simpo` if averaged, `dpo` over M(w)&Ref(l), M(l)&Ref(w);
         T="10", B="01" is `orpo`; T="10", B="11,01,00" with beta = 1 is `asft`. More rows in T or fewer in B never
         raise the loss.
-    Numerics: complements are taken of probabilities up to 1 - 1e-6; everything stays in log space.
+    Numerics: probabilities are clamped to 1 - 1e-6 before complements; everything stays in log space.
     Reference: Richardson et al. 2024, arXiv 2412.17696, from memory; the authors' code was not found. The two-sided
         count is theirs; the links but the first, gamma and previous iterates are ours.
     """
@@ -160,7 +160,7 @@ class Logic(PairLoss):
         self.roles = tuple(role for role in ROLES if role in used)
 
     def reward(self, scores: Scores) -> Tensor:
-        """beta times the log-probability, relative to the reference where the structure mentions it."""
+        """beta times the log-probability, relative to the reference if the structure mentions it."""
         logps = scores.ratios if Need.REFERENCE in self.needs else scores.logps
         return self.beta * (logps / scores.lengths.clamp(min=1) if self.average else logps)
 
@@ -174,7 +174,7 @@ class Logic(PairLoss):
 
     def _log_weight(self, batch: PreferenceBatch, source: str, role: str) -> Tensor:
         scores = batch.role(_ROLES[role])
-        assert scores is not None  # `_check` has seen to that
+        assert scores is not None  # `_check` made sure of it
         logps: Tensor = getattr(scores, _SOURCES[source])
         return logps / scores.lengths.clamp(min=1) if self.average else logps
 
@@ -182,14 +182,14 @@ class Logic(PairLoss):
         """(N,) log WMC(T) - log WMC(B).
 
         Raises:
-            ValueError: if either side is empty, so that the loss would be infinite or 0 whatever the models predict.
+            ValueError: if either side is empty, so that the loss would be infinite or 0 for all predictions.
         """
         if not self._true or not self._false:
             side, what = ("T", "infinite") if not self._true else ("B", "0")
             raise LossError(f"{self} has no row in {side}: the loss is {what} whatever the models predict")
         weights = self.log_weights(batch)
         odds = log_count(self._true, weights) - log_count(self._false, weights)
-        # Two sides that both hold every row, or the same rows, differ by nothing.
+        # Two sides with the same rows have equal counts.
         return odds if isinstance(odds, Tensor) else weights[0] * 0 + odds
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
@@ -207,7 +207,7 @@ def _structure(T: str, B: str, beta: float, reference: bool) -> Loss:
 
 @preset("ccpo", paper="2412.17696")
 def ccpo(beta: float = 1.0, reference: bool = False) -> Loss:
-    """Constrained CPO: not the rejected completion without the chosen one, where either is predicted.
+    """Constrained CPO: not the rejected completion without the chosen one, given that one of them is predicted.
 
     Odds P/(Q(1-P)), P and Q per token; with `reference` over policy and reference together, summed. Richardson et al.
     2024, from memory.
@@ -219,7 +219,7 @@ def ccpo(beta: float = 1.0, reference: bool = False) -> Loss:
 def uncpo(beta: float = 1.0, reference: bool = False) -> Loss:
     """Unconstrained CPO: not the rejected completion without the chosen one. With beta = 1, -log(1 - Q(1-P)).
 
-    Satisfied where neither completion is predicted, so it asks little of the chosen one. Richardson et al. 2024, from
+    Satisfied if neither completion is predicted, so it asks little of the chosen one. Richardson et al. 2024, from
     memory.
     """
     return _structure("11,10,00", "01", beta, reference)
@@ -236,7 +236,7 @@ def ceunl(beta: float = 1.0, reference: bool = False) -> Loss:
 
 @preset("funl", paper="2412.17696")
 def funl(beta: float = 1.0, reference: bool = False) -> Loss:
-    """Not the rejected completion, whatever the chosen one's probability: odds (1-Q)/Q.
+    """Not the rejected completion, for any probability of the chosen one: odds (1-Q)/Q.
 
     Our reading of the fUNL of Richardson et al. 2024.
     """
@@ -245,7 +245,7 @@ def funl(beta: float = 1.0, reference: bool = False) -> Loss:
 
 @preset("qfunl", paper="2412.17696")
 def qfunl(beta: float = 1.0, reference: bool = False) -> Loss:
-    """Not the rejected completion, both together ruled out: odds (1-Q)/(Q(1-P)).
+    """Not the rejected completion, with both together excluded: odds (1-Q)/(Q(1-P)).
 
     An uncertain reading of the qfUNL of Richardson et al. 2024.
     """
@@ -254,7 +254,7 @@ def qfunl(beta: float = 1.0, reference: bool = False) -> Loss:
 
 @preset("cfunl", paper="2412.17696")
 def cfunl(beta: float = 1.0, reference: bool = False) -> Loss:
-    """Not the rejected completion, where either is predicted: odds P(1-Q)/Q.
+    """Not the rejected completion, given that one of them is predicted: odds P(1-Q)/Q.
 
     An uncertain reading of the cfUNL of Richardson et al. 2024.
     """

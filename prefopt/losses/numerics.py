@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 EXP_CAP = 30.0
-"""Where `capped_exp` goes on as a straight line: e^30 = 1e13 is far beyond any useful loss and far below overflow."""
+"""Where `capped_exp` continues as a straight line: e^30 = 1e13 is far above any useful loss and far below overflow."""
 
 NEAR_CERTAIN = -1e-6
-"""Largest per-token log-probability that odds are taken of; log-odds there are 13.8."""
+"""Largest per-token log-probability for odds; the log-odds there are 13.8."""
 
 
 def capped_exp(x: Tensor, cap: float = EXP_CAP) -> Tensor:
-    """e^x up to `cap`, its tangent beyond: increasing and convex everywhere, finite for any finite x."""
+    """e^x up to `cap`, its tangent above: increasing and convex everywhere, finite for any finite x."""
     return torch.exp(x.clamp(max=cap)) * (1 + (x - cap).clamp(min=0))
 
 
 def capped_expm1(x: Tensor, cap: float = EXP_CAP) -> Tensor:
-    """e^x - 1 up to `cap`, its tangent beyond; accurate near 0, where subtracting 1 from e^x loses everything."""
+    """e^x - 1 up to `cap`, its tangent above; accurate near 0, where subtracting 1 from e^x loses everything."""
     return torch.expm1(x.clamp(max=cap)) + math.exp(cap) * (x - cap).clamp(min=0)
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, accurate at both ends (Maechler 2012); x is taken as at most `NEAR_CERTAIN`."""
+    """log(1 - e^x) for x < 0, accurate at both ends (Maechler 2012); x is clamped to at most `NEAR_CERTAIN`."""
     x = x.clamp(max=NEAR_CERTAIN)
-    # Each branch is fed values it is finite at: the gradient of the branch not taken must not be NaN.
+    # Each branch gets values where it is finite: the gradient of the unused branch must not be NaN.
     near = torch.log(-torch.expm1(x.clamp(min=-math.log(2))))
     far = torch.log1p(-torch.exp(x.clamp(max=-math.log(2))))
     return torch.where(x > -math.log(2), near, far)
@@ -44,7 +44,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def numbered_generator(*numbers: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but `numbers`, so that a count is all there is to save and restore."""
+    """A CPU generator that depends only on `numbers`, so that saving a count is enough to restore it."""
     state = 0
     for number in numbers:
         # One step of a 64-bit linear congruential generator mixes each number in.

@@ -1,4 +1,4 @@
-"""Terms of online and iterative methods: what acts on the previous policy, or on completions the policy just drew.
+"""Terms of online and iterative methods: they use the previous policy, or completions that the policy just sampled.
 
 Symbols as in `direct`; q = log-probability under the previous iterate.
 """
@@ -30,7 +30,7 @@ class INPO(PairLoss):
 
     Needs: sums under the reference and under the previous iterate, from which both completions should be drawn.
     Limits: tau = eta, and the first iteration (previous = reference), are IPO(eta, average=False); tau = 0 is IPO
-        against the previous iterate. Too small an eta need not converge.
+        against the previous iterate. With too small an eta it need not converge.
     Rewards: eta h, so that the reward margin's target is 1/2.
     Reference: Zhang et al. 2024, arXiv 2407.00617, eq. 9; as yale-nlp/COMAL, losses.py (nash_loss).
     """
@@ -62,11 +62,11 @@ class KLOnline(Loss):
     gradient of stop_gradient(u - b) log pi(y|x);  the value is the estimate u itself
 
     Args:
-        baseline: b: "leave_one_out", the mean u of the batch's other samples, or "none". It usually
-            lowers the variance and leaves the mean gradient as it is.
+        baseline: b: "leave_one_out", the mean u of the batch's other samples, or "none". A baseline
+            usually lowers the variance and does not change the mean gradient.
 
     Needs: reference sums of the sampled role: completions drawn from the current policy at temperature 1.
-    Differentiating the sample mean of u instead would have an expected gradient of 0. A lone sample has no baseline.
+    Differentiating the sample mean of u instead would have an expected gradient of 0. A single sample has no baseline.
     Reference: Song et al. 2024, arXiv 2406.01462, algorithm 1 (from memory; the paper's repository could not be
         read). Leave-one-out as in Ahmadian et al. 2024, arXiv 2402.14740, here over the samples of the batch.
     """
@@ -100,11 +100,11 @@ class KLPrior(Loss):
     loss = K_i per example, K_i = max(0, mean over completion positions of KL(ref || pi))
 
     Args:
-        reduction: "sum" over the examples of the batch of all processes, as the official code does (on one) beside a
-            likelihood that is a mean, or "mean".
+        reduction: "sum" over the examples of the batch of all processes, as the official code does (on one process)
+            beside a likelihood that is a mean, or "mean".
 
     Needs: the full next-token distributions of policy and reference on the chosen completions.
-    The official code computes the forward direction and takes positions without the usual shift by one; here
+    The official code computes the forward direction and uses positions without the usual shift by one; here
     completion positions count. Limits: policy = reference gives 0.
     Reference: Mukobi et al. 2023, arXiv 2310.16763, section 3; as openfeedback/superhf, src/superhf/training.py.
     """

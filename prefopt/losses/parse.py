@@ -2,7 +2,7 @@
 
 The text is Python's expression syntax, read with `ast` and walked by a whitelist: registered names, calls of them,
 numbers, strings, + - * / and parentheses. An argument whose type has `choices()`, such as a kernel, can be a call of
-one of them: `kernel_dpo(kernel=rbf(bandwidth=0.5))`. Nothing is ever evaluated.
+one of them: `kernel_dpo(kernel=rbf(bandwidth=0.5))`. Nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prefopt.losses.errors import LossError
 from prefopt.losses.registry import arguments_of, available, describe_arguments, makers
 
 MAX_LENGTH = 2000
-"""Longest accepted expression, in characters; real ones are a tenth of it."""
+"""Longest accepted expression, in characters; real ones have a tenth of that."""
 
 MAX_NUMBER = 10**300
 """Largest whole number in an expression, well within what a float can hold."""
@@ -32,7 +32,7 @@ class LossSyntaxError(LossError):
 
     Attributes:
         text: the expression.
-        column: where the trouble starts, counted from 1.
+        column: where the error starts, counted from 1.
     """
 
     def __init__(self, message: str, text: str, column: int, width: int = 1):
@@ -58,7 +58,7 @@ def parse(text: str) -> Loss:
     """
     if not isinstance(text, str):
         raise TypeError(f"a loss expression is a string, got {type(text).__name__}")
-    # YAML block scalars put line breaks into an expression; columns stay right because lengths do.
+    # YAML block scalars put line breaks into an expression; columns stay right because lengths do not change.
     text = text.replace("\r", " ").replace("\n", " ").replace("\t", " ")
     if not text.strip():
         raise LossSyntaxError(f"the expression is empty; registered losses: {', '.join(available())}", text, 1)
@@ -87,7 +87,7 @@ def parse(text: str) -> Loss:
 
 
 class _Reader:
-    """Walks the syntax tree of one expression and knows where each node stands in the text."""
+    """Walks the syntax tree of one expression and knows the position of each node in the text."""
 
     def __init__(self, text: str, indent: int):
         self.text = text
@@ -254,7 +254,7 @@ def _choices(hint: Any) -> dict[str, Callable[..., Any]]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a parsed constant is of the annotated type. ints pass for floats, bools for neither."""
+    """Whether a parsed constant is of the annotated type. An int is accepted as a float, a bool as neither."""
     if hint is Any:
         return True
     origin = get_origin(hint)

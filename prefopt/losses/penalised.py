@@ -51,13 +51,13 @@ class DPOP(ReferencePairLoss):
 
 @register("rdpo")
 class RDPO(ReferencePairLoss):
-    """R-DPO: DPO for a reward that is charged alpha per token.
+    """R-DPO: DPO for a reward with a penalty of alpha per token.
 
     loss = -log sigmoid(beta d + alpha (n_w - n_l))
 
     Args:
         beta: as in DPO.
-        alpha: price of a token; 0.005 to 0.01 for dialogue, 0.2 to 0.5 for summaries.
+        alpha: penalty per token; 0.005 to 0.01 for dialogue, 0.2 to 0.5 for summaries.
 
     Needs: reference sums, lengths.
     The length term enters with plus: a longer chosen answer is partly explained by its length, so its gradient is
@@ -82,7 +82,7 @@ class RDPO(ReferencePairLoss):
 
 @register("ld_dpo")
 class LDDPO(ReferencePairLoss):
-    """LD-DPO: tokens beyond the shorter completion's length count alpha.
+    """LD-DPO: tokens past the length of the shorter completion have weight alpha.
 
     loss = -log sigmoid(beta d'), d' being d with per-token log-ratios weighted 1 up to min(n_w, n_l), alpha after
 
@@ -128,13 +128,13 @@ class ChiPO(ReferencePairLoss):
 
     Args:
         beta: as in DPO; the paper's theory allows small values.
-        clip: 2 R_max, the largest reward difference thought possible; None does not clip. A clipped pair has no
+        clip: 2 R_max, the largest reward difference considered possible; None does not clip. A clipped pair has no
             gradient.
 
     Needs: reference sums.
-    e^u is continued along its tangent beyond u = 20, as summed log-ratios of long completions overflow it. Limits: for
-    u << 0 the link is DPO's. The author of huggingface/trl pull request 3573 could not reproduce the paper's gains.
-    The clip is from memory of the paper; neither that pull request nor another public copy has it.
+    e^u is continued along its tangent beyond u = 20, because summed log-ratios of long completions overflow it.
+    Limits: for u << 0 the link is DPO's. The author of huggingface/trl pull request 3573 could not reproduce the
+    paper's gains. The clip is from memory of the paper; neither that pull request nor another public copy has it.
     Reference: Huang et al. 2024, arXiv 2407.13399, eq. 5 and algorithm 1.
     """
 
@@ -165,8 +165,8 @@ class FDPO(ReferencePairLoss):
         beta: as in DPO.
         divergence: "reverse_kl" (DPO), "forward_kl", "js" (Jensen-Shannon) or "alpha".
         alpha: coefficient of the alpha divergence; unused by the others. Towards 1 it is the reverse KL, at 0 the
-            forward KL, as in TRL. The authors' code (alecwangcq/f-divergence-dpo) counts the other way: its alpha is
-            1 minus this one.
+            forward KL, as in TRL. In the authors' code (alecwangcq/f-divergence-dpo) alpha is 1 minus
+            this one.
 
     Needs: reference sums.
     Exponents are continued along their tangent beyond 30. The forward KL's gradient grows as e^-u for completions far

@@ -1,6 +1,6 @@
-"""Objectives that score the chosen and the rejected completion each on its own, with a reference.
+"""Objectives that score the chosen and the rejected completion separately, with a reference.
 
-Symbols as in `direct`; R = beta u. Unlike margin losses they change when something is added to both completions'
+Symbols as in `direct`; R = beta u. Unlike margin losses they change when the same amount is added to both
 log-ratios.
 """
 
@@ -31,7 +31,7 @@ class NCA(ReferencePairLoss):
         beta: 0.01 in the paper's pair runs; 0.1 is TRL's default.
 
     Needs: reference sums.
-    Limits: the chosen reward has a finite optimum, R_w = log 2, so its likelihood cannot run away.
+    Limits: the chosen reward has a finite optimum, R_w = log 2, so its likelihood cannot grow without bound.
     Reference: Chen et al. 2024, arXiv 2402.05369, eq. 13; as TRL's `nca_pair`.
     """
 
@@ -70,7 +70,7 @@ class BCOPair(ReferencePairLoss):
 
 @register("bco")
 class BCO(Loss):
-    """Binary classifier optimization: is the completion good? with a threshold that follows the rewards.
+    """Binary classifier optimization: a classifier of good completions, with a threshold that follows the rewards.
 
     loss = -log sigmoid(R - delta) for chosen, -log sigmoid(-(R - delta)) for rejected
     delta = running mean of all rewards so far, chosen and rejected, of all processes; no gradient
@@ -80,8 +80,8 @@ class BCO(Loss):
 
     Needs: reference sums.
     Works on pairs and on unpaired feedback; the mean is over completions, so on pairs the value is half of the
-    paper's sum of two. The threshold counts the present batch, is not moved during evaluation, and is saved with
-    checkpoints. The paper's weights for a shift between the prompts of the two classes are not included.
+    paper's sum of two. The threshold includes the current batch, does not change during evaluation, and is saved
+    with checkpoints. The paper's weights for a shift between the prompts of the two classes are not included.
     Limits: delta = 0 is `bco_pair` / 2; on pairs the sum is never below DPO's loss for any delta.
     Reference: Jung et al. 2024, arXiv 2404.04656, eq. 12; running mean as in TRL's experimental BCO trainer.
     """
@@ -127,7 +127,7 @@ class SPPO(ReferencePairLoss):
 
     Args:
         beta: 1 / eta of the paper, where it is 1e-3; 0.1 is TRL's default.
-        reduction: "sum" of the two squares, as TRL, or their "mean", as the official code, which is half of it.
+        reduction: "sum" of the two squares, as in TRL, or their "mean", as in the official code, which is half of it.
 
     Needs: reference sums; in the paper the reference is the previous iterate, from which the pairs were drawn.
     Limits: policy = reference gives 1 / (2 beta^2) for the sum; minimum 0 at u_w = -u_l = 1 / (2 beta).
@@ -206,7 +206,7 @@ class CalDPO(ReferencePairLoss):
     loss = -log sigmoid(d) + [(u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2] / 2
 
     Args:
-        beta: sets the targets +-1 / (2 beta); 1e-3 in the paper's code. The logistic term carries no beta.
+        beta: sets the targets +-1 / (2 beta); 1e-3 in the paper's code. The logistic term has no beta.
 
     Needs: reference sums.
     Limits: the squares alone are `sppo` with reduction="mean".

@@ -49,7 +49,7 @@ def hypo(beta: float = 0.05, lam: float = 1e-4) -> Loss:
 def superhf(kl: float = 0.35) -> Loss:
     """SuperHF: likelihood of the best of B samples, and a KL prior.
 
-    The data holds the samples that a reward model kept, as chosen completions. Mukobi et al. 2023; kl as in
+    The chosen completions of the data are the samples that a reward model selected. Mukobi et al. 2023; kl as in
     openfeedback/superhf.
     """
     return SFT("token") + kl * KLPrior()

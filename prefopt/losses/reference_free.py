@@ -1,8 +1,8 @@
 """Pairwise losses that need no reference model.
 
 Symbols as in `direct`; p = log pi(y|x), a = p / n, the log-probability per completion token, and
-o(a) = a - log(1 - e^a), its log-odds. The papers of CPO, SLiC, RRHF, ORPO and ASFT add a likelihood term; here the
-alignment term stands alone, and the sums of the papers are presets (`prefopt losses orpo_paper`).
+o(a) = a - log(1 - e^a), its log-odds. The papers of CPO, SLiC, RRHF, ORPO and ASFT add a likelihood term; here is the
+alignment term only; the sums of the papers are presets (`prefopt losses orpo_paper`).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class SLiC(PairLoss):
     loss = relu(delta - (p_w - p_l))
 
     Args:
-        delta: the margin asked for, in nats; 1 in ContextualAI/HALOs.
+        delta: the target margin in nats; 1 in ContextualAI/HALOs.
 
     Needs: sums; no reference. SLiC-HF adds 0.1 times the likelihood of a target: preset `slic_hf`.
     Limits: zero loss and gradient once p_w - p_l >= delta.
@@ -115,7 +115,7 @@ class SLiC(PairLoss):
 
 @register("rrhf")
 class RRHF(PairLoss):
-    """The ranking term of RRHF: the rejected completion must not be likelier per token than the chosen one.
+    """The ranking term of RRHF: the rejected completion must not be more likely per token than the chosen one.
 
     loss = relu(a_l - a_w)
 
@@ -149,7 +149,7 @@ class AlphaPO(PairLoss):
         alpha: shape of the reward; 0.25 in the paper. 0 is SimPO.
 
     Needs: sums and lengths; no reference.
-    Limits: alpha = 0 is SimPO. Not to be mistaken for `alpha_dpo`.
+    Limits: alpha = 0 is SimPO. Not to be confused with `alpha_dpo`.
     Reference: Gupta et al. 2025, arXiv 2501.03884, eq. 8; as TRL's experimental CPO trainer with `alpha`.
     """
 
@@ -192,7 +192,7 @@ class ORPO(_OddsLoss):
         beta: scale of the log-odds; 1 in the one-stage paper, where the term is weighted 0.1 beside the likelihood.
 
     Needs: sums and lengths; no reference. One-stage ORPO is the preset `orpo_paper`.
-    Limits: never above `asft` with the same beta. Odds are taken of per-token probabilities up to 1 - 1e-6.
+    Limits: never above `asft` with the same beta. Per-token probabilities are clamped to 1 - 1e-6.
     Reference: Hong et al. 2024, arXiv 2403.07691, eq. 7; beta and the two-stage use: Gorbatovski et al. 2025, arXiv
         2502.01237.
     """
@@ -207,7 +207,7 @@ class ORPO(_OddsLoss):
 
 @register("asft")
 class ASFT(_OddsLoss):
-    """The alignment term of ASFT, with a beta inside: each completion's odds on its own.
+    """The alignment term of ASFT, with a beta inside: the odds of each completion separately.
 
     loss = -log sigmoid(beta o_w) - log sigmoid(-beta o_l)
 
@@ -215,8 +215,8 @@ class ASFT(_OddsLoss):
         beta: scale of the log-odds; 1 in the one-stage paper.
 
     Needs: sums and lengths; no reference. One-stage ASFT is the preset `asft_paper`.
-    Limits: at beta = 1 it is -a_w - log(1 - e^a_l), likelihood plus unlikelihood. Odds are taken of per-token
-        probabilities up to 1 - 1e-6.
+    Limits: at beta = 1 it is -a_w - log(1 - e^a_l), likelihood plus unlikelihood. Per-token
+        probabilities are clamped to 1 - 1e-6.
     Reference: Wang et al. 2024, arXiv 2409.10571; beta and the two-stage use: Gorbatovski et al. 2025, arXiv
         2502.01237.
     """

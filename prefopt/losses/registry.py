@@ -1,4 +1,4 @@
-"""Names for losses: what `parse`, the command line and the docs table look objectives up by.
+"""Names of losses, for `parse`, the command line and the docs table.
 
 A project that imports prefopt adds its own with `@register("name")`.
 """
@@ -23,7 +23,7 @@ class Preset:
     """A named sum of losses.
 
     Attributes:
-        name: what it is called in an expression.
+        name: its name in an expression.
         build: makes the loss from the preset's arguments, all of which have defaults.
         paper: arXiv id of the source.
     """
@@ -47,7 +47,7 @@ def register(name: str) -> Callable[[L], L]:
 
     def add(cls: L) -> L:
         taken = _LOSSES.get(name)
-        # A reloaded module defines its class anew; only a different class is a clash.
+        # A reloaded module defines its class again; only a different class is a clash.
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise LossError(f"the loss name {name!r} already belongs to {taken.__module__}.{taken.__qualname__}")
         cls.name = name

@@ -78,7 +78,7 @@ class GPO(ReferencePairLoss):
     Needs: reference sums.
     Limits: logistic is DPO, hinge RSO's, squared with beta = 2 tau is 4 tau^2 times summed IPO. savage and tangent are
         bounded: pairs far on the wrong side have little gradient (tangent even rises again past z = tan 1/2).
-        squentropy and squared pull large margins back. The exponential goes on along its tangent beyond z = -30.
+        squentropy and squared pull large margins back. The exponential continues as its tangent below z = -30.
     Reference: Tang et al. 2024, arXiv 2402.05749, table 1 (first six; savage: Masnadi-Shirazi and Vasconcelos 2008).
         Tangent: Masnadi-Shirazi et al. 2010. Poly-1, epsilon 1: Leng et al. 2022, arXiv 2204.12511. Focal, gamma 2:
         Lin et al. 2017, arXiv 1708.02002. Squentropy on logits (z/2, -z/2): Hui et al. 2023, arXiv 2302.03952.
@@ -119,13 +119,13 @@ class GPO(ReferencePairLoss):
 
 @register("surrogate_ensemble")
 class SurrogateEnsemble(ReferencePairLoss):
-    """A random mixture of convex surrogates, drawn anew at every call, so no single shape's blind spot is learned.
+    """A random mixture of convex surrogates, drawn at every call, so that no single shape dominates.
 
     loss = sum_i w_i f_i(beta d) / -f_i'(0),  w uniform on the simplex,  f_i the convex shapes of `gpo`
 
     Args:
         beta: scale of the margin.
-        seed: of the draws, which are numbered: a resumed run goes on with the next one.
+        seed: of the draws, which are numbered: a resumed run continues with the next one.
 
     Needs: reference sums.
     During evaluation the equal mixture is used, which is also the mean over draws.

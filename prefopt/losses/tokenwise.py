@@ -1,4 +1,4 @@
-"""Pairwise objectives on next-token distributions rather than on sequence log-probabilities alone.
+"""Pairwise objectives on next-token distributions, not only on sequence log-probabilities.
 
 Symbols as in `direct`.
 """
@@ -20,7 +20,7 @@ from prefopt.losses.scores import PreferenceBatch, Scores
 
 @register("tdpo")
 class TDPO(ReferencePairLoss):
-    """Token-level DPO: the margin is charged for how far the policy drifts along each completion.
+    """Token-level DPO: a penalty in the margin for the policy's distance from the reference along each completion.
 
     variant 1:  loss = -log sigmoid(beta (d - (K_l - K_w)))
     variant 2:  loss = -log sigmoid(beta (d - alpha (K_l - stop_gradient(K_w))))

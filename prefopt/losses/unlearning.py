@@ -38,7 +38,7 @@ class ForgetLoss(Loss):
 
 @register("npo")
 class NPO(ForgetLoss):
-    """Negative preference optimization: DPO with the chosen completion left out.
+    """Negative preference optimization: DPO without the chosen completion.
 
     loss = (2 / beta) log(1 + e^(beta u))
 
@@ -97,7 +97,7 @@ class SimNPO(ForgetLoss):
 class GradientAscent(ForgetLoss):
     """Gradient ascent: minus the likelihood loss of the forget set.
 
-    loss = log pi(y_l|x), normalised as `nll` says
+    loss = log pi(y_l|x), normalised by `nll`
 
     Args:
         nll: "token", a mean over all tokens of the batch (the official code), "mean" per token of each example, or
@@ -167,7 +167,7 @@ class KLRetain(Loss):
 
 
 class _TokenWeightedAscent(ForgetLoss):
-    """Gradient ascent whose tokens are weighted by how likely they are; the weights carry no gradient."""
+    """Gradient ascent with tokens weighted by their probability; the weights have no gradient."""
 
     needs = Need.TOKENS
     batchwise = True
@@ -186,7 +186,7 @@ class _TokenWeightedAscent(ForgetLoss):
 
 @register("wga")
 class WGA(_TokenWeightedAscent):
-    """Weighted gradient ascent: tokens that are already unlikely are left alone.
+    """Weighted gradient ascent: tokens that are already unlikely get almost no weight.
 
     loss = mean over the batch's tokens of stop_gradient(p_t^beta) log p_t
 
@@ -289,8 +289,8 @@ class KTOForget(ReferencePairLoss):
         beta: 0.1 in the paper's code.
         link: "logsigmoid" as above, or "sigmoid", which drops the logarithm.
 
-    Needs: reference sums; chosen completions are the "I don't know" answers. z is neither scaled by beta nor kept from
-    falling below 0, as in the official code.
+    Needs: reference sums; chosen completions are the "I don't know" answers. As in the official code, z is not scaled
+    by beta and may fall below 0.
     Reference: Zhang et al. 2024, arXiv 2404.05868, appendix; as licong-lin/negative-preference-optimization,
         TOFU/dataloader.py (`kto_sigmoid`, `kto_logsigmoid`).
     """

@@ -1,6 +1,6 @@
-"""The values that a loss's `per_example` returns, checked: a wrong shape would be averaged without a word.
+"""The values that a loss's `per_example` returns, checked: a wrong shape would be averaged without an error.
 
-Imports torch and its neighbour `scores`; what a loss may ask for is in `base`.
+Imports torch and its neighbour `scores`; the needs of losses are in `base`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def values_of(loss: Any, batch: PreferenceBatch, absent: Mapping[str, str]) -> T
     Args:
         loss: a `Loss`.
         batch: what it is called with.
-        absent: fields of `Scores` that are None in the batch, and how to ask for each.
+        absent: fields of `Scores` that are None in the batch, and the need that supplies each.
 
     Raises:
-        ValueError: if the values are no tensor or too many or too few, or if the loss reads what is absent.
+        ValueError: if the values are not a tensor, are too many or too few, or if the loss reads an absent field.
     """
     try:
         values = loss.per_example(batch)
@@ -46,7 +46,7 @@ def values_of(loss: Any, batch: PreferenceBatch, absent: Mapping[str, str]) -> T
 
 
 def _reads_absent(error: Exception, absent: Mapping[str, str]) -> str | None:
-    """What a loss read that it did not ask for, judging by the function that failed; None if it was something else."""
+    """What a loss read without declaring the need, judging by the function that failed; None for other errors."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     read = frame.f_code.co_names
     if isinstance(error, KeyError) and "columns" in read:

@@ -1,7 +1,7 @@
 """Objectives made from other objectives: example weights, length normalisation, robustness to wrong labels.
 
-Each takes a loss as its first argument, in Python (`WPO(DPO(0.1))`) and in text (`wpo(dpo(beta=0.1))`), and asks of
-the scorer what that loss asks for, and more where it must.
+Each takes a loss as its first argument, in Python (`WPO(DPO(0.1))`) and in text (`wpo(dpo(beta=0.1))`), and needs
+what that loss needs, and sometimes more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prefopt.losses.scores import PreferenceBatch, Scores
 
 
 class Wrapper(Loss):
-    """A loss on top of another one, whose needs, roles, columns and rewards are its own."""
+    """A loss around another one. It has the needs, roles, columns and rewards of the inner loss."""
 
     def __init__(self, loss: Loss):
         super().__init__()
@@ -52,16 +52,16 @@ class Wrapper(Loss):
 
 @register("wpo")
 class WPO(Wrapper):
-    """Weighted preference optimization: examples count as much as the policy would have produced them.
+    """Weighted preference optimization: examples are weighted by how likely the policy would produce them.
 
-    loss = W_w W_l * loss of the pair, W without gradient; W of its own completion for unpaired losses
+    loss = W_w W_l * loss of the pair, W without gradient; the W of the completion for unpaired losses
     W = exp(mean over tokens of [log pi(y_t) - log sum_v pi(v)^2])       (aligned=True)
     W = exp(mean over tokens of log pi(y_t))                             (aligned=False)
 
     Args:
         loss: the loss to weight; the paper weights DPO, beta 0.01.
-        aligned: divide each token's probability by the one expected of the distribution it comes from.
-        clamp: let no weight exceed 1, as the official script does; TRL does not.
+        aligned: divide each token's probability by the expected probability under its distribution.
+        clamp: limit weights to 1, as the official script does; TRL does not.
 
     Needs: what `loss` needs, and the per-token sum of squared probabilities over the vocabulary.
     Limits: deterministic or uniform next-token distributions give W = 1 if aligned.
@@ -146,7 +146,7 @@ class LengthNormalized(Wrapper):
 
 @register("noise_robust")
 class NoiseRobust(Wrapper):
-    """A pair loss made robust to labels that are the wrong way round, by looking at both orders of each pair.
+    """A pair loss made robust to swapped labels, by using both orders of each pair.
 
     With L the loss as labelled and L' the loss with chosen and rejected swapped:
     normalized   L / (L + L'): its values over the two orders sum to 1, the symmetry that makes a loss noise tolerant
@@ -191,13 +191,13 @@ class NoiseRobust(Wrapper):
 
 @register("reweighted")
 class Reweighted(Wrapper):
-    """Examples weighted by their own loss, anew in every batch: trust the small ones, or attend to the large ones.
+    """Examples weighted by their own loss in every batch: trust small losses, or focus on large ones.
 
     loss_i * w_i,  w = N softmax(-loss / temperature) over the global batch (trust="small"), + for "large"; no gradient
 
     Args:
         loss: the loss to reweight.
-        trust: "small" plays large losses down, as suits wrong labels; "large" plays them up.
+        trust: "small" gives large losses less weight, for data with wrong labels; "large" gives them more.
         temperature: in units of the loss; towards infinity all weights are 1.
 
     Needs: what `loss` needs.

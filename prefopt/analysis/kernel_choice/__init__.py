@@ -1,1 +1,1 @@
-"""Which kernel and divergence of `kernel_dpo` suit a preference set: measured, and tried in short runs."""
+"""Which kernel and divergence of `kernel_dpo` suit a preference set: measured, and tested in short trainings."""

@@ -23,21 +23,21 @@ from prefopt.safety.errors import UsageError
 
 ROWS = 1000
 STATE_ROWS = 240
-"""Pairs whose states under a model are kept: enough for a trial, few enough for minutes on a CPU."""
+"""Maximum number of pairs with states in memory: enough for a trial, few enough for minutes on a CPU."""
 HIDDEN = "hidden"
 GIVEN = "columns"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found.
+    """The result of `choose`.
 
     Attributes:
         embeddings: "hidden", "columns" or the encoder's name.
-        usable: pairs of the set that could be measured; `measures.rows` of them were.
+        usable: pairs of the set that can be measured; `measures.rows` of them were measured.
         measures: on embeddings.
         selection: by the rules.
-        trial: of all pairs; None where it was not asked for.
+        trial: of all pairs; None without `verify`.
     """
 
     embeddings: str
@@ -82,21 +82,21 @@ def choose(
     seed: int = 0,
     shown: Callable[[Iterable[Outcome], int], Iterable[Outcome]] = lambda outcomes, _: outcomes,
 ) -> Choice:
-    """Measure a normalised preference set, select a pair, and try all of them if asked to.
+    """Measure a normalised preference set, select a pair, and with `verify` try all of them.
 
     Args:
         dataset: pairs, as `prefopt.data.normalise` makes them.
-        embeddings: an encoder as `prefopt.data.embed` finds it; "columns" for those that come with the data; "hidden"
+        embeddings: an encoder as `prefopt.data.embed` finds it; "columns" for embeddings in the data; "hidden"
             for the mean last hidden states of `model`.
         rows: pairs to measure, drawn at random; `ROWS` if None. Of "hidden" states `STATE_ROWS` at most.
         model: gives a model and its tokenizer; called only for "hidden" or `verify`.
         verify: train all pairs briefly on `model`'s states.
         seed: of the draw.
-        shown: wraps the outcomes of the trial and their number while they come in, for a progress bar.
+        shown: wraps the iterator of the trial's outcomes; gets their number too. For a progress bar.
 
     Raises:
-        DataError: for data that are no pairs, too few pairs, or columns that are not there.
-        ValueError: for a model that a trial cannot use, or more rows than are kept of its states.
+        DataError: for data without pairs, too few pairs, or missing columns.
+        ValueError: for a model that a trial cannot use, or more rows than `STATE_ROWS`.
     """
     most = STATE_ROWS if embeddings == HIDDEN else ROWS
     rows = most if rows is None else rows

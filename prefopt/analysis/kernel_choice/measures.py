@@ -1,7 +1,7 @@
 """The measures by which DPO-Kernels chooses a kernel and a divergence, on embeddings of a preference set.
 
-Their names are the paper's (Das et al. 2025, arXiv 2501.03271); its text was not at hand, so the formulas, the
-projection and the way they are estimated are our reading. Imports torch alone.
+Their names are the paper's (Das et al. 2025, arXiv 2501.03271); its text was not available, so the formulas, the
+projection and the estimators are our reading. Imports torch alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 from prefopt.safety.errors import UsageError
 
 SLACK = 0.1
-"""By how much closer than the rejected completion the chosen one should be, as a cosine distance: TAT's margin."""
+"""TAT's margin: how much closer the chosen completion should be than the rejected one, as a cosine distance."""
 FEWEST = 20
-"""Pairs below which nothing is measured."""
+"""Minimum number of pairs."""
 
 _BINS = 20
 _RANGE = 3.0
@@ -50,7 +50,7 @@ class Triplets:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the completions lie around their prompts. D is the cosine distance 1 - cos, in [0, 2].
+    """Distances between completions and their prompts. D is the cosine distance 1 - cos, in [0, 2].
 
     Attributes:
         pnd: positive-negative divergence, mean D(chosen, rejected).
@@ -72,7 +72,7 @@ class Geometry:
 
     @property
     def spread(self) -> float:
-        """sqrt(pnav) over the mean distance to the prompt: how unlike the rows are, free of scale."""
+        """sqrt(pnav) over the mean distance to the prompt: how different the rows are, without a scale."""
         mean = (self.pad + self.nad) / 2
         return 0.0 if mean == 0 else self.pnav**0.5 / mean
 
@@ -82,14 +82,14 @@ class Distribution:
     """How the chosen and the rejected completions are distributed along the direction in which they differ.
 
     The direction is the mean of chosen - rejected over one half of the pairs; the other half is projected on it, and
-    the other way round: 384 numbers of a few hundred texts would separate anything along a direction of their own.
+    the reverse. A direction fitted to all of a few hundred texts in 384 dimensions would separate anything.
 
     Attributes:
-        overlap: support overlap, the mass that the two histograms share, in [0, 1], and what few draws lack of it:
-            histograms of one distribution never share all, so what as many normal draws as far apart lack is added.
+        overlap: support overlap, the mass that the two histograms share, in [0, 1]. Histograms of one distribution
+            never share all of it, so the amount that as many normal draws at the same distance lack is added.
         drift: drift magnitude, the distance of the two means in pooled standard deviations.
         kurtosis: excess kurtosis, the mean of the two distributions'; 0 of a normal one.
-        roughness: squared second differences of the histograms, over those that as many normal draws have; 1 is as
+        roughness: squared second differences of the histograms, relative to those of as many normal draws; 1 is as
             smooth as a normal sample.
     """
 
@@ -149,18 +149,18 @@ def distribution(triplets: Triplets) -> Distribution:
     return Distribution(
         overlap=min(max(_overlap(chosen, rejected) + _shortfall(len(chosen), drift), 0.0), 1.0),
         drift=drift,
-        # Each by its own spread: two normal distributions of unequal width would look heavy-tailed as one.
+        # Each scaled by its own deviation: two normal distributions of unequal width look heavy-tailed together.
         kurtosis=sum(_excess_kurtosis(part) for part in centred) / 2,
         roughness=roughness / _normal_roughness(len(chosen)),
     )
 
 
 def _projected(triplets: Triplets, held: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) places of the chosen and the rejected of the `held` rows, in pooled standard deviations."""
+    """(n,) positions of the chosen and the rejected of the `held` rows, in pooled standard deviations."""
     direction = (triplets.chosen - triplets.rejected)[~held].mean(0)
     chosen, rejected = triplets.chosen[held] @ direction, triplets.rejected[held] @ direction
     deviation = ((chosen.var() + rejected.var()) / 2).sqrt()
-    # Texts that are all alike have no place but one.
+    # Equal texts all have the same position.
     scale = 1 / deviation if float(deviation) > 1e-12 else torch.zeros_like(deviation)
     middle = (chosen.mean() + rejected.mean()) / 2
     return (chosen - middle) * scale, (rejected - middle) * scale
@@ -177,7 +177,7 @@ def _overlap(a: Tensor, b: Tensor) -> float:
 
 
 def _shortfall(count: int, drift: float) -> float:
-    """What the histograms of two normal samples lack of the mass that their distributions share.
+    """How much less mass the histograms of two normal samples share than their distributions do.
 
     Args:
         count: draws in each.
@@ -186,7 +186,7 @@ def _shortfall(count: int, drift: float) -> float:
     apart = math.sqrt(max(drift**2 - 2 / count, 0.0))
     generator = torch.Generator().manual_seed(_SEED)
     found = 0.0
-    for _ in range(_NORMAL_DRAWS):  # one at a time: all together would be large where there are many rows
+    for _ in range(_NORMAL_DRAWS):  # one at a time: all together would need much memory for many rows
         a, b = torch.randn(2, count, generator=generator, dtype=torch.float64)
         found += _overlap(a + apart, b) / _NORMAL_DRAWS
     return math.erfc(apart / 8**0.5) - found
@@ -198,7 +198,7 @@ def _excess_kurtosis(values: Tensor) -> float:
 
 
 def _roughness(values: Tensor) -> float:
-    """Of a histogram on +-3 standard deviations: sum of squared second differences over sum of squares."""
+    """Sum of squared second differences over sum of squares, of a histogram on +-3 standard deviations."""
     deviation = values.std()
     if float(deviation) == 0:
         return 0.0

@@ -1,7 +1,7 @@
-"""From what was measured to a kernel and a divergence, with the reasons.
+"""From the measures to a kernel and a divergence, with the reasons.
 
-Which measure speaks for what follows summaries of DPO-Kernels (Das et al. 2025, arXiv 2501.03271); its thresholds are
-not known, so those here, and the order in which they are asked, are ours.
+Which measure decides what follows summaries of DPO-Kernels (Das et al. 2025, arXiv 2501.03271). Its thresholds are not
+known, so those here, and the order of the rules, are ours.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from prefopt.analysis.kernel_choice.measures import SLACK, Distribution, Geometr
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where one choice ends and the next begins; first match wins, in this order.
+    """Thresholds of the rules; the first match wins, in this order.
 
     Those on overlap and drift are Cohen's: normal distributions whose means are 0.5 and 0.8 standard deviations apart
     (a medium and a large effect) share 0.80 and 0.69 of their mass; those of 1.35 share half.
 
     Attributes:
-        spread: standard deviation of the alignment difference over the mean distance, above which rows are unlike.
+        spread: standard deviation of the alignment difference over the mean distance, above which rows differ.
         near: distance of chosen and rejected, below which they are variants of one answer.
         disjoint: overlap below which the two supports hardly meet.
         drift: pooled standard deviations above which the means are far apart.
         heavy: excess kurtosis above which tails are heavy.
         rough: roughness, in that of normal samples, above which a histogram is not smooth.
         same: overlap above which the two distributions are nearly one.
-        mostly: overlap above which they are for the most part.
+        mostly: overlap above which they are one for the most part.
     """
 
     spread: float = 0.25
@@ -41,7 +41,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Selection:
-    """A kernel and a divergence, and why each; `doubt` says what speaks against any kernel, or is empty."""
+    """A kernel and a divergence with the reasons; `doubt` is the reason against any kernel, or empty."""
 
     kernel: str
     kernel_reason: str

@@ -29,7 +29,7 @@ _MEANINGS = {
 
 
 def explain(choice: Choice, source: str) -> Group:
-    """Everything that was found, for the terminal."""
+    """All results, for the terminal."""
     how = {HIDDEN: "the model's mean hidden states", GIVEN: "the data's columns"}.get(
         choice.embeddings, f"embeddings by {choice.embeddings}"
     )
@@ -42,7 +42,7 @@ def explain(choice: Choice, source: str) -> Group:
 
 
 def command(choice: Choice) -> str:
-    """The options that train with what was selected, in one line, to be copied."""
+    """The options that train the selected pair, in one line, to copy."""
     option = "" if choice.embeddings in (HIDDEN, GIVEN) else f" --embeddings {shlex.quote(choice.embeddings)}"
     return f'train with  --loss "{choice.loss}"{option}'
 
@@ -87,7 +87,7 @@ def _ranking(trial: Trial, selected: Outcome) -> Table:
 
 
 def _verdict(trial: Trial, selected: Outcome) -> Text:
-    """The rank of the selected pair in words, and whether it means anything."""
+    """The rank of the selected pair in words, and whether it is significant."""
     best, last, count = trial.outcomes[0], trial.outcomes[-1], len(trial.outcomes)
     text = Text(f"The selected pair ranks {trial.rank(selected)} of {count} by held-out loss ({selected.loss:.4f}; ")
     text.append(f"best {best.loss:.4f}, last {last.loss:.4f}) and {trial.accuracy_rank(selected)} by accuracy")

@@ -1,4 +1,4 @@
-"""A model's last hidden states of a preference set, computed once, on which short trainings can be tried.
+"""A model's last hidden states of a preference set, computed once, for short trainings on them.
 
 Imports scoring and data, never a trainer.
 """
@@ -19,11 +19,11 @@ from prefopt.safety.errors import UsageError
 from prefopt.scoring.head import Head, head_of, replaced_head
 
 PROMPT_TOKENS = 256
-"""Of a longer prompt its last ones are read."""
+"""Prompt tokens; of a longer prompt the last ones are used."""
 COMPLETION_TOKENS = 48
-"""Of a longer completion its first ones are."""
+"""Completion tokens; of a longer completion the first ones are used."""
 VOCABULARY = 1024
-"""Tokens that next-token distributions are narrowed to: those of the completions, then the likeliest others."""
+"""Size of the reduced vocabulary: those of the completions, then the likeliest others."""
 
 _TOKENS_AT_ONCE = 4096
 
@@ -35,7 +35,7 @@ class Side:
     Attributes:
         hidden: (N, T, H) states from which each completion token is predicted.
         mask: (N, T) bool, where there is a token.
-        labels: (N, T) its number in the narrowed vocabulary; 0 where there is none.
+        labels: (N, T) the token's number in the reduced vocabulary; 0 where there is no token.
         ref_log_probs: (N, T, V) the model's own distribution over that vocabulary.
     """
 
@@ -56,7 +56,7 @@ class Narrow:
 
     Attributes:
         weight: (V, H).
-        bias: (V,); None if the head has none.
+        bias: (V,), or None.
         softcap: as the model's.
     """
 
@@ -80,8 +80,8 @@ class States:
         prompt: (N, H) mean state of each prompt's tokens.
         chosen: of each pair.
         rejected: of each pair.
-        head: for the narrowed vocabulary.
-        left_out: share of the reference's probability that the narrowed vocabulary does not hold.
+        head: for the reduced vocabulary.
+        left_out: share of the reference's probability outside the reduced vocabulary.
     """
 
     prompt: Tensor
@@ -100,7 +100,7 @@ def states_of(model: Any, rows: Sequence[dict[str, Any]]) -> States:
 
     Raises:
         ValueError: if the model's head is not a plain linear layer, a row has an empty prompt or completion, or
-            the model's adapter puts tokens of its own before every row.
+            the model's adapter puts its own tokens before every row.
     """
     head = head_of(model)
     if head is None:
@@ -115,7 +115,7 @@ def states_of(model: Any, rows: Sequence[dict[str, Any]]) -> States:
     prompts, hidden = _forward(model.eval(), head, jobs)
     words, left_out = _narrowed(head, hidden, [completion for _, completion in jobs])
     kept = torch.tensor(words)
-    # States are on the CPU, wherever the model is.
+    # States are on the CPU, also if the model is not.
     weight = head.linear.weight.detach().cpu()[kept].float()
     bias = None if head.linear.bias is None else head.linear.bias.detach().cpu()[kept].float()
     narrow = Narrow(weight, bias, head.softcap)
@@ -131,7 +131,7 @@ def _side(narrow: Narrow, hidden: list[Tensor], labels: list[Tensor]) -> Side:
     pad = torch.nn.utils.rnn.pad_sequence
     states = pad(hidden, batch_first=True)
     mask = pad([torch.ones_like(row) for row in labels], batch_first=True).bool()
-    # Row by row: a second copy of all distributions at once would be the largest thing in memory.
+    # Row by row: a second copy of all distributions would be the largest thing in memory.
     return Side(states, mask, pad(labels, batch_first=True), torch.stack([narrow.log_probs(row) for row in states]))
 
 
@@ -154,7 +154,7 @@ def _forward(model: Any, head: Head, jobs: list[tuple[list[int], list[int]]]) ->
         for line, job in enumerate(some):
             row = [*jobs[job][0], *jobs[job][1]]
             ids[line, : len(row)] = torch.tensor(row)
-        # Padding stands behind: nothing that is read looks at it.
+        # Padding is on the right: nothing that is used attends to it.
         with replaced_head(model, head, look):
             model(input_ids=ids.to(model.device), use_cache=False)
         (states,) = seen
@@ -171,7 +171,7 @@ def _forward(model: Any, head: Head, jobs: list[tuple[list[int], list[int]]]) ->
 
 
 def _narrowed(head: Head, hidden: list[Tensor], completions: list[list[int]]) -> tuple[list[int], float]:
-    """The tokens kept, and the share of probability that the others have."""
+    """The tokens of the reduced vocabulary, and the share of probability of the others."""
     states = torch.cat(hidden)
     weight = head.weight_for(states)
     mass = torch.zeros(weight.shape[0])

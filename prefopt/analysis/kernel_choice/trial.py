@@ -1,8 +1,8 @@
-"""Short trainings of all kernel and divergence pairs on cached states, and where a pair ranks among them.
+"""Short trainings of all pairs of a kernel and a divergence on cached states, and their ranks.
 
-A stand-in for training a model: a low-rank change of its last hidden states learns, everything below is frozen, and
-next-token distributions are narrowed to the tokens that matter. Losses, log-ratios, divergences and kernels are the
-shipped ones.
+A stand-in for training a model: a low-rank change of its last hidden states is trained, everything below is frozen,
+and next-token distributions use a reduced vocabulary. Losses, log-ratios, divergences and kernels are the shipped
+ones.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ HELD_OUT = 0.25
 Embeddings = Literal["hidden", "given"]
 
 _STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
-"""By number of seeds, the 97.5% quantile of Student's t with one degree of freedom less."""
+"""By number of seeds, the 97.5% quantile of Student's t with one degree of freedom fewer."""
 _STUDENT_OF_MORE = 2.31
 _YARDSTICK = parse("kernel_dpo(gamma=0.0)")
-"""What held-out pairs are scored for: log-ratios and KL."""
+"""The measures of held-out pairs: log-ratios and KL."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How held-out pairs fared after training with a pair of kernel and divergence, seed by seed.
+    """Results on held-out pairs after training with a pair of kernel and divergence, one per seed.
 
     Attributes:
         kernel: or "dpo" for the plain objective.
         divergence: "" for the plain objective.
-        losses: -log sigmoid(`BETA` * (difference of log-ratios)), for every pair alike.
+        losses: -log sigmoid(`BETA` * (difference of log-ratios)), for every pair of kernel and divergence.
         accuracies: share of held-out pairs whose log-ratios are in the right order.
-        kls: how far the policy went from the reference, KL(policy || reference) in nats a token of those pairs.
+        kls: KL(policy || reference) on those pairs, in nats per token.
     """
 
     kernel: str
@@ -81,8 +81,8 @@ class Trial:
         outcomes: of the 28 pairs.
         baseline: of `dpo` in the same trial.
         trained_on: pairs each was trained on.
-        held_out: pairs each was judged by, drawn anew for each seed.
-        left_out: share of the model's probability on tokens that the trial did without.
+        held_out: pairs each was evaluated on, drawn for each seed.
+        left_out: share of the model's probability on tokens outside the reduced vocabulary.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -99,7 +99,7 @@ class Trial:
         return self.outcomes.index(outcome) + 1
 
     def accuracy_rank(self, outcome: Outcome) -> int:
-        """By held-out accuracy, from 1; equal ones share the best rank."""
+        """By held-out accuracy, from 1; ties share the best rank."""
         return 1 + sum(other.accuracy > outcome.accuracy + 1e-12 for other in self.outcomes)
 
     def gap(self, outcome: Outcome, other: Outcome) -> tuple[float, float]:
@@ -113,7 +113,7 @@ class Trial:
         return float(differences.mean()), float(differences.std()) * factor**0.5
 
     def tells(self, outcome: Outcome, other: Outcome) -> bool:
-        """Whether `gap` is different from 0 at the 5% level, by Student's t; for two outcomes fixed beforehand."""
+        """Whether `gap` is different from 0 at the 5% level, by Student's t; for two outcomes chosen beforehand."""
         mean, error = self.gap(outcome, other)
         return abs(mean) > _STUDENT.get(len(outcome.losses), _STUDENT_OF_MORE) * error
 
@@ -137,7 +137,7 @@ def run_trial(
     """Train each pair in turn; the plain objective comes first.
 
     Args:
-        states: of the pairs to train on and to be judged by.
+        states: of the pairs to train on and to evaluate on.
         triplets: the embeddings that kernels compare, row for row those of `states`; None for the policy's own states.
         pairs: of kernel and divergence.
         seeds: trainings of each, every one with its own split, start and order, which are the same for all pairs.
@@ -167,7 +167,7 @@ def held_out(rows: int) -> int:
 
 
 class Change(nn.Module):
-    """States plus a low-rank linear function of them, which is nothing at the start."""
+    """States plus a low-rank linear function of them, which is 0 at the start."""
 
     def __init__(self, width: int, generator: torch.Generator):
         super().__init__()
@@ -203,7 +203,7 @@ def _train(states: States, triplets: Triplets | None, loss: Loss, seed: int, ste
 def batch_of(
     states: States, triplets: Triplets | None, loss: Loss, policy: nn.Module, rows: Tensor
 ) -> PreferenceBatch:
-    """What `loss` sees of these rows under a policy."""
+    """The batch that `loss` gets for these rows under a policy."""
     prompt = policy(states.prompt[rows])
     given: tuple[Tensor | None, ...] = (None, None, None)
     if triplets is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,17 @@ def test_links_lead_somewhere(page):
         assert goal.exists(), target
         if anchor:
             assert anchor in anchors(goal), target
+
+
+def test_the_map_of_the_rooms_is_the_linters():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    floors = [floor.split(" | ") for floor in next(c["layers"] for c in contracts if c["type"] == "layers")]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == [room for floor in floors for room in floor]
+    picture = text.partition("```mermaid\n")[2].partition("```")[0]
+    drawn = []
+    for line in picture.splitlines()[1:]:
+        drawn += pairwise([row.split(" & ") for row in line.strip().split(" --> ")])
+    assert drawn == list(pairwise(floors))

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from prefopt.cli import data, losses, runs  # noqa: F401  (each adds its commands)
 from prefopt.cli.app import app
-from prefopt.safety.errors import short_errors
 from prefopt.safety.noise import quiet_warnings
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """The command line; errors of prefopt's own end it with their message alone."""
+    """The command line."""
     quiet_warnings()
-    with short_errors():
-        app()
+    app()

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperGroup
 
 from prefopt import __version__
+from prefopt.safety.errors import message_of
 
-if TYPE_CHECKING:
-    pass
+
+class _Commands(TyperGroup):
+    """Ends a command with the message alone where the text of an error is for the user."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if (message := message_of(error)) is None:
+                raise
+            fail(message)
 
 
 app = typer.Typer(
+    cls=_Commands,
     help="Preference optimization for language models.",
     no_args_is_help=True,
     add_completion=False,
@@ -40,6 +52,7 @@ def _options(
 
 
 def say(line: str) -> None:
+    """Print a line that is not wrapped: a path or a column marker broken over two lines is of no use."""
     console().print(Text(line), soft_wrap=True)
 
 
@@ -48,7 +61,7 @@ def console() -> Console:
     return Console()
 
 
-def fail(message: str) -> None:
-    # Not wrapped: a path or a column marker broken over two lines is of no use.
-    console().print(Text(message, style="red"), soft_wrap=True)
+def fail(message: str) -> NoReturn:
+    """End the command with an error, as the recipes end."""
+    Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
     raise typer.Exit(1)

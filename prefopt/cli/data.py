@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.text import Text
-
-if TYPE_CHECKING:
-    pass
 
 from prefopt.cli.app import app, console, fail, say
 
@@ -19,10 +15,7 @@ Columns = Annotated[
     list[str] | None,
     typer.Option("--columns", help="How the data names its columns: prompt=question chosen=good rejected=bad"),
 ]
-
-
 Config = Annotated[str | None, typer.Option("--config", help="The configuration of a set that has several.")]
-
 
 Layout = Annotated[
     str | None, typer.Option("--format", help="The data's layout, where it is not recognised: sharegpt, swift, ...")
@@ -43,7 +36,7 @@ def check(
     chat_template_kwargs: Annotated[str | None, typer.Option(help="Arguments of the template, as JSON.")] = None,
 ) -> None:
     """Validate a preference data set and print what is wrong with it."""
-    from prefopt.data import DataError, kind, validate
+    from prefopt.data import kind, validate
     from prefopt.data.reading import described
 
     if max_length is not None and model is None:
@@ -52,26 +45,23 @@ def check(
         fail("a chat template is applied with a tokenizer: name it with --model")
     if max_length is not None and max_length < 2:
         fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
-    try:
-        data, words = _words(data, columns, context.args)
-        dataset = _read(data, split, words, config=config, layout=layout, say=say)
-        for line in described(dataset):
-            say(line)
-        tokenizer = None
-        if model is not None:
-            from prefopt.models.load import load_tokenizer
+    data, words = _words(data, columns, context.args)
+    dataset = _read(data, split, words, config=config, layout=layout, say=say)
+    for line in described(dataset):
+        say(line)
+    tokenizer = None
+    if model is not None:
+        from prefopt.models.load import load_tokenizer
 
-            kwargs = _json_object(chat_template_kwargs)
-            tokenizer = load_tokenizer(model, chat_template=chat_template, chat_template_kwargs=kwargs)
-        report = validate(dataset, tokenizer=tokenizer, max_length=max_length)
-    except (DataError, OSError) as error:
-        fail(str(error))
+        kwargs = _json_object(chat_template_kwargs)
+        tokenizer = load_tokenizer(model, chat_template=chat_template, chat_template_kwargs=kwargs)
+    report = validate(dataset, tokenizer=tokenizer, max_length=max_length)
     if report.problems:
         console().print(report.table())
     for note in report.notes:
         say(note)
     what = "pairs" if kind(dataset) == "pair" else "labelled completions"
-    console().print(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
+    say(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -109,20 +99,15 @@ def pair(
     config: Config = None,
 ) -> None:
     """Write pairs (prompt, chosen, rejected) from rows that compare or rank answers."""
-    from prefopt.data import DataError, load_preferences
+    from prefopt.data import load_preferences
     from prefopt.data.rankings import Pairing, write_pairs
 
-    better, worse = (
-        tuple(value.strip() for value in given.split(",") if value) for given in (first_wins, second_wins)
-    )
+    better, worse = (tuple(word.strip() for word in words.split(",") if word) for words in (first_wins, second_wins))
     how = Pairing(prompt, first, second, winner, better, worse, answers, text, rank, score, every)
-    try:
-        found = write_pairs(load_preferences(data, split=split, config=config), how, out)
-    except (DataError, OSError) as error:
-        fail(str(error))
+    counts = write_pairs(load_preferences(data, split=split, config=config), how, out)
     say(
-        f"{out}: {found['pairs']} pairs from {found['rows']} rows; {found['rows without a pair']} rows made none (a "
-        f"tie, or an answer is missing). Look at them: prefopt check {out}"
+        f"{out}: {counts['pairs']} pairs from {counts['rows']} rows; {counts['rows without a pair']} rows made none "
+        f"(a tie, or an answer is missing). Look at them: prefopt check {out}"
     )
 
 
@@ -145,14 +130,11 @@ def select_kernel(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what was found here as well.")] = None,
 ) -> None:
     """Measure which kernel and divergence of `kernel_dpo` suit a preference data set."""
-
     from rich.progress import track
 
     from prefopt.analysis.kernel_choice.choose import HIDDEN, choose
     from prefopt.analysis.kernel_choice.show import command, explain
-    from prefopt.data import DataError
     from prefopt.demo.data import load_demo
-    from prefopt.models.bundled import DemoModelError
 
     if model is not None and not (verify or embeddings == HIDDEN):
         fail("--model is not used: it is for --verify and for --embeddings hidden")
@@ -162,19 +144,16 @@ def select_kernel(
         fail(f"--json: there is no folder {json_file.parent}")
     if json_file is not None and json_file.is_dir():
         fail(f"--json: {json_file} is a folder: name a file in it")
-    try:
-        pairs = load_demo("train")
-        if data is not None:
-            data, words = _words(data, columns, context.args)
-            pairs = _read(data, split, words, weighted=True)
-        choice = choose(
-            pairs, embeddings, rows=rows, model=lambda: _network(model), verify=verify,
-            shown=lambda outcomes, total: track(outcomes, "Training", total, console=console(), transient=True),
-        )  # fmt: skip
-    except (DataError, DemoModelError, OSError, ValueError) as error:
-        fail(str(error))
+    pairs = load_demo("train")
+    if data is not None:
+        data, words = _words(data, columns, context.args)
+        pairs = _read(data, split, words, weighted=True)
+    choice = choose(
+        pairs, embeddings, rows=rows, model=lambda: _network(model), verify=verify,
+        shown=lambda outcomes, total: track(outcomes, "Training", total, console=console(), transient=True),
+    )  # fmt: skip
     console().print(explain(choice, data or "bundled pairs"))
-    console().print(Text(command(choice)), soft_wrap=True)
+    say(command(choice))
     if json_file is not None:
         json_file.write_text(json.dumps(choice.as_dict(), indent=2) + "\n", encoding="utf-8")
 
@@ -208,7 +187,7 @@ def _read(
     from prefopt.data import in_proportion, mix, parse_columns, parse_sources, read_preferences
 
     disable_progress_bars()
-    mapping = parse_columns([word for given in columns for word in given.split()])
+    mapping = parse_columns(" ".join(columns).split())
     sources = dict(parse_sources(data))
     loaded = {
         name: read_preferences(name, config=config, split=split, columns=mapping, format=layout, say=say)
@@ -226,6 +205,6 @@ def _network(name: str | None) -> tuple[Any, Any]:
     from prefopt.models.bundled import resolve_demo_model
     from prefopt.models.load import load_model, load_tokenizer
 
-    name = str(resolve_demo_model(say=lambda line: console().print(line, soft_wrap=True))) if name is None else name
+    name = str(resolve_demo_model(say=say)) if name is None else name
     tokenizer = load_tokenizer(name)  # first: its errors say what was looked for
     return load_model(name, {"dtype": torch.float32}), tokenizer

@@ -14,7 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from prefopt.losses import Loss
 
-from prefopt.cli.app import app, console, fail
+from prefopt.cli.app import app, console, fail, say
 
 
 @app.command()
@@ -44,8 +44,7 @@ def losses(
         print(objectives_table([available()[name] for name in names]) if names else losses_table())
     elif names:
         for place, name in enumerate(names):
-            if place:
-                console().print()
+            console().print(end="\n" if place else "")
             _explain(name)
     else:
         _list()
@@ -79,16 +78,13 @@ def _entry(title: str, formula: str, parts: list[str]) -> None:
 
 def _explain(text: str) -> None:
     from prefopt.catalogue.tables import facts
-    from prefopt.losses import LossSyntaxError, Preset, available, parse, presets
+    from prefopt.losses import Preset, available, parse, presets
     from prefopt.losses.registry import describe_arguments, makers
 
     screen = console()
     maker = available().get(text) or presets().get(text)
     if maker is None:
-        try:
-            _account(parse(text), re.findall(r"\w+", text))
-        except LossSyntaxError as error:
-            fail(str(error))
+        _account(parse(text), re.findall(r"\w+", text))
         return
     screen.print(Text(f"{text}({describe_arguments(makers()[text])})", style="bold"))
     if isinstance(maker, Preset):
@@ -150,17 +146,13 @@ def _account(loss: Loss, words: list[str]) -> None:
 
 
 def _plot(path: Path, names: list[str], vary: list[str] | None, span: float | None) -> None:
-    from prefopt.catalogue.plots import SPAN, PlotError, draw, scale_hints, trace
-    from prefopt.losses import LossSyntaxError
+    from prefopt.catalogue.plots import SPAN, draw, scale_hints, trace
 
-    try:
-        lines = trace(names, vary or ["margin"], SPAN if span is None else span)
-        draw(lines, path)
-    except (PlotError, LossSyntaxError) as error:
-        fail(str(error))
+    lines = trace(names, vary or ["margin"], SPAN if span is None else span)
+    draw(lines, path)
     for hint in scale_hints(lines):
         console().print(Text(hint))
-    console().print(Text(f"{path}: {len(lines)} curves"), soft_wrap=True)
+    say(f"{path}: {len(lines)} curves")
 
 
 @app.command()
@@ -173,21 +165,17 @@ def logic(
     everything: Annotated[bool, typer.Option("--all", help="With --lattice: all 256, not the named ones.")] = False,
 ) -> None:
     """Explain what a loss asks the models to predict, as a formula; or make a loss from one."""
-    from prefopt.logic import FormulaError, decompile, from_formula
-    from prefopt.logic.decompile import NoStructure
-    from prefopt.logic.lattice import LatticeError, draw
+    from prefopt.logic import decompile, from_formula
+    from prefopt.logic.lattice import draw
     from prefopt.logic.show import explain
-    from prefopt.losses import LossSyntaxError, parse
+    from prefopt.losses import parse
 
     if (name is not None) + (formula is not None) + (lattice is not None) != 1:
         fail("give a loss's NAME, a --formula or a --lattice file, and one of them alone")
     if formula is None and (given or also):
         fail("--given and --also belong to a --formula")
-    try:
-        if lattice is not None:
-            console().print(Text(draw(lattice, everything)), soft_wrap=True)
-            return
-        loss = from_formula(formula, given, also) if formula is not None else parse(str(name))
-        console().print(explain(decompile(loss), formula or str(loss)))
-    except (FormulaError, NoStructure, LatticeError, LossSyntaxError, ValueError) as error:
-        fail(str(error))
+    if lattice is not None:
+        say(draw(lattice, everything))
+        return
+    loss = from_formula(formula, given, also) if formula is not None else parse(str(name))
+    console().print(explain(decompile(loss), formula or str(loss)))

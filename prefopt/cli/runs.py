@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from prefopt.cli.app import app, console, fail
-from prefopt.safety.errors import short_errors
+from prefopt.cli.app import app, console, fail, say
 
 
 @app.command()
@@ -35,17 +34,17 @@ def cache(
         if unknown:
             fail(f"there is no reference named {', '.join(sorted(unknown))} in {root}")
         for entry in delete(prune or (), older_than, root):
-            console().print(f"deleted {entry.name}: {entry.rows} completions, {entry.size / 1e6:.1f} MB")
-    found = entries(root)
-    if not found:
-        console().print(f"No references are kept in {root}", soft_wrap=True)
+            say(f"deleted {entry.name}: {entry.rows} completions, {entry.size / 1e6:.1f} MB")
+    references = entries(root)
+    if not references:
+        say(f"No references are kept in {root}")
         return
-    made = table("name", "model", "precision", "completions", "MB", "last written", right=("completions", "MB"))
-    for entry in found:
+    listed = table("name", "model", "precision", "completions", "MB", "last written", right=("completions", "MB"))
+    for entry in references:
         written = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
         about = (Text(str(entry.about.get(key, ""))) for key in ("model", "precision"))
-        made.add_row(entry.name, *about, str(entry.rows), f"{entry.size / 1e6:.1f}", written)
-    console().print(made)
+        listed.add_row(entry.name, *about, str(entry.rows), f"{entry.size / 1e6:.1f}", written)
+    console().print(listed)
 
 
 @app.command()
@@ -58,23 +57,18 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="Of the merged weights: float32, bfloat16, float16.")] = None,
 ) -> None:
     """Fold an adapter into its base model, and compare the two."""
-    from prefopt.models.merge import MergeError
     from prefopt.models.merge import merge as fold
 
-    try:
-        merged = fold(adapter, output, base, dtype)
-    except MergeError as error:
-        fail(str(error))
+    merged = fold(adapter, output, base, dtype)
     precision = str(merged.dtype).removeprefix("torch.")
-    console().print(
+    say(
         f"Merged into {merged.base} ({precision}). On {merged.tokens} tokens the merged model differs from the "
         f"adapter by {merged.largest:.2g} nats at most, {merged.mean:.2g} on average; the adapter moves the base by "
-        f"up to {merged.moved:.2g}.",
-        soft_wrap=True,
+        f"up to {merged.moved:.2g}."
     )
     if merged.moved == 0:
-        console().print("The adapter changes nothing: is it the one you meant?")
-    console().print(f"Saved to {merged.folder}", soft_wrap=True)
+        say("The adapter changes nothing: is it the one you meant?")
+    say(f"Saved to {merged.folder}")
 
 
 # What follows the command's name is for another parser, `--help` included.
@@ -86,8 +80,7 @@ def train(context: typer.Context) -> None:
     """Train a model on preferences: --config FILE, --model_name_or_path, --dataset_name, --loss ..."""
     from prefopt.recipe import main as run_recipe
 
-    with short_errors():
-        run_recipe("dpo(beta=0.1)", context.args)
+    run_recipe("dpo(beta=0.1)", context.args)
 
 
 @app.command(context_settings=_PASSED_ON, options_metavar="[OPTIONS; --help lists them]")
@@ -101,7 +94,4 @@ def plan(context: typer.Context) -> None:
     """Estimate the memory of every way to train a model, and say which to take on given GPUs."""
     from prefopt.planning.engines import main as show_plan
 
-    try:
-        show_plan(context.args)
-    except (OSError, ValueError) as error:
-        fail(str(error))
+    show_plan(context.args)

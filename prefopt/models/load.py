@@ -6,9 +6,8 @@ it. Imports transformers and peft; what is trained on what is decided elsewhere.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.templates import check_template
-from prefopt.safety.errors import PrefoptError, UsageError
+from prefopt.safety.errors import PrefoptError, UsageError, retold
 from prefopt.safety.files import is_file
 from prefopt.safety.folders import check_one_model
 from prefopt.safety.weights import check_folder
@@ -83,7 +82,7 @@ class Limits:
 def limits_of(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Limits:
     """The limits of a model or of an adapter's model, from its configuration alone."""
     base = adapter_base(name) or name
-    with _named("configuration", base):
+    with retold(ModelError, f"no configuration can be loaded from {base!r}", (Exception,)):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
@@ -119,12 +118,14 @@ def load_model(name: str, options: dict[str, Any], trainable: bool = False) -> A
 
     Raises:
         ValueError: for pickled or damaged weights.
+        ModelError: if there is no such model, or transformers or PEFT cannot read it.
     """
     check_weights(name)
     base = adapter_base(name)
     safe = {"trust_remote_code": False, **options, "use_safetensors": True}
-    loaded = AutoModelForCausalLM.from_pretrained(base or name, **safe)
-    return loaded if base is None else PeftModel.from_pretrained(loaded, name, is_trainable=trainable)
+    with retold(ModelError, f"no model can be loaded from {name!r}"):
+        loaded = AutoModelForCausalLM.from_pretrained(base or name, **safe)
+        return loaded if base is None else PeftModel.from_pretrained(loaded, name, is_trainable=trainable)
 
 
 def load_tokenizer(
@@ -140,28 +141,18 @@ def load_tokenizer(
     `chat_template_kwargs` are the template's arguments wherever a row has none of its own.
 
     Raises:
-        OSError: if there is none, naming the model.
+        ModelError: if there is none, naming the model.
         ValueError: for a chat template that is no Jinja, or a file with one that cannot be read.
     """
     if not is_file(Path(name) / "tokenizer_config.json"):
         name = adapter_base(name) or name
-    with _named("tokenizer", name):
+    with retold(ModelError, f"no tokenizer can be loaded from {name!r}", (Exception,)):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
     set_template_defaults(tokenizer, chat_template_kwargs)
     check_template(tokenizer, name if chat_template is None else "--chat_template")
     return tokenizer
-
-
-@contextlib.contextmanager
-def _named(what: str, name: str) -> Iterator[None]:
-    """Errors of what is inside get the model's name, whatever a broken file makes a library say."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:600] or type(error).__name__
-        raise ModelError(f"no {what} can be loaded from {name!r}: {reason}") from error
 
 
 def _template(given: str) -> str:

@@ -22,7 +22,7 @@ from prefopt.losses import ConflictFree, Loss, parse
 from prefopt.models.load import ModelError, adapter_base
 from prefopt.planning.activations import Activations, Rows, causal_model, made_up_rows
 from prefopt.planning.memory import ENGINES, FOUR_BIT, Estimate, Setting, Sizes, count, estimate, kept_under, of_terms
-from prefopt.safety.errors import UsageError
+from prefopt.safety.errors import UsageError, retold
 from prefopt.safety.tables import table
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
@@ -180,7 +180,7 @@ def model_config(model: str) -> tuple[str, Any, bool]:
 def ways(job: Job, loss: Loss, config: Any, rows: Rows) -> list[tuple[Way, Sizes, Activations]]:
     """Every method on every engine that it goes with, the simplest engine first."""
     found = []
-    with torch.device("meta"):
+    with torch.device("meta"), retold(UsageError, f"--model {job.model}"):
         network = causal_model(config)
     for method in METHODS if job.method == "all" else [job.method]:
         adapter = None
@@ -188,7 +188,7 @@ def ways(job: Job, loss: Loss, config: Any, rows: Rows) -> list[tuple[Way, Sizes
             target: Any = job.lora_target_modules
             target = target[0] if target == ["all-linear"] else target
             adapter = LoraConfig(r=job.lora_r, target_modules=target, task_type="CAUSAL_LM")
-        with torch.device("meta"):
+        with torch.device("meta"), retold(UsageError, f"--lora_target_modules {' '.join(job.lora_target_modules)}"):
             sizes = count(causal_model(config) if adapter is not None else network, adapter)
         setting = Setting(
             dtype=getattr(torch, job.dtype_of(method)), half=job.bf16, checkpointed=job.gradient_checkpointing,

@@ -28,11 +28,44 @@ class UsageError(PrefoptError, ValueError):
     """An option, an argument or a file that cannot be used as it is."""
 
 
-def show_short_errors() -> None:
-    """From now on this process ends with the message alone where the error is ours.
+def is_ours(error: BaseException) -> bool:
+    """Whether an error's text is for the user. Any other error is a defect, and its traceback belongs in the report.
 
-    `PREFOPT_VERBOSE=1` shows every traceback.
+    What the operating system reports is for the user whichever library raises it: a full disk, a missing permission,
+    a Hub that does not answer.
     """
+    # Libraries in Rust (safetensors, tokenizers) raise errors of their own for it, and name its number.
+    return getattr(error, "for_users", False) or isinstance(error, OSError) or "(os error " in str(error)
+
+
+def message_of(error: BaseException) -> str | None:
+    """The text for the user, without secrets; None for a defect, and for every error under `PREFOPT_VERBOSE=1`."""
+    if not is_ours(error) or os.environ.get("PREFOPT_VERBOSE"):
+        return None
+    text = redact(str(error)) or type(error).__name__
+    return text if getattr(error, "for_users", False) else f"{text}. PREFOPT_VERBOSE=1 shows where"
+
+
+@contextlib.contextmanager
+def retold(
+    kind: type[PrefoptError], beginning: str, errors: tuple[type[Exception], ...] = (OSError, ValueError)
+) -> Iterator[None]:
+    """What a library raises in here becomes an error for the user: `beginning`, a colon and what the library said.
+
+    Args:
+        kind: of the error that is raised.
+        beginning: names the file, model or option that the library was given.
+        errors: the kinds that become one; all others pass.
+    """
+    try:
+        yield
+    except errors as error:
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
+        raise kind(f"{beginning}: {reason}") from error
+
+
+def show_short_errors() -> None:
+    """From now on this process ends with the message alone where an error is for the user."""
     previous = sys.excepthook
     if getattr(previous, "of_prefopt", False):
         return
@@ -41,42 +74,13 @@ def show_short_errors() -> None:
         if isinstance(error, KeyboardInterrupt):
             # Where the program was when Ctrl-C came is no defect to report.
             print("\nStopped by Ctrl-C.", file=sys.stderr)
-        elif is_ours(error) and not os.environ.get("PREFOPT_VERBOSE"):
-            print(f"error: {message_of(error)}", file=sys.stderr)
+        elif (message := message_of(error)) is not None:
+            print(f"error: {message}", file=sys.stderr)
         else:
             previous(kind, error, traceback)
 
     hook.of_prefopt = True  # type: ignore[attr-defined]
     sys.excepthook = hook
-
-
-@contextlib.contextmanager
-def short_errors() -> Iterator[None]:
-    """The same for a part of a program.
-
-    Raises:
-        SystemExit: with the message, in place of an error of ours.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_ours(error) or os.environ.get("PREFOPT_VERBOSE"):
-            raise
-        raise SystemExit(f"error: {message_of(error)}") from error
-
-
-def is_ours(error: BaseException) -> bool:
-    """Whether an error's text is for the user. Any other error is a defect, and its traceback belongs in the report.
-
-    An OSError is so wherever it comes from: the disk is full, a file may not be read, the Hub does not answer.
-    """
-    return getattr(error, "for_users", False) or isinstance(error, OSError)
-
-
-def message_of(error: BaseException) -> str:
-    """The text of an error that `is_ours`, without secrets."""
-    text = redact(str(error)) or type(error).__name__
-    return text if getattr(error, "for_users", False) else f"{text}. PREFOPT_VERBOSE=1 shows where"
 
 
 def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:

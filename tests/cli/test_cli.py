@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 import prefopt
 from prefopt.catalogue.tables import FAMILIES, facts, families, losses_table, objectives_table, presets_table
-from prefopt.cli import app, main
+from prefopt.cli import app
 from prefopt.losses import Loss, available, presets, register
 from prefopt.losses.registry import _LOSSES
 from prefopt.safety.errors import UsageError
@@ -239,22 +240,28 @@ class TestStart:
 
 
 class TestErrors:
-    def run_raising(self, error: Exception, monkeypatch) -> str:
-        """What ends the program when a command raises an error."""
+    def plan(self, error: BaseException, monkeypatch) -> Result:
+        """What a command ends with whose work raises an error."""
 
-        def raising():
+        def work(words):
             raise error
 
-        monkeypatch.setattr("prefopt.cli.app", raising)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return str(ended.value)
+        monkeypatch.delenv("PREFOPT_VERBOSE", raising=False)
+        monkeypatch.setattr("prefopt.planning.engines.main", work)
+        return CliRunner().invoke(app, ["plan"])
 
     @pytest.mark.parametrize("error", [UsageError("no such row"), CheckpointError("no such row")])
     def test_our_own_are_a_line(self, error, monkeypatch):
-        assert self.run_raising(error, monkeypatch) == "error: no such row"
+        ended = self.plan(error, monkeypatch)
+        assert (ended.exit_code, ended.stderr, ended.stdout) == (1, "error: no such row\n", "")
 
     @pytest.mark.parametrize("error", [RuntimeError("tensors on two devices"), ValueError("tensors on two devices")])
     def test_a_defect_keeps_its_traceback(self, error, monkeypatch):
-        with pytest.raises(type(error), match="tensors"):
-            self.run_raising(error, monkeypatch)
+        assert self.plan(error, monkeypatch).exception is error
+
+    def test_of_a_process_of_its_own(self, tmp_path):
+        words = ["-m", "prefopt", "demo", "--loss", "dpo", "--dataset_name", str(tmp_path / "no.jsonl")]
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in done.stderr

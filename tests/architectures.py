@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from prefopt.scoring import score_rows
 from prefopt.scoring.collate import PreferenceCollator
 from prefopt.scoring.layout import Layout
+from prefopt.scoring.rows import RowBatch
 
 ARCHITECTURES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 WINDOW = 16
@@ -167,34 +168,32 @@ class Finding:
     reason: str = ""
 
 
-def pairs(*lengths: int, seed: int = 0) -> dict[str, Any]:
+def pairs(*lengths: int, seed: int = 0) -> RowBatch:
     """A batch of one pair for each length: half prompt, half completion."""
     rng = random.Random(seed)
 
     def ids(count: int) -> list[int]:
         return [rng.randrange(5, 300) for _ in range(count)]
 
-    return PreferenceCollator(pad_token_id=0)(
-        [
-            {"prompt_ids": ids(n // 2), "chosen_ids": ids(n - n // 2), "rejected_ids": ids(n - n // 2 - 1)}
-            for n in lengths
-        ]
-    )
+    examples = [
+        {"prompt_ids": ids(n // 2), "chosen_ids": ids(n - n // 2), "rejected_ids": ids(n - n // 2 - 1)}
+        for n in lengths
+    ]
+    return RowBatch.of(PreferenceCollator(pad_token_id=0)(examples))
 
 
 SHORT_THEN_LONG = [pairs(6, 8, 7), pairs(100, 90, seed=1), pairs(7, 9, seed=2)]
 """Rows within the windows of tiny models, rows that pass them, and rows within them once more."""
 
 
-def follow(model: Any, layout: Layout, batches: list[dict[str, Any]]) -> list[tuple[bool, float]]:
+def follow(model: Any, layout: Layout, batches: list[RowBatch]) -> list[tuple[bool, float]]:
     """Of each batch in turn: whether it was scored in trees, and the largest difference from padded rows."""
     seen = []
     for batch in batches:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        in_trees = layout.in_trees(model, batch, inputs)
-        scores, _ = layout.score(model, batch, inputs)
+        in_trees = layout.in_trees(model, batch)
+        scores, _ = layout.score(model, batch)
         layout.release(model)
-        expected, _ = score_rows(model, inputs, batch["completion_mask"])
+        expected, _ = score_rows(model, batch.model_inputs, batch.completion)
         seen.append((in_trees, float((scores.logps - expected.logps).sum(-1).abs().max())))
     return seen
 
@@ -209,7 +208,7 @@ def examine(name: str) -> Finding:
             model = tiny_model(name, dtype)
             layout = Layout("auto", half=dtype == torch.bfloat16)
             with torch.no_grad():
-                score_rows(model, {"input_ids": long["input_ids"]}, long["completion_mask"])
+                score_rows(model, {"input_ids": long.ids}, long.completion)
                 seen = follow(model, layout, SHORT_THEN_LONG)
         except Exception as error:  # whatever transformers raises of a configuration that does not suit it
             text = " ".join((str(error) or type(error).__name__).split())[:110]

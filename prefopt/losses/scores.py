@@ -7,6 +7,7 @@ in nats.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -16,10 +17,25 @@ from torch import Tensor
 
 from prefopt.losses.errors import LossError
 
-GIVEN_LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "prev_chosen_logps", "prev_rejected_logps")
-"""Log-probabilities of a reference and of a previous iterate, where they come with the data."""
+REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+PREVIOUS_LOGPS = ("prev_chosen_logps", "prev_rejected_logps")
+GIVEN_LOGPS = (*REFERENCE_LOGPS, *PREVIOUS_LOGPS)
+"""Columns of log-probabilities under a reference and under a previous iterate, where they come with the data."""
 EMBEDDINGS = ("prompt_embedding", "chosen_embedding", "rejected_embedding")
 """Vectors, all of one width, for objectives that compare embeddings."""
+
+
+class Role(enum.IntEnum):
+    """What a completion is to its example. The names in lower case are fields of `PreferenceBatch`."""
+
+    CHOSEN = 0
+    REJECTED = 1
+    MISMATCHED = 2
+    SAMPLED = 3
+
+    @property
+    def field(self) -> str:
+        return self.name.lower()
 
 
 @dataclass(frozen=True)
@@ -166,8 +182,6 @@ class PreferenceBatch:
 
     def at_least_float32(self) -> PreferenceBatch:
         raised: dict[str, Any] = {
-            name: scores.at_least_float32()
-            for name in ("chosen", "rejected", "sampled", "mismatched")
-            if (scores := self.role(name)) is not None
+            role.field: scores.at_least_float32() for role in Role if (scores := self.role(role.field)) is not None
         }
         return replace(self, **raised)

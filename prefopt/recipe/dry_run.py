@@ -33,8 +33,7 @@ from prefopt.recipe.preflight import HubUnreachable, to_be_made, tokenizer_of
 from prefopt.safety.redaction import redacted
 from prefopt.safety.tables import table
 from prefopt.scoring import ROLES
-from prefopt.scoring.collate import ROW_TENSORS
-from prefopt.scoring.tree import plant
+from prefopt.scoring.rows import RowBatch
 from prefopt.trainer import PreferenceConfig, expression_from_trl_options
 from prefopt.trainer.collator import collator_for
 from prefopt.trainer.config import default_of
@@ -236,7 +235,7 @@ def _memory(
 def _rows(training: PreferenceConfig, batch: dict[str, torch.Tensor]) -> Rows:
     """The batch's rows, planted as trees unless the padded layout is asked for."""
     count, length = batch["input_ids"].shape
-    trees = None if training.layout == "padded" else tuple(plant(*(batch[name] for name in ROW_TENSORS)))
+    trees = None if training.layout == "padded" else tuple(RowBatch.of(batch).trees)
     return Rows(trees or None, count, length, int(batch["completion_mask"].sum()))
 
 

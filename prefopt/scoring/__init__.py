@@ -4,13 +4,15 @@ Works on any causal language model, wrapped or not; imports `prefopt.losses`, to
 and PEFT where it reaches into their layers; never TRL.
 """
 
+from prefopt.scoring.assemble import assemble_batch, extras_for
 from prefopt.scoring.logprobs import Extras, TokenScores, token_scores
 from prefopt.scoring.padded import score_rows
-from prefopt.scoring.rows import ROLES, RowGroups, assemble_batch, extras_for
+from prefopt.scoring.rows import ROLES, RowBatch, RowGroups
 
 __all__ = [
     "ROLES",
     "Extras",
+    "RowBatch",
     "RowGroups",
     "TokenScores",
     "assemble_batch",

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefopt.safety.files import UNFINISHED, cache_folder, write_whole
+from prefopt.scoring.rows import RowBatch
 
 logger = logging.getLogger(__name__)
 
@@ -105,37 +106,36 @@ class ReferenceCache:
 
     def scores(
         self,
-        inputs: Mapping[str, Any],
+        rows: RowBatch,
         compute: Callable[[Tensor], Tensor],
         any_missing: Callable[[bool], bool] = bool,
     ) -> Tensor:
         """(R, T - 1) log-probabilities of a batch's completion tokens, zero elsewhere.
 
         Args:
-            inputs: `input_ids`, `attention_mask` and `completion_mask` of shape (R, T).
+            rows: R rows of T tokens.
             compute: from (R,) bool, the rows that are missing, to their (M, T - 1) log-probabilities.
             any_missing: whether any process misses a row; then every process computes, as sharded models need all.
                 Called once per batch, as is `compute` if it says so: no process makes more calls than another.
         """
-        keys = list(row_keys(inputs))
+        keys = list(row_keys(rows))
         missing = torch.tensor([key not in self._places and key not in self._new for key in keys], dtype=torch.bool)
         self.hits += int((~missing).sum())
         self.misses += int(missing.sum())
-        rows, width = inputs["input_ids"].shape
-        made = torch.zeros((rows, width - 1))
-        scored = inputs["completion_mask"].bool()[:, 1:].cpu()
+        logps = torch.zeros_like(rows.ids[:, 1:], dtype=torch.float32, device="cpu")
+        scored = rows.completion.bool()[:, 1:].cpu()
         if any_missing(bool(missing.any())):
             wanted = missing if bool(missing.any()) else _one_row(scored)
-            values = compute(wanted.to(inputs["input_ids"].device)).float().cpu()
+            values = compute(wanted.to(rows.ids.device)).float().cpu()
             for row, line in zip(wanted.nonzero().flatten().tolist(), values, strict=True):
                 if missing[row]:
-                    line = torch.nn.functional.pad(line, (0, width - 1 - len(line)))
+                    line = torch.nn.functional.pad(line, (0, logps.shape[1] - len(line)))
                     self._new.setdefault(keys[row], line[scored[row]].clone())
         for row, key in enumerate(keys):
-            made[row, scored[row]] = self._entry(key)
+            logps[row, scored[row]] = self._entry(key)
         if len(self._new) >= max(WRITE_AFTER, self._write_at):
             self.write()
-        return made.to(inputs["input_ids"].device)
+        return logps.to(rows.ids.device)
 
     def _entry(self, key: bytes) -> Tensor:
         if key in self._new:
@@ -176,11 +176,10 @@ def _one_row(scored: Tensor) -> Tensor:
     return torch.arange(len(scored)) == first
 
 
-def row_keys(inputs: Mapping[str, Any]) -> Iterable[bytes]:
+def row_keys(rows: RowBatch) -> Iterable[bytes]:
     """A digest of each row's tokens and of where its completion begins."""
-    lengths = inputs["attention_mask"].sum(-1).tolist()
-    masks = inputs["completion_mask"].bool()
-    for row, (ids, length) in enumerate(zip(inputs["input_ids"].tolist(), lengths, strict=True)):
+    lengths, masks = rows.attention.sum(-1).tolist(), rows.completion.bool().cpu()
+    for row, (ids, length) in enumerate(zip(rows.ids.tolist(), lengths, strict=True)):
         start = int(masks[row].nonzero()[0]) if bool(masks[row].any()) else length
         text = " ".join(map(str, [start, *ids[:length]]))
         yield hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()

@@ -89,19 +89,6 @@ class Call:
         """
         if self.recompute and torch.is_grad_enabled():
             return self._twice(model, arguments, request)
-        return self._once(model, arguments, request, whole_logits)
-
-    def _twice(self, model: nn.Module, arguments: Mapping[str, Any], request: Request) -> tuple[Measured, Any]:
-        def values() -> tuple[Tensor | None, ...]:
-            measured, _ = self._once(model, arguments, request, False)
-            return (*(getattr(measured, name) for name in MEASURED), request.pooled)
-
-        *made, request.pooled = checkpoint(values, use_reentrant=False)
-        return Measured(*made), None
-
-    def _once(
-        self, model: nn.Module, arguments: Mapping[str, Any], request: Request, whole_logits: bool
-    ) -> tuple[Measured, Any]:
         inner = unwrapped(model)
         head = head_of(inner) if self.chunked_head and not whole_logits else None
         # Kept hidden states need weights that are there when the policy is scored.
@@ -111,6 +98,16 @@ class Call:
             outputs = _pooling(model, inner, arguments, request)
             return _off_logits(outputs.logits[:, -request.mask.shape[1] :], request), outputs
         return self._by_head(model, inner, head, arguments, request)
+
+    def _twice(self, model: nn.Module, arguments: Mapping[str, Any], request: Request) -> tuple[Measured, Any]:
+        once = replace(self, recompute=False)
+
+        def values() -> tuple[Tensor | None, ...]:
+            measured, _ = once(model, arguments, request)
+            return (*(getattr(measured, name) for name in MEASURED), request.pooled)
+
+        *measured, request.pooled = checkpoint(values, use_reentrant=False)
+        return Measured(*measured), None
 
     @staticmethod
     def _by_head(

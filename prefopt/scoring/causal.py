@@ -6,8 +6,6 @@ BERT without `is_decoder` and XLNet are loaded as language models and give logit
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from prefopt.scoring.exact import in_float32, like_others, peeled, undisturbed
 from prefopt.scoring.fingerprint import is_sharded
 from prefopt.scoring.model import unwrapped
+from prefopt.scoring.rows import RowBatch
 from prefopt.scoring.trial import ERRORS, EXACT
 
 TOKENS = 32
@@ -23,15 +22,15 @@ ROUGH = 0.02
 """The relative difference of logits that tells where weights cannot be cast to float32."""
 
 
-def looks_ahead(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+def looks_ahead(model: nn.Module, batch: RowBatch) -> float:
     """How much a row's logits differ when a later token does, as a share of their length; 0 for a causal model.
 
     Args:
         model: wrapped or not. Processes that share its weights must call this together.
-        inputs: a collated batch, whose first row is used.
+        batch: whose first row is used.
     """
-    row = inputs["input_ids"][0][inputs["attention_mask"][0].bool()][:TOKENS]
-    others = inputs["input_ids"][inputs["input_ids"] != row[-1]]
+    row = batch.ids[0][batch.attention[0].bool()][:TOKENS]
+    others = batch.ids[batch.ids != row[-1]]
     if len(row) < 2 or not len(others):
         return 0.0
     rows = torch.stack([row, row])

@@ -1,32 +1,26 @@
 """From tokenised examples to one padded batch of rows that says which row plays which role.
 
 Every completion is a row of its own, prompt first: first all chosen rows, then all rejected ones, for pairs; in data
-order for single labelled completions. Imports torch and `rows` alone.
+order for single labelled completions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS, Role
 from prefopt.safety.errors import UsageError
-from prefopt.scoring.rows import RowGroups
+from prefopt.scoring.rows import COLUMN_PREFIX, RowBatch
 
-CHOSEN, REJECTED, MISMATCHED, SAMPLED = range(4)
-ROW_TENSORS = ("input_ids", "attention_mask", "completion_mask")
-COLUMN_PREFIX = "column_"
-"""What per-example columns are called inside a batch, so that none can be taken for a model input."""
-COUNTED = "counted_examples"
-"""How many of a batch's examples count, the first ones; the others fill up the last batch of an evaluation."""
-
-SIZES = "role_sizes"
-"""(2,) mean number of chosen and of rejected rows in the micro-batches of a step, where more than one make it up."""
+_Row = tuple[Role, int, list[int], list[int]]
+"""Role, example, prompt and completion."""
 
 
 @dataclass
@@ -56,37 +50,36 @@ class PreferenceCollator:
     embeddings: bool = False
     vocabulary: int | None = None
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        rows: list[tuple[int, int, list[int], list[int]]] = []  # role, example, prompt, completion
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         paired = "chosen_ids" in examples[0]
-        if paired:
-            for role, key in ((CHOSEN, "chosen_ids"), (REJECTED, "rejected_ids")):
-                rows += [(role, i, example["prompt_ids"], example[key]) for i, example in enumerate(examples)]
-        else:
-            for i, example in enumerate(examples):
-                role = CHOSEN if _is_desirable(example["label"]) else REJECTED
-                rows.append((role, i, example["prompt_ids"], example["completion_ids"]))
+        rows = _pairs(examples) if paired else _labelled(examples)
         # A lone example has no other prompt to be put under; its batch then adds nothing to the estimate.
         if self.mismatched and len(examples) > 1:
             count, completions = len(examples), [completion for *_, completion in rows]
             # Blocks of as many rows as there are examples; within each, as TRL's KTO trainer moves them.
             rows += [
-                (MISMATCHED, i, prompt, completions[row - i + (i - 1) % count])
+                (Role.MISMATCHED, i, prompt, completions[row - i + (i - 1) % count])
                 for row, (_, i, prompt, _) in enumerate(rows)
             ]
-        batch = self._pad(rows)
-        batch["roles"] = torch.tensor([role for role, *_ in rows])
-        batch["examples"] = torch.tensor([i for _, i, *_ in rows])
-        batch["paired"] = torch.tensor(paired)
-        for name in GIVEN_LOGPS:
-            if name in examples[0]:
-                batch[name] = torch.tensor([float(example[name]) for example in examples])
-        batch.update(collate_columns(examples, self.columns))
-        if self.embeddings:
-            batch.update({name: collate_vectors(examples, name) for name in EMBEDDINGS})
-        return batch
+        ids, masks = self._padded([([*p, *c], [0] * len(p) + [1] * len(c)) for *_, p, c in rows])
+        return RowBatch(
+            roles=torch.tensor([role for role, *_ in rows]),
+            examples=torch.tensor([example for _, example, *_ in rows]),
+            columns=collate_columns(examples, self.columns),
+            paired=paired,
+            ids=ids,
+            attention=(masks >= 0).long(),
+            completion=masks.clamp(min=0),
+            given_logps={
+                name: torch.tensor([float(example[name]) for example in examples])
+                for name in GIVEN_LOGPS
+                if name in examples[0]
+            },
+            embeddings={name: collate_vectors(examples, name) for name in EMBEDDINGS if self.embeddings},
+        ).inputs()
 
-    def _pad(self, rows: list[tuple[int, int, list[int], list[int]]]) -> dict[str, Tensor]:
+    def _padded(self, rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        """(R, T) token ids, and of each whether it belongs to a completion: 1 or 0, -1 where a row is filled up."""
         if self.pad_token_id is None:
             raise UsageError("PreferenceCollator.pad_token_id is not set; give it the tokenizer's pad_token_id")
         cut = slice(None)
@@ -94,23 +87,34 @@ class PreferenceCollator:
             if self.truncation_mode not in ("keep_start", "keep_end"):
                 raise UsageError(f"truncation_mode must be 'keep_start' or 'keep_end', got {self.truncation_mode!r}")
             cut = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
-        ids = [torch.tensor((prompt + completion)[cut]) for *_, prompt, completion in rows]
-        masks = [torch.tensor(([0] * len(prompt) + [1] * len(completion))[cut]) for *_, prompt, completion in rows]
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
-        attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        completion_mask = pad_sequence(masks, batch_first=True)
-        if self.vocabulary is not None and int(input_ids.max()) >= self.vocabulary:
+        padded = [
+            pad_sequence([torch.tensor(row[part][cut]) for row in rows], batch_first=True, padding_value=fill)
+            for part, fill in ((0, self.pad_token_id), (1, -1))
+        ]
+        if self.vocabulary is not None and int(padded[0].max()) >= self.vocabulary:
             raise UsageError(
-                f"token id {int(input_ids.max())} is beyond the vocabulary of {self.vocabulary} that the models have "
+                f"token id {int(padded[0].max())} is beyond the vocabulary of {self.vocabulary} that the models have "
                 "embeddings for: use the tokenizer that belongs to the model, or call "
                 "model.resize_token_embeddings(len(tokenizer)) on policy and reference"
             )
-        if self.pad_to_multiple_of:
-            more = (0, -input_ids.shape[1] % self.pad_to_multiple_of)
-            input_ids = torch.nn.functional.pad(input_ids, more, value=self.pad_token_id)
-            attention_mask = torch.nn.functional.pad(attention_mask, more)
-            completion_mask = torch.nn.functional.pad(completion_mask, more)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+        more = (0, -padded[0].shape[1] % (self.pad_to_multiple_of or 1))
+        ids, masks = (pad(rows, more, value=fill) for rows, fill in zip(padded, (self.pad_token_id, -1), strict=True))
+        return ids, masks
+
+
+def _pairs(examples: Sequence[dict[str, Any]]) -> list[_Row]:
+    return [
+        (role, i, example["prompt_ids"], example[f"{role.field}_ids"])
+        for role in (Role.CHOSEN, Role.REJECTED)
+        for i, example in enumerate(examples)
+    ]
+
+
+def _labelled(examples: Sequence[dict[str, Any]]) -> list[_Row]:
+    return [
+        (Role.CHOSEN if _is_desirable(e["label"]) else Role.REJECTED, i, e["prompt_ids"], e["completion_ids"])
+        for i, e in enumerate(examples)
+    ]
 
 
 def _is_desirable(label: Any) -> bool:
@@ -136,12 +140,12 @@ class WithColumns:
         # First, because some collators rewrite the examples they are given.
         added = collate_columns(examples, self.columns)
         batch = self.inner(examples)
-        batch.update(added)
+        batch.update({COLUMN_PREFIX + name: column for name, column in added.items()})
         return batch
 
 
 def collate_columns(examples: Sequence[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, Tensor]:
-    """The numeric columns of a batch, (E,) float32 each.
+    """The numeric columns of a batch by name, (E,) float32 each.
 
     Raises:
         ValueError: if a value is missing or no number.
@@ -153,7 +157,7 @@ def collate_columns(examples: Sequence[dict[str, Any]], columns: tuple[str, ...]
         if not all(isinstance(value, (int, float)) for value in values):
             bad = next(value for value in values if not isinstance(value, (int, float)))
             raise UsageError(f"column {name!r} must hold a number in every row, found {bad!r}")
-        batch[COLUMN_PREFIX + name] = torch.tensor(values, dtype=torch.float32)
+        batch[name] = torch.tensor(values, dtype=torch.float32)
     return batch
 
 
@@ -174,83 +178,3 @@ def collate_vectors(examples: Sequence[dict[str, Any]], name: str) -> Tensor:
             f"column {name!r} must hold a list of finite numbers, as many in every row; numbers here: {widths}"
         )
     return made
-
-
-def groups_of(batch: Mapping[str, Any]) -> RowGroups:
-    """Who is who in a collated batch; collators other than ours put the chosen rows first and the rejected after."""
-    columns = {k.removeprefix(COLUMN_PREFIX): v for k, v in batch.items() if k.startswith(COLUMN_PREFIX)}
-    if "roles" in batch:
-        embeddings = {name: batch[name] for name in EMBEDDINGS if name in batch}
-        paired, counted = bool(batch["paired"]), batch.get(COUNTED)
-        sizes = dict(zip(("chosen", "rejected"), batch[SIZES], strict=True)) if SIZES in batch else None
-        return RowGroups(batch["roles"], batch["examples"], columns, paired, counted, embeddings, sizes)
-    ids = batch["input_ids"]
-    half = torch.arange(ids.shape[0] // 2, device=ids.device)
-    roles = torch.cat([torch.full_like(half, CHOSEN), torch.full_like(half, REJECTED)])
-    return RowGroups(roles, torch.cat([half, half]), columns, True, batch.get(COUNTED))
-
-
-def select_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    """The batch with some of its rows, no longer than the longest of them.
-
-    Args:
-        batch: a batch of `PreferenceCollator`.
-        rows: (R,) bool.
-    """
-    kept = {name: value[rows] for name, value in batch.items() if name in (*ROW_TENSORS, "roles", "examples")}
-    length = max(int(kept["attention_mask"].sum(-1).max()), 1) if bool(rows.any()) else 1
-    kept |= {name: kept[name][:, :length] for name in ROW_TENSORS}
-    return {**batch, **kept}
-
-
-def select_examples(batch: Mapping[str, Any], examples: Sequence[int]) -> dict[str, Any]:
-    """The batch with some of its examples, in the order that they have in it.
-
-    Args:
-        batch: a batch of `PreferenceCollator`.
-        examples: which of them.
-    """
-    wanted = torch.tensor(sorted(examples), device=batch["examples"].device)
-    made = select_rows(batch, torch.isin(batch["examples"], wanted))
-    made["examples"] = torch.searchsorted(wanted, made["examples"])
-    of_examples = [name for name in batch if name in (*GIVEN_LOGPS, *EMBEDDINGS) or name.startswith(COLUMN_PREFIX)]
-    return {**made, **{name: batch[name][wanted] for name in of_examples}}
-
-
-def append_rows(
-    batch: Mapping[str, Any], prompts: Sequence[Tensor], completions: Sequence[Tensor], pad_token_id: int
-) -> dict[str, Any]:
-    """The batch with a row for each example's sampled completion after its own rows.
-
-    Args:
-        batch: a batch of `PreferenceCollator`.
-        prompts: (P_i,) token ids of each example.
-        completions: (C_i,) token ids of each example's sample.
-        pad_token_id: fills rows up.
-    """
-    ids = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
-    masks = [torch.arange(len(row), device=row.device) >= len(p) for row, p in zip(ids, prompts, strict=True)]
-    old = batch["input_ids"]
-    length = max(old.shape[1], *(len(row) for row in ids))
-
-    def joined(name: str, rows: list[Tensor], fill: int) -> Tensor:
-        parts = [torch.nn.functional.pad(row.to(batch[name]), (0, length - len(row)), value=fill) for row in rows]
-        return torch.cat(
-            [torch.nn.functional.pad(batch[name], (0, length - old.shape[1]), value=fill), torch.stack(parts)]
-        )
-
-    count = len(ids)
-    examples = torch.arange(count, device=old.device)
-    return {
-        **batch,
-        "input_ids": joined("input_ids", ids, pad_token_id),
-        "attention_mask": joined("attention_mask", [torch.ones_like(row) for row in ids], 0),
-        "completion_mask": joined("completion_mask", masks, 0),
-        "roles": torch.cat([batch["roles"], torch.full_like(batch["roles"][:1], SAMPLED).expand(count)]),
-        "examples": torch.cat([batch["examples"], examples.to(batch["examples"])]),
-    }
-
-
-def by_row(groups: RowGroups, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """(R,) values of each row from the per-example values of its role."""
-    return torch.where(groups.roles == CHOSEN, chosen[groups.examples], rejected[groups.examples])

@@ -6,31 +6,29 @@ are filled up as little as possible. Which examples a step learns from is decide
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from prefopt.scoring.rows import RowBatch
 from prefopt.scoring.tree import first_fit, plant
 
 
-def cut(batch: Mapping[str, Any], tokens: int, in_trees: bool) -> list[list[int]]:
+def cut(rows: RowBatch, tokens: int, in_trees: bool) -> list[list[int]]:
     """The examples of each part, the longest first; every example is in one of them.
 
     Args:
-        batch: a batch of `PreferenceCollator`.
+        rows: a batch of `PreferenceCollator`.
         tokens: at most so many in a part, as the layout counts them: each prompt once in trees, else rows filled up to
             the longest. An example that is longer is a part of its own.
         in_trees: which layout.
     """
     if in_trees:
-        bundles = _bundles(batch)
+        bundles = _bundles(rows)
         parts = first_fit([size for size, _ in bundles], tokens)
         return [[example for i in part for example in bundles[i][1]] for part in parts]
-    return _rows_of_like_length(batch, tokens)
+    return _rows_of_like_length(rows, tokens)
 
 
-def _bundles(batch: Mapping[str, Any]) -> list[tuple[int, list[int]]]:
+def _bundles(rows: RowBatch) -> list[tuple[int, list[int]]]:
     """Tokens and examples of what hangs together by its prompts."""
-    examples = batch["examples"].tolist()
+    examples = rows.examples.tolist()
     joined = list(range(max(examples) + 1))
 
     def root(example: int) -> int:
@@ -38,8 +36,8 @@ def _bundles(batch: Mapping[str, Any]) -> list[tuple[int, list[int]]]:
             example = joined[example]
         return example
 
-    trees = plant(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-    members = [sorted({examples[row] for rows, _, _ in tree.targets for row in rows}) for tree in trees]
+    trees = plant(rows.ids, rows.attention, rows.completion)
+    members = [sorted({examples[row] for same, _, _ in tree.targets for row in same}) for tree in trees]
     for first, *others in members:
         for other in others:
             joined[max(root(first), root(other))] = min(root(first), root(other))
@@ -49,20 +47,20 @@ def _bundles(batch: Mapping[str, Any]) -> list[tuple[int, list[int]]]:
     return [(size, [e for e in range(len(joined)) if root(e) == top]) for top, size in sizes.items()]
 
 
-def _rows_of_like_length(batch: Mapping[str, Any], tokens: int) -> list[list[int]]:
-    lengths = batch["attention_mask"].sum(-1).tolist()
+def _rows_of_like_length(rows: RowBatch, tokens: int) -> list[list[int]]:
+    lengths = rows.attention.sum(-1).tolist()
     longest: dict[int, int] = {}
-    rows: dict[int, int] = {}
-    for example, length in zip(batch["examples"].tolist(), lengths, strict=True):
+    rows_of: dict[int, int] = {}
+    for example, length in zip(rows.examples.tolist(), lengths, strict=True):
         longest[example] = max(longest.get(example, 0), length)
-        rows[example] = rows.get(example, 0) + 1
+        rows_of[example] = rows_of.get(example, 0) + 1
     parts: list[list[int]] = []
     count = width = 0
     for example in sorted(longest, key=lambda example: -longest[example]):
-        if parts and (count + rows[example]) * width <= tokens:
+        if parts and (count + rows_of[example]) * width <= tokens:
             parts[-1].append(example)
-            count += rows[example]
+            count += rows_of[example]
         else:
             parts.append([example])
-            count, width = rows[example], longest[example]
+            count, width = rows_of[example], longest[example]
     return parts

@@ -1,24 +1,46 @@
-"""From scored rows to what a loss sees: which row plays which role, and for which example.
+"""Typed batches: which rows there are, which role each plays, and for which example.
 
-A batch of R rows holds every completion once; `RowGroups` says that row r plays a role for example e, so rows may come
-in any order and roles may have different sizes.
+A batch of R rows holds every completion once; row r plays a role for example e, so rows may come in any order and
+roles may have different sizes. Collators give mappings, because data loaders move those between devices; `RowBatch.of`
+turns one into a `RowBatch`, and nothing behind it reads a key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from prefopt.losses import Loss, Need, PreferenceBatch, Scores
-from prefopt.losses.base import PER_TOKEN
-from prefopt.losses.divergences import named
-from prefopt.scoring.logprobs import Extras, TokenScores
+from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS, Role
+from prefopt.scoring.tree import Tree, plant
 
-ROLES = ("chosen", "rejected", "mismatched", "sampled")
+ROLES = tuple(role.field for role in Role)
 """Role names by their number in `RowGroups.roles`."""
+COLUMN_PREFIX = "column_"
+"""What per-example columns are called inside a mapping, so that none can be taken for a model input."""
+COUNTED = "counted_examples"
+"""How many of a batch's examples count, the first ones; the others fill up the last batch of an evaluation."""
+SIZES = "role_sizes"
+"""(2,) mean number of chosen and of rejected rows in the micro-batches of a step, where more than one make it up."""
+SHARE, TOKENS_AT_ONCE = "share_of_batch", "tokens_at_once"
+"""How parts of a batch are marked, as in `RowBatch`."""
+_KEYS = {
+    "ids": "input_ids",
+    "attention": "attention_mask",
+    "completion": "completion_mask",
+    "roles": "roles",
+    "examples": "examples",
+    "paired": "paired",
+    "counted": COUNTED,
+    "share": SHARE,
+    "tokens_at_once": TOKENS_AT_ONCE,
+}
+"""What fields of `RowBatch` are called in a mapping."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +48,7 @@ class RowGroups:
     """Which row is what.
 
     Attributes:
-        roles: (R,) index into `ROLES`.
+        roles: (R,) a `Role` each.
         examples: (R,) index of the example (pair, or single labelled completion) that a row belongs to.
         columns: per-example columns of the data set, (E,) each.
         paired: whether every example has one chosen and one rejected row, in the same order.
@@ -48,78 +70,131 @@ class RowGroups:
         rows = (self.roles == role).nonzero().squeeze(-1)
         return rows if self.counted is None else rows[self.examples[rows] < self.counted]
 
+    def playing(self, roles: Sequence[int]) -> Tensor:
+        """(R,) bool, the rows that play one of these roles."""
+        rows = torch.zeros_like(self.roles, dtype=torch.bool)
+        for role in roles:
+            rows |= self.roles == role
+        return rows
 
-def extras_for(loss: Loss) -> Extras:
-    """What a loss asks of the logits besides log-probabilities."""
-    return Extras(
-        top_k=loss.top_k if Need.TOP_K in loss.needs else 0,
-        collision=Need.COLLISION in loss.needs,
-        forward_kl=Need.FORWARD_KL in loss.needs,
-        reverse_kl=Need.REVERSE_KL in loss.needs,
-        divergences=tuple(map(named, loss.divergences)) if Need.DIVERGENCE in loss.needs else (),
-        hidden=Need.HIDDEN in loss.needs,
-    )
+    def by_row(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """(R,) values of each row from the (E,) values of chosen and rejected completions."""
+        return torch.where(self.roles == Role.CHOSEN, chosen[self.examples], rejected[self.examples])
 
 
-def assemble_batch(
-    groups: RowGroups,
-    policy: TokenScores,
-    loss: Loss,
-    ref_token_logps: Tensor | None = None,
-    ref_logps: Tensor | None = None,
-    prev_logps: Tensor | None = None,
-) -> PreferenceBatch:
-    """Group scored rows by role.
+@dataclass(frozen=True)
+class RowBatch(RowGroups):
+    """A collated batch: R rows of T tokens, prompt first.
 
-    Args:
-        groups: the role and example of each of R rows.
-        policy: token scores of the R rows.
-        loss: whose needs say what is filled in.
-        ref_token_logps: (R, T) per-token log-probabilities of the reference, zero outside the completions.
-        ref_logps: (R,) their sums, where only these are known (computed ahead of training).
-        prev_logps: (R,) sums under the previous iterate.
+    Attributes:
+        ids: (R, T) tokens, padded on the right.
+        attention: (R, T) true at real tokens.
+        completion: (R, T) true at completion tokens.
+        given_logps: (E,) log-probabilities that came with the data, by the name of their column (`GIVEN_LOGPS`).
+        extra: what else the model takes, such as images.
+        divisible: whether rows can be taken out. Not where another collator made them: which of its further inputs
+            (images, say) belong to a row is not known.
+        share: the fraction of a batch's examples that this part of it holds; 0 for a part that only fills up.
+        tokens_at_once: most tokens of trees that go through the model in one call, with each call made again in the
+            backward pass. None: as many as suit the device, and no call made twice.
     """
-    if ref_logps is None and ref_token_logps is not None:
-        ref_logps = ref_token_logps.sum(-1)
-    always = {"logps": policy.logps.sum(-1), "lengths": policy.mask.sum(-1)}
-    tokens = {
-        "token_logps": policy.logps,
-        "token_mask": policy.mask,
-        "token_ids": policy.tokens,
-        "top_logps": policy.top_logps,
-        "top_ids": policy.top_ids,
-        "token_collision": policy.collision,
-        "token_forward_kl": policy.forward_kl,
-        "token_reverse_kl": policy.reverse_kl,
-        "ref_token_entropy": policy.ref_entropy,
-        "token_divergences": policy.divergences,
-    }
-    roles: dict[str, Any] = {}
-    for number, role in enumerate(ROLES):
-        needs = loss.needs_of(role)
-        unwanted = role == "mismatched" and Need.MISMATCHED not in loss.needs
-        # Unpaired feedback can lack a role by chance; of pairs one is missing only where it was not scored.
-        may_lack = role == "mismatched" or (role != "sampled" and not groups.paired)
-        if unwanted or not (may_lack or bool((groups.roles == number).any())):
-            continue
-        rows = groups.rows_of(number)
-        fields: dict[str, Tensor | None] = dict(always)
-        if needs.compares:
-            fields["ref_logps"] = ref_logps
-        if Need.PREVIOUS in needs:
-            fields["prev_logps"] = prev_logps
-        if needs & PER_TOKEN:
-            fields |= tokens
-            fields["ref_token_logps"] = ref_token_logps if needs.compares else None
-        if Need.HIDDEN in needs:
-            fields |= {"hidden": policy.hidden, "prompt_hidden": policy.prompt_hidden}
-        values: dict[str, Any] = {name: value[rows] for name, value in fields.items() if value is not None}
-        if Need.EMBEDDINGS in needs:
-            given = {"embedding": f"{role}_embedding", "prompt_embedding": "prompt_embedding"}
-            of_rows = groups.examples[rows]
-            values |= {n: groups.embeddings[c][of_rows] for n, c in given.items() if c in groups.embeddings}
-        if "token_divergences" in values:
-            values["divergences"] = loss.divergences
-        columns = {name: column[groups.examples[rows]] for name, column in groups.columns.items()}
-        roles[role] = Scores(**values, columns=columns)
-    return PreferenceBatch(**roles, paired=groups.paired, sizes=groups.sizes)
+
+    ids: Tensor = field(kw_only=True)
+    attention: Tensor = field(kw_only=True)
+    completion: Tensor = field(kw_only=True)
+    given_logps: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    extra: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    divisible: bool = field(default=True, kw_only=True)
+    share: float = field(default=1.0, kw_only=True)
+    tokens_at_once: int | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any]) -> RowBatch:
+        """The rows of a mapping, from whichever collator; others than ours put chosen rows first, rejected after."""
+        values = {name: inputs[key] for name, key in _KEYS.items() if key in inputs}
+        if "roles" in values:
+            values["paired"] = bool(values["paired"])
+        else:
+            examples = torch.arange(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
+            roles = torch.cat([torch.full_like(examples, role) for role in (Role.CHOSEN, Role.REJECTED)])
+            values |= {"roles": roles, "examples": examples.repeat(2), "paired": True, "divisible": False}
+        if SIZES in inputs:
+            values["sizes"] = dict(zip(ROLES, inputs[SIZES], strict=False))
+        known = {*_KEYS.values(), SIZES, *GIVEN_LOGPS, *EMBEDDINGS}
+        return cls(
+            **values,
+            columns={k.removeprefix(COLUMN_PREFIX): v for k, v in inputs.items() if k.startswith(COLUMN_PREFIX)},
+            given_logps={name: inputs[name] for name in GIVEN_LOGPS if name in inputs},
+            embeddings={name: inputs[name] for name in EMBEDDINGS if name in inputs},
+            extra={k: v for k, v in inputs.items() if k not in known and not k.startswith(COLUMN_PREFIX)},
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """The mapping that `of` reads, for what is between a collator and the trainer's loss."""
+        values = {key: getattr(self, name) for name, key in _KEYS.items()}
+        values |= {COLUMN_PREFIX + name: column for name, column in self.columns.items()}
+        if self.sizes is not None:
+            values[SIZES] = torch.stack([self.sizes[role] for role in ROLES[:2]])
+        if self.share == 1.0:
+            del values[SHARE]
+        values = {key: value for key, value in values.items() if value is not None}
+        return {**values, **self.given_logps, **self.embeddings, **self.extra}
+
+    @functools.cached_property
+    def trees(self) -> list[Tree]:
+        """The rows in the tree layout, as lists: those that are scored have to be known to the host."""
+        return plant(self.ids, self.attention, self.completion)
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """What the model is called with, in the padded layout."""
+        return {"input_ids": self.ids, "attention_mask": self.attention, **self.extra}
+
+    def select_rows(self, rows: Tensor) -> RowBatch:
+        """The batch with some of its rows, no longer than the longest of them.
+
+        Args:
+            rows: (R,) bool.
+        """
+        attention = self.attention[rows]
+        length = max(int(attention.sum(-1).max()), 1) if len(attention) else 1
+        return replace(
+            self, ids=self.ids[rows, :length], attention=attention[:, :length],
+            completion=self.completion[rows, :length], roles=self.roles[rows], examples=self.examples[rows],
+        )  # fmt: skip
+
+    def select_examples(self, examples: Sequence[int]) -> RowBatch:
+        """The batch with some of its examples, in the order that they have in it."""
+        wanted = torch.tensor(sorted(examples), device=self.examples.device)
+        rows = self.select_rows(torch.isin(self.examples, wanted))
+        per_example: dict[str, Any] = {
+            name: {key: value[wanted] for key, value in getattr(self, name).items()}
+            for name in ("columns", "given_logps", "embeddings")
+        }
+        return replace(rows, examples=torch.searchsorted(wanted, rows.examples), **per_example)
+
+    def append(self, prompts: Sequence[Tensor], completions: Sequence[Tensor], pad_token_id: int) -> RowBatch:
+        """The batch with a row for each example's sampled completion after its own rows.
+
+        Args:
+            prompts: (P_i,) token ids of each example.
+            completions: (C_i,) token ids of each example's sample.
+            pad_token_id: fills rows up.
+        """
+        ids = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
+        masks = [torch.arange(len(row), device=row.device) >= len(p) for row, p in zip(ids, prompts, strict=True)]
+        length = max(self.ids.shape[1], *(len(row) for row in ids))
+
+        def joined(old: Tensor, rows: list[Tensor], fill: int) -> Tensor:
+            new = [pad(row.to(old), (0, length - len(row)), value=fill) for row in rows]
+            return torch.cat([pad(old, (0, length - old.shape[1]), value=fill), torch.stack(new)])
+
+        examples = torch.arange(len(ids), device=self.examples.device)
+        return replace(
+            self,
+            ids=joined(self.ids, ids, pad_token_id),
+            attention=joined(self.attention, [torch.ones_like(row) for row in ids], 0),
+            completion=joined(self.completion, masks, 0),
+            roles=torch.cat([self.roles, torch.full_like(examples, Role.SAMPLED).to(self.roles)]),
+            examples=torch.cat([self.examples, examples.to(self.examples)]),
+        )

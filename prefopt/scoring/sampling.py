@@ -6,41 +6,41 @@ nothing else. Imports torch and transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from prefopt.scoring.collate import MISMATCHED, append_rows
+from prefopt.losses.scores import Role
+from prefopt.scoring.rows import RowBatch
 
 
-def prompts_of(batch: Mapping[str, Any]) -> list[Tensor]:
-    """The prompt of each example of a collated batch, token ids without padding."""
-    attended = batch["attention_mask"].bool() & ~batch["completion_mask"].bool()
-    own = batch["roles"] != MISMATCHED
+def prompts_of(rows: RowBatch) -> list[Tensor]:
+    """The prompt of each example, token ids without padding."""
+    in_prompt = rows.attention.bool() & ~rows.completion.bool()
+    own = rows.roles != Role.MISMATCHED
     prompts = []
-    for example in range(int(batch["examples"].max()) + 1):
-        row = int((own & (batch["examples"] == example)).nonzero()[0])
-        prompts.append(batch["input_ids"][row][attended[row]])
+    for example in range(int(rows.examples.max()) + 1):
+        row = int((own & (rows.examples == example)).nonzero()[0])
+        prompts.append(rows.ids[row][in_prompt[row]])
     return prompts
 
 
 @torch.no_grad()
 def with_samples(
-    batch: Mapping[str, Any], model: Any, max_new_tokens: int, pad_token_id: int, eos_token_id: int | list[int]
-) -> dict[str, Any]:
+    rows: RowBatch, model: Any, max_new_tokens: int, pad_token_id: int, eos_token_id: int | list[int]
+) -> RowBatch:
     """The batch with one completion per example drawn from the model, as rows of the `sampled` role.
 
     Args:
-        batch: a batch of `PreferenceCollator`.
+        rows: a batch of `PreferenceCollator`.
         model: with a `generate` method, in its training state of weights; dropout is off while it draws.
         max_new_tokens: where a completion that does not end is cut off.
         pad_token_id: fills rows up.
         eos_token_id: ends a completion and is part of it.
     """
-    prompts = prompts_of(batch)
+    prompts = prompts_of(rows)
     longest = max(len(prompt) for prompt in prompts)
     pad = torch.nn.functional.pad
     ids = torch.stack([pad(prompt, (longest - len(prompt), 0), value=pad_token_id) for prompt in prompts])
@@ -63,7 +63,7 @@ def with_samples(
         model.train(was_training)
     ends = torch.isin(drawn, torch.tensor(eos_token_id, device=drawn.device))
     completions = []
-    for row, end in zip(drawn, ends, strict=True):
-        length = int(end.nonzero()[0]) + 1 if bool(end.any()) else len(row)
-        completions.append(row[:length])
-    return append_rows(batch, prompts, completions, pad_token_id)
+    for completion, end in zip(drawn, ends, strict=True):
+        length = int(end.nonzero()[0]) + 1 if bool(end.any()) else len(completion)
+        completions.append(completion[:length])
+    return rows.append(prompts, completions, pad_token_id)

@@ -22,6 +22,7 @@ from prefopt.scoring.logprobs import Measured, TokenScores
 from prefopt.scoring.model import replaced_forward, unwrapped
 from prefopt.scoring.padded import score_rows
 from prefopt.scoring.reach import Reach
+from prefopt.scoring.rows import RowBatch
 
 EXACT = 5e-5
 """Relative difference of a hidden state in float32, above which it is another one. Rounding is 1e-7 to 1e-6; the
@@ -74,15 +75,15 @@ class Rows:
         return replace(self, tree=tree)
 
 
-def trial_rows(inputs: Mapping[str, Any], reach: Reach, turn: int = 0) -> Rows:
+def trial_rows(batch: RowBatch, reach: Reach, turn: int = 0) -> Rows:
     """Rows of a batch's own tokens, as long as asked for.
 
     Args:
-        inputs: a collated batch.
+        batch: whose tokens are used.
         reach: length of the rows, and of the tree.
         turn: another number, other rows.
     """
-    tokens = inputs["input_ids"][inputs["attention_mask"].bool()]
+    tokens = batch.ids[batch.attention.bool()]
     # Half is prompt where there is room, so that the later branch is far from the places of its row. A prime number of
     # tokens is no number of whole blocks, so a block that models compress has tokens of prompt and branch.
     most = max(min(reach.places - reach.row + 1, reach.row - reach.row // 2 + 2), reach.row // 4, 1)
@@ -157,7 +158,7 @@ Score = Callable[[Mapping[str, Any], Tensor, Call], TokenScores]
 def tree_difference(
     model: nn.Module,
     score: Score,
-    inputs: Mapping[str, Any],
+    batch: RowBatch,
     reach: Reach,
     options: Mapping[str, Any],
     sharded: bool,
@@ -167,7 +168,7 @@ def tree_difference(
     Args:
         model: as one process alone can call it, or the wrapper that spreads its weights over processes.
         score: scores rows in trees, calling that model.
-        inputs: a collated batch, whose tokens are used.
+        batch: whose tokens are used.
         reach: how long rows and trees are.
         options: further keyword arguments of the model.
         sharded: whether its weights are spread over processes.
@@ -182,7 +183,7 @@ def tree_difference(
         for skipped in ways:
             try:
                 with in_float32(model, skipped) if skipped is not None else contextlib.nullcontext():
-                    return _compared(model, score, inputs, reach, options)
+                    return _compared(model, score, batch, reach, options)
             except ERRORS as error:
                 reason = reason or fails(model, error)
     return reason
@@ -194,13 +195,11 @@ def fails(model: nn.Module, error: Exception) -> str:
     return f"{type(unwrapped(model)).__name__} fails on it ({text})"
 
 
-def _compared(
-    model: nn.Module, score: Score, inputs: Mapping[str, Any], reach: Reach, options: Mapping[str, Any]
-) -> str:
+def _compared(model: nn.Module, score: Score, batch: RowBatch, reach: Reach, options: Mapping[str, Any]) -> str:
     name, reason = type(unwrapped(model)).__name__, ""
     # A router whose choice depends on rounding is unlucky once; what mixes branches does so with any tokens.
     for turn in range(2):
-        rows = trial_rows(inputs, reach, turn)
+        rows = trial_rows(batch, reach, turn)
         truth, exact = _in_rows(model, rows, options)
         states = _in_tree(score, rows)
         gap = _gap(truth, states)

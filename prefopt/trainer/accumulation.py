@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from prefopt.losses import Loss
-from prefopt.scoring.collate import CHOSEN, REJECTED, SIZES
+from prefopt.losses.scores import Role
+from prefopt.scoring.rows import SIZES
 
 
 class AccumulationMixin:
@@ -22,7 +23,7 @@ class AccumulationMixin:
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
         batches, count = super().get_batch_samples(*arguments, **keywords)  # type: ignore[misc]
         if self.objective is not None and len(batches) > 1 and not bool(batches[0].get("paired", True)):
-            numbers = [[(batch["roles"] == role).sum() for role in (CHOSEN, REJECTED)] for batch in batches]
+            numbers = [[(batch["roles"] == role).sum() for role in (Role.CHOSEN, Role.REJECTED)] for batch in batches]
             means = torch.stack([torch.stack(both) for both in numbers]).float().mean(0)
             batches = [{**batch, SIZES: means} for batch in batches]
         return batches, count

@@ -20,7 +20,7 @@ from transformers.utils import is_liger_kernel_available
 
 from prefopt.data.columns import column_names, kind_of_columns
 from prefopt.losses import ConflictFree, Loss, Need
-from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.losses.scores import EMBEDDINGS, REFERENCE_LOGPS
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import extras_for
 from prefopt.trainer.config import changed_trl_options, refuse_what_trl_refuses
@@ -263,7 +263,7 @@ def _mismatched(plan: RunPlan, objective: Loss) -> None:
 def _precomputed(plan: RunPlan, objective: Loss) -> None:
     if plan.option("precompute_ref_log_probs", False) and objective.needs & _OF_TOKENS and objective.needs.compares:
         raise UsageError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
-    if plan.option("precompute_ref_log_probs", False) and (given := sorted({*plan.columns} & {*GIVEN_LOGPS[:2]})):
+    if plan.option("precompute_ref_log_probs", False) and (given := sorted({*plan.columns} & {*REFERENCE_LOGPS})):
         raise UsageError(
             f"precompute_ref_log_probs=True computes {' and '.join(given)}, which the data has already: take them out "
             f"with train_dataset.remove_columns({given})"

@@ -10,8 +10,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from prefopt.losses import ConflictFree, Loss, LossOutput
+from prefopt.losses.scores import Role
 from prefopt.safety.errors import UsageError
-from prefopt.scoring.collate import COUNTED, groups_of
+from prefopt.scoring.rows import COUNTED, RowBatch
 from prefopt.trainer.metrics import PART_OF_LOSS, RunningMeans
 
 
@@ -97,7 +98,7 @@ class EvaluationMixin:
             return None
         each = loader.total_batch_size // self.accelerator.num_processes
         mine: int = min(max(state.remainder - self.accelerator.process_index * each, 0), each)
-        return mine if mine < int(groups_of(inputs).examples.max()) + 1 else None
+        return mine if mine < int(RowBatch.of(inputs).examples.max()) + 1 else None
 
     def _record_eval_loss(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
         """Add a batch to the mean over examples, in which each process's loss has the share that its examples have.
@@ -106,9 +107,9 @@ class EvaluationMixin:
         the process's own examples; for single completions it is a sum, divided by the processes' mean count. There
         each term of the objective has a mean over the completions that it is about: a batch may hold none of them.
         """
-        groups = groups_of(inputs)
-        counts = {role: len(groups.rows_of(number)) for number, role in enumerate(("chosen", "rejected"))}
-        if groups.paired:
+        rows = RowBatch.of(inputs)
+        counts = {role.field: len(rows.rows_of(role)) for role in (Role.CHOSEN, Role.REJECTED)}
+        if rows.paired:
             self._eval_means.add("loss", loss * counts["chosen"], torch.tensor(counts["chosen"]))
             return
         objective: Any = self.objective

@@ -6,7 +6,8 @@ last completed step; for weights that are not, the last checkpoint that is good 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt.losses import Loss, LossOutput, PreferenceBatch
 from prefopt.safety.errors import PrefoptError
+from prefopt.scoring.rows import RowBatch
 from prefopt.trainer.metrics import SHOWN, RunningMeans, describe_non_finite, shortened
 from prefopt.trainer.saving.checkpoints import find
 
@@ -27,8 +29,6 @@ ADVICE = (
     "Look at those rows, lower the learning rate or warm it up for longer, and train in bfloat16 or float32 rather "
     "than float16."
 )
-_OF_ROWS = ("input_ids", "attention_mask", "roles", "examples", "paired")
-"""What of a batch it takes to quote its rows."""
 
 
 class NonFiniteError(PrefoptError, FloatingPointError):
@@ -48,19 +48,17 @@ class FiniteMixin:
     _guard: StepGuard
     _last_written: Path | None
 
-    def _refuse_non_finite(
-        self, loss: Tensor, batch: PreferenceBatch, output: LossOutput, inputs: Mapping[str, Any]
-    ) -> None:
+    def _refuse_non_finite(self, loss: Tensor, batch: PreferenceBatch, output: LossOutput, rows: RowBatch) -> None:
         """Stop every process if the loss of one is not finite; all of them must call this, equally often.
 
         Raises:
             FloatingPointError: naming the step, the examples and what was saved.
         """
         if self.model.training:
-            self._guard.batches.append({name: inputs[name] for name in _OF_ROWS if name in inputs})
+            self._guard.batches.append(replace(rows, extra={}, embeddings={}))  # no more than quotes the rows
         here = not bool(torch.isfinite(loss))
         if self._on_any_process(here):
-            texts = self._row_texts(inputs) if here else {}  # type: ignore[attr-defined]
+            texts = self._row_texts(rows) if here else {}  # type: ignore[attr-defined]
             step = self.state.global_step
             self._stop(describe_non_finite(batch, output, loss.item(), texts, step) if here else "")
 
@@ -86,8 +84,8 @@ class FiniteMixin:
             return
         rows = [
             f"{role}: {shortened(text)}"
-            for inputs in self._guard.batches
-            for role, texts in self._row_texts(inputs).items()  # type: ignore[attr-defined]
+            for batch in self._guard.batches
+            for role, texts in self._row_texts(batch).items()  # type: ignore[attr-defined]
             for text in texts
         ]
         of = f" of {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else ""
@@ -152,7 +150,7 @@ class StepGuard(TrainerCallback):
         self._trainer = trainer
         self._begun: tuple[dict[str, Tensor], RunningMeans, Any] | None = None
         self.training = False
-        self.batches: list[Mapping[str, Any]] = []
+        self.batches: list[RowBatch] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.training = True

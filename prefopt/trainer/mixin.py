@@ -26,18 +26,17 @@ from prefopt.data.prompts import refuse_to_guess
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.unused import MEDIA, without_empty_media
 from prefopt.losses import ConflictFree, Loss, LossOutput
-from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.losses.scores import EMBEDDINGS, PREVIOUS_LOGPS, Role
 from prefopt.safety.errors import UsageError
 from prefopt.safety.folders import check_one_model
 from prefopt.safety.weights import check_folder
-from prefopt.scoring import TokenScores
-from prefopt.scoring.cache import ReferenceCache
-from prefopt.scoring.collate import PreferenceCollator, WithColumns, groups_of
-from prefopt.scoring.layout import Layout
+from prefopt.scoring.collate import PreferenceCollator, WithColumns
+from prefopt.scoring.rows import RowBatch
+from prefopt.scoring.scorer import Scored, Scorer
 from prefopt.trainer import adapters, overrides
 from prefopt.trainer.accumulation import AccumulationMixin
 from prefopt.trainer.adapters import AdaptersMixin
-from prefopt.trainer.budget import TokenBudgetMixin
+from prefopt.trainer.budget import Parts, TokenBudgetMixin
 from prefopt.trainer.checks import RunPlan, check_run
 from prefopt.trainer.collator import collator_for
 from prefopt.trainer.config import resolve_objective
@@ -133,13 +132,11 @@ class LossMixin(
         self._start_checked = False
         self._own_collator: PreferenceCollator | None = None
         self._previous_model: Any = None
-        self._layout = Layout("padded")
+        self._scorer: Scorer | None = None
+        self._parts: Parts | None = None
         self._guard = StepGuard(self)
-        self._share = 1.0  # of its batch, that what is being scored is
-        self._in_parts_of: int | None = None  # tokens, where a batch is scored in parts
         self._terms, self._term_gradients = (), []
         self._learned: LearnedLoss | None = None
-        self._reference_cache: ReferenceCache | None = None
         for name, value in bound.items():
             if isinstance(value, (Dataset, IterableDataset)):
                 bound[name] = without_empty_media(value)  # TRL goes by a column's name alone
@@ -220,8 +217,10 @@ class LossMixin(
 
     def _after_trl(self, objective: Loss, own_reference: bool, sample: Mapping[str, Any]) -> None:
         objective.to(self.accelerator.device)
-        self._layout = self._make_layout()
-        self._check_budget(objective, self._own_collator is not None)
+        layout = self._make_layout()
+        if (budget := getattr(self.args, "token_budget", None)) is not None:
+            self._parts = Parts(budget, objective, layout, self.accelerator)
+            self._parts.check(self._own_collator is not None, getattr(self, "aux_loss_enabled", False))
         self._check_conflict_free(objective)
         self._check_overrides(objective)
         # First, since what is learned inside the loss takes its step with the same call.
@@ -229,7 +228,7 @@ class LossMixin(
         if any(parameter.requires_grad for parameter in objective.parameters()):
             self._learned = self._make_learned(objective)
             self.add_callback(self._learned)
-        self._reference_cache = self._open_cache(objective)
+        cache = self._open_cache(objective)
         if self.accelerator.is_main_process and (line := rewards_not_logged(objective)) is not None:
             logger.warning(line)
         if (tracked := track(objective, self.callback_handler.callbacks, self.args.output_dir)) is not None:
@@ -242,6 +241,7 @@ class LossMixin(
         kept = objective.needs.compares if previous else objective.needs.frozen
         if own_reference and not kept and not self.args.sync_ref_model:
             self.ref_model = None  # TRL loads one whatever the objective
+        self._scorer = self._make_scorer(objective, layout, cache)
         self._align_padding(own_reference)
         if self._own_collator is not None:
             self._own_collator.vocabulary = self._check_vocabulary()
@@ -312,7 +312,7 @@ class LossMixin(
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if fresh and self.objective is not None and self._signature_columns is not None:
-            more = ["completion_ids", "label", "weight", *GIVEN_LOGPS[2:], *EMBEDDINGS, *self.objective.columns]
+            more = ["completion_ids", "label", "weight", *PREVIOUS_LOGPS, *EMBEDDINGS, *self.objective.columns]
             self._signature_columns += [name for name in more if name not in self._signature_columns]
 
     # ---- the loss -------------------------------------------------------------------------------------------------
@@ -342,9 +342,10 @@ class LossMixin(
         if self.objective is None:
             return super()._compute_loss(model, inputs, return_outputs)
         self._scored = True
-        self._check_causal(model, inputs)
+        rows = RowBatch.of(inputs)
+        self._check_causal(model, rows)
         try:
-            batch, outputs = self._score(model, inputs, all_logits=return_outputs)
+            scored = self._score(model, rows, all_logits=return_outputs)
         except ValueError as error:
             if "mage features and image tokens do not match" not in str(error) or self.args.max_length is None:
                 raise
@@ -352,6 +353,9 @@ class LossMixin(
                 f"max_length={self.args.max_length} cuts off image tokens while the image stays whole; raise "
                 "max_length, or set it to None"
             ) from error
+        batch, outputs = scored.batch, scored.outputs
+        if rows.share > 0:
+            self._record_tokens(scored)
         self._check_start(batch)
         self.objective.train(self.model.training)
         output: LossOutput = self.objective(batch)
@@ -364,26 +368,24 @@ class LossMixin(
                 f"{self.objective} returns values without a gradient, so nothing would be trained: compute them from "
                 "the scores with torch operations, without detach(), no_grad() or comparisons"
             )
-        self._refuse_non_finite(loss, batch, output, inputs)
-        if self._share > 0:
+        self._refuse_non_finite(loss, batch, output, rows)
+        if rows.share > 0:
             self._means.add_all(batch_metrics(batch, output))
         if not self.model.training:
             self._evaluated = output
-        loss = loss * self._share
+        loss = loss * rows.share
         if isinstance(self.objective, ConflictFree):
-            self._terms = [term * self._share for term in output.terms]
+            self._terms = [term * rows.share for term in output.terms]
         return (loss, outputs) if return_outputs else loss
 
-    def _row_texts(self, inputs: Mapping[str, Any]) -> dict[str, list[str]]:
-        groups = groups_of(inputs)
+    def _row_texts(self, rows: RowBatch) -> dict[str, list[str]]:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        texts = {}
-        for number, role in enumerate(("chosen", "rejected")):
-            texts[role] = [
-                tokenizer.decode(inputs["input_ids"][row][inputs["attention_mask"][row].bool()])
-                for row in groups.rows_of(number).tolist()
+        return {
+            role.field: [
+                tokenizer.decode(rows.ids[row][rows.attention[row].bool()]) for row in rows.rows_of(role).tolist()
             ]
-        return texts
+            for role in (Role.CHOSEN, Role.REJECTED)
+        }
 
     # ---- metrics --------------------------------------------------------------------------------------------------
 
@@ -391,14 +393,14 @@ class LossMixin(
     def _means(self) -> RunningMeans:
         return self._train_means if self.model.training else self._eval_means
 
-    def _record_tokens(self, policy: TokenScores, inputs: Mapping[str, Any]) -> None:
-        groups = groups_of(inputs)
-        chosen = groups.rows_of(0)
-        given = torch.cat([chosen, groups.rows_of(1)])
+    def _record_tokens(self, scored: Scored) -> None:
+        policy, rows = scored.tokens, scored.rows
+        chosen = rows.rows_of(Role.CHOSEN)
+        given = torch.cat([chosen, rows.rows_of(Role.REJECTED)])
         self._means.add("entropy", policy.entropy[given], policy.mask[given].sum())
         self._means.add("mean_token_accuracy", policy.is_top1[chosen], policy.mask[chosen].sum())
         if self.model.training:
-            self._tokens_seen = self._tokens_seen + inputs["attention_mask"][given].sum()
+            self._tokens_seen = self._tokens_seen + rows.attention[given].sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.objective is not None:
@@ -421,9 +423,8 @@ class LossMixin(
         try:
             return super().train(resume_from_checkpoint, *arguments, **keywords)
         finally:
-            for model in (self.model, self.ref_model, self._previous_model):
-                if model is not None:
-                    self._layout.release(model)
+            if self._scorer is not None:
+                self._scorer.release()
 
 
 class PreferenceTrainer(LossMixin, DPOTrainer):

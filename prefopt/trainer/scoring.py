@@ -1,43 +1,33 @@
-"""How the trainer scores: which model is called, in which layout, and where the reference's numbers come from.
-
-What is scored is decided in `prefopt.scoring`; here its requests meet adapters, wrappers, autocast and the reference
-cache of a `trl.DPOTrainer`.
-"""
+"""How a `trl.DPOTrainer` makes its `Scorer`: from its models, engine, precision and options."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor
 from trl.models.utils import unwrap_model_for_generation
 
-from prefopt.losses import Loss, PreferenceBatch
-from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
+from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError
-from prefopt.scoring import Extras, TokenScores
 from prefopt.scoring.adapters import fuse_lora
 from prefopt.scoring.cache import ReferenceCache, cache_root
-from prefopt.scoring.collate import COLUMN_PREFIX, COUNTED, SIZES, PreferenceCollator, select_rows
+from prefopt.scoring.collate import PreferenceCollator
 from prefopt.scoring.fingerprint import fingerprint, is_sharded
 from prefopt.scoring.layout import Layout
-from prefopt.scoring.logprobs import BARE
+from prefopt.scoring.rows import RowBatch
 from prefopt.scoring.sampling import with_samples
-from prefopt.scoring.score import Models, score_batch
+from prefopt.scoring.scorer import Scored, Scorer
 from prefopt.trainer.saving.state import CacheWriter
 
 logger = logging.getLogger(__name__)
 
-_NOT_FOR_THE_MODEL = {"completion_mask", "roles", "examples", "paired", COUNTED, SIZES, *GIVEN_LOGPS, *EMBEDDINGS}
-
 
 class ScoringMixin:
-    """The part of `LossMixin` that turns a collated batch into a `PreferenceBatch`."""
+    """The part of `LossMixin` that makes and calls a `Scorer`."""
 
     objective: Loss | None
     args: Any
@@ -47,10 +37,7 @@ class ScoringMixin:
     processing_class: Any
     _own_collator: PreferenceCollator | None
     _previous_model: Any
-    _layout: Layout
-    _reference_cache: ReferenceCache | None
-    _share: float
-    _in_parts_of: int | None
+    _scorer: Scorer | None
 
     def _make_layout(self) -> Layout:
         name: Any = getattr(self.args, "layout", "auto")
@@ -101,6 +88,20 @@ class ScoringMixin:
             )
         return previous_model.requires_grad_(False).eval().to(self.accelerator.device)
 
+    def _make_scorer(self, objective: Loss, layout: Layout, cache: ReferenceCache | None) -> Scorer:
+        return Scorer(
+            objective,
+            policy=self.model,
+            reference=self.ref_model,
+            previous=self._previous_model,
+            layout=layout,
+            cache=cache,
+            # Columns of an earlier run with another reference would be taken for this one's.
+            trusts_data=self.args.precompute_ref_log_probs,
+            policy_options={"output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else {},
+            autocast=self.accelerator.autocast,
+        )
+
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Summed reference log-probabilities of a collated batch, for TRL's precomputation: (E,) chosen, rejected.
 
@@ -109,119 +110,28 @@ class ScoringMixin:
         if self.objective is None:
             scores: tuple[Tensor, Tensor] = super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
             return scores
-        logps = self._reference_scores(model, inputs).logps.sum(-1)
-        if not bool(inputs.get("paired", True)):
+        rows = RowBatch.of(inputs)
+        # TRL calls this while it sets up, where nothing but the models is known.
+        scorer = self._scorer or Scorer(self.objective, self.model, self.ref_model, autocast=self.accelerator.autocast)
+        logps = scorer.run_reference(rows, model).logps.sum(-1)
+        if not rows.paired:
             return logps, logps
         chosen, rejected = logps.chunk(2)
         return chosen, rejected
 
-    def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL and not k.startswith(COLUMN_PREFIX)}
-
-    def _reference_scores(
-        self, model: Any, inputs: Mapping[str, Any], keep_logits: bool = False, all_logits: bool = False
-    ) -> TokenScores:
-        """Token scores under the frozen reference: its own model, or the policy with its adapter put aside."""
-        with torch.no_grad(), self._as_reference(), self.accelerator.autocast():
-            scores, _ = self._layout.score(
-                model, inputs, self._model_inputs(inputs), extras=BARE, keep_logits=keep_logits,
-                all_logits=all_logits, in_parts_of=self._in_parts_of,
-            )  # fmt: skip
-        return scores
-
-    def _cached_reference(self, cache: ReferenceCache, model: Any, inputs: Mapping[str, Any]) -> TokenScores:
-        def compute(rows: Tensor) -> Tensor:
-            some = select_rows(inputs, rows)
-            # The layout tries itself out on the first two examples of what it is given.
-            some["examples"] = some["examples"].unique(return_inverse=True)[1]
-            return self._reference_scores(model, some).logps
-
-        alone = self.accelerator.num_processes == 1
-        logps = cache.scores(inputs, compute, bool if alone else lambda missing: any(gather_object([missing])))
-        mask = inputs["completion_mask"][:, 1:].bool()
-        return TokenScores(logps, torch.zeros_like(logps), torch.zeros_like(mask), mask)
-
-    def _previous_scores(self, inputs: Mapping[str, Any]) -> TokenScores:
-        with torch.no_grad(), self.accelerator.autocast():
-            scores, _ = self._layout.score(
-                self._previous_model, inputs, self._model_inputs(inputs), extras=BARE, in_parts_of=self._in_parts_of
-            )
-        return scores
-
-    @contextlib.contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        if self.ref_model is not None or not is_peft_model(self.model):
-            yield
-            return
-        peft_model = self.accelerator.unwrap_model(self.model)
-        with _same_trainable(peft_model):
-            if "ref" not in peft_model.peft_config:
-                with peft_model.disable_adapter():
-                    yield
-                return
-            # Training continues from an adapter: TRL keeps its frozen copy under this name.
-            active = peft_model.active_adapter
-            peft_model.set_adapter("ref")
-            try:
-                yield
-            finally:
-                peft_model.set_adapter(active)
-
-    def _score(self, model: Any, inputs: Mapping[str, Any], all_logits: bool) -> tuple[PreferenceBatch, Any]:
+    def _score(self, model: Any, rows: RowBatch, all_logits: bool) -> Scored:
         assert self.objective is not None
-        outputs: Any = None
-
-        def policy(rows: Mapping[str, Any], extras: Extras, reference: TokenScores | None) -> TokenScores:
-            nonlocal outputs
-            model_inputs = self._model_inputs(rows)
-            if getattr(self, "aux_loss_enabled", False):
-                model_inputs["output_router_logits"] = True
-            scores, made = self._layout.score(
-                model, rows, model_inputs, extras=extras, reference=reference, all_logits=all_logits,
-                in_parts_of=self._in_parts_of,
-            )  # fmt: skip
-            # The rows that the loss is about come first; what comes after them carries no gradient.
-            outputs = made if outputs is None else outputs
-            return scores
-
-        def reference(rows: Mapping[str, Any], keep_logits: bool) -> TokenScores:
-            frozen = self.model if self.ref_model is None else self.ref_model
-            if self._reference_cache is not None:
-                return self._cached_reference(self._reference_cache, frozen, rows)
-            # Distributions are compared in one layout, so the reference follows the policy's.
-            return self._reference_scores(frozen, rows, keep_logits, all_logits)
-
-        if not self.args.precompute_ref_log_probs:
-            # Columns of an earlier run with another reference would be taken for this one's.
-            inputs = {name: value for name, value in inputs.items() if name not in GIVEN_LOGPS[:2]}
-        models = Models(policy, reference, None if self._previous_model is None else self._previous_scores)
+        assert self._scorer is not None
+        self._scorer.policy = self.model  # FSDP wraps it when training starts
         if "sampled" in self.objective.roles:
-            inputs = self._with_samples(model, inputs)
-        if not all_logits:
-            self._layout.meet(model, inputs, self._model_inputs(inputs))
-        batch, scores, scored = score_batch(
-            inputs, self.objective, models, every_role=all_logits or not self.model.training
-        )
-        if self._share > 0:
-            self._record_tokens(scores, scored)  # type: ignore[attr-defined]
-        return batch, outputs
+            rows = self._with_samples(model, rows)
+        every_role = all_logits or not self.model.training
+        return self._scorer.score(model, rows, every_role=every_role, all_logits=all_logits)
 
-    def _with_samples(self, model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _with_samples(self, model: Any, rows: RowBatch) -> RowBatch:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         most = getattr(self.args, "sample_max_new_tokens", 64)
         with unwrap_model_for_generation(model, self.accelerator) as generator, self.accelerator.autocast():
             ends = generator.generation_config.eos_token_id
             ends = tokenizer.eos_token_id if ends is None else ends
-            return with_samples(inputs, generator, most, tokenizer.pad_token_id, ends)
-
-
-@contextlib.contextmanager
-def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
-    """What wants gradients afterwards is what wanted them before: PEFT's switching of adapters unfreezes them."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, wanted in before:
-            if parameter.requires_grad != wanted:
-                parameter.requires_grad_(wanted)
+            return with_samples(rows, generator, most, tokenizer.pad_token_id, ends)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from prefopt.safety.errors import UsageError
 from prefopt.scoring import extras_for
 from prefopt.scoring.causal import looks_ahead
 from prefopt.scoring.model import unwrapped
+from prefopt.scoring.rows import RowBatch
 from prefopt.trainer.tokens import check_same_vocabulary, check_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -99,12 +100,12 @@ class StartMixin:
             mode,
         )
 
-    def _check_causal(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def _check_causal(self, model: nn.Module, rows: RowBatch) -> None:
         """Before the first batch is scored, as some models (RWKV) change weights when they are put in another mode."""
         mode = getattr(self.args, "step0_check", "error")
-        if self._start_checked or not self.model.training or mode == "off" or "pixel_values" in inputs:
+        if self._start_checked or not self.model.training or mode == "off" or "pixel_values" in rows.extra:
             return
-        if not (gap := looks_ahead(model, inputs)):
+        if not (gap := looks_ahead(model, rows)):
             return
         config: Any = getattr(unwrapped(model), "config", None)
         decoder = " Set is_decoder=True in its configuration, or use" if hasattr(config, "is_decoder") else " Use"

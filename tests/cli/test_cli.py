@@ -194,8 +194,11 @@ class TestCache:
 
         from prefopt.scoring.cache import ReferenceCache
         from prefopt.scoring.collate import PreferenceCollator
+        from prefopt.scoring.rows import RowBatch
 
-        inputs = PreferenceCollator(pad_token_id=0)([{"prompt_ids": [5], "chosen_ids": [6, 2], "rejected_ids": [7]}])
+        inputs = RowBatch.of(
+            PreferenceCollator(pad_token_id=0)([{"prompt_ids": [5], "chosen_ids": [6, 2], "rejected_ids": [7]}])
+        )
         cache = ReferenceCache(folder / "abc", {"model": "some/model", "precision": "float32"})
         cache.scores(inputs, lambda rows: torch.zeros(int(rows.sum()), 2))
         cache.write()

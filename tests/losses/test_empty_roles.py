@@ -10,9 +10,9 @@ import torch
 
 from prefopt.losses import Loss, PreferenceBatch, parse, presets
 from prefopt.scoring.collate import PreferenceCollator
-from prefopt.scoring.logprobs import BARE
-from prefopt.scoring.padded import score_rows
-from prefopt.scoring.score import Models, score_batch
+from prefopt.scoring.layout import Layout
+from prefopt.scoring.rows import RowBatch
+from prefopt.scoring.scorer import Scorer
 from tests.losses.cases import CASES, make_batch, random_rows
 from tests.losses.test_contract import leaves, some_of
 from tests.tiny import make_model
@@ -94,20 +94,14 @@ def labelled_rows(labels: list[bool]) -> dict[str, torch.Tensor]:
 
 def scored(loss: Loss, inputs: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradient of a batch, under a reference of other weights; no call may be without rows."""
-    reference = make_model(seed=1)
 
-    def call(network, extras, rows, held=None, keep=False):
-        assert len(rows["input_ids"]) > 0
-        names = ("input_ids", "attention_mask")
-        options = {"extras": extras, "reference": held, "keep_logits": keep}
-        return score_rows(network, {name: rows[name] for name in names}, rows["completion_mask"], **options)[0]
+    class Called(Layout):
+        def score(self, model, rows, **options):
+            assert len(rows.ids) > 0
+            return super().score(model, rows, **options)
 
-    def frozen(rows, keep):
-        with torch.no_grad():
-            return call(reference, BARE, rows, keep=keep)
-
-    models = Models(lambda rows, extras, held: call(model, extras, rows, held), frozen)
-    batch, *_ = score_batch(inputs, loss, models, every_role=False)
+    scorer = Scorer(loss, model, make_model(seed=1), layout=Called("padded"))
+    batch = scorer.score(model, RowBatch.of(inputs), every_role=False).batch
     value = loss(batch).loss
     model.zero_grad()
     value.backward()

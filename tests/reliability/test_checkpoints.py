@@ -221,12 +221,12 @@ def test_the_reference_cache_is_on_disk_before_a_checkpoint_counts(tmp_path, mon
     complete, unwritten = checkpoints.complete, []
 
     def look(folder: Path) -> None:
-        unwritten.append(len(trainer._reference_cache._new))
+        unwritten.append(len(trainer._scorer.cache._new))
         complete(folder)
 
     monkeypatch.setattr(checkpoints, "complete", look)
     trainer.train()
-    assert trainer._reference_cache.misses == 16
+    assert trainer._scorer.cache.misses == 16
     assert unwritten == [0]
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from prefopt.scoring.cache import ReferenceCache, entries, prune
 from prefopt.scoring.collate import PreferenceCollator
+from prefopt.scoring.rows import RowBatch
 
 EXAMPLES = [
     {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10, 2], "rejected_ids": [11, 2]},
@@ -30,11 +32,11 @@ class Reference:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         self.asked.append(int(rows.sum()))
-        return -(self.inputs["input_ids"] * self.inputs["completion_mask"])[rows][:, 1:].float()
+        return -(self.inputs.ids * self.inputs.completion)[rows][:, 1:].float()
 
 
-def collate(examples, **options):
-    return PreferenceCollator(pad_token_id=0, **options)(examples)
+def collate(examples, **options) -> RowBatch:
+    return RowBatch.of(PreferenceCollator(pad_token_id=0, **options)(examples))
 
 
 def scored(cache: ReferenceCache, inputs) -> tuple[torch.Tensor, list[int]]:
@@ -43,7 +45,7 @@ def scored(cache: ReferenceCache, inputs) -> tuple[torch.Tensor, list[int]]:
 
 
 def expected(inputs) -> torch.Tensor:
-    return -(inputs["input_ids"] * inputs["completion_mask"])[:, 1:].float()
+    return -(inputs.ids * inputs.completion)[:, 1:].float()
 
 
 def test_each_row_is_computed_once_in_any_company(tmp_path):
@@ -244,7 +246,7 @@ def test_every_process_computes_if_one_must(tmp_path):
 def test_a_process_takes_part_with_a_row_that_has_a_completion(tmp_path):
     """Without one the layouts would not be tried on it, while the other processes wait for what it finds."""
     cache, inputs = ReferenceCache(tmp_path / "one"), collate(EXAMPLES)
-    inputs["completion_mask"][0] = 0
+    inputs.completion[0] = 0
     scored(cache, inputs)
     taken = []
     cache.scores(inputs, lambda rows: taken.append(rows.tolist()) or Reference(inputs)(rows), lambda mine: True)
@@ -253,9 +255,9 @@ def test_a_process_takes_part_with_a_row_that_has_a_completion(tmp_path):
 
 def test_a_batch_without_rows_is_not_computed(tmp_path):
     cache, inputs = ReferenceCache(tmp_path / "one"), collate(EXAMPLES)
-    nothing = {name: inputs[name][:0] for name in ("input_ids", "attention_mask", "completion_mask")}
+    nothing = replace(inputs, ids=inputs.ids[:0], attention=inputs.attention[:0], completion=inputs.completion[:0])
     values, asked = scored(cache, nothing)
-    assert (values.shape, asked) == ((0, inputs["input_ids"].shape[1] - 1), [])
+    assert (values.shape, asked) == ((0, inputs.ids.shape[1] - 1), [])
 
 
 def test_references_are_listed_and_pruned(tmp_path):

@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from prefopt.losses import parse
+from prefopt.losses.scores import Role
 from prefopt.scoring import RowGroups, TokenScores, assemble_batch
-from prefopt.scoring.collate import (
-    PreferenceCollator,
-    WithColumns,
-    append_rows,
-    select_rows,
-)
+from prefopt.scoring.collate import PreferenceCollator, WithColumns
+from prefopt.scoring.rows import RowBatch
 
 PAIRS = [
     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
@@ -121,27 +118,27 @@ def test_rows_are_grouped_by_role():
 
 
 def test_selected_rows_are_cut_to_the_longest_of_them():
-    batch = PreferenceCollator(pad_token_id=0)(PAIRS)
-    rejected = select_rows(batch, batch["roles"] == 1)
-    longest = int(batch["attention_mask"][batch["roles"] == 1].sum(-1).max())
-    assert rejected["input_ids"].shape == (len(PAIRS), longest)
-    assert set(rejected["roles"].tolist()) == {1}
-    assert bool(rejected["paired"])
+    batch = RowBatch.of(PreferenceCollator(pad_token_id=0)(PAIRS))
+    rejected = batch.select_rows(batch.roles == Role.REJECTED)
+    longest = int(batch.attention[batch.roles == Role.REJECTED].sum(-1).max())
+    assert rejected.ids.shape == (len(PAIRS), longest)
+    assert set(rejected.roles.tolist()) == {1}
+    assert rejected.paired
 
 
 def test_sampled_completions_become_rows_of_their_own():
-    batch = PreferenceCollator(pad_token_id=0)(PAIRS)
+    batch = RowBatch.of(PreferenceCollator(pad_token_id=0)(PAIRS))
     prompts = [torch.tensor(pair["prompt_ids"]) for pair in PAIRS]
     completions = [torch.arange(1, 2 + 20 * i) for i in range(len(PAIRS))]
-    more = append_rows(batch, prompts, completions, pad_token_id=0)
-    assert more["input_ids"].shape[0] == 3 * len(PAIRS)
+    more = batch.append(prompts, completions, pad_token_id=0)
+    assert more.ids.shape[0] == 3 * len(PAIRS)
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         row = 2 * len(PAIRS) + i
-        assert more["input_ids"][row][more["attention_mask"][row].bool()].tolist() == [
+        assert more.ids[row][more.attention[row].bool()].tolist() == [
             *prompt.tolist(),
             *completion.tolist(),
         ]
-        assert more["input_ids"][row][more["completion_mask"][row].bool()].tolist() == completion.tolist()
-        assert (int(more["roles"][row]), int(more["examples"][row])) == (3, i)
-    width = batch["input_ids"].shape[1]
-    assert torch.equal(more["input_ids"][: 2 * len(PAIRS), :width], batch["input_ids"])
+        assert more.ids[row][more.completion[row].bool()].tolist() == completion.tolist()
+        assert (int(more.roles[row]), int(more.examples[row])) == (3, i)
+    width = batch.ids.shape[1]
+    assert torch.equal(more.ids[: 2 * len(PAIRS), :width], batch.ids)

@@ -12,11 +12,11 @@ from torch import nn
 
 from prefopt.losses import Divergence, KernelDPO, Need, Scores
 from prefopt.losses.scores import EMBEDDINGS
-from prefopt.scoring import Extras, score_rows
+from prefopt.scoring import Extras, assemble_batch, extras_for, score_rows
 from prefopt.scoring.call import Call
-from prefopt.scoring.collate import PreferenceCollator, groups_of, select_examples
+from prefopt.scoring.collate import PreferenceCollator
 from prefopt.scoring.logprobs import BARE
-from prefopt.scoring.rows import assemble_batch, extras_for
+from prefopt.scoring.rows import RowBatch
 from prefopt.scoring.tree import score_trees
 from tests.scoring.test_tree import ARCHITECTURES, EXAMPLES, MASKS, close, collate, model_inputs
 from tests.tiny import make_model
@@ -135,7 +135,7 @@ def test_the_loss_gets_what_it_asks_for():
     with torch.no_grad():
         frozen, _ = score_rows(reference, model_inputs(batch), batch["completion_mask"], keep_logits=True)
     scores, _ = score_rows(policy, model_inputs(batch), batch["completion_mask"], extras=extras, reference=frozen)
-    made = assemble_batch(groups_of(batch), scores, loss, frozen.logps)
+    made = assemble_batch(RowBatch.of(batch), scores, loss, frozen.logps)
     assert isinstance(made.chosen, Scores)
     torch.testing.assert_close(made.chosen.hidden, scores.hidden[:4])
     # Of the last example, which has no prompt, a completion's first token takes its place.
@@ -156,9 +156,9 @@ def test_embeddings_of_the_data_reach_the_loss():
     loss = KernelDPO(embeddings="given", alpha=0.0)
     assert Need.HIDDEN not in loss.needs
     batch = PreferenceCollator(pad_token_id=0, embeddings=True)(with_vectors())
-    some = select_examples(batch, [3, 1])
-    scores, _ = score_rows(make_model().eval(), model_inputs(some), some["completion_mask"])
-    made = assemble_batch(groups_of(some), scores, loss, scores.logps.detach())
+    some = RowBatch.of(batch).select_examples([3, 1])
+    scores, _ = score_rows(make_model().eval(), some.model_inputs, some.completion)
+    made = assemble_batch(some, scores, loss, scores.logps.detach())
     assert made.chosen.embedding.tolist() == [[1.0, 1.5, 2.0], [3.0, 1.5, 2.0]]
     assert made.rejected.embedding.tolist() == [[1.0, 2.5, 2.0], [3.0, 2.5, 2.0]]
     assert torch.equal(made.rejected.prompt_embedding, made.chosen.prompt_embedding)

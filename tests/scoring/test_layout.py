@@ -17,7 +17,6 @@ from prefopt.scoring.layout import Layout
 from prefopt.scoring.reach import Reach
 from prefopt.scoring.trial import trial_rows
 from tests.architectures import SHORT_THEN_LONG, follow, pairs, tiny_model
-from tests.scoring.test_tree import model_inputs
 from tests.tiny import make_model
 
 IN_TREES = ("llama", "qwen2", "qwen3", "gemma", "gpt2", "opt", "olmoe")
@@ -176,7 +175,7 @@ def test_weights_modes_and_random_state_are_as_before(fails, monkeypatch):
         norm.register_forward_hook(fail)
     before = state(model)
     with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
-        assert Layout("auto", half=True).in_trees(model, batch, model_inputs(batch))
+        assert Layout("auto", half=True).in_trees(model, batch)
     assert same(before, state(model))
 
 

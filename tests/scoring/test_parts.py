@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefopt.scoring.collate import PreferenceCollator, select_examples
+from prefopt.scoring.collate import PreferenceCollator
 from prefopt.scoring.parts import cut
+from prefopt.scoring.rows import RowBatch
 
 
 def make_example(prompt: int, chosen: int, rejected: int, start: int = 5) -> dict:
@@ -20,8 +21,8 @@ def make_example(prompt: int, chosen: int, rejected: int, start: int = 5) -> dic
 EXAMPLES = [make_example(10, 3, 4), make_example(4, 2, 2, 30), make_example(40, 9, 1, 50), make_example(10, 5, 6)]
 
 
-def collate(examples=EXAMPLES, **options):
-    return PreferenceCollator(pad_token_id=0, **options)(examples)
+def collate(examples=EXAMPLES, **options) -> RowBatch:
+    return RowBatch.of(PreferenceCollator(pad_token_id=0, **options)(examples))
 
 
 def test_examples_with_one_prompt_stay_together():
@@ -62,8 +63,8 @@ def test_single_completions():
 def test_some_examples_are_what_they_were(wanted):
     examples = [{**example, "weight": float(i), "ref_chosen_logps": -float(i), "ref_rejected_logps": -2.0 * i}
                 for i, example in enumerate(EXAMPLES)]  # fmt: skip
-    got = select_examples(collate(examples), wanted[::-1])
-    expected = collate([examples[i] for i in wanted])
+    got = collate(examples).select_examples(wanted[::-1]).inputs()
+    expected = collate([examples[i] for i in wanted]).inputs()
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+        assert torch.equal(torch.as_tensor(got[name]), torch.as_tensor(value)), name

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from prefopt.losses import Loss, Need, parse
-from prefopt.scoring import score_rows
+from prefopt.losses import Loss, Need, PreferenceBatch, parse
+from prefopt.losses.scores import Role
 from prefopt.scoring.collate import PreferenceCollator
+from prefopt.scoring.layout import Layout
+from prefopt.scoring.rows import RowBatch
 from prefopt.scoring.sampling import prompts_of, with_samples
-from prefopt.scoring.score import Models, score_batch
+from prefopt.scoring.scorer import Scorer
 from tests.tiny import make_model
 
 EXAMPLES = [
@@ -21,34 +23,26 @@ EXAMPLES = [
 ]
 
 
-class Counted:
-    """Two tiny models, and the roles of the rows that each was asked about."""
+class Counted(Layout):
+    """Tiny models in the padded layout, and the roles of the rows that each was asked about."""
 
     def __init__(self) -> None:
-        self.policy_model, self.reference_model = make_model(seed=0).eval(), make_model(seed=1).eval()
-        self.previous_model = make_model(seed=2).eval()
+        super().__init__("padded")
+        self.policy, self.reference, self.previous = (make_model(seed=seed).eval() for seed in range(3))
         self.seen: dict[str, list[list[int]]] = {"policy": [], "reference": [], "previous": []}
 
-    def _run(self, name: str, inputs: Any, **options: Any):
-        self.seen[name].append(inputs["roles"].tolist())
-        model = getattr(self, f"{name}_model")
-        kept = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        return score_rows(model, kept, inputs["completion_mask"], **options)[0]
+    def score(self, model: Any, rows: RowBatch, **options: Any):
+        name = next(name for name in self.seen if getattr(self, name) is model)
+        self.seen[name].append(rows.roles.tolist())
+        return super().score(model, rows, **options)
 
-    def models(self, previous: bool = False) -> Models:
-        def frozen(name: str, inputs: Any, keep_logits: bool = False):
-            with torch.no_grad():
-                return self._run(name, inputs, keep_logits=keep_logits)
-
-        return Models(
-            policy=lambda inputs, extras, reference: self._run("policy", inputs, extras=extras, reference=reference),
-            reference=lambda inputs, keep: frozen("reference", inputs, keep),
-            previous=(lambda inputs: frozen("previous", inputs)) if previous else None,
-        )
+    def batch(self, rows: RowBatch, loss: Loss, every_role: bool = False, previous: bool = False) -> PreferenceBatch:
+        scorer = Scorer(loss, self.policy, self.reference, self.previous if previous else None, self)
+        return scorer.score(self.policy, rows, every_role=every_role).batch
 
 
-def collate(mismatched: bool = False) -> dict[str, Any]:
-    return PreferenceCollator(pad_token_id=0, mismatched=mismatched)(EXAMPLES)
+def collate(mismatched: bool = False, examples: Any = EXAMPLES) -> RowBatch:
+    return RowBatch.of(PreferenceCollator(pad_token_id=0, mismatched=mismatched)(examples))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +60,7 @@ def collate(mismatched: bool = False) -> dict[str, Any]:
 )
 def test_only_what_is_needed_is_scored(expression, policy, reference):
     counted = Counted()
-    score_batch(collate(mismatched=expression == "kto"), parse(expression), counted.models(), every_role=False)
+    counted.batch(collate(mismatched=expression == "kto"), parse(expression))
     assert [set(roles) for roles in counted.seen["policy"]] == policy
     assert [set(roles) for roles in counted.seen["reference"]] == reference
 
@@ -80,18 +74,18 @@ def test_leaving_rows_out_changes_nothing(expression):
     results = []
     for every_role in (True, False):
         counted = Counted()
-        batch, _, _ = score_batch(inputs, loss, counted.models(), every_role=every_role)
+        batch = counted.batch(inputs, loss, every_role)
         # Draws and running statistics start anew.
         output = parse(expression)(batch)
         output.loss.backward()
-        gradient = counted.policy_model.get_input_embeddings().weight.grad
+        gradient = counted.policy.get_input_embeddings().weight.grad
         results.append((output.loss.detach(), gradient))
     for with_all, without in zip(*results, strict=True):
         torch.testing.assert_close(with_all, without, rtol=2e-5, atol=1e-6)
 
 
 def test_the_estimate_over_mismatched_pairs_carries_no_gradient():
-    batch, _, _ = score_batch(collate(mismatched=True), parse("kto"), Counted().models(), every_role=False)
+    batch = Counted().batch(collate(mismatched=True), parse("kto"))
     assert batch.mismatched.logps.shape == (6,)
     assert not batch.mismatched.logps.requires_grad
     assert batch.chosen.logps.requires_grad
@@ -99,13 +93,12 @@ def test_the_estimate_over_mismatched_pairs_carries_no_gradient():
 
 def test_the_previous_iterate_is_the_data_then_the_model_then_the_reference():
     loss, counted = parse("inpo"), Counted()
-    first, _, _ = score_batch(collate(), loss, counted.models(), every_role=False)
+    first = counted.batch(collate(), loss)
     torch.testing.assert_close(first.chosen.prev_logps, first.chosen.ref_logps)
-    later, _, _ = score_batch(collate(), loss, counted.models(previous=True), every_role=False)
+    later = counted.batch(collate(), loss, previous=True)
     assert not torch.allclose(later.chosen.prev_logps, later.chosen.ref_logps)
     given = [{**e, "prev_chosen_logps": -1.0 - i, "prev_rejected_logps": -9.0} for i, e in enumerate(EXAMPLES)]
-    inputs = PreferenceCollator(pad_token_id=0)(given)
-    told, _, _ = score_batch(inputs, loss, counted.models(previous=True), every_role=False)
+    told = counted.batch(collate(examples=given), loss, previous=True)
     assert told.chosen.prev_logps.tolist() == [-1.0, -2.0, -3.0]
     assert told.rejected.prev_logps.tolist() == [-9.0] * 3
 
@@ -120,9 +113,9 @@ def test_the_reference_stands_for_the_previous_iterate_in_roles_that_do_not_comp
         def per_example(self, batch):
             return batch.rejected.logps - batch.rejected.prev_logps
 
-    alone, _, _ = score_batch(collate(), Previous(), Counted().models(), every_role=False)
-    summed, _, _ = score_batch(collate(), Previous() + parse("apo_zero"), Counted().models(), every_role=False)
-    beside, _, _ = score_batch(collate(), Previous() + KeepChosen(), Counted().models(), every_role=False)
+    alone = Counted().batch(collate(), Previous())
+    summed = Counted().batch(collate(), Previous() + parse("apo_zero"))
+    beside = Counted().batch(collate(), Previous() + KeepChosen())
     for batch in (summed, beside):
         torch.testing.assert_close(batch.rejected.prev_logps, alone.rejected.prev_logps, rtol=1e-5, atol=1e-5)
 
@@ -147,11 +140,11 @@ def test_samples_are_drawn_from_the_policy_and_end_at_its_end_token():
     torch.manual_seed(0)
     inputs = with_samples(collate(), model, max_new_tokens=5, pad_token_id=0, eos_token_id=2)
     assert model.training
-    rows = inputs["roles"] == 3
-    assert inputs["examples"][rows].tolist() == [0, 1, 2]
-    lengths = inputs["completion_mask"][rows].sum(-1)
+    rows = inputs.roles == Role.SAMPLED
+    assert inputs.examples[rows].tolist() == [0, 1, 2]
+    lengths = inputs.completion[rows].sum(-1)
     assert bool(((lengths >= 1) & (lengths <= 5)).all())
-    batch, _, _ = score_batch(inputs, parse("hypo"), Counted().models(), every_role=False)
+    batch = Counted().batch(inputs, parse("hypo"))
     assert batch.sampled.lengths.tolist() == lengths.tolist()
     assert batch.sampled.ref_logps is not None
 
@@ -161,10 +154,10 @@ def test_samples_follow_the_whole_distribution():
     model = make_model(seed=0).eval()
     model.generation_config.temperature, model.generation_config.top_k = 0.1, 2
     example = {"prompt_ids": [5, 6], "chosen_ids": [9, 2], "rejected_ids": [11, 2]}
-    many = PreferenceCollator(pad_token_id=0)([example] * 2000)
+    many = collate(examples=[example] * 2000)
     torch.manual_seed(0)
     inputs = with_samples(many, model, max_new_tokens=1, pad_token_id=0, eos_token_id=2)
-    drawn = inputs["input_ids"][inputs["roles"] == 3][:, 2]
+    drawn = inputs.ids[inputs.roles == Role.SAMPLED][:, 2]
     with torch.no_grad():
         probs = torch.softmax(model(torch.tensor([[5, 6]])).logits[0, -1], -1)
     half = probs.argsort(descending=True)[: len(probs) // 2]

@@ -16,6 +16,7 @@ from prefopt.scoring.call import Call
 from prefopt.scoring.collate import PreferenceCollator
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.model import is_checkpointed
+from prefopt.scoring.rows import RowBatch
 from prefopt.scoring.tree import group, plant, score_trees
 from tests.losses.test_divergences import EVERY
 from tests.tiny import make_model
@@ -165,7 +166,7 @@ def test_rows_without_a_completion_score_nothing():
 def chosen_layout(model: torch.nn.Module, name: Any = "auto", **options: Any) -> tuple[Any, Layout]:
     layout = Layout(name, **options)
     batch = collate()
-    return layout.score(model, batch, model_inputs(batch))[0], layout
+    return layout.score(model, RowBatch.of(batch))[0], layout
 
 
 def test_auto_takes_the_tree_layout_where_it_holds():
@@ -247,7 +248,7 @@ def test_rows_beyond_a_sliding_window_are_padded():
     long = [{"prompt_ids": [5 + i % 300 for i in range(window + 5)], "chosen_ids": [9, 2], "rejected_ids": [11, 2]}]
     for examples in ([*long, *EXAMPLES[:2]], EXAMPLES[:2], long):
         batch = collate(examples)
-        scores, _ = layout.score(model, batch, model_inputs(batch))
+        scores, _ = layout.score(model, RowBatch.of(batch))
         expected, _ = score_rows(model, model_inputs(batch), batch["completion_mask"])
         torch.testing.assert_close(scores.logps, expected.logps, rtol=1e-5, atol=2e-5)
         # Some models ask for their attention by name; what it is in trees is not left behind.

@@ -40,12 +40,10 @@ def run(folder: Path, engine: str, kind: str, cache: str, **options: Any) -> dic
         },
     )
     calls = []
-    scores = trainer._reference_scores
-    trainer._reference_scores = lambda model, inputs, *rest: (
-        calls.append(len(inputs["input_ids"])) or scores(model, inputs, *rest)
-    )
+    scores = trainer._scorer.run_reference
+    trainer._scorer.run_reference = lambda rows, **options: calls.append(len(rows.ids)) or scores(rows, **options)
     trainer.train()
-    kept = trainer._reference_cache
+    kept = trainer._scorer.cache
     return {
         "world": trainer.accelerator.num_processes,
         "wrapped": type(trainer.model_wrapped).__name__,

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefopt.losses.scores import EMBEDDINGS
+from prefopt.scoring.rows import RowBatch
 from prefopt.trainer.engine import describe_engine
 from tests.processes import engine_options, wrapper_of
 from tests.trainer.runs import make_pairs, make_trainer
@@ -111,7 +112,8 @@ def scores_of(trainer: Any) -> dict[str, list[float]]:
     rows = [trainer.eval_dataset[i] for i in range(4)]
     trainer.model.eval()
     with torch.no_grad():
-        batch, _ = trainer._score(trainer.model_wrapped, trainer._prepare_inputs(trainer.data_collator(rows)), False)
+        inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+        batch = trainer._score(trainer.model_wrapped, RowBatch.of(inputs), all_logits=False).batch
     return {"logps": batch.chosen.logps.tolist(), "ref_logps": batch.chosen.ref_logps.tolist()}
 
 
@@ -134,7 +136,7 @@ def run(folder: Path, engine: str, job: dict[str, Any]) -> None:
         "world": trainer.accelerator.num_processes,
         "wrapper": wrapper_of(trainer),
         "in words": [at_first, describe_engine(trainer)],
-        "layout": [str(trainer._layout.masks), trainer._layout.call.chunked_head],
+        "layout": [str(trainer._scorer.layout.masks), trainer._scorer.layout.call.chunked_head],
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "evaluation": trainer.evaluate(),
     }

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from prefopt.scoring.rows import RowBatch
 from tests.trainer.runs import make_trainer, save_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -46,7 +47,7 @@ def test_a_continued_adapter_starts_as_it_was_saved(tmp_path, init):
     trainer = make_trainer(tmp_path, model=model, max_steps=2, learning_rate=1e-2)
     assert torch.equal(logps(trainer.model), before)
     trainer.train()
-    with trainer._as_reference():
+    with trainer._scorer.as_reference():
         assert torch.allclose(logps(trainer.model), before, atol=1e-5)
     assert not torch.allclose(logps(trainer.model), before, atol=1e-2)
     # Whoever loads the result must take the same part out of the base again.
@@ -63,7 +64,7 @@ def test_a_new_adapter_that_changes_the_base_is_compared_with_the_model_it_was_p
     trainer = make_trainer(tmp_path, max_steps=2, learning_rate=1e-2, trainer_options=options)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    with trainer._as_reference():
+    with trainer._scorer.as_reference():
         assert torch.allclose(logps(trainer.model), before, atol=1e-4)
     assert not torch.allclose(logps(trainer.model), before, atol=1e-2)
     trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
@@ -117,7 +118,7 @@ def test_an_adapter_on_the_head_is_trained_and_scored(tmp_path, adapter, layout)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.eval()
     with torch.no_grad():
-        scores, _ = trainer._score(trainer.model, batch, all_logits=False)
+        scores = trainer._score(trainer.model, RowBatch.of(batch), all_logits=False).batch
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     own = torch.log_softmax(logits, -1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
     own = (own * batch["completion_mask"][:, 1:]).sum(-1)

@@ -23,6 +23,6 @@ def test_the_run_is_that_of_the_padded_layout(tmp_path, architecture, half):
         )
         trainer.train()
         runs.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
-    assert "gives other log-probabilities" in trainer._layout.reason
+    assert "gives other log-probabilities" in trainer._scorer.layout.reason
     for mine, theirs in zip(*runs, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)

@@ -136,10 +136,10 @@ def test_a_users_loss_gets_its_column_and_its_tokens(tmp_path):
 def test_reference_free_losses_run_no_reference(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, loss="simpo", max_steps=2)
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("the reference was scored")
 
-    monkeypatch.setattr(trainer, "_reference_scores", refuse)
+    monkeypatch.setattr(trainer._scorer, "run_reference", refuse)
     trainer.train()
     assert trainer.state.global_step == 2
 
@@ -515,7 +515,7 @@ def test_a_cached_reference_trains_alike_and_is_computed_once(tmp_path, peft):
         )
         trainer.train()
         cached = [entry for entry in trainer.state.log_history if "loss" in entry]
-        assert trainer._reference_cache.misses == misses
+        assert trainer._scorer.cache.misses == misses
         for mine, theirs in zip(cached, plain, strict=True):
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 

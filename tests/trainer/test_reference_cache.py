@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from prefopt.scoring import cache
-from prefopt.scoring.collate import select_rows
+from prefopt.scoring.rows import RowBatch
 from tests.reliability.faults import Fault, forked
 from tests.tiny import make_model
 from tests.trainer.cache_processes import run
@@ -52,21 +52,21 @@ def test_the_reference_of_a_continued_adapter_is_its_copy(tmp_path):
     first, losses = trained(0)
     again, same = trained(0)
     other, _ = trained(1)
-    assert [t._reference_cache.misses for t in (first, again, other)] == [16, 0, 16]
+    assert [t._scorer.cache.misses for t in (first, again, other)] == [16, 0, 16]
     assert same == pytest.approx(losses, rel=1e-5)
-    names = [t._reference_cache.folder.name for t in (plain, first, again, other)]
+    names = [t._scorer.cache.folder.name for t in (plain, first, again, other)]
     assert names[1] == names[2]
     assert len(set(names)) == 3
 
 
 def test_a_batch_that_is_partly_known_does_not_settle_the_layout(tmp_path):
     trainer = make_trainer(tmp_path, loss="dpo", reference_cache=str(tmp_path / "kept"), train_dataset=make_pairs(8))
-    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    cache = trainer._reference_cache
-    trainer._cached_reference(cache, trainer.ref_model, select_rows(inputs, inputs["examples"] <= 1))
-    trainer._layout = trainer._make_layout()
-    scores = trainer._cached_reference(cache, trainer.ref_model, inputs)
-    assert trainer._layout.masks == "packed"
+    rows = RowBatch.of(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
+    cache = trainer._scorer.cache
+    trainer._scorer.reference_scores(rows.select_rows(rows.examples <= 1))
+    trainer._scorer.layout = trainer._make_layout()
+    scores = trainer._scorer.reference_scores(rows)
+    assert trainer._scorer.layout.masks == "packed"
     assert (cache.hits, cache.misses) == (4, 8)
-    direct = trainer._reference_scores(trainer.ref_model, inputs)
+    direct = trainer._scorer.run_reference(rows)
     torch.testing.assert_close(scores.logps, direct.logps, rtol=1e-5, atol=1e-5)

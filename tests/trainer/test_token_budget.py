@@ -130,7 +130,7 @@ def test_experts_that_balance_their_load_are_refused(tmp_path):
 def test_half_precision_is_scored_in_trees_too(tmp_path):
     trainer = make_trainer(tmp_path, loss="dpo", token_budget=100, max_steps=1, bf16=True, layout="tree")
     trainer.train()
-    assert trainer._layout.masks == "packed"
+    assert trainer._scorer.layout.masks == "packed"
 
 
 def test_a_loss_from_elsewhere_is_not_taken_apart_unless_it_says_so():

@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 
 from prefopt.losses import Loss
 from prefopt.safety.folders import ASIDE, REFERENCE_ADAPTER, earlier_results, is_whole, move_into, recover
-from prefopt.scoring.cache import ReferenceCache
+from prefopt.scoring.scorer import Scorer
 from prefopt.trainer.learned import LearnedLoss
 from prefopt.trainer.metrics import RunningMeans
 from prefopt.trainer.saving import checkpoints, disk
@@ -58,7 +58,7 @@ class CheckpointMixin:
     callback_handler: Any
     _train_means: RunningMeans
     _tokens_seen: Any
-    _reference_cache: ReferenceCache | None
+    _scorer: Scorer | None
     _learned: LearnedLoss | None
 
     def _set_up_checkpoints(self) -> None:
@@ -243,8 +243,8 @@ class CheckpointMixin:
             return  # a step's weights are written once
         try:
             state = self._gathered_state()
-            if self._reference_cache is not None:
-                self._reference_cache.write()
+            if self._scorer is not None and self._scorer.cache is not None:
+                self._scorer.cache.write()
             if self.args.should_save:
                 checkpoints.begin(folder, state)
             self.accelerator.wait_for_everyone()

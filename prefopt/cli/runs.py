@@ -92,6 +92,6 @@ def demo(context: typer.Context) -> None:
 @app.command(context_settings=_PASSED_ON, options_metavar="--model NAME [OPTIONS; --help lists them]")
 def plan(context: typer.Context) -> None:
     """Estimate the memory of every way to train a model, and say which to take on given GPUs."""
-    from prefopt.planning.engines import main as show_plan
+    from prefopt.planning.plan import main as show_plan
 
     show_plan(context.args)

@@ -26,7 +26,9 @@ from prefopt.losses.scores import EMBEDDINGS
 from prefopt.models.bundled import HUB_ID
 from prefopt.models.load import adapter_base
 from prefopt.planning.activations import Rows, causal_model
-from prefopt.planning.memory import ENGINES, FOUR_BIT, FOUR_BIT_PLAIN, Setting, count, estimate, kept_under, of_terms
+from prefopt.planning.engines import ENGINES
+from prefopt.planning.memory import estimate, kept_under
+from prefopt.planning.setting import FOUR_BIT, FOUR_BIT_PLAIN, Setting, count, of_terms
 from prefopt.recipe.announce import announce
 from prefopt.recipe.data import load_data
 from prefopt.recipe.preflight import HubUnreachable, to_be_made, tokenizer_of
@@ -240,7 +242,7 @@ def _rows(training: PreferenceConfig, batch: dict[str, torch.Tensor]) -> Rows:
 
 
 def _engine(training: PreferenceConfig) -> str:
-    """What `accelerate launch` set this process up for, by its name in `prefopt.planning.memory.ENGINES`."""
+    """What `accelerate launch` set this process up for, by its name in `prefopt.planning.engines.ENGINES`."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" or training.deepspeed:
         plugin = training.deepspeed_plugin
         stage = 2 if plugin is None else plugin.zero_stage

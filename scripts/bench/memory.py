@@ -99,7 +99,8 @@ def estimated(case: Case) -> Any:
     from peft import LoraConfig
 
     from prefopt.planning.activations import causal_model, made_up_rows
-    from prefopt.planning.memory import Setting, count, estimate, kept_under
+    from prefopt.planning.memory import estimate, kept_under
+    from prefopt.planning.setting import Setting, count
 
     config, adapter = config_of(case), LoraConfig(**LORA) if case.lora else None
     with torch.device("meta"):

@@ -250,7 +250,7 @@ class TestErrors:
             raise error
 
         monkeypatch.delenv("PREFOPT_VERBOSE", raising=False)
-        monkeypatch.setattr("prefopt.planning.engines.main", work)
+        monkeypatch.setattr("prefopt.planning.plan.main", work)
         return CliRunner().invoke(app, ["plan"])
 
     @pytest.mark.parametrize("error", [UsageError("no such row"), CheckpointError("no such row")])

@@ -15,7 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from prefopt.planning.memory import ENGINES
+from prefopt.planning.engines import ENGINES
 from prefopt.recipe.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -139,8 +139,8 @@ def test_deepspeed_gets_the_stage_and_the_rest_from_the_recipe(name, stage, devi
     assert int(read.zero_config.stage) == stage
     offloaded = read.zero_config.offload_param
     assert (str(getattr(offloaded.device, "value", offloaded.device)) if offloaded else "none") == device
-    # What prefopt.planning.memory counts with.
-    from prefopt.planning.memory import LIVE_PARAMETERS, REDUCE_BUCKET
+    # What prefopt.planning.engines counts with.
+    from prefopt.planning.engines import LIVE_PARAMETERS, REDUCE_BUCKET
 
     assert read.zero_config.reduce_bucket_size == REDUCE_BUCKET
     assert read.zero_config.max_live_parameters == LIVE_PARAMETERS

@@ -11,17 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from prefopt.losses import parse
 from prefopt.planning.activations import Rows, activations, causal_model, made_up_rows
-from prefopt.planning.memory import (
-    ENGINES,
-    FOUR_BIT,
-    LIVE_PARAMETERS,
-    REDUCE_BUCKET,
-    Setting,
-    Sizes,
-    count,
-    estimate,
-    of_terms,
-)  # fmt: skip
+from prefopt.planning.engines import ENGINES, LIVE_PARAMETERS, REDUCE_BUCKET
+from prefopt.planning.memory import estimate
+from prefopt.planning.setting import FOUR_BIT, Setting, Sizes, count, of_terms
 from prefopt.scoring.adapters import fuse_lora
 from prefopt.scoring.attention import NAME as TREE_ATTENTION
 from prefopt.scoring.tree import plant, score_trees

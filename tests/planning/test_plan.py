@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from prefopt.cli import app
-from prefopt.planning.engines import FAMILIES, PARTS, RECIPE_DEFAULTS, model_config
-from prefopt.planning.memory import ENGINES
+from prefopt.planning.engines import ENGINES
+from prefopt.planning.plan import FAMILIES, PARTS, RECIPE_DEFAULTS, model_config
 from prefopt.recipe.arguments import parse_arguments
 from prefopt.trainer import PreferenceConfig
 from tests.tiny import make_config
@@ -207,6 +207,6 @@ def test_what_makes_no_sense_is_said_in_a_line(words, message):
 
 
 def test_every_engine_has_a_title():
-    from prefopt.planning.engines import TITLES
+    from prefopt.planning.plan import TITLES
 
     assert set(TITLES) == set(ENGINES)

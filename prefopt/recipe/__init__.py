@@ -1,4 +1,4 @@
-"""The steps that every recipe script takes: arguments, data, trainer, run.
+"""The steps that every recipe takes: arguments, preflight, data, trainer, run. Each returns what the next one needs.
 
 A recipe is these calls with a loss of its own. Imports everything below it in the package.
 """
@@ -10,11 +10,15 @@ from typing import Any
 
 from prefopt.recipe.arguments import Recipe, RecipeArguments, parse_arguments
 from prefopt.recipe.build import make_trainer
-from prefopt.recipe.data import load_data
+from prefopt.recipe.data import Data, load_data
 from prefopt.recipe.dry_run import dry_run
+from prefopt.recipe.ready import Ready, preflight
 from prefopt.recipe.run import run
 
-__all__ = ["Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_trainer", "parse_arguments", "run"]
+__all__ = [
+    "Data", "Ready", "Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_trainer", "parse_arguments",
+    "preflight", "run",
+]  # fmt: skip
 
 
 def main(loss: str, argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -23,10 +27,14 @@ def main(loss: str, argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     Args:
         loss: the loss expression, unless the command line or a config has another.
         argv: the command line's words; default: those of this process.
+
+    Returns:
+        What `results.json` in the output folder holds; None after a dry run.
     """
     recipe = parse_arguments(loss, argv)
     if recipe.script.dry_run:
         dry_run(recipe)
         return None
-    train, heldout = load_data(recipe)
-    return run(recipe, make_trainer(recipe, train, heldout))
+    ready = preflight(recipe)
+    data = load_data(recipe, ready)
+    return run(recipe, make_trainer(recipe, ready, data))

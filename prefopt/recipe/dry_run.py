@@ -8,76 +8,76 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftConfig
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig
-from trl import ModelConfig, ScriptArguments, get_peft_config
+from trl import get_peft_config
 
 from prefopt.data import tokenize_dataset
 from prefopt.data.columns import column_names
-from prefopt.losses import Loss, Need, parse
+from prefopt.losses import Loss, Need
 from prefopt.losses.scores import EMBEDDINGS
 from prefopt.models.bundled import HUB_ID
-from prefopt.models.load import adapter_base
 from prefopt.planning.activations import Rows, causal_model
 from prefopt.planning.engines import ENGINES
 from prefopt.planning.memory import estimate, kept_under
 from prefopt.planning.setting import FOUR_BIT, FOUR_BIT_PLAIN, Setting, count, of_terms
 from prefopt.recipe.announce import announce
-from prefopt.recipe.data import load_data
-from prefopt.recipe.preflight import HubUnreachable, to_be_made, tokenizer_of
+from prefopt.recipe.arguments import Recipe
+from prefopt.recipe.data import Data, load_data
+from prefopt.recipe.ready import HubUnreachable, MustBeMade, Ready, preflight
 from prefopt.safety.redaction import redacted
 from prefopt.safety.tables import table
 from prefopt.scoring import ROLES
 from prefopt.scoring.rows import RowBatch
-from prefopt.trainer import PreferenceConfig, expression_from_trl_options
+from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.collator import collator_for
 from prefopt.trainer.config import default_of
 
-if TYPE_CHECKING:
-    from prefopt.recipe.arguments import Recipe
-
 _MAIN = {"output_dir", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "seed", "max_length"}
 _DERIVED = {
-    "accelerator_config",
-    "activation_checkpointing",
-    "dataloader_pin_memory",
-    "demo",
-    "disable_tqdm",
-    "dry_run",
-    "fsdp",
-    "loss",
-}
+    "accelerator_config", "activation_checkpointing", "dataloader_pin_memory", "demo", "disable_tqdm", "dry_run",
+    "fsdp", "loss",
+}  # fmt: skip
 
 
-def show_settings(recipe: Recipe) -> None:
-    """Print what is known before any model or data is looked at: objective, settings, global batch, the paper."""
-    console, script, training, model, paper = (
-        recipe.console, recipe.script, recipe.training, recipe.model, recipe.paper,
-    )  # fmt: skip
-    expression = training.loss or expression_from_trl_options(training)
-    if expression:
-        console.print(_objective(parse(expression)), soft_wrap=True)
-    console.print(_settings(script, training, model, expression))
-    console.print(_global_batch(training, paper), soft_wrap=True)
-    if paper:
-        console.print(_paper(paper, script, model, training))
+def dry_run(recipe: Recipe) -> None:
+    """Show what the run would be, train nothing.
+
+    Where the Hub cannot be reached, whatever does not need it is shown, and one line says what is missing.
+    """
+    console = recipe.console
+    _show_settings(recipe)
+    try:
+        ready = preflight(recipe)
+        data = load_data(recipe, ready)
+    except (MustBeMade, HubUnreachable) as error:
+        console.print(f"No batch, steps or memory: {error}.", soft_wrap=True)
+    else:
+        announce(recipe, ready, data)
+        batch = _first_batch(recipe, ready, data)
+        console.print(*_decoded(batch, ready.tokenizer), sep="\n")
+        console.print(_memory(recipe, ready, batch))
+    console.print("Dry run: nothing was trained.")
 
 
-def show_batch(console: Console, training: PreferenceConfig, model: ModelConfig, train: Any, tokenizer: Any) -> None:
-    """Print the first batch as the loss will see it, and a memory estimate."""
-    expression = training.loss or expression_from_trl_options(training)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    batch = _first_batch(training, tokenizer, train, expression)
-    console.print(*_decoded(batch, tokenizer), sep="\n")
-    console.print(_memory(training, model, expression, batch))
+# ---- settings ----------------------------------------------------------------------------------------------------
+
+
+def _show_settings(recipe: Recipe) -> None:
+    """What is known before any model or data is looked at: objective, settings, global batch, the paper."""
+    console = recipe.console
+    if recipe.objective is not None:
+        console.print(_objective(recipe.objective), soft_wrap=True)
+    console.print(_settings(recipe))
+    console.print(_global_batch(recipe), soft_wrap=True)
+    if recipe.paper:
+        console.print(_paper(recipe))
 
 
 def _objective(loss: Loss) -> Text:
@@ -90,21 +90,23 @@ def _objective(loss: Loss) -> Text:
     return text
 
 
-def _global_batch(training: PreferenceConfig, paper: dict[str, Any]) -> str:
+def _global_batch(recipe: Recipe) -> str:
+    training = recipe.training
     each, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
     world = PartialState().num_processes
     line = f"Global batch: {each} a process x {steps} accumulated x {world} process(es) = {each * steps * world}"
-    if isinstance(devices := paper.get("devices"), int):
+    if isinstance(devices := recipe.paper.get("devices"), int):
         line += f"; on the paper's {devices} device(s) {each * steps * devices}"
     return line
 
 
-def _paper(paper: dict[str, Any], *parts: Any) -> Table:
+def _paper(recipe: Recipe) -> Table:
     """What the config says about the paper; for what the paper leaves open, the value that applies instead."""
-    made = table("what", "value", title="The paper, as the config has it")
+    shown = table("what", "value", title="The paper, as the config has it")
+    parts = (recipe.script, recipe.model, recipe.training)
     values = {name: value for part in parts for name, value in vars(part).items()}
     bundled = {"model_name_or_path": "the bundled model", "dataset_name": "the bundled pairs"}
-    for key, value in paper.items():
+    for key, value in recipe.paper.items():
         if isinstance(value, dict):
             lines = [f"[{mark}] {source}" for mark, source in value.items()]
         else:
@@ -113,34 +115,37 @@ def _paper(paper: dict[str, Any], *parts: Any) -> Table:
             key = "unknown: ours"
             used = {name: values[name] or bundled.get(name, values[name]) for name in lines if name in values}
             lines = [f"{name}: {getattr(used[name], 'value', used[name])}" if name in used else name for name in lines]
-        made.add_row(key, Text("\n".join(map(str, lines)) or "nothing"))
-    return made
+        shown.add_row(key, Text("\n".join(map(str, lines)) or "nothing"))
+    return shown
 
 
-def _settings(
-    script: ScriptArguments, training: PreferenceConfig, model: ModelConfig, expression: str | None
-) -> Table:
+def _settings(recipe: Recipe) -> Table:
     """Every setting that differs from its default, and the few that people look for."""
-    made = table("option", "value", title="Settings that differ from TRL's defaults, and the main ones")
-    made.add_row("loss", str(parse(expression)) if expression else f"TRL's own {training.loss_type}")
-    if model.model_name_or_path is None:
-        made.add_row("model_name_or_path", f"the bundled {HUB_ID}")
-    for part in (model, script, training):
+    shown = table("option", "value", title="Settings that differ from TRL's defaults, and the main ones")
+    loss = f"TRL's own {recipe.training.loss_type}" if recipe.objective is None else str(recipe.objective)
+    shown.add_row("loss", loss)
+    if recipe.bundled_model:
+        shown.add_row("model_name_or_path", f"the bundled {HUB_ID}")
+    for part in (recipe.model, recipe.script, recipe.training):
         for option in dataclasses.fields(part):
             value = getattr(part, option.name)
             # Settings that transformers derives by itself say nothing about the run.
             hidden = option.name in _DERIVED or option.name.endswith("token") or value in (None, [], "")
             if option.name in _MAIN or (value != default_of(option) and not hidden):
-                made.add_row(option.name, Text(str(redacted(getattr(value, "value", value), option.name))))
-    return made
+                shown.add_row(option.name, Text(str(redacted(getattr(value, "value", value), option.name))))
+    return shown
 
 
-def _first_batch(
-    training: PreferenceConfig, tokenizer: Any, train: Any, expression: str | None
-) -> dict[str, torch.Tensor]:
-    tokenised = tokenize_dataset(train.take(training.per_device_train_batch_size), tokenizer)
-    objective = parse(expression) if expression else None
-    collator = collator_for(objective, training, tokenizer.pad_token_id)
+# ---- the first batch ---------------------------------------------------------------------------------------------
+
+
+def _first_batch(recipe: Recipe, ready: Ready, data: Data) -> dict[str, torch.Tensor]:
+    """The first rows as the trainer collates them."""
+    tokenizer = ready.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenised = tokenize_dataset(data.train.take(recipe.training.per_device_train_batch_size), tokenizer)
+    collator = collator_for(recipe.objective, ready.training, tokenizer.pad_token_id)
     # A dry run leaves the vectors of --embeddings uncomputed.
     collator.embeddings &= set(EMBEDDINGS) <= set(column_names(tokenised))
     return collator(list(tokenised))
@@ -193,31 +198,21 @@ def _readable(tokens: list[tuple[int, bool]], tokenizer: Any) -> Iterator[tuple[
         start += length
 
 
-def _memory(
-    training: PreferenceConfig, model: ModelConfig, expression: str | None, batch: dict[str, torch.Tensor]
-) -> Table:
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def _memory(recipe: Recipe, ready: Ready, batch: dict[str, torch.Tensor]) -> Table:
     """The parts of `prefopt.planning.memory` for this batch, on the engine that this process was started under."""
-    name = str(model.model_name_or_path)
+    training = recipe.training
     config = AutoConfig.from_pretrained(
-        adapter_base(name) or name, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+        ready.adapter_of or ready.model,
+        revision=recipe.model.model_revision,
+        trust_remote_code=training.trust_remote_code,
     )
-    adapter = _adapter_settings(model)
+    adapter = _adapter_settings(recipe, ready)
     with torch.device("meta"):
         sizes = count(causal_model(config), adapter)
-    engine, half = _engine(training), bool(training.bf16 or training.fp16)
-    named = config.dtype if model.dtype == "auto" else model.dtype
-    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named or "float32"))
-    loss = parse(expression) if expression else None
-    needs = Need.REFERENCE if loss is None else loss.needs
-    quantized = FOUR_BIT if model.use_bnb_nested_quant else FOUR_BIT_PLAIN
-    setting = Setting(
-        dtype=dtype, half=half, checkpointed=bool(training.gradient_checkpointing),
-        accumulates=training.gradient_accumulation_steps > 1,
-        reference=needs.frozen and not training.precompute_ref_log_probs,
-        quantized=quantized if model.load_in_4bit else None, processes=PartialState().num_processes,
-        device="cpu" if not torch.accelerator.is_available() or training.use_cpu else "accelerator",
-        **of_terms(loss),
-    )  # fmt: skip
+    engine, setting = _engine(training), _setting(recipe, config)
     rows = _rows(training, batch).within(training.token_budget)
     kept = kept_under(engine, config, rows, setting, adapter)
     need = estimate(sizes, kept, kept.rows.scored, setting, engine)
@@ -227,11 +222,29 @@ def _memory(
         "activations": f"activations of {kept.rows.tokens} tokens" + ("" if kept.counted else ", a rule of thumb"),
     }
     shape = f"{rows.count} x {rows.length}, {rows.scored} scored"
-    made = table("part", "GB", right=("GB",), title=f"Memory per process for rows like these ({shape}), {engine}")
+    shown = table("part", "GB", right=("GB",), title=f"Memory per process for rows like these ({shape}), {engine}")
     for part, size in need.parts.items():
-        made.add_row(labels.get(part, part), f"{size / 1e9:.2f}")
-    made.add_row("sum", f"{need.total / 1e9:.2f}", style="bold")
-    return made
+        shown.add_row(labels.get(part, part), f"{size / 1e9:.2f}")
+    shown.add_row("sum", f"{need.total / 1e9:.2f}", style="bold")
+    return shown
+
+
+def _setting(recipe: Recipe, config: Any) -> Setting:
+    training, model, objective = recipe.training, recipe.model, recipe.objective
+    named = config.dtype if model.dtype == "auto" else model.dtype
+    needs = Need.REFERENCE if objective is None else objective.needs
+    quantized = FOUR_BIT if model.use_bnb_nested_quant else FOUR_BIT_PLAIN
+    return Setting(
+        dtype=named if isinstance(named, torch.dtype) else getattr(torch, str(named or "float32")),
+        half=bool(training.bf16 or training.fp16),
+        checkpointed=bool(training.gradient_checkpointing),
+        accumulates=training.gradient_accumulation_steps > 1,
+        reference=needs.frozen and not training.precompute_ref_log_probs,
+        quantized=quantized if model.load_in_4bit else None,
+        processes=PartialState().num_processes,
+        device="cpu" if not torch.accelerator.is_available() or training.use_cpu else "accelerator",
+        **of_terms(objective),
+    )
 
 
 def _rows(training: PreferenceConfig, batch: dict[str, torch.Tensor]) -> Rows:
@@ -254,30 +267,10 @@ def _engine(training: PreferenceConfig) -> str:
     return "fsdp2" if sharded else "ddp"
 
 
-def dry_run(recipe: Recipe) -> None:
-    """Show what the run would be, train nothing.
-
-    Where the Hub cannot be reached, whatever does not need it is shown, and one line says what is missing.
-    """
-    console = recipe.console
-    show_settings(recipe)
-    if (missing := to_be_made(recipe)) is not None:
-        console.print(f"No batch, steps or memory: {missing}.", soft_wrap=True)
-    else:
-        try:
-            train, heldout = load_data(recipe)
-        except HubUnreachable as error:
-            console.print(f"No batch, steps or memory: {error}.", soft_wrap=True)
-        else:
-            announce(recipe, train, heldout)
-            show_batch(console, recipe.training, recipe.model, train, tokenizer_of(recipe))
-    console.print("Dry run: nothing was trained.")
-
-
-def _adapter_settings(model: ModelConfig) -> Any:
+def _adapter_settings(recipe: Recipe, ready: Ready) -> Any:
     """The adapter that will be trained: the saved one, a new one, or None for all weights."""
-    if model.model_name_or_path is not None and adapter_base(model.model_name_or_path) is not None:
-        settings = PeftConfig.from_pretrained(model.model_name_or_path)
-        settings.inference_mode = False
-        return settings
-    return get_peft_config(model)
+    if ready.adapter_of is None:
+        return get_peft_config(recipe.model)
+    settings = PeftConfig.from_pretrained(ready.model)
+    settings.inference_mode = False
+    return settings

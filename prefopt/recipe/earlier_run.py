@@ -7,25 +7,16 @@ Only the folder that recipes take by themselves (`runs/latest`) is emptied so; a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
+from prefopt.recipe.arguments import Recipe
 from prefopt.safety.errors import UsageError
+from prefopt.safety.folders import what_is_there
 
-if TYPE_CHECKING:
-    from prefopt.recipe.arguments import Recipe
-
-RESULTS = (
-    "results.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-)
-"""Files that a run leaves when it has finished."""
-
-OF_THE_EARLIER = ("results.json", "before.json")
-"""Files that would be taken for the new run's if it were killed before it has written its own."""
+RESULTS = "results.json"
+BEFORE = "before.json"
+"""What a run writes before it trains, for the run that resumes it."""
 
 
 def refuse_overwriting(recipe: Recipe) -> None:
@@ -34,10 +25,10 @@ def refuse_overwriting(recipe: Recipe) -> None:
     Raises:
         UsageError: naming the folder, what is in it, and the options.
     """
-    found = _found(recipe)
-    if found and recipe.output_named and not recipe.script.overwrite_output_dir:
+    names = _of_a_finished_run(recipe)
+    if names and recipe.output_named and not recipe.script.overwrite_output_dir:
         raise UsageError(
-            f"--output_dir {recipe.training.output_dir} holds an earlier run ({', '.join(found)}): give another "
+            f"--output_dir {recipe.training.output_dir} holds an earlier run ({', '.join(names)}): give another "
             "--output_dir, add --overwrite_output_dir to write over it, or --resume_from_checkpoint auto to resume it"
         )
 
@@ -45,18 +36,15 @@ def refuse_overwriting(recipe: Recipe) -> None:
 def make_room(recipe: Recipe) -> None:
     """Move an earlier run out of the folder that the recipe takes by itself, or say that it is overwritten.
 
-    Every process must call it; called again, it does nothing.
+    Every process must call it, once.
     """
-    if recipe.has_room:
-        return
-    recipe.has_room = True
     state = PartialState()
-    if state.is_main_process and (found := _found(recipe)):
+    if state.is_main_process and (names := _of_a_finished_run(recipe)):
         folder = Path(recipe.training.output_dir)
         if recipe.script.overwrite_output_dir:
-            for name in OF_THE_EARLIER:
+            for name in (RESULTS, BEFORE):  # a run that is killed before it writes its own would seem to have them
                 (folder / name).unlink(missing_ok=True)
-            recipe.console.print(f"Writing over the earlier run in {folder} ({', '.join(found)}).", soft_wrap=True)
+            recipe.console.print(f"Writing over the earlier run in {folder} ({', '.join(names)}).", soft_wrap=True)
         else:
             aside = next(
                 path for n in range(1, 10**9) if not (path := folder.with_name(f"{folder.name}-{n}")).exists()
@@ -67,8 +55,11 @@ def make_room(recipe: Recipe) -> None:
     state.wait_for_everyone()
 
 
-def _found(recipe: Recipe) -> list[str]:
+def _of_a_finished_run(recipe: Recipe) -> list[str]:
+    """Files that a run leaves when it has finished; none of them counts where this run resumes it."""
     if str(recipe.training.resume_from_checkpoint).lower() not in ("none", "false", ""):
         return []
     folder = Path(recipe.training.output_dir)
-    return [name for name in RESULTS if (folder / name).is_file()]
+    contents = what_is_there(folder)
+    results = [RESULTS] if (folder / RESULTS).is_file() else []  # whoever wrote it
+    return results + [name for name in (*contents.weights, *contents.adapter) if "-of-" not in name]

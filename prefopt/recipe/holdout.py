@@ -7,45 +7,39 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 
 from prefopt.data import parse_sources
-
-if TYPE_CHECKING:
-    from prefopt.recipe.arguments import Recipe
+from prefopt.recipe.arguments import Recipe
 
 USUAL = "test"
 OTHERS = ("validation", "valid", "val", "dev", "eval")
 """What a held-out split is called where it is not called `test`."""
 
 
-def own_split(recipe: Recipe, load: Callable[[str], dict[str, Any]]) -> dict[str, Any] | None:
-    """The held-out split of the data, by source; None where it has none (a single local file never does).
-
-    Sets `recipe.heldout_split` to the split's name.
+def own_split(recipe: Recipe, load: Callable[[str], dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """The name of the data's held-out split and its rows by source; both empty where it has none, as a single local
+    file never does.
     """
     script = recipe.script
     if any(Path(name).is_file() for name, _ in parse_sources(str(script.dataset_name))):
-        return None
-    wanted = recipe.heldout_split = script.dataset_test_split
+        return "", {}
+    wanted = script.dataset_test_split
     try:
-        return load(wanted)
+        return wanted, load(wanted)
     except ValueError as error:
-        if "split" not in str(error):
+        if "split" not in str(error) or wanted != USUAL:  # another name was asked for
             raise
-        if wanted != USUAL:
-            raise  # it was asked for by name
         # The error lists the splits that there are.
-        found = [name for name in OTHERS if f"'{name}'" in str(error) and name != script.dataset_train_split]
-    if not found:
-        return None
-    recipe.heldout_split = found[0]
+        others = [name for name in OTHERS if f"'{name}'" in str(error) and name != script.dataset_train_split]
+    if not others:
+        return "", {}
     recipe.console.print(
-        f"The data has no split {wanted!r}: its split {found[0]!r} is held out (--dataset_test_split names another)."
+        f"The data has no split {wanted!r}: its split {others[0]!r} is held out (--dataset_test_split names another)."
     )
-    return load(found[0])
+    return others[0], load(others[0])
 
 
 def hold_out(recipe: Recipe, sources: dict[str, Dataset]) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
@@ -55,7 +49,6 @@ def hold_out(recipe: Recipe, sources: dict[str, Dataset]) -> tuple[dict[str, Dat
     held out.
     """
     script, training = recipe.script, recipe.training
-    recipe.heldout_split = f"of {script.dataset_train_split}"
     total = sum(len(source) for source in sources.values())
     if not script.eval_rows or not total:
         return sources, {}
@@ -102,8 +95,8 @@ def _split(
             "more rows than may be set apart.",
             soft_wrap=True,
         )
-    kept = {}
+    rest = {}
     for name, source in sources.items():
         out = set(apart[name])
-        kept[name] = source.select([row for row in range(len(source)) if row not in out]) if out else source
-    return kept, {name: sources[name].select(sorted(rows)) for name, rows in apart.items() if rows}
+        rest[name] = source.select([row for row in range(len(source)) if row not in out]) if out else source
+    return rest, {name: sources[name].select(sorted(rows)) for name, rows in apart.items() if rows}

@@ -1,46 +1,104 @@
-"""What a run asks of transformers and PEFT, asked of a model without weights.
+"""What a run would be refused for once its model is loaded, found out before.
 
-That is attention, quantisation, the adapter, the optimizer and the schedule of the learning rate.
-
-Their own code decides, so a missing package or a module that does not exist ends a recipe before its model is loaded.
+What it asks of transformers and PEFT (attention, quantisation, the adapter, the optimizer, the schedule) is asked of a
+model without weights. Their own code decides, so a missing package or a module that does not exist ends a recipe here.
 Models that cannot be made from their configuration alone are left to the run.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, Trainer, get_scheduler
 from transformers.quantizers import AutoHfQuantizer
 from trl import get_peft_config, get_quantization_config
 
-from prefopt.models.load import adapter_base
+from prefopt.losses import Need
+from prefopt.losses.scores import EMBEDDINGS
 from prefopt.planning.activations import causal_model
+from prefopt.recipe.arguments import Recipe
+from prefopt.recipe.ready import Ready
 from prefopt.safety.errors import UsageError
+from prefopt.trainer import PreferenceConfig
+from prefopt.trainer.checks import RunPlan, check_run
+from prefopt.trainer.publishing import PushError
+from prefopt.trainer.saving import checkpoints
+from prefopt.trainer.saving.state import loss_of, refuse_other_loss
 
-if TYPE_CHECKING:
-    from prefopt.recipe.arguments import Recipe
 
-
-def rehearse(recipe: Recipe, steps: int | None) -> None:
-    """Refuse what the run would be refused once its model is loaded.
-
-    Args:
-        recipe: the resolved arguments.
-        steps: how many steps the run takes; None where nobody knows.
+def check_recipe(recipe: Recipe, ready: Ready, train: Any, heldout: Any) -> None:
+    """Refuse what the run would refuse once its model is loaded.
 
     Raises:
-        UsageError: naming the option, and what the library says about it.
+        UsageError: naming the option that has no effect or lacks something, and what the library says about it.
+        CheckpointError: where the checkpoint to resume from is not there, not whole, or of another loss.
     """
+    script, training, objective = recipe.script, recipe.training, recipe.objective
+    if heldout is None and training.eval_strategy.value != "no":
+        raise UsageError(
+            f"--eval_strategy {training.eval_strategy.value} needs held-out rows, but there are none: name a test "
+            "split with --dataset_test_split, set --eval_rows, or use --eval_strategy no"
+        )
+    if script.ref_model_name_or_path is not None and objective is not None and not objective.needs.compares:
+        raise UsageError(f"--ref_model_name_or_path has no effect: {training.loss} compares with no reference")
+    if script.previous_model_name_or_path is not None and (objective is None or Need.PREVIOUS not in objective.needs):
+        raise UsageError(
+            f"--previous_model_name_or_path has no effect: {recipe.objective_text} does not compare with a previous "
+            "iterate"
+        )
+    folder, _ = checkpoints.choose(training.resume_from_checkpoint, Path(training.output_dir))
+    if folder is not None:
+        refuse_other_loss(checkpoints.read_state(folder).get("run", {}), loss_of(objective, training), folder)
+    plan = RunPlan(
+        objective, ready.training, train, heldout,
+        reference=script.ref_model_name_or_path is not None,
+        previous=script.previous_model_name_or_path is not None,
+        adapter=recipe.model.use_peft or ready.adapter_of is not None,
+        more_columns=EMBEDDINGS if script.embeddings is not None else (),
+    )  # fmt: skip
+    with push_errors():
+        check_run(plan)
+    _rehearse(recipe, ready, steps_of(training, train))
+
+
+@contextmanager
+def push_errors() -> Iterator[None]:
+    """What cannot be pushed is said before anything is trained."""
+    try:
+        yield
+    except PushError as error:
+        raise UsageError(f"{error}. Nothing was trained") from None
+
+
+def steps_of(training: PreferenceConfig, train: Any) -> int | None:
+    """How many steps the run takes; None where a stream has no length."""
+    steps: int = training.max_steps
+    if steps > 0:
+        return steps
+    if not hasattr(train, "__len__"):
+        return None
+    per_pass = math.ceil(len(train) / (training.per_device_train_batch_size * PartialState().num_processes))
+    steps = math.ceil(math.ceil(per_pass / training.gradient_accumulation_steps) * training.num_train_epochs)
+    return steps
+
+
+# ---- what libraries ask for --------------------------------------------------------------------------------------
+
+
+def _rehearse(recipe: Recipe, ready: Ready, steps: int | None) -> None:
+    """Attention, quantisation, the adapter, the optimizer and the schedule, each by the library's own code."""
     _quantization(recipe)
-    model = _without_weights(recipe)
-    if model is not None and adapter_base(str(recipe.model.model_name_or_path)) is None:
+    model = _without_weights(recipe, ready)
+    if model is not None and ready.adapter_of is None:
         model = _adapter(recipe, model)
     _optimizer(recipe, model)
     _schedule(recipe, steps)
@@ -63,11 +121,11 @@ def _quantization(recipe: Recipe) -> None:
         AutoHfQuantizer.from_config(settings, pre_quantized=False).validate_environment(device_map=None)
 
 
-def _without_weights(recipe: Recipe) -> Any:
-    name, attention = str(recipe.model.model_name_or_path), recipe.model.attn_implementation
+def _without_weights(recipe: Recipe, ready: Ready) -> Any:
+    attention = recipe.model.attn_implementation
     try:
         config = AutoConfig.from_pretrained(
-            adapter_base(name) or name,
+            ready.adapter_of or ready.model,
             revision=recipe.model.model_revision,
             trust_remote_code=recipe.training.trust_remote_code,
         )

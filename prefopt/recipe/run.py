@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from prefopt.demo.before_after import PairMetrics, side_by_side, summarize
 from prefopt.demo.data import heldout_prompts
 from prefopt.generation.answers import Answer, greedy_answers
 from prefopt.recipe.arguments import Recipe
+from prefopt.recipe.earlier_run import BEFORE, RESULTS
 from prefopt.recipe.progress import RunProgress
 from prefopt.safety.files import write_whole
 from prefopt.safety.tables import table
@@ -21,11 +23,24 @@ from prefopt.trainer.publishing import PushError
 from prefopt.trainer.saving.stops import sigterm_raises
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What is known of a model before or after training.
+
+    Attributes:
+        metrics: of the held-out rows, if there are any.
+        answers: to the bundled held-out prompts, where the bundled pairs are trained on.
+    """
+
+    metrics: dict[str, float] | None = None
+    answers: list[Answer] | None = None
+
+
 def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     """Evaluate, train, evaluate, save; on the bundled data also answer held-out prompts before and after.
 
     A run that is stopped by a signal ends in `train`, after its checkpoint: it is not evaluated or saved as if it had
-    finished. What it found before training is kept in `before.json` for the run that goes on with it.
+    finished. What it measured before training is in `before.json`, for the run that resumes it.
 
     Returns:
         What `results.json` in the output folder holds.
@@ -34,28 +49,11 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     console.print(f"Running on {describe_engine(trainer)}")
     if warning := engine_not_used(trainer):
         console.print(f"[bold]{warning}[/bold]", soft_wrap=True)
-    has_heldout = trainer.eval_dataset is not None
-    # A resumed policy is not where the run began, and sharded engines are set up by train() only.
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     checkpoint = trainer.checkpoint_to_resume(training.resume_from_checkpoint)
     if training.resume_from_checkpoint is not None:
         where = "No checkpoint yet: from the start" if checkpoint is None else f"Resuming from {checkpoint}"
         console.print(where, soft_wrap=True)
-    kept = Path(training.output_dir) / "before.json"
-    if checkpoint is None:
-        can_look_first = has_heldout and not sharded
-        before = trainer.evaluate() if can_look_first and recipe.script.evaluate_first else None
-        if before is not None:
-            trainer.check_best_metric(before)  # no step is needed to know
-        answers_before = _answers(recipe, trainer) if can_look_first and recipe.bundled_data else None
-        if trainer.is_world_process_zero():
-            said = None if answers_before is None else [vars(answer) for answer in answers_before]
-            _save_results(kept, {"before": before, "answers": said})
-    else:
-        first = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        before, said = first.get("before"), first.get("answers")
-        answers_before = None if said is None else [Answer(**answer) for answer in said]
-        trainer.started_from(before)
+    before = _measure_first(recipe, trainer) if checkpoint is None else _measured_before(recipe, trainer)
     try:
         with sigterm_raises():
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -63,28 +61,62 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         _say_interrupted(recipe, trainer)
         raise
     trainer.save_model(_internal_call=True)  # pushed below, with a card that has the numbers
-    after = trainer.evaluate() if has_heldout else None
-    answers_after = None if answers_before is None else _answers(recipe, trainer)
-    results: dict[str, Any] = {
-        "loss": str(trainer.objective or training.loss_type),
-        "engine": describe_engine(trainer),
-        "before": before,
-        "after": after,
-    }
-    for name, answers in (("answers_before", answers_before), ("answers_after", answers_after)):
-        if answers is not None:
-            results[name] = vars(summarize(answers))
+    metrics = None if trainer.eval_dataset is None else trainer.evaluate()
+    after = _Measured(metrics, None if before.answers is None else _answers(recipe, trainer))
+    results = _results(trainer, before, after)
     if trainer.is_world_process_zero():
         trainer.create_model_card()
-        _save_results(Path(training.output_dir) / "results.json", results)
-    if answers_before is not None and answers_after is not None:
-        old, new = (None if logs is None else PairMetrics.from_logs(logs) for logs in (before, after))
-        console.print(side_by_side(heldout_prompts(), answers_before, answers_after, old, new))
-    elif after is not None:
-        console.print(_comparison(before, after))
+        _save_results(recipe, RESULTS, results)
+    _show_both(recipe, before, after)
     console.print(f"Saved to {training.output_dir}")
     _publish(recipe, trainer)
     return results
+
+
+def _measure_first(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:
+    # Sharded engines are set up by train() only.
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    possible = trainer.eval_dataset is not None and not sharded
+    metrics = trainer.evaluate() if possible and recipe.script.evaluate_first else None
+    if metrics is not None:
+        trainer.check_best_metric(metrics)  # no step is needed to know
+    answers = _answers(recipe, trainer) if possible and recipe.bundled_data else None
+    if trainer.is_world_process_zero():
+        texts = None if answers is None else [vars(answer) for answer in answers]
+        _save_results(recipe, BEFORE, {"before": metrics, "answers": texts})
+    return _Measured(metrics, answers)
+
+
+def _measured_before(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:
+    """What the run that is resumed measured: its policy is not where it began."""
+    file = Path(recipe.training.output_dir) / BEFORE
+    first = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    texts = first.get("answers")
+    before = _Measured(first.get("before"), None if texts is None else [Answer(**answer) for answer in texts])
+    trainer.started_from(before.metrics)
+    return before
+
+
+def _results(trainer: PreferenceTrainer, before: _Measured, after: _Measured) -> dict[str, Any]:
+    results: dict[str, Any] = {
+        "loss": str(trainer.objective or trainer.args.loss_type),
+        "engine": describe_engine(trainer),
+        "before": before.metrics,
+        "after": after.metrics,
+    }
+    for name, measured in (("answers_before", before), ("answers_after", after)):
+        if measured.answers is not None:
+            results[name] = vars(summarize(measured.answers))
+    return results
+
+
+def _show_both(recipe: Recipe, before: _Measured, after: _Measured) -> None:
+    if before.answers is not None and after.answers is not None:
+        logs = (before.metrics, after.metrics)
+        old, new = (None if metrics is None else PairMetrics.from_logs(metrics) for metrics in logs)
+        recipe.console.print(side_by_side(heldout_prompts(), before.answers, after.answers, old, new))
+    elif after.metrics is not None:
+        recipe.console.print(_comparison(before.metrics, after.metrics))
 
 
 def _say_interrupted(recipe: Recipe, trainer: PreferenceTrainer) -> None:
@@ -117,17 +149,18 @@ def _answers(recipe: Recipe, trainer: PreferenceTrainer) -> Any:
 
 
 def _comparison(before: dict[str, float] | None, after: dict[str, float]) -> Table:
-    made = table("", "before", "after", right=("before", "after"), title="Held-out rows")
+    shown = table("", "before", "after", right=("before", "after"), title="Held-out rows")
     start = None if before is None else PairMetrics.from_logs(before)
     for name in sorted(after):
         if name.removeprefix("eval_").startswith(("loss", "rewards/", "ratios/", "logps/", "entropy")):
             old = "" if before is None or name not in before else f"{before[name]:.4g}"
             if name == "eval_rewards/accuracies" and start is not None and start.is_reference:
                 old += " (policy = reference)"
-            made.add_row(name.removeprefix("eval_"), old, f"{after[name]:.4g}")
-    return made
+            shown.add_row(name.removeprefix("eval_"), old, f"{after[name]:.4g}")
+    return shown
 
 
-def _save_results(path: Path, results: dict[str, Any]) -> None:
+def _save_results(recipe: Recipe, name: str, results: dict[str, Any]) -> None:
     text = json.dumps(results, indent=2) + "\n"
+    path = Path(recipe.training.output_dir) / name
     write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from prefopt.cli import app
 from prefopt.data import DataError
-from prefopt.recipe import load_data
+from prefopt.recipe import load_data, preflight
 from prefopt.recipe.arguments import parse_arguments
 from tests.trainer.runs import save_model
 
@@ -47,8 +47,8 @@ def recipe_data(data: str, *words: str) -> tuple[list[Any], str]:
          "--output_dir", "out", *words],
     )  # fmt: skip
     with recipe.console.capture() as shown:
-        train, _ = load_data(recipe)
-    return list(train), shown.get()
+        rows = load_data(recipe, preflight(recipe))
+    return list(rows.train), shown.get()
 
 
 @pytest.mark.parametrize(

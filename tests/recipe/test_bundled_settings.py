@@ -15,7 +15,7 @@ from tests.trainer.runs import save_model
 
 @pytest.fixture(autouse=True)
 def _bundled_is_tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr("prefopt.recipe.data.resolve_demo_model", lambda say: Path(save_model(tmp_path)))
+    monkeypatch.setattr("prefopt.recipe.ready.resolve_demo_model", lambda say: Path(save_model(tmp_path)))
 
 
 def test_data_of_ones_own_get_the_settings_of_any_model(tmp_path, capsys):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.recipe import load_data, main, parse_arguments
-from tests.recipe.test_recipe import arguments, pairs_file
+from prefopt.recipe import main, parse_arguments
+from tests.recipe.test_recipe import arguments, loaded, pairs_file
 
 
 def words(folder: Path, *more: str, output: str | None = None) -> list[str]:
@@ -37,7 +37,7 @@ def test_a_named_folder_is_refused_before_the_data_are_read(tmp_path):
     main("ipo", words(tmp_path, output="mine"))
     before = sorted(Path("mine").iterdir())
     with pytest.raises(ValueError, match=r"mine holds an earlier run .*results.json.*--overwrite_output_dir"):
-        load_data(parse_arguments("hinge", words(tmp_path, output="mine")))
+        loaded(parse_arguments("hinge", words(tmp_path, output="mine")))
     assert sorted(Path("mine").iterdir()) == before
 
 

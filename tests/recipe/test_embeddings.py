@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from prefopt.data import DataError
 from prefopt.data.embed import Encoder, EncoderError, embed
 from prefopt.losses.scores import EMBEDDINGS
-from prefopt.recipe import load_data, main, parse_arguments
+from prefopt.recipe import main, parse_arguments
 from tests.processes import IN_WORDS
 from tests.recipe.test_engines import launched
-from tests.recipe.test_recipe import arguments, pairs_file
+from tests.recipe.test_recipe import arguments, loaded, pairs_file
 from tests.tiny import save_encoder
 from tests.trainer.runs import make_pairs, require, save_model
 
@@ -27,7 +27,7 @@ MIXTURE = "hmk(embeddings='given')"
 
 @pytest.fixture(autouse=True)
 def _bundled_is_tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr("prefopt.recipe.data.resolve_demo_model", lambda say: Path(save_model(tmp_path)))
+    monkeypatch.setattr("prefopt.recipe.ready.resolve_demo_model", lambda say: Path(save_model(tmp_path)))
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "300")
 
@@ -68,9 +68,9 @@ def test_they_are_the_encoders_own_in_every_row_of_a_mixture(tmp_path, encoder):
     one, two = pairs_file(tmp_path, name="one.jsonl"), tmp_path / "two.jsonl"
     two.write_text("\n".join(json.dumps(dict(row)) for row in make_pairs(20, seed=9)))
     recipe = parse_arguments(GIVEN, arguments(tmp_path, f"{one}:0.8,{two}:0.2", "--embeddings", encoder))
-    train, heldout = load_data(recipe)
-    assert len(train) > 40
-    for rows in (train, heldout):
+    data = loaded(recipe)
+    assert len(data.train) > 40
+    for rows in (data.train, data.heldout):
         texts = [rows[i]["rejected"][0]["content"] for i in range(len(rows))]
         torch.testing.assert_close(torch.tensor(rows["rejected_embedding"]), Encoder(encoder)(texts))
 
@@ -100,11 +100,11 @@ def test_vectors_of_the_data_are_looked_at_before_the_model(tmp_path, encoder):
     with pytest.raises(
         DataError, match=r"training rows of .*own\.jsonl: row 7, column 'rejected_embedding': .* 4 num"
     ):
-        load_data(parse_arguments(GIVEN, arguments(tmp_path, str(path))))
-    assert load_data(parse_arguments("dpo", arguments(tmp_path, str(path))))  # which does not look at them
+        loaded(parse_arguments(GIVEN, arguments(tmp_path, str(path))))
+    assert loaded(parse_arguments("dpo", arguments(tmp_path, str(path))))  # which does not look at them
     path.write_text("\n".join(json.dumps(row) for row in embed(make_pairs(20), Encoder(encoder))))
     with pytest.raises(DataError, match=r"the training rows have 16 in .*own\.jsonl, 4 in .*narrow\.jsonl"):
-        load_data(parse_arguments(GIVEN, arguments(tmp_path, f"{path},{other}")))
+        loaded(parse_arguments(GIVEN, arguments(tmp_path, f"{path},{other}")))
 
 
 def test_a_stream_brings_its_own(tmp_path, encoder):
@@ -193,7 +193,7 @@ def test_a_process_that_finds_no_vectors_says_where_it_looked(tmp_path, encoder,
     with pytest.raises(
         DataError, match=r"texts have no vector in .*cache.*set PREFOPT_CACHE to a folder that all proc"
     ):
-        load_data(parse_arguments(GIVEN, words))
+        loaded(parse_arguments(GIVEN, words))
 
 
 def test_single_completions_have_nothing_to_compare(tmp_path, encoder):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from prefopt.recipe.launched import launch_command
+from prefopt.recipe.arguments.launched import launch_command
 
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "TORCHELASTIC_RUN_ID",
              "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # fmt: skip

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from prefopt.models.bundled import HUB_ID
 from prefopt.models.load import load_model
-from prefopt.recipe import load_data, main, make_trainer, parse_arguments
-from tests.recipe.test_recipe import arguments, pairs_file
+from prefopt.recipe import main, parse_arguments
+from tests.recipe.test_recipe import arguments, loaded, pairs_file
 from tests.trainer.runs import save_model
 
 LORA = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear"]
@@ -23,7 +23,7 @@ LORA = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear"]
 
 @pytest.fixture(autouse=True)
 def _bundled_is_tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr("prefopt.recipe.data.resolve_demo_model", lambda say: Path(save_model(tmp_path)))
+    monkeypatch.setattr("prefopt.recipe.ready.resolve_demo_model", lambda say: Path(save_model(tmp_path)))
 
 
 def config_file(folder: Path, **options) -> str:
@@ -135,9 +135,9 @@ class TestDryRun:
 
     def test_a_silent_hub_is_asked_once(self, tmp_path, capsys, monkeypatch):
         asked = []
-        monkeypatch.setattr("prefopt.recipe.preflight.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("prefopt.recipe.ready.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr(
-            "prefopt.recipe.preflight.HfApi.model_info", lambda self, name, timeout: asked.append(name) or 1 / 0
+            "prefopt.recipe.ready.HfApi.model_info", lambda self, name, timeout: asked.append(name) or 1 / 0
         )
         data = pairs_file(tmp_path)
         main("ipo", ["--model_name_or_path", "nobody/nothing", "--dataset_name", data, "--dry_run"])
@@ -236,7 +236,7 @@ class TestOtherModels:
             arguments(tmp_path, pairs_file(tmp_path), "--ref_model_name_or_path", save_model(tmp_path, seed=1)),
         )
         with pytest.raises(ValueError, match="compares with no reference"):
-            make_trainer(recipe, *load_data(recipe))
+            loaded(recipe)
 
     def test_inpo_compares_with_the_previous_iterate(self, tmp_path):
         """With tau = 0 only the previous iterate counts, so at the start, where it is the policy, h is 0."""

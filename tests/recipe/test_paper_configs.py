@@ -52,7 +52,7 @@ def tiny(tmp_path_factory) -> str:
 
 @pytest.fixture
 def _bundled_is_tiny(monkeypatch, tiny):
-    monkeypatch.setattr("prefopt.recipe.data.resolve_demo_model", lambda say: Path(tiny))
+    monkeypatch.setattr("prefopt.recipe.ready.resolve_demo_model", lambda say: Path(tiny))
 
 
 def read(file: Path) -> dict:

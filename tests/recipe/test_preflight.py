@@ -10,9 +10,9 @@ import yaml
 from datasets import Dataset, DatasetDict
 
 from prefopt import PreferenceConfig, PreferenceTrainer
-from prefopt.recipe import load_data, main, parse_arguments
+from prefopt.recipe import load_data, main, make_trainer, parse_arguments, preflight
 from prefopt.trainer.saving import checkpoints
-from tests.recipe.test_recipe import arguments, pairs_file
+from tests.recipe.test_recipe import arguments, loaded, pairs_file
 from tests.trainer.runs import make_labelled, make_pairs, save_model, settings
 
 
@@ -206,12 +206,11 @@ class TestAnnouncement:
             assert part in shown
 
     def test_the_real_run_says_it_before_it_loads_the_model(self, tmp_path, capsys):
-        from prefopt.recipe import make_trainer
-
         recipe = parse_arguments("kto", arguments(tmp_path, labelled_file(tmp_path)))
-        train, heldout = load_data(recipe)
+        ready = preflight(recipe)
+        data = load_data(recipe, ready)
         with pytest.raises(TypeError):  # there is no trainer here
-            make_trainer(recipe, train, heldout)
+            make_trainer(recipe, ready, data)
         shown = capsys.readouterr().out
         assert shown.index("Objective  kto(beta=0.1") < shown.index("Loading ")
         assert "llama-0, all weights" in shown
@@ -256,19 +255,19 @@ class TestHeldOut:
     @pytest.mark.parametrize("name", ["validation", "valid", "dev", "eval"])
     def test_a_split_of_another_name_is_held_out(self, tmp_path, capsys, name):
         recipe = parse_arguments("dpo", arguments(tmp_path, self.saved(tmp_path, train=15, **{name: 5})))
-        train, heldout = load_data(recipe)
-        assert (len(train), len(heldout)) == (15, 5)
+        data = loaded(recipe)
+        assert (len(data.train), len(data.heldout)) == (15, 5)
         assert f"its split '{name}' is held out" in capsys.readouterr().out.replace("\n", " ")
-        assert recipe.heldout_split == name
+        assert data.heldout_split == name
 
     def test_the_test_split_comes_first(self, tmp_path):
         data = self.saved(tmp_path, train=15, validation=5, test=4)
-        assert len(load_data(parse_arguments("dpo", arguments(tmp_path, data)))[1]) == 4
+        assert len(loaded(parse_arguments("dpo", arguments(tmp_path, data))).heldout) == 4
 
     def test_a_split_that_was_asked_for_must_be_there(self, tmp_path):
         words = arguments(tmp_path, self.saved(tmp_path, train=15, validation=5), "--dataset_test_split", "prefs")
         with pytest.raises(ValueError, match=r"no split 'prefs'.*'validation'"):
-            load_data(parse_arguments("dpo", words))
+            loaded(parse_arguments("dpo", words))
 
     def test_rows_of_one_prompt_are_held_out_together(self, tmp_path, capsys):
         rows = [
@@ -278,9 +277,9 @@ class TestHeldOut:
         ]
         (tmp_path / "groups.jsonl").write_text("\n".join(map(json.dumps, rows)))
         words = arguments(tmp_path, str(tmp_path / "groups.jsonl"), "--eval_rows", "10")
-        train, heldout = load_data(parse_arguments("dpo", words))
-        assert (len(train), len(heldout)) == (40, 10)
-        assert not set(train["prompt"]) & set(heldout["prompt"])
+        data = loaded(parse_arguments("dpo", words))
+        assert (len(data.train), len(data.heldout)) == (40, 10)
+        assert not set(data.train["prompt"]) & set(data.heldout["prompt"])
         assert "10 of its 50 rows are held out with all rows of 2 prompts" in capsys.readouterr().out
 
     def test_that_holds_across_the_sources_of_a_mixture(self, tmp_path):
@@ -288,15 +287,15 @@ class TestHeldOut:
             rows = [{"prompt": f"Question {n}?", "chosen": f" {name} {n}.", "rejected": " No."} for n in range(20)]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         data = f"{tmp_path / 'a.jsonl'}:0.5,{tmp_path / 'b.jsonl'}:0.5"
-        train, heldout = load_data(parse_arguments("dpo", arguments(tmp_path, data)))
-        assert len(heldout) == 8
-        assert not set(train["prompt"]) & set(heldout["prompt"])
+        rows = loaded(parse_arguments("dpo", arguments(tmp_path, data)))
+        assert len(rows.heldout) == 8
+        assert not set(rows.train["prompt"]) & set(rows.heldout["prompt"])
 
     def test_one_prompt_alone_is_said(self, tmp_path, capsys):
         rows = [{"prompt": "Why?", "chosen": f" Good {m}.", "rejected": f" Bad {m}."} for m in range(20)]
         Dataset.from_list(rows).to_json(str(tmp_path / "one.jsonl"))
-        _, heldout = load_data(parse_arguments("dpo", arguments(tmp_path, str(tmp_path / "one.jsonl"))))
-        assert heldout is None
+        data = loaded(parse_arguments("dpo", arguments(tmp_path, str(tmp_path / "one.jsonl"))))
+        assert data.heldout is None
         assert "No rows are held out" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from prefopt.cli import app
 from prefopt.data import DataError
-from prefopt.recipe import main
+from prefopt.recipe import Data, Recipe, load_data, main, parse_arguments, preflight
 from tests.trainer.runs import make_pairs, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,11 @@ def arguments(folder: Path, data: str, *more: str) -> list[str]:
         "--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_strategy", "no",
         "--gradient_checkpointing", "false", "--overwrite_output_dir", "true", *more,
     ]  # fmt: skip
+
+
+def loaded(recipe: Recipe) -> Data:
+    """The rows of a run, as its trainer would get them."""
+    return load_data(recipe, preflight(recipe))
 
 
 def test_trains_evaluates_and_saves(tmp_path, capsys):
@@ -68,6 +74,37 @@ def test_the_script_runs_under_accelerate(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["a whole model", "an adapter"])
+def test_the_script_makes_the_trainer_that_main_makes(tmp_path, monkeypatch, kind):
+    """`recipes/dpo.py` writes out what `prefopt.recipe.build` does: nothing may be left out of either."""
+    calls = []
+
+    class Trainer:
+        def __init__(self, *positional, **named):
+            calls.append((positional, named))
+            raise InterruptedError
+
+    words = [*arguments(tmp_path, pairs_file(tmp_path)), "--ref_model_name_or_path", save_model(tmp_path, seed=1)]
+    if kind == "an adapter":
+        main("sft", [*words[:-2], "--use_peft", "--output_dir", str(tmp_path / "first")])
+        words += ["--model_name_or_path", str(tmp_path / "first")]
+    else:
+        words += ["--use_peft", "--chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}"]
+    monkeypatch.setattr("prefopt.PreferenceTrainer", Trainer)
+    monkeypatch.setattr("prefopt.recipe.build.PreferenceTrainer", Trainer)
+    monkeypatch.setattr(sys, "argv", ["dpo.py", *words])
+    with pytest.raises(InterruptedError):
+        main("dpo(beta=0.1)", words)
+    with pytest.raises(InterruptedError):
+        runpy.run_path(str(ROOT / "recipes" / "dpo.py"), run_name="__main__")
+    of_main, of_script = (
+        [type(value) if hasattr(value, "state_dict") else str(value) for value in (*positional, *named.values())]
+        for positional, named in calls
+    )
+    assert of_main == of_script
+    assert list(calls[0][1]) == list(calls[1][1])
 
 
 def test_yaml_config_with_command_line_overrides(tmp_path):
@@ -214,14 +251,12 @@ class TestCommand:
 
 
 def test_held_out_rows_are_set_apart_before_a_mixture_repeats_rows(tmp_path):
-    from prefopt.recipe import load_data, parse_arguments
-
     one, two = pairs_file(tmp_path, name="one.jsonl"), tmp_path / "two.jsonl"
     two.write_text("\n".join(json.dumps(dict(row)) for row in make_pairs(20, seed=9)))
     recipe = parse_arguments("dpo", arguments(tmp_path, f"{one}:0.9,{two}:0.1"))
-    training, heldout = load_data(recipe)
-    key = [json.dumps(row["prompt"]) + json.dumps(row["chosen"]) for row in training]
-    held = [json.dumps(row["prompt"]) + json.dumps(row["chosen"]) for row in heldout]
+    data = loaded(recipe)
+    key = [json.dumps(row["prompt"]) + json.dumps(row["chosen"]) for row in data.train]
+    held = [json.dumps(row["prompt"]) + json.dumps(row["chosen"]) for row in data.heldout]
     assert len(key) > 40
     assert not set(key) & set(held)
     assert len(set(held)) == len(held) == 10

@@ -18,7 +18,7 @@ from prefopt.losses import LossError
 from prefopt.models.bundled import DemoModelError
 from prefopt.models.load import ModelError
 from prefopt.models.merge import MergeError
-from prefopt.recipe.preflight import HubUnreachable
+from prefopt.recipe.ready import HubUnreachable
 from prefopt.safety.errors import PrefoptError, UsageError, message_of
 from prefopt.trainer.finite import NonFiniteError
 from prefopt.trainer.publishing import PushError

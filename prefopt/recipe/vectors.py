@@ -8,60 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
 from prefopt.data.columns import column_names
-from prefopt.data.embed import DEFAULT, Encoder, embed, texts_of, width_of
+from prefopt.data.embed import Encoder, embed, texts_of, width_of
 from prefopt.data.errors import DataError
-from prefopt.losses import Need, parse
 from prefopt.losses.scores import EMBEDDINGS
-
-if TYPE_CHECKING:
-    from prefopt.recipe.arguments import Recipe, RecipeArguments
-    from prefopt.trainer import PreferenceConfig
-
-REMEDY = (
-    f"let --embeddings {DEFAULT} compute them (a folder or a Hub name works as well), or have the loss take the "
-    "policy's own with embeddings='hidden'"
-)
+from prefopt.recipe.arguments import Recipe
+from prefopt.recipe.arguments.checks import REMEDY, compares_given
+from prefopt.trainer import PreferenceConfig
 
 
-def compares_given(training: PreferenceConfig) -> bool:
-    """Whether the loss compares embeddings that come with the data. TRL's own loss options never do."""
-    return training.loss is not None and Need.EMBEDDINGS in parse(training.loss).needs
-
-
-def refuse_mismatch(script: RecipeArguments, training: PreferenceConfig) -> None:
-    """Refuse an encoder that the loss has no use for, and a loss for which the bundled pairs have no vectors.
-
-    Raises:
-        SystemExit: naming the option and what to do.
-    """
-    wanted = compares_given(training)
-    if script.embeddings is None:
-        if wanted and script.dataset_name is None:
-            raise SystemExit(
-                f"--loss {training.loss}: it compares embeddings that come with the data, and the bundled pairs have "
-                f"none: {REMEDY}"
-            )
-        return
-    if not wanted:
-        raise SystemExit(
-            f"--embeddings {script.embeddings} has no effect: {training.loss or training.loss_type} compares no "
-            "embeddings that come with the data. Leave the option out, or set embeddings='given' in a loss that has "
-            "it (kernel_dpo, hmk)"
-        )
-    if script.dataset_streaming:
-        raise SystemExit(
-            "--embeddings computes the vectors of all texts ahead, and a stream is read as it comes: leave "
-            "--dataset_streaming out, or give the data columns of vectors"
-        )
-
-
-def with_embeddings(
+def with_vectors(
     recipe: Recipe, train: dict[str, Any], heldout: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Training and held-out sources, by name, with the vectors of `--embeddings`, where that is given.
@@ -119,7 +80,7 @@ def _texts(name: str, source: Dataset) -> list[str]:
         raise DataError(f"--embeddings: {name}: {error}") from None
 
 
-def check_given(recipe: Recipe, sources: Mapping[str, Dataset | IterableDataset], part: str) -> None:
+def check_vectors(recipe: Recipe, sources: Mapping[str, Dataset | IterableDataset], part: str) -> None:
     """See that the vectors which the loss compares came with the data, where no encoder is to compute them.
 
     Row numbers are those of `sources`, so call this before anything is split or mixed. Of a stream only the columns
@@ -128,7 +89,7 @@ def check_given(recipe: Recipe, sources: Mapping[str, Dataset | IterableDataset]
     Raises:
         DataError: naming the source, and the column or row that has no such vector.
     """
-    if recipe.script.embeddings is not None or not compares_given(recipe.training):
+    if recipe.script.embeddings is not None or not compares_given(recipe):
         return
     widths = {}
     for name, source in sources.items():

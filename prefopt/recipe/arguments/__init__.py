@@ -1,0 +1,9 @@
+"""From a command line and a `--config` file to a `Recipe`: read, completed with defaults, and checked.
+
+The only part of the recipe that ends the program (`SystemExit`). Looks at options alone, never at data or models.
+"""
+
+from prefopt.recipe.arguments.options import Recipe, RecipeArguments
+from prefopt.recipe.arguments.parse import DEMO_CONFIG, parse_arguments
+
+__all__ = ["DEMO_CONFIG", "Recipe", "RecipeArguments", "parse_arguments"]

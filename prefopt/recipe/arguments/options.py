@@ -1,0 +1,119 @@
+"""The options of a recipe, and the `Recipe` that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from rich.console import Console
+from trl import ModelConfig, ScriptArguments
+
+from prefopt.data.embed import DEFAULT
+from prefopt.data.formats import NAMES
+from prefopt.losses import Loss
+from prefopt.trainer import PreferenceConfig
+from prefopt.trainer.config import resolve_objective
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):  # type: ignore[misc]
+    """Data and behaviour of a recipe, beside `ModelConfig` and `PreferenceConfig`; `--help` explains each."""
+
+    demo: bool = field(
+        default=False,
+        metadata={"help": "Use the bundled model, pairs and training settings; of a config only the loss stays."},
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "How the data set names its columns, e.g. prompt=question chosen=good rejected=bad"},
+    )
+    format: str | None = field(
+        default=None,
+        metadata={"help": f"The data set's layout, where it is not recognised: {', '.join(NAMES)}.", "choices": NAMES},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "A Jinja chat template, or a file with one, in place of the tokenizer's own."},
+    )
+    ref_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The frozen reference, where it is not the model that training starts from."},
+    )
+    previous_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The previous iterate of the policy, for losses that compare with it, such as inpo."},
+    )
+    on_bad_rows: str = field(
+        default="error",
+        metadata={
+            "help": "Rows that cannot be trained on: stop with an error, or drop them into a file.",
+            "choices": ["error", "drop"],
+        },
+    )
+    embeddings: str | None = field(
+        default=None,
+        metadata={"help": f"A frozen encoder for losses with embeddings='given': a folder, a Hub name or {DEFAULT}."},
+    )
+    eval_rows: int = field(
+        default=100,
+        metadata={"help": "Rows to hold out of the training split where there is no test split; 0 for none."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check the data, show the settings, one batch, steps and memory; train nothing."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Write over an earlier run in a folder that --output_dir names. Without it such a folder is "
+            "refused; the folder of the default is moved aside."
+        },
+    )
+    evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
+
+
+OPTIONS = (RecipeArguments, PreferenceConfig, ModelConfig)
+"""What a command line or a config fills."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The arguments of one run. What later steps find out is in what they return, never in here.
+
+    Attributes:
+        script: data and behaviour.
+        training: of the trainer, with the loss.
+        model: the model to train and its adapter.
+        console: prints to the screen, on the main process alone.
+        paper: what a paper's config says about its source (`paper:`); `--dry_run` shows it, training ignores it.
+        command: the command line without secrets, for the model card.
+        output_named: whether the output folder was named, rather than taken by default.
+    """
+
+    script: RecipeArguments
+    training: PreferenceConfig
+    model: ModelConfig
+    console: Console
+    paper: Mapping[str, Any] = field(default_factory=dict)
+    command: str | None = None
+    output_named: bool = True
+
+    @cached_property
+    def objective(self) -> Loss | None:
+        """The loss, for whoever asks what it needs; None where TRL computes it. The trainer makes one of its own."""
+        return resolve_objective(None, self.training)
+
+    @property
+    def objective_text(self) -> str:
+        """The loss as it was written, for messages."""
+        return str(self.training.loss or self.training.loss_type)
+
+    @property
+    def bundled_model(self) -> bool:
+        return self.model.model_name_or_path is None
+
+    @property
+    def bundled_data(self) -> bool:
+        return self.script.dataset_name is None

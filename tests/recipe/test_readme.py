@@ -88,3 +88,13 @@ def test_the_map_of_the_rooms_is_the_linters():
     for line in picture.splitlines()[1:]:
         drawn += pairwise([row.split(" & ") for row in line.strip().split(" --> ")])
     assert drawn == list(pairwise(floors))
+
+
+def test_linked_code_is_where_the_link_says():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    links = re.findall(r"\[`([\w.]+)`\]\((prefopt/\S+\.py)\)", text)
+    assert len(links) > 15
+    for name, file in links:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"^ *(def|class) {part}\b", code, re.MULTILINE), f"{file} has no {name}"

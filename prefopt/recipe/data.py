@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from rich.console import Console
 
 from prefopt.data import DataError, Report, clean, mix, parse_columns, parse_sources, read_preferences, validate
 from prefopt.data.columns import column_names, without_columns
@@ -90,28 +91,15 @@ def _load_sources(recipe: Recipe, split: str) -> dict[str, Any]:
     script = recipe.script
     columns = parse_columns(script.columns)
     # Held-out rows have the layout of the training rows, which is said once.
-    say = _line(recipe) if split == script.dataset_train_split else _silent
+    console = recipe.console if split == script.dataset_train_split else Console(quiet=True)
+    say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
     return {
         name: read_preferences(
-            name,
-            config=script.dataset_config,
-            split=split,
-            columns=columns,
-            format=script.format,
-            streaming=script.dataset_streaming,
-            used=_used_columns(recipe),
-            say=say,
+            name, config=script.dataset_config, split=split, columns=columns, format=script.format,
+            streaming=script.dataset_streaming, used=_used_columns(recipe), say=say,
         )
         for name, _ in parse_sources(str(script.dataset_name))
-    }
-
-
-def _line(recipe: Recipe) -> Callable[[str], None]:
-    return lambda text: recipe.console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
-def _silent(text: str) -> None:
-    pass
+    }  # fmt: skip
 
 
 def _refuse_images(model: str, sources: dict[str, Any]) -> None:

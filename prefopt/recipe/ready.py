@@ -107,14 +107,11 @@ def _bundled_model(recipe: Recipe) -> str:
 def _loading_options(recipe: Recipe) -> dict[str, Any]:
     """What `from_pretrained` is told about the model."""
     model, training = recipe.model, recipe.training
-    options = dict(training.model_init_kwargs or {}) if isinstance(training.model_init_kwargs, dict) else {}
-    options.setdefault("revision", model.model_revision)
-    options.setdefault("trust_remote_code", training.trust_remote_code)
-    if model.attn_implementation is not None:
-        options.setdefault("attn_implementation", model.attn_implementation)
-    if model.dtype is not None:
-        options.setdefault("dtype", model.dtype)
-    if options.setdefault("use_safetensors", True) is not True:
+    options = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+    options |= {"attn_implementation": model.attn_implementation, "dtype": model.dtype, "use_safetensors": True}
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= training.model_init_kwargs if isinstance(training.model_init_kwargs, dict) else {}
+    if options["use_safetensors"] is not True:
         raise UsageError("--model_init_kwargs: use_safetensors cannot be turned off: pickled weights can run code")
     return options
 

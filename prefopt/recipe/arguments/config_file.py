@@ -67,35 +67,39 @@ def set_environment(variables: Mapping[Any, Any], path: Path) -> None:
             raise SystemExit(f"--config {path}: env: {_shown(name)} cannot be set to {shown}: {error}") from None
 
 
-def check_values(
+def checked_values(
     config: Mapping[str, Any], parser: argparse.ArgumentParser, kinds: Iterable[type], path: Path | None
-) -> None:
-    """Refuse names that are no option, and values that the command line would not take for their options.
+) -> dict[str, Any]:
+    """A config's values, text converted as on a command line.
 
     Args:
         config: of `read_config`.
         parser: of the command line.
         kinds: the dataclasses that the parser fills.
         path: of the config, for the message.
+
+    Raises:
+        SystemExit: for names that are no option, and values that the command line would not take.
     """
     options: dict[str, argparse.Action] = {}
     for action in parser._actions:
         if action.dest not in ("help", argparse.SUPPRESS):
             options.setdefault(action.dest, action)  # a --no_... form comes second
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
-    where = f"--config {path}" if path is not None else "--config"
+    where, values = f"--config {path}", {}
     for name, value in config.items():
         if name not in options:
             raise SystemExit(f"{where}: there is no option {str(name)[:80]!r}.{did_you_mean(str(name)[:80], options)}")
         option, hint = options[name], hints.get(name, str)
         try:
-            _read_as_words(parser, option, hint, value)
+            values[name] = _read_as_words(parser, option, hint, value)
         except (argparse.ArgumentError, TypeError, ValueError, OverflowError):
             wanted = f"one of {', '.join(_choices(option))}" if option.choices is not None else _words(hint)
             raise SystemExit(f"{where}: {name}: must be {wanted}, got {_shown(redacted(value, name))}") from None
+    return values
 
 
-def _read_as_words(parser: argparse.ArgumentParser, option: argparse.Action, hint: Any, value: Any) -> None:
+def _read_as_words(parser: argparse.ArgumentParser, option: argparse.Action, hint: Any, value: Any) -> Any:
     """Have argparse read a value as the words of a command line. Null, mappings and lists, for which it has no words,
     must be of the option's type.
     """
@@ -103,13 +107,14 @@ def _read_as_words(parser: argparse.ArgumentParser, option: argparse.Action, hin
         if not isinstance(value, tuple(_kinds(hint))):
             raise TypeError
         if not isinstance(value, list):
-            return
+            return value
     items = value if isinstance(value, list) else [value]
     if option.type is str and not all(isinstance(item, str) for item in items):
         raise TypeError  # YAML reads 0123, 1e3 and no as other than text
     words = [str(item) for item in items]
-    for some in [words] if option.nargs in ("+", "*") else [[word] for word in words]:
-        parser._get_values(option, some)
+    several = option.nargs in ("+", "*")
+    read = [parser._get_values(option, some) for some in ([words] if several else [[word] for word in words])]
+    return read[0] if isinstance(value, str) and not several else value
 
 
 def _kinds(hint: Any) -> set[type]:

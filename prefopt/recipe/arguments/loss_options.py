@@ -122,8 +122,12 @@ def _asks_nothing(option: str, value: Any) -> bool:
 # ---- expressions -------------------------------------------------------------------------------------------------
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _tree(text: str) -> ast.expr:
-    return ast.parse(" ".join(text.split()), mode="eval").body
+    return ast.parse(_one_line(text), mode="eval").body
 
 
 def _places(tree: ast.expr, option: str) -> list[tuple[ast.expr, str]]:
@@ -170,17 +174,7 @@ def _set(text: str, option: str, value: Any) -> str:
     if position < len(call.args):
         call.args[position] = written
     else:
-        named = next((word for word in call.keywords if word.arg == argument), None)
-        if named is None:
-            call.keywords.append(ast.keyword(arg=argument, value=written))
-        else:
-            named.value = written
-    return ast.unparse(call if tree is node else _Replace(node, call).visit(tree))
-
-
-class _Replace(ast.NodeTransformer):
-    def __init__(self, old: ast.expr, new: ast.expr):
-        self._old, self._new = old, new
-
-    def visit(self, node: ast.AST) -> Any:
-        return self._new if node is self._old else self.generic_visit(node)
+        others = [word for word in call.keywords if word.arg != argument]
+        call.keywords = [*others, ast.keyword(arg=argument, value=written)]
+    raw = _one_line(text).encode()  # positions count bytes
+    return (raw[: node.col_offset] + ast.unparse(call).encode() + raw[node.end_col_offset :]).decode()

@@ -7,7 +7,6 @@ its place, the command line.
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,12 @@ import torch
 import yaml
 from accelerate import PartialState
 from rich.console import Console
-from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig, TrlParser
 
 from prefopt.losses import LossSyntaxError
 from prefopt.models.bundled import HUB_ID
 from prefopt.recipe.arguments.checks import refuse_steps_and_epochs, refuse_unusable, renamed
-from prefopt.recipe.arguments.config_file import check_values, read_config, set_environment
+from prefopt.recipe.arguments.config_file import checked_values, read_config, set_environment
 from prefopt.recipe.arguments.launched import launch_command
 from prefopt.recipe.arguments.loss_options import settle
 from prefopt.recipe.arguments.options import OPTIONS, Recipe, RecipeArguments
@@ -60,16 +58,16 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     command = launch_command(argv)
     guard_process()
     show_short_errors()
-    config, path = _take_config(words)
+    words, config, path = _take_config(words)
     paper = config.pop("paper", {})
     named = {word[2:].split("=", 1)[0].replace("-", "_") for word in words if word.startswith("--")}
     # No short forms: what was asked for is looked up by name below.
     parser = _Parser(OPTIONS, allow_abbrev=False)
-    check_values(config, parser, OPTIONS, path)
+    config = checked_values(config, parser, OPTIONS, path)
     known, unknown = parser.parse_known_args(words)
     if unknown:
         raise SystemExit(_no_option(unknown[0], parser))
-    demo = bool(known.demo or _is_on(config.get("demo", False)))
+    demo = bool(known.demo or config.get("demo"))
     own_loss, words, config = _settled(loss, words, config, named, known)
     defaults, notes = _defaults(own_loss, config, named, demo)
     refuse_steps_and_epochs(config, named, known)
@@ -132,56 +130,41 @@ def _short(text: str) -> str:
     return text if len(text) <= 400 else f"{text[:400]}..."
 
 
-def _is_on(value: Any) -> bool:
-    return string_to_bool(value) if isinstance(value, str) else bool(value)
-
-
-def _take_config(argv: list[str]) -> tuple[dict[str, Any], Path | None]:
-    """The `--config` file's mapping, its `env` put into effect, and the file; its words leave `argv`."""
-    given = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
-    if not given:
-        return {}, None
-    if len(given) > 1:
+def _take_config(words: list[str]) -> tuple[list[str], dict[str, Any], Path | None]:
+    """The words without `--config`, the mapping in its file, whose `env` is put into effect, and the file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", nargs="?", const="", default=[])
+    known, others = parser.parse_known_args(words)
+    if not known.config:
+        return words, {}, None
+    if len(known.config) > 1:
         raise SystemExit("--config is given twice: name one file")
-    position = given[0]
-    _, joined, name = argv[position].partition("=")
-    if not joined:
-        name = argv[position + 1] if position + 1 < len(argv) else ""
-    del argv[position : position + (1 if joined else 2)]
-    path = Path(name)
+    path = Path(known.config[0])
     if not is_file(path):
-        raise SystemExit(f"--config {_short(name)}: there is no such file")
+        raise SystemExit(f"--config {_short(known.config[0])}: there is no such file")
     config = read_config(path)
     set_environment(config.pop("env", {}), path)
-    return config, path
+    return others, config, path
 
 
 def _settled(
-    loss: str, argv: list[str], config: dict[str, Any], words: set[str], known: argparse.Namespace
+    own: str, words: list[str], config: dict[str, Any], named: set[str], known: argparse.Namespace
 ) -> tuple[str | None, list[str], dict[str, Any]]:
     """The recipe's objective with TRL's loss options in it, and the words and the config without those options."""
     options = {name: config[name] for name in TRL_LOSS_OPTIONS if name in config}
-    options |= {name: getattr(known, name) for name in TRL_LOSS_OPTIONS if name in words}
+    options |= {name: getattr(known, name) for name in TRL_LOSS_OPTIONS if name in named}
     if not options:
-        return loss, argv, config
-    given = known.loss if "loss" in words else config.get("loss")
-    if given is None and "loss" in config:
-        return loss, argv, config  # `loss: null` asks for TRL's options
-    settled = settle(loss, given, {name: _read(value) for name, value in options.items()})
-    if settled is None or given is not None:
-        return settled, argv, config
-    taken = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        return own, words, config
+    written = known.loss if "loss" in named else config.get("loss")
+    if written is None and "loss" in config:
+        return own, words, config  # `loss: null` asks for TRL's options
+    loss = settle(own, written, options)
+    if loss is None or written is not None:
+        return loss, words, config
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in options:
-        taken.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*")
-    return settled, taken.parse_known_args(argv)[1], {name: v for name, v in config.items() if name not in options}
-
-
-def _read(value: Any) -> Any:
-    """A value that a config has as text."""
-    try:
-        return ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
-        return value
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*")
+    return loss, parser.parse_known_args(words)[1], {k: value for k, value in config.items() if k not in options}
 
 
 def _defaults(

@@ -11,6 +11,7 @@ import importlib
 import json
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +41,12 @@ def raise_for_broken_json(path: Path) -> None:
         _check_json(path)
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: the compressed file ends early or is damaged ({error}). Fetch it again.") from error
+
+
+def is_one_value(path: Path) -> bool:
+    """Whether a file is an array or a single object, not an object a line."""
+    lines = [line.strip() for _, line in islice(_lines(path), 2)]
+    return len(lines) < 2 or lines[0] == b"{" or lines[0].startswith(b"[")
 
 
 def _check_json(path: Path) -> None:
@@ -104,8 +111,8 @@ def _refuse_all_in_one(path: Path, row: dict[str, Any]) -> None:
 
 
 def _first_byte(stream: IO[bytes]) -> bytes:
-    while (byte := stream.read(1)).isspace():
-        pass
+    while (byte := stream.read(1)).isspace() or (byte and byte in b"\xef\xbb\xbf"):
+        pass  # blanks, and the mark of UTF-8
     return byte
 
 
@@ -124,10 +131,16 @@ def _parsed(text: bytes) -> Any:
         ValueError: for text that is no JSON, also where Python would let it pass: halves of characters.
         RecursionError: where it is nested beyond reading.
     """
-    value = json.loads(text.decode("utf-8-sig"))
+    value = json.loads(text.decode("utf-8-sig"), parse_int=_whole)
     if b"\\u" in text:
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def _whole(text: str) -> int | float:
+    """A whole number; one that 64 bits do not hold as a float, as the reader of `datasets` has it."""
+    number = int(text)
+    return number if -(2**63) <= number < 2**63 else float(text)
 
 
 def _check_whole_json(path: Path) -> None:
@@ -178,16 +191,22 @@ def read_by_rows(path: Path, split: str, streaming: bool) -> Dataset | IterableD
     """The rows of a valid JSON file, with types that hold all of them."""
     types: Any = None
     count = 0
-    for count, row in enumerate(_rows(str(path)), start=1):  # noqa: B007
+    for row in _rows(str(path)):
+        count += 1
+        if not isinstance(row, dict):
+            raise ValueError("a row is not an object")
         types = _wider(types, _type_of(row))
+    if not types:
+        raise ValueError("corresponds to no data")
     features = Features({name: _feature(kind) for name, kind in (types or {}).items()})
     # The time of the last change: what is cached for a path must not outlive its contents.
     source = {"path": str(path.resolve()), "changed": path.stat().st_mtime_ns}
-    if streaming:
-        return IterableDataset.from_generator(_rows, features=features, gen_kwargs=source)
-    dataset = Dataset.from_generator(_rows, features=features, gen_kwargs=source)
     (part,) = ReadInstruction.from_spec(split).to_absolute({"train": count})
-    return dataset.select(range(part.from_ or 0, count if part.to is None else part.to))
+    start, end = part.from_ or 0, count if part.to is None else part.to
+    if streaming:
+        stream = IterableDataset.from_generator(_rows, features=features, gen_kwargs=source)
+        return stream if (start, end) == (0, count) else stream.skip(start).take(end - start)
+    return Dataset.from_generator(_rows, features=features, gen_kwargs=source).select(range(start, end))
 
 
 def _rows(path: str, changed: int = 0) -> Iterator[dict[str, Any]]:
@@ -215,8 +234,6 @@ def _type_of(value: Any) -> Any:
         for item in value:
             inner = _wider(inner, _type_of(item))
         return [inner]
-    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        return _MIXED
     return {bool: "bool", int: "int64", float: "float64", str: "string"}[type(value)]
 
 

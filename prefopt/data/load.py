@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from prefopt.data.columns import column_names, rename_columns
 from prefopt.data.columns import text_columns as _text_columns
 from prefopt.data.errors import DataError
-from prefopt.data.json_files import holds_dates, open_binary, raise_for_broken_json, read_by_rows
+from prefopt.data.json_files import holds_dates, is_one_value, open_binary, raise_for_broken_json, read_by_rows
 from prefopt.safety.errors import did_you_mean
 from prefopt.safety.noise import errors_told_by_us
 
@@ -215,25 +215,42 @@ def _load_file(path: Path, split: str, streaming: bool, text_columns: Collection
     if builder == "parquet" and compression is not None:
         return _load_compressed_parquet(path, split, streaming)
     if builder == "json":
-        # `datasets` does not say which line is broken, reads streams late, and lets text that is not UTF-8 pass.
-        raise_for_broken_json(path)
-        if streaming and path.stat().st_size > _FIRST_BLOCK:
-            return read_by_rows(path, split, streaming)
-    options: dict[str, Any] = {}
-    if builder == "csv":
-        options = _csv_options(path, text_columns)
+        return _load_json(path, split, streaming)
+    options = _csv_options(path, text_columns) if builder == "csv" else {}
     try:
         with errors_told_by_us("datasets"):
             dataset = datasets.load_dataset(builder, data_files=str(path), split=split, streaming=streaming, **options)
     except Exception as error:
-        if builder == "json" and path.stat().st_size > _FIRST_BLOCK:
-            return read_by_rows(path, split, streaming)
         raise DataError(f"{path}: {_file_trouble(error, str(builder))}") from error
-    # A stream of a JSON array has no types before it is read.
-    if builder == "json" and (dataset.features is None or holds_dates(dataset.features)):
-        return read_by_rows(path, split, streaming)
     spaced = {name: name.strip() for name in column_names(dataset) if name != name.strip()} if builder == "csv" else {}
     return dataset.rename_columns(spaced) if spaced else dataset
+
+
+def _load_json(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """Rows by the reader of `datasets` where it gets them right, else row by row.
+
+    Lines are looked through for what is wrong only when they could not be read. A file that is one JSON value is
+    looked through before: the reader takes half of a character in it for an empty text, and an object that holds all
+    rows for one row. A stream would meet a broken line late, so all its rows are read once for their types.
+    """
+    try:
+        if is_one_value(path):
+            raise_for_broken_json(path)
+        if streaming:
+            return read_by_rows(path, split, streaming)
+        with errors_told_by_us("datasets"):
+            dataset = datasets.load_dataset("json", data_files=str(path), split=split)
+        _check_readable(dataset, str(path))
+    except Exception as error:
+        raise_for_broken_json(path)
+        if isinstance(error, DataError):
+            raise
+        if streaming or path.stat().st_size <= _FIRST_BLOCK:
+            raise DataError(f"{path}: {_file_trouble(error, 'json')}") from error
+    else:
+        if not holds_dates(dataset.features):
+            return dataset
+    return read_by_rows(path, split, streaming)
 
 
 def _csv_options(path: Path, text_columns: Collection[str]) -> dict[str, Any]:

@@ -126,6 +126,26 @@ def test_a_column_of_numbers_and_texts_keeps_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_beyond_64_bits_are_floats_and_an_array_may_begin_with_a_mark(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"prompt": "a", "id": 2**70}, {"prompt": "b", "id": 1}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    numbers = [row["id"] for row in load_preferences(str(tmp_path / "a.jsonl"), streaming=streaming)]
+    assert numbers == [2.0**70, 1.0]
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(ROWS), encoding="utf-8")
+    assert list(load_preferences(str(tmp_path / "a.json"), streaming=streaming)) == ROWS
+
+
+def test_a_stream_of_a_slice_is_that_slice(tmp_path: Path) -> None:
+    path = _write(tmp_path, "pairs.jsonl")
+    assert list(load_preferences(str(path), split="train[1:]", streaming=True)) == ROWS[1:]
+
+
+def test_lines_are_not_read_before_they_failed_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefopt.data.load.raise_for_broken_json", lambda path: pytest.fail("was looked through"))
+    assert list(load_preferences(str(_write(tmp_path, "pairs.jsonl")))) == ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".jsonl.gz"])
 def test_text_that_looks_like_something_else_stays_text(tmp_path: Path, ending: str, streaming: bool) -> None:
     pairs = [("2024-01-01", "2024-02-01"), ("2024-03-01T10:00:00", "2024-05-01")]

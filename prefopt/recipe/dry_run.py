@@ -15,7 +15,6 @@ from accelerate import PartialState
 from peft import PeftConfig
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig
 from trl import get_peft_config
 
 from prefopt.data import tokenize_dataset
@@ -203,23 +202,18 @@ def _readable(tokens: list[tuple[int, bool]], tokenizer: Any) -> Iterator[tuple[
 
 def _memory(recipe: Recipe, ready: Ready, batch: dict[str, torch.Tensor]) -> Table:
     """The parts of `prefopt.planning.memory` for this batch, on the engine that this process was started under."""
-    training = recipe.training
-    config = AutoConfig.from_pretrained(
-        ready.adapter_of or ready.model,
-        revision=recipe.model.model_revision,
-        trust_remote_code=training.trust_remote_code,
-    )
-    adapter = _adapter_settings(recipe, ready)
+    training, config, adapter = recipe.training, ready.config, _adapter_settings(recipe, ready)
     with torch.device("meta"):
         sizes = count(causal_model(config), adapter)
     engine, setting = _engine(training), _setting(recipe, config)
     rows = _rows(training, batch).within(training.token_budget)
-    kept = kept_under(engine, config, rows, setting, adapter)
-    need = estimate(sizes, kept, kept.rows.scored, setting, engine)
+    activations = kept_under(engine, config, rows, setting, adapter)
+    need = estimate(sizes, activations, activations.rows.scored, setting, engine)
     labels = {
         "weights": f"weights, {sizes.total / 1e6:.0f}M",
         "gradients": f"gradients, {sizes.trainable / 1e6:.1f}M",
-        "activations": f"activations of {kept.rows.tokens} tokens" + ("" if kept.counted else ", a rule of thumb"),
+        "activations": f"activations of {activations.rows.tokens} tokens"
+        + ("" if activations.counted else ", a rule of thumb"),
     }
     shape = f"{rows.count} x {rows.length}, {rows.scored} scored"
     shown = table("part", "GB", right=("GB",), title=f"Memory per process for rows like these ({shape}), {engine}")

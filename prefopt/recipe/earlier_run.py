@@ -1,7 +1,6 @@
-"""What becomes of an earlier run in the output folder: it is moved aside, or the new run is refused; never overwritten
-in silence.
+"""An earlier run in the output folder: it is moved aside, or the new run is refused.
 
-Only the folder that recipes take by themselves (`runs/latest`) is emptied so; a folder that was named is the person's.
+Only the default folder (`runs/latest`) is moved aside. A folder that `--output_dir` names is left as it is.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def refuse_overwriting(recipe: Recipe) -> None:
 
 
 def make_room(recipe: Recipe) -> None:
-    """Move an earlier run out of the folder that the recipe takes by itself, or say that it is overwritten.
+    """Move an earlier run out of the default folder, or say that it is overwritten.
 
     Every process must call it, once.
     """
@@ -56,7 +55,7 @@ def make_room(recipe: Recipe) -> None:
 
 
 def _of_a_finished_run(recipe: Recipe) -> list[str]:
-    """Files that a run leaves when it has finished; none of them counts where this run resumes it."""
+    """Files that a finished run leaves; none if this run resumes it."""
     if str(recipe.training.resume_from_checkpoint).lower() not in ("none", "false", ""):
         return []
     folder = Path(recipe.training.output_dir)

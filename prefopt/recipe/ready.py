@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import datasets
 from accelerate import PartialState
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig
 
 from prefopt.data import parse_sources
 from prefopt.data.embed import EncoderError, find_encoder
@@ -56,6 +58,12 @@ class Ready:
     converted: bool = False
     adapter_of: str | None = None
     processing_class: Any = None
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration of the model, or of the adapter's model."""
+        from_hub = {name: self.options.get(name) for name in ("revision", "trust_remote_code")}
+        return AutoConfig.from_pretrained(self.adapter_of or self.model, **from_hub)
 
 
 def preflight(recipe: Recipe) -> Ready:
@@ -171,7 +179,7 @@ def _hub_answers() -> bool:
     try:
         HfApi().model_info(HUB_ID, timeout=HUB_TIMEOUT_S)
     except HfHubHTTPError:
-        return True  # if not the answer wished for: loading will say what is wrong
+        return True  # loading will say what is wrong
     except Exception:
         return False
     return True

@@ -1,8 +1,8 @@
-"""What a run would be refused for once its model is loaded, found out before.
+"""Checks that would otherwise fail only once the model is loaded.
 
-What it asks of transformers and PEFT (attention, quantisation, the adapter, the optimizer, the schedule) is asked of a
-model without weights. Their own code decides, so a missing package or a module that does not exist ends a recipe here.
-Models that cannot be made from their configuration alone are left to the run.
+Attention, quantisation, the adapter, the optimizer and the schedule are tried on a model without weights, with the
+code of transformers and PEFT: a missing package or module ends a recipe here. Models that cannot be made from their
+configuration alone are left to the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, Trainer, get_scheduler
+from transformers import Trainer, get_scheduler
 from transformers.quantizers import AutoHfQuantizer
 from trl import get_peft_config, get_quantization_config
 
@@ -124,18 +124,13 @@ def _quantization(recipe: Recipe) -> None:
 def _without_weights(recipe: Recipe, ready: Ready) -> Any:
     attention = recipe.model.attn_implementation
     try:
-        config = AutoConfig.from_pretrained(
-            ready.adapter_of or ready.model,
-            revision=recipe.model.model_revision,
-            trust_remote_code=recipe.training.trust_remote_code,
-        )
         with torch.device("meta"):
-            model = causal_model(config)
-    except Exception:  # of the configuration or the model itself: for whoever loads it to say
+            model = causal_model(ready.config)
+    except Exception:  # of the configuration or the model itself: loading it will say what is wrong
         return None
     if attention is not None:
         with _named(f"--attn_implementation {attention}"), torch.device("meta"):
-            causal_model(config, attn_implementation=attention)
+            causal_model(ready.config, attn_implementation=attention)
     return model
 
 

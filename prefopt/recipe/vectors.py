@@ -1,7 +1,6 @@
-"""The step of a recipe that gives pairs the vectors which losses with `embeddings='given'` compare.
+"""The vectors that losses with `embeddings='given'` compare: the data's own, or those of `--embeddings`.
 
-They come with the data, or `--embeddings` names a frozen encoder that computes them, once, before any model is loaded.
-What encoders are, and how their vectors are kept, is in `prefopt.data.embed`.
+The encoder computes them once, before any model is loaded. Encoders and their cache are in `prefopt.data.embed`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from prefopt.trainer import PreferenceConfig
 def with_vectors(
     recipe: Recipe, train: dict[str, Any], heldout: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Training and held-out sources, by name, with the vectors of `--embeddings`, where that is given.
+    """Training and held-out sources, by name, with the vectors of `--embeddings` if that is set.
 
     On a dry run nothing is computed: a line says how much there would be.
 
@@ -81,10 +80,10 @@ def _texts(name: str, source: Dataset) -> list[str]:
 
 
 def check_vectors(recipe: Recipe, sources: Mapping[str, Dataset | IterableDataset], part: str) -> None:
-    """See that the vectors which the loss compares came with the data, where no encoder is to compute them.
+    """Check that the data has the vectors that the loss compares, unless an encoder computes them.
 
     Row numbers are those of `sources`, so call this before anything is split or mixed. Of a stream only the columns
-    are looked at.
+    are checked.
 
     Raises:
         DataError: naming the source, and the column or row that has no such vector.

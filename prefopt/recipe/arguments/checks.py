@@ -1,7 +1,4 @@
-"""Options that are refused as soon as they are read: out of range, without effect, or of another name by now.
-
-Looks at options alone, never at data or models.
-"""
+"""Options that are refused as soon as they are read: out of range, without effect, or renamed since."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ _RENAMED = {
     "max_completion_length": "--max_length cuts prompt and completion together",
     "no_cuda": "write --use_cpu true",
 }
-"""Options of earlier releases of transformers and TRL, and what is written for them now."""
+"""Options of earlier releases of transformers and TRL, and what replaces them."""
 
 
 def renamed(option: str) -> str | None:

@@ -158,7 +158,7 @@ def _count(value: Any) -> int:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Plain YAML values only, and no option twice: YAML would let the last one win without a word."""
+    """Plain YAML values only, and no option twice: YAML would take the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -169,5 +169,5 @@ class _UniqueKeys(yaml.SafeLoader):
                         "while constructing a mapping", node.start_mark, f"found {key.value!r} twice", key.start_mark
                     )
                 seen.add(key.value)
-        made: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return made
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping

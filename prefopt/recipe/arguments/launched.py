@@ -17,7 +17,7 @@ def launch_command(argv: Sequence[str] | None) -> str | None:
         argv: the words that the recipe was given, or None for those of the process.
     """
     words = sys.argv[1:]
-    # `prefopt demo` hands on what follows its name. Whoever else brings words calls from Python.
+    # `prefopt train` passes on what follows its name. Any other words come from a call in Python.
     handed_on = _program() == ["prefopt"] and argv is not None and words[len(words) - len(argv) :] == list(argv)
     if argv is not None and list(argv) != words and not handed_on:
         return None

@@ -95,7 +95,11 @@ class _Console(Console):
 
 
 def _filled(parser: TrlParser, argv: Sequence[str]) -> tuple[RecipeArguments, PreferenceConfig, ModelConfig]:
-    """The three groups of options; what their own classes refuse ends the program with the words that they have."""
+    """The three groups of options.
+
+    Raises:
+        SystemExit: with the message of the class that refuses its options.
+    """
     try:
         script, training, model = parser.parse_args_and_config(argv)
     except LossSyntaxError as error:
@@ -170,7 +174,7 @@ def _settled(
 def _defaults(
     loss: str | None, config: dict[str, Any], words: set[str], demo: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """What every option is unless the command line says otherwise, and what there is to say about it."""
+    """The value of every option that is not on the command line, and lines about them for the screen."""
     defaults: dict[str, Any] = {"report_to": "none", "output_dir": "runs/latest", "loss": loss}
     notes = []
     if not torch.accelerator.is_available():
@@ -197,7 +201,7 @@ def _defaults(
 
 
 def _swapped(config: dict[str, Any], words: set[str], loss: str) -> str:
-    """One line: what `--demo` put in the place of what."""
+    """One line that says what `--demo` replaced."""
     parts = []
     for option, ours in (("model_name_or_path", "the bundled model"), ("dataset_name", "the bundled pairs")):
         if option not in words:

@@ -72,19 +72,55 @@ PER_TOKEN = Need.TOKENS | Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.R
 ROLES = ("chosen", "rejected", "sampled")
 """Roles that a loss can return values for, in the order in which it does."""
 
-_FIELDS = {
-    Need.REFERENCE: (("ref_logps",), "score the completions under the frozen reference too"),
-    Need.PREVIOUS: (("prev_logps",), "score the completions under the previous iterate of the policy too"),
-    Need.TOKENS: (("token_logps", "token_mask"), "keep the per-token log-probabilities and their token_mask"),
-    Need.TOP_K: (("top_logps", "top_ids", "token_ids"), "keep the largest log-probabilities of every position"),
-    Need.COLLISION: (("token_collision",), "compute log sum_v pi(v)^2 at every completion position"),
-    Need.FORWARD_KL: (("token_forward_kl",), "compute KL(reference || policy) at every completion position"),
-    Need.REVERSE_KL: (("token_reverse_kl",), "compute KL(policy || reference) at every completion position"),
-    Need.DIVERGENCE: (("token_divergences", "divergences"), "compute them at every completion position and name them"),
-    Need.HIDDEN: (("hidden", "prompt_hidden"), "average the policy's hidden states over completions and prompts"),
-    Need.EMBEDDINGS: (("embedding", "prompt_embedding"), "give the data columns of embeddings"),
-}
-"""The fields of `Scores` that each need is about, and how to fill them in."""
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a need puts into `Scores`.
+
+    Attributes:
+        fields: of `Scores` that a loss with the need must find.
+        remedy: what to do where one is missing.
+        gradient: those of the fields that have a gradient.
+        besides: further fields that come with them.
+    """
+
+    fields: tuple[str, ...]
+    remedy: str
+    gradient: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
+
+
+QUANTITIES = {
+    Need.REFERENCE: Quantity(("ref_logps",), "score the completions under the frozen reference too"),
+    Need.PREVIOUS: Quantity(("prev_logps",), "score the completions under the previous iterate of the policy too"),
+    Need.TOKENS: Quantity(
+        ("token_logps", "token_mask"), "keep the per-token log-probabilities and their token_mask", ("token_logps",)
+    ),
+    Need.TOP_K: Quantity(
+        ("top_logps", "top_ids", "token_ids"), "keep the largest log-probabilities of every position", ("top_logps",)
+    ),
+    Need.COLLISION: Quantity(("token_collision",), "compute log sum_v pi(v)^2 at every completion position"),
+    Need.FORWARD_KL: Quantity(
+        ("token_forward_kl",), "compute KL(reference || policy) at every completion position", ("token_forward_kl",),
+        besides=("ref_token_entropy",),
+    ),
+    Need.REVERSE_KL: Quantity(
+        ("token_reverse_kl",), "compute KL(policy || reference) at every completion position", ("token_reverse_kl",)
+    ),
+    Need.DIVERGENCE: Quantity(
+        ("token_divergences", "divergences"), "compute them at every completion position and name them",
+        ("token_divergences",),
+    ),
+    Need.HIDDEN: Quantity(
+        ("hidden", "prompt_hidden"), "average the policy's hidden states over completions and prompts",
+        ("hidden", "prompt_hidden"),
+    ),
+    Need.EMBEDDINGS: Quantity(("embedding", "prompt_embedding"), "give the data columns of embeddings"),
+}  # fmt: skip
+"""A new need is a member of `Need` with its row here and its fields in `Scores`, and what computes them in the scorer
+(`prefopt.scoring.logprobs` for what is read off logits)."""
+NEED_OF = {name: need for need, quantity in QUANTITIES.items() for name in (*quantity.fields, *quantity.besides)}
+"""By field of `Scores`."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +255,7 @@ class Loss(nn.Module):
     def _absent(self) -> dict[str, str]:
         """Fields of the scores that this loss does not need, and the need that each belongs to."""
         needs = self.needs | (Need.TOKENS if self.needs & PER_TOKEN else Need.NONE)
-        absent = {name: need for need, (names, _) in _FIELDS.items() if need not in needs for name in names}
+        absent = {name: need for need, q in QUANTITIES.items() if need not in needs for name in q.fields}
         return {name: f"Need.{need.name}" for name, need in absent.items()}
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -262,10 +298,12 @@ class Loss(nn.Module):
                     f"{self._label} needs {' and '.join(self.roles)} completions; this batch has no {role} ones"
                 )
             needs = self.needs | (Need.TOKENS if self.needs & PER_TOKEN else Need.NONE)
-            for need, (names, remedy) in _FIELDS.items():
-                missing = [name for name in names if getattr(scores, name) is None]
+            for need, quantity in QUANTITIES.items():
+                missing = [name for name in quantity.fields if getattr(scores, name) is None]
                 if need in needs and missing:
-                    raise LossError(f"{self._label} needs {missing[0]}, but the {role} scores hold none: {remedy}")
+                    raise LossError(
+                        f"{self._label} needs {missing[0]}, but the {role} scores hold none: {quantity.remedy}"
+                    )
             if Need.TOKENS in self.needs and Need.REFERENCE in self.needs and scores.ref_token_logps is None:
                 raise LossError(
                     f"{self._label} needs ref_token_logps, but the {role} scores hold none: keep the reference's "

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from prefopt.losses import Loss, Need, PreferenceBatch, Scores
-from prefopt.losses.base import PER_TOKEN
+from prefopt.losses.base import NEED_OF, PER_TOKEN
 from prefopt.losses.divergences import named
 from prefopt.losses.scores import Role
 from prefopt.scoring.logprobs import Extras, TokenScores
@@ -15,15 +15,9 @@ from prefopt.scoring.rows import RowGroups
 
 
 def extras_for(loss: Loss) -> Extras:
-    """What a loss asks of the logits besides log-probabilities."""
-    return Extras(
-        top_k=loss.top_k if Need.TOP_K in loss.needs else 0,
-        collision=Need.COLLISION in loss.needs,
-        forward_kl=Need.FORWARD_KL in loss.needs,
-        reverse_kl=Need.REVERSE_KL in loss.needs,
-        divergences=tuple(map(named, loss.divergences)) if Need.DIVERGENCE in loss.needs else (),
-        hidden=Need.HIDDEN in loss.needs,
-    )
+    """What a loss asks of a model's output besides log-probabilities."""
+    kinds = tuple(map(named, loss.divergences)) if Need.DIVERGENCE in loss.needs else ()
+    return Extras(loss.needs, loss.top_k if Need.TOP_K in loss.needs else 0, kinds)
 
 
 def assemble_batch(
@@ -46,18 +40,16 @@ def assemble_batch(
     """
     if ref_logps is None and ref_token_logps is not None:
         ref_logps = ref_token_logps.sum(-1)
-    always = {"logps": policy.logps.sum(-1), "lengths": policy.mask.sum(-1)}
-    tokens = {
+    of_rows: dict[str, Tensor | None] = {
+        "logps": policy.logps.sum(-1),
+        "lengths": policy.mask.sum(-1),
+        "ref_logps": ref_logps,
+        "prev_logps": prev_logps,
         "token_logps": policy.logps,
         "token_mask": policy.mask,
         "token_ids": policy.tokens,
-        "top_logps": policy.top_logps,
-        "top_ids": policy.top_ids,
-        "token_collision": policy.collision,
-        "token_forward_kl": policy.forward_kl,
-        "token_reverse_kl": policy.reverse_kl,
-        "ref_token_entropy": policy.ref_entropy,
-        "token_divergences": policy.divergences,
+        "ref_token_logps": ref_token_logps,
+        **policy.quantities,
     }
     roles: dict[str, Any] = {}
     for role in Role:
@@ -68,23 +60,25 @@ def assemble_batch(
         if unwanted or not (may_lack or bool((groups.roles == role).any())):
             continue
         rows = groups.rows_of(role)
-        fields: dict[str, Tensor | None] = dict(always)
-        if needs.compares:
-            fields["ref_logps"] = ref_logps
-        if Need.PREVIOUS in needs:
-            fields["prev_logps"] = prev_logps
-        if needs & PER_TOKEN:
-            fields |= tokens
-            fields["ref_token_logps"] = ref_token_logps if needs.compares else None
-        if Need.HIDDEN in needs:
-            fields |= {"hidden": policy.hidden, "prompt_hidden": policy.prompt_hidden}
-        values: dict[str, Any] = {name: value[rows] for name, value in fields.items() if value is not None}
+        examples = groups.examples[rows]
+        values: dict[str, Any] = {
+            name: value[rows] for name, value in of_rows.items() if value is not None and _is_needed(name, needs)
+        }
         if Need.EMBEDDINGS in needs:
-            given = {"embedding": f"{role.field}_embedding", "prompt_embedding": "prompt_embedding"}
-            of_rows = groups.examples[rows]
-            values |= {n: groups.embeddings[c][of_rows] for n, c in given.items() if c in groups.embeddings}
+            columns = {"embedding": f"{role.field}_embedding", "prompt_embedding": "prompt_embedding"}
+            given = {name: groups.embeddings[c] for name, c in columns.items() if c in groups.embeddings}
+            values |= {name: vectors[examples] for name, vectors in given.items()}
         if "token_divergences" in values:
             values["divergences"] = loss.divergences
-        columns = {name: column[groups.examples[rows]] for name, column in groups.columns.items()}
-        roles[role.field] = Scores(**values, columns=columns)
+        roles[role.field] = Scores(**values, columns={name: c[examples] for name, c in groups.columns.items()})
     return PreferenceBatch(**roles, paired=groups.paired, sizes=groups.sizes)
+
+
+def _is_needed(name: str, needs: Need) -> bool:
+    """Whether a loss with these needs of a role gets that field of `Scores`."""
+    if name in ("logps", "lengths"):
+        return True
+    if name in ("token_logps", "token_mask", "token_ids", "ref_token_logps"):
+        return bool(needs & PER_TOKEN) and (name != "ref_token_logps" or needs.compares)
+    # Divergences from the reference come with its sums.
+    return needs.compares if name == "ref_logps" else NEED_OF[name] in needs

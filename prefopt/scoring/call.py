@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.head import Head, Kept, head_of, measured_by_head, replaced_head
-from prefopt.scoring.logprobs import DIFFERENTIABLE, MEASURED, Extras, Measured, scores_of_logits
+from prefopt.scoring.logprobs import DIFFERENTIABLE, MEASURED, Extras, Measured, by_name, scores_of_logits
 from prefopt.scoring.model import unwrapped
 
 
@@ -104,52 +104,43 @@ class Call:
 
         def values() -> tuple[Tensor | None, ...]:
             measured, _ = once(model, arguments, request)
-            return (*(getattr(measured, name) for name in MEASURED), request.pooled)
+            return (*(measured.get(name) for name in MEASURED), request.pooled)
 
         *measured, request.pooled = checkpoint(values, use_reentrant=False)
-        return Measured(*measured), None
+        return by_name(measured), None
 
     @staticmethod
     def _by_head(
         model: nn.Module, inner: nn.Module, head: Head, arguments: Mapping[str, Any], request: Request
     ) -> tuple[Measured, Any]:
-        made: list[Measured] = []
-        pooled: list[Tensor] = []
+        measured: Measured = {}
+        through: dict[str, Tensor] = {}
 
         def instead(hidden: Tensor) -> Tensor:
             # A model without `logits_to_keep` hands over every position; the last ones are meant.
             hidden = hidden[:, hidden.shape[1] - request.mask.shape[1] :]
             flat = hidden.reshape(-1, hidden.shape[-1]) if bool(request.mask.all()) else hidden[request.mask]
-            measured = measured_by_head(head, flat, request.labels[request.mask], request.extras, request.reference)
-            made.append(measured)
+            labels = request.labels[request.mask]
+            measured.update(measured_by_head(head, flat, labels, request.extras, request.reference))
             if request.keep:
                 request.kept = Kept(flat.detach(), head)
-            values = [getattr(measured, name) for name in DIFFERENTIABLE]
+            through.update({name: measured[name] for name in DIFFERENTIABLE if name in measured})
             if request.pool is not None:
-                pooled.append(request.pool.mean(hidden))
-            return torch.cat([v.reshape(1, 1, -1) for v in (*values, *pooled) if v is not None], dim=-1)
+                through["pooled"] = request.pool.mean(hidden)
+            return torch.cat([value.reshape(1, 1, -1) for value in through.values()], dim=-1)
 
         with replaced_head(inner, head, instead):
             outputs = model(**arguments)
         # Wrappers follow a model's outputs to know when its backward pass begins, so the gradient goes through them.
         # Their values, which a wrapper may have cast to its own precision, come from where they were made.
-        (measured,) = made
-        carried = outputs.logits.flatten()
-        values: dict[str, Tensor] = {}
-        start = 0
-        for name, value in [
-            *((name, getattr(measured, name)) for name in DIFFERENTIABLE),
-            *(("pooled", v) for v in pooled),
-        ]:
-            if value is None:
-                continue
-            through = carried[start : start + value.numel()].reshape(value.shape)
-            if through.dtype != value.dtype:
-                through = value.detach() + (through - through.detach()).to(value.dtype)
-            values[name] = through
-            start += value.numel()
-        request.pooled = values.pop("pooled", None)
-        return replace(measured, **values), outputs
+        sizes = [value.numel() for value in through.values()]
+        for (name, value), carried in zip(through.items(), outputs.logits.flatten().split(sizes), strict=True):
+            carried = carried.reshape(value.shape)
+            if carried.dtype != value.dtype:
+                carried = value.detach() + (carried - carried.detach()).to(value.dtype)
+            through[name] = carried
+        request.pooled = through.pop("pooled", None)
+        return {**measured, **through}, outputs
 
 
 def _pooling(model: nn.Module, inner: nn.Module, arguments: Mapping[str, Any], request: Request) -> Any:

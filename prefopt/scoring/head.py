@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from prefopt.scoring.logprobs import (
+    LOOKED_AT,
     Extras,
     Measured,
     Softmax,
+    by_name,
     detached_where_constant,
     gradients,
     joined,
     measure,
+    part_of,
     pull_back,
 )
 from prefopt.scoring.model import replaced_forward
@@ -141,7 +144,7 @@ def measured_by_head(
     """What `measure` reads off the logits of (N, H) hidden states, with gradient for them and for the head."""
     weight, bias = head.linear.weight, head.linear.bias
     values = _HeadScores.apply(hidden, weight, bias, labels, head, extras, reference)  # type: ignore[no-untyped-call]
-    return Measured(*values)
+    return by_name(values)
 
 
 class _HeadScores(torch.autograd.Function):
@@ -173,22 +176,22 @@ class _HeadScores(torch.autograd.Function):
                 directions.append(_direction(softmax, labels[part], weight))
             if keeps:
                 kept.append(logits)
-        made = joined(parts)
-        ctx.save_for_backward(
-            hidden, labels, made.top_ids, made.reverse_kl, torch.cat(directions) if at_once else None, *kept
-        )
+        measured = joined(parts)
+        looked_at = (measured.get(name) for name in LOOKED_AT)
+        ctx.save_for_backward(hidden, labels, torch.cat(directions) if at_once else None, *looked_at, *kept)
         ctx.head, ctx.reference, ctx.at_once, ctx.dtype = head, reference, at_once, hidden.dtype
         ctx.divergences = extras.divergences
         ctx.autocast = (
             torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         )
-        return detached_where_constant(ctx, made)
+        return detached_where_constant(ctx, measured)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         given = gradients(grads)
-        hidden, labels, top_ids, reverse_kl, directions, *kept = ctx.saved_tensors
+        hidden, labels, directions, *others = ctx.saved_tensors
+        looked_at, kept = others[: len(LOOKED_AT)], others[len(LOOKED_AT) :]
         if not given:
             return (None,) * 7
         if ctx.at_once:
@@ -205,14 +208,8 @@ class _HeadScores(torch.autograd.Function):
                 cast = head.weight_for(hidden) if cast is None else cast
                 logits = kept[number] if kept else head.logits(hidden[part], cast)
                 theirs = None if ctx.reference is None else ctx.reference.logits(part)
-            measured = Measured(
-                logits, top_ids=None if top_ids is None else top_ids[part],
-                reverse_kl=None if reverse_kl is None else reverse_kl[part],
-            )  # fmt: skip
-            grad = pull_back(
-                logits, labels[part], measured, {name: value[part] for name, value in given.items()}, theirs,
-                ctx.divergences,
-            )  # fmt: skip
+            upstream = {name: value[part] for name, value in given.items()}
+            grad = pull_back(logits, labels[part], part_of(looked_at, part), upstream, theirs, ctx.divergences)
             if head.softcap is not None:
                 grad.mul_(1 - (logits / head.softcap) ** 2)
             grad = grad.to(cast.dtype)

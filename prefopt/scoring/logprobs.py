@@ -7,14 +7,17 @@ quantity comes from the same pass, and their gradients from one softmax.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prefopt.losses.base import NEED_OF, QUANTITIES, Need
 from prefopt.losses.divergences import Divergence, divergence, slope
 from prefopt.safety.errors import UsageError
 
@@ -24,27 +27,26 @@ class Extras:
     """What to compute besides log-probabilities.
 
     Attributes:
-        top_k: how many of the largest log-probabilities to keep at every position.
-        collision: log sum_v pi(v)^2.
-        forward_kl: KL(reference || policy) and the reference's entropy; needs the reference's logits.
-        reverse_kl: KL(policy || reference); needs the reference's logits.
-        divergences: any others between policy and reference; need the reference's logits.
-        hidden: mean hidden states of completions and prompts.
+        needs: those of a loss; what cannot be read off a model's output is left to others.
+        top_k: how many of the largest log-probabilities to keep at every position, with `Need.TOP_K`.
+        divergences: which, with `Need.DIVERGENCE`.
         statistics: entropy and whether a token was the most probable one, for logging; zero where not asked for.
     """
 
+    needs: Need = Need.NONE
     top_k: int = 0
-    collision: bool = False
-    forward_kl: bool = False
-    reverse_kl: bool = False
     divergences: tuple[Divergence, ...] = ()
-    hidden: bool = False
     statistics: bool = True
 
     @property
     def full_reference(self) -> bool:
         """Whether the reference's logits are needed, not its log-probabilities alone."""
-        return self.forward_kl or self.reverse_kl or bool(self.divergences)
+        return bool(self.needs & (Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE))
+
+    @property
+    def hidden(self) -> bool:
+        """Whether hidden states are averaged."""
+        return Need.HIDDEN in self.needs
 
 
 NOTHING = Extras()
@@ -62,16 +64,8 @@ class TokenScores:
         is_top1: (R, T) bool, whether the token was the most probable one, False outside `mask`.
         mask: (R, T) bool, True at the scored (completion) tokens.
         tokens: (R, T) the tokens.
-        top_logps: (R, T, K) the largest log-probabilities, zero outside `mask`; with gradient.
-        top_ids: (R, T, K) the tokens they belong to.
-        collision: (R, T) log sum_v pi(v)^2, zero outside `mask`; detached.
-        forward_kl: (R, T) KL(reference || policy), zero outside `mask`; with gradient.
-        reverse_kl: (R, T) KL(policy || reference), zero outside `mask`; with gradient.
-        ref_entropy: (R, T) entropy of the reference's distribution, zero outside `mask`.
-        divergences: (R, T, D) those of the extras, zero outside `mask`; with gradient.
-        hidden: (R, H) mean last hidden state of the positions that predict a row's completion; with gradient, at
-            least float32. Zero for rows without a completion.
-        prompt_hidden: (R, H) the same of the row's prompt.
+        quantities: what a loss needs besides, as in `Scores` and by the name of its field there, with R for N; zero
+            outside `mask`.
         logits: those of the scored positions, in the form of the layout that made them, where asked to keep them.
     """
 
@@ -80,42 +74,46 @@ class TokenScores:
     is_top1: Tensor
     mask: Tensor
     tokens: Tensor | None = None
-    top_logps: Tensor | None = None
-    top_ids: Tensor | None = None
-    collision: Tensor | None = None
-    forward_kl: Tensor | None = None
-    reverse_kl: Tensor | None = None
-    ref_entropy: Tensor | None = None
-    divergences: Tensor | None = None
-    hidden: Tensor | None = None
-    prompt_hidden: Tensor | None = None
+    quantities: Mapping[str, Tensor] = field(default_factory=dict)
     logits: Any = None
 
 
-def _divergence(first: Tensor, second: Tensor) -> Tensor:
+def _kl(first: Tensor, second: Tensor) -> Tensor:
     """KL(first || second) of log-probabilities over the last axis; what is impossible under `first` adds nothing."""
     terms = first.exp() * (first - second)
     return torch.where(first == -torch.inf, torch.zeros_like(terms), terms).sum(-1)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What is read off the logits of N positions; the fields of `TokenScores` of the same names, with N for (R, T)."""
-
-    logps: Tensor
-    entropy: Tensor | None = None
-    is_top1: Tensor | None = None
-    top_logps: Tensor | None = None
-    top_ids: Tensor | None = None
-    collision: Tensor | None = None
-    forward_kl: Tensor | None = None
-    reverse_kl: Tensor | None = None
-    ref_entropy: Tensor | None = None
-    divergences: Tensor | None = None
+def _divergences(scores: Tensor, reference: Tensor, extras: Extras) -> tuple[Tensor, ...]:
+    return (torch.stack([divergence(kind, scores, reference) for kind in extras.divergences], dim=-1),)
 
 
-DIFFERENTIABLE = ("logps", "top_logps", "forward_kl", "reverse_kl", "divergences")
-MEASURED = tuple(part.name for part in fields(Measured))
+def _forward_kl(scores: Tensor, reference: Tensor, _: Extras) -> tuple[Tensor, ...]:
+    kl = _kl(reference, scores)
+    return kl, torch.special.entr(reference.exp_()).sum(-1)
+
+
+_OF_POLICY: dict[tuple[str, ...], Callable[[Tensor, Extras], tuple[Tensor, ...]]] = {
+    ("top_logps", "top_ids"): lambda scores, extras: scores.topk(extras.top_k, dim=-1),
+    ("token_collision",): lambda scores, _: (torch.logsumexp(2 * scores, dim=-1),),
+}
+_OF_BOTH: dict[tuple[str, ...], Callable[[Tensor, Tensor, Extras], tuple[Tensor, ...]]] = {
+    ("token_divergences",): _divergences,
+    ("token_reverse_kl",): lambda scores, reference, _: (_kl(scores, reference),),
+    ("token_forward_kl", "ref_token_entropy"): _forward_kl,  # last, as it overwrites the reference's
+}
+"""Fields of `Scores`, and how they follow from (N, V) log-probabilities of the policy, and of the reference. Their
+gradients are in `pull_back`."""
+
+Measured = dict[str, Tensor]
+"""What is read off the logits of N positions, N values each: `logps`, `entropy`, `is_top1` as in `TokenScores`, and
+fields of `Scores`."""
+_COMPUTED = tuple(name for names in (*_OF_POLICY, *_OF_BOTH) for name in names)
+LOOKED_AT = ("top_ids", "token_reverse_kl")
+"""Values that the backward pass needs too."""
+MEASURED = ("logps", "entropy", "is_top1", *_COMPUTED)
+_OVER_VOCABULARY = functools.reduce(operator.or_, (NEED_OF[name] for name in _COMPUTED))
+DIFFERENTIABLE = ("logps", *(name for name in _COMPUTED if name in QUANTITIES[NEED_OF[name]].gradient))
 
 
 @dataclass(frozen=True)
@@ -160,9 +158,9 @@ def measure(
     highest, powers, total = softmax.highest, softmax.powers, softmax.total
     at_label = logits.gather(-1, labels.unsqueeze(-1))
     normaliser = highest + total.log()
-    made: dict[str, Tensor] = {"logps": (at_label - normaliser).squeeze(-1)}
+    values: Measured = {"logps": (at_label - normaliser).squeeze(-1)}
     if extras.statistics:
-        made["is_top1"] = (at_label == highest).squeeze(-1)
+        values["is_top1"] = (at_label == highest).squeeze(-1)
         # A product of rows and columns, because elementwise products would fill a tensor of the logits' size.
         expected = torch.bmm(powers.unsqueeze(1), logits.unsqueeze(2)).squeeze(-1) / total
         entropy = (normaliser - expected).squeeze(-1)
@@ -170,24 +168,18 @@ def measure(
         ruled_out = entropy.isnan()
         if bool(ruled_out.any()):
             entropy[ruled_out] = torch.special.entr(powers[ruled_out] / total[ruled_out]).sum(-1)
-        made["entropy"] = entropy
-    if extras.top_k or extras.collision or extras.full_reference:
+        values["entropy"] = entropy
+    if extras.needs & _OVER_VOCABULARY:
         scores = logits - normaliser
-        if extras.top_k:
-            made["top_logps"], made["top_ids"] = scores.topk(extras.top_k, dim=-1)
-        if extras.collision:
-            made["collision"] = torch.logsumexp(2 * scores, dim=-1)
+        for names, of_policy in _OF_POLICY.items():
+            if NEED_OF[names[0]] in extras.needs:
+                values |= zip(names, of_policy(scores, extras), strict=True)
         if extras.full_reference and ref_logits is not None:
             reference = torch.log_softmax(ref_logits, dim=-1)
-            if extras.divergences:
-                values = [divergence(kind, scores, reference) for kind in extras.divergences]
-                made["divergences"] = torch.stack(values, dim=-1)
-            if extras.reverse_kl:
-                made["reverse_kl"] = _divergence(scores, reference)
-            if extras.forward_kl:
-                made["forward_kl"] = _divergence(reference, scores)
-                made["ref_entropy"] = torch.special.entr(reference.exp_()).sum(-1)
-    return Measured(**made)
+            for names, of_both in _OF_BOTH.items():
+                if NEED_OF[names[0]] in extras.needs:
+                    values |= zip(names, of_both(scores, reference, extras), strict=True)
+    return values
 
 
 def pull_back(
@@ -203,7 +195,7 @@ def pull_back(
     Args:
         logits: (N, V), at least float32, as `measure` got them.
         labels: (N,).
-        measured: what `measure` gave; its `top_ids` and `reverse_kl` are looked at.
+        measured: what `measure` gave; its `top_ids` and `token_reverse_kl` are looked at.
         grads: the gradient of each of `DIFFERENTIABLE` that has one.
         ref_logits: (N, V) of the reference.
         divergences: those of the extras, in order.
@@ -216,23 +208,23 @@ def pull_back(
         upstream = grads["logps"].unsqueeze(-1)
         total.scatter_add_(-1, labels.unsqueeze(-1), upstream)
         share -= upstream
-    if "top_logps" in grads and measured.top_ids is not None:
-        total.scatter_add_(-1, measured.top_ids, grads["top_logps"])
+    if "top_logps" in grads:
+        total.scatter_add_(-1, measured["top_ids"], grads["top_logps"])
         share -= grads["top_logps"].sum(-1, keepdim=True)
-    if not grads.keys().isdisjoint(("forward_kl", "reverse_kl", "divergences")) and ref_logits is not None:
+    if ref_logits is not None and any(name in grads for names in _OF_BOTH for name in names):
         reference = torch.log_softmax(ref_logits, dim=-1)
-        if "divergences" in grads:
+        if "token_divergences" in grads:
             scores = torch.log_softmax(logits, dim=-1)
-            for kind, upstream in zip(divergences, grads["divergences"].unbind(-1), strict=True):
+            for kind, upstream in zip(divergences, grads["token_divergences"].unbind(-1), strict=True):
                 total.addcmul_(slope(kind, scores, reference), upstream.unsqueeze(-1))
-        if "reverse_kl" in grads and measured.reverse_kl is not None:
+        if "token_reverse_kl" in grads:
             # d KL(p || r) / d logits = p (log p - log r - KL)
-            gap = probs.log().sub_(reference).sub_(measured.reverse_kl.unsqueeze(-1))
+            gap = probs.log().sub_(reference).sub_(measured["token_reverse_kl"].unsqueeze(-1))
             gap.masked_fill_(probs == 0, 0.0)
-            total.addcmul_(gap.mul_(probs), grads["reverse_kl"].unsqueeze(-1))
-        if "forward_kl" in grads:
+            total.addcmul_(gap.mul_(probs), grads["token_reverse_kl"].unsqueeze(-1))
+        if "token_forward_kl" in grads:
             # d KL(r || p) / d logits = p - r
-            upstream = grads["forward_kl"].unsqueeze(-1)
+            upstream = grads["token_forward_kl"].unsqueeze(-1)
             total.addcmul_(reference.exp_(), upstream, value=-1)
             share += upstream
     return total.addcmul_(probs, share)
@@ -251,15 +243,15 @@ class _TokenLogProbs(torch.autograd.Function):
             here = mask[row]
             reference = None if ref_logits is None else ref_logits[row, here].to(dtype)
             rows.append(measure(logits[row, here].to(dtype), labels[row, here], extras, reference))
-        made = joined(rows)
-        ctx.save_for_backward(logits, labels, mask, ref_logits, made.top_ids, made.reverse_kl)
+        measured = joined(rows)
+        ctx.save_for_backward(logits, labels, mask, ref_logits, *(measured.get(name) for name in LOOKED_AT))
         ctx.divergences = extras.divergences
-        return detached_where_constant(ctx, made)
+        return detached_where_constant(ctx, measured)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
-        logits, labels, mask, ref_logits, top_ids, reverse_kl = ctx.saved_tensors
+        logits, labels, mask, ref_logits, *looked_at = ctx.saved_tensors
         given = gradients(grads)
         grad = torch.zeros_like(logits)
         start = 0
@@ -268,10 +260,7 @@ class _TokenLogProbs(torch.autograd.Function):
             part = slice(start, start + int(here.sum()))
             start = part.stop
             dtype = next(iter(given.values())).dtype
-            measured = Measured(
-                logits, top_ids=None if top_ids is None else top_ids[part],
-                reverse_kl=None if reverse_kl is None else reverse_kl[part],
-            )  # fmt: skip
+            measured = part_of(looked_at, part)
             reference = None if ref_logits is None else ref_logits[row, here].to(dtype)
             grad[row, here] = pull_back(
                 logits[row, here].to(dtype), labels[row, here], measured,
@@ -280,40 +269,59 @@ class _TokenLogProbs(torch.autograd.Function):
         return grad, None, None, None, None
 
 
+def part_of(looked_at: Sequence[Tensor | None], part: slice) -> Measured:
+    """What `pull_back` looks at of some positions, from what was saved of all."""
+    return {name: value[part] for name, value in zip(LOOKED_AT, looked_at, strict=True) if value is not None}
+
+
 def joined(parts: Sequence[Measured]) -> Measured:
     """The same quantities of the positions of all parts, in order."""
-    made: dict[str, Any] = {}
-    for name in MEASURED:
-        values = [getattr(part, name) for part in parts]
-        made[name] = None if values[0] is None else torch.cat(values)
-    return Measured(**made)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def detached_where_constant(ctx: Any, measured: Measured) -> tuple[Tensor | None, ...]:
     """What an autograd function returns for `measured`, in the order of `MEASURED`."""
-    values = {name: getattr(measured, name) for name in MEASURED}
-    ctx.mark_non_differentiable(*(v for name, v in values.items() if v is not None and name not in DIFFERENTIABLE))
+    ctx.mark_non_differentiable(*(value for name, value in measured.items() if name not in DIFFERENTIABLE))
     ctx.set_materialize_grads(False)
-    return tuple(values.values())
+    return tuple(measured.get(name) for name in MEASURED)
 
 
-def gradients(grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """Those of `MEASURED` that arrived in a backward pass, by name."""
-    named = zip(MEASURED, grads, strict=True)
-    return {name: grad for name, grad in named if grad is not None and name in DIFFERENTIABLE}
+def by_name(values: Sequence[Tensor | None]) -> Measured:
+    """What `detached_where_constant` made a tuple of."""
+    return {name: value for name, value in zip(MEASURED, values, strict=True) if value is not None}
 
 
-def spread(measured: Measured, mask: Tensor, tokens: Tensor | None) -> TokenScores:
-    """The values of M positions at their places in (R, T): zero elsewhere."""
-    made: dict[str, Any] = {}
-    for name in MEASURED:
-        value = getattr(measured, name)
-        if value is not None:
-            made[name] = value.new_zeros((*mask.shape, *value.shape[1:])).index_put((mask,), value)
-    logps = made["logps"]
-    made.setdefault("entropy", torch.zeros_like(logps))
-    made.setdefault("is_top1", torch.zeros_like(mask))
-    return TokenScores(**made, mask=mask, tokens=tokens)
+def gradients(grads: Sequence[Tensor | None]) -> Measured:
+    """Those that arrived in a backward pass, by the name of what they are of."""
+    return {name: grad for name, grad in by_name(grads).items() if name in DIFFERENTIABLE}
+
+
+def spread(
+    measured: Measured, mask: Tensor, tokens: Tensor | None, places: Sequence[Tensor] | None = None
+) -> TokenScores:
+    """The values of M positions at their places in (R, T): zero elsewhere.
+
+    Args:
+        measured: M values of each quantity.
+        mask: (R, T) bool, true at the M positions.
+        tokens: (R, T) the tokens.
+        places: (M,) rows and (M,) columns of the values where known; else they are in the order of the mask.
+    """
+    places = mask.nonzero(as_tuple=True) if places is None else places
+    values = {
+        name: value.new_zeros((*mask.shape, *value.shape[1:])).index_put(tuple(places), value)
+        for name, value in measured.items()
+    }
+    logps = values.pop("logps")
+    entropy, is_top1 = (values.pop(name, None) for name in ("entropy", "is_top1"))
+    return TokenScores(
+        logps,
+        torch.zeros_like(logps) if entropy is None else entropy,
+        torch.zeros_like(mask) if is_top1 is None else is_top1,
+        mask,
+        tokens,
+        values,
+    )
 
 
 def token_scores(
@@ -340,7 +348,7 @@ def scores_of_logits(
     """What `token_scores` computes, for the M positions in the mask alone, in order; same arguments, same errors."""
     _check_shapes(logits, labels, mask, extras, ref_logits)
     reference = ref_logits if extras.full_reference else None
-    return Measured(*_TokenLogProbs.apply(logits, labels, mask, reference, extras))  # type: ignore[no-untyped-call]
+    return by_name(_TokenLogProbs.apply(logits, labels, mask, reference, extras))  # type: ignore[no-untyped-call]
 
 
 def _check_shapes(logits: Tensor, labels: Tensor, mask: Tensor, extras: Extras, ref_logits: Tensor | None) -> None:

@@ -64,7 +64,7 @@ def score_rows(
     scores = spread(measured, mask, labels)
     if request.pooled is not None:
         hidden, prompt_hidden = request.pooled.chunk(2)
-        scores = replace(scores, hidden=hidden, prompt_hidden=prompt_hidden)
+        scores = replace(scores, quantities={**scores.quantities, "hidden": hidden, "prompt_hidden": prompt_hidden})
     return replace(scores, logits=[request.kept]) if keep_logits else scores, outputs
 
 

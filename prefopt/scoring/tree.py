@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prefopt.scoring.attention import Plan, Span, block_mask, encode
 from prefopt.scoring.call import Call, Pool, Request
-from prefopt.scoring.logprobs import MEASURED, NOTHING, Extras, Measured, TokenScores, joined, spread
+from prefopt.scoring.logprobs import NOTHING, Extras, Measured, TokenScores, joined, spread
 
 Masks = Literal["packed", "block"] | torch.dtype
 PADDING = -1
@@ -244,7 +244,7 @@ def score_trees(
     scores = _scatter(parts, targets, (ids.shape[0], ids.shape[1] - 1), ids[:, 1:])
     if pooled:
         hidden, prompt_hidden = _of_rows(torch.cat(pooled), [tree for some in together for tree in some], ids.shape[0])
-        scores = replace(scores, hidden=hidden, prompt_hidden=prompt_hidden)
+        scores = replace(scores, quantities={**scores.quantities, "hidden": hidden, "prompt_hidden": prompt_hidden})
     return (replace(scores, logits=kept) if keep_logits else scores), outputs
 
 
@@ -313,16 +313,12 @@ def _scatter(
     tokens: Tensor,
 ) -> TokenScores:
     """Values of the targets at their rows and places; a branch that several rows share goes to all of them."""
-    device = tokens.device
-    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
     if not parts:
-        zeros = torch.zeros(shape, device=device)
+        zeros = torch.zeros(shape, device=tokens.device)
         return TokenScores(zeros, zeros, mask, mask, tokens)
     places = [(row, place, i) for i, (rows, place, _) in enumerate(targets) for row in rows]
-    rows, columns, sources = torch.tensor(places, device=device).unbind(1)
+    rows, columns, sources = torch.tensor(places, device=tokens.device).unbind(1)
     mask[rows, columns] = True
-    order = torch.zeros(shape, dtype=torch.long, device=device)
-    order[rows, columns] = sources
-    measured = joined(parts)
-    picked = {name: value[order[mask]] for name in MEASURED if (value := getattr(measured, name)) is not None}
-    return spread(Measured(**picked), mask, tokens)
+    picked = {name: value[sources] for name, value in joined(parts).items()}
+    return spread(picked, mask, tokens, (rows, columns))

@@ -147,7 +147,7 @@ class HiddenStates(Call):
             outputs = model(**arguments)
         states = seen[-1] if seen else outputs.logits
         states = states[:, states.shape[1] - request.mask.shape[1] :][request.mask].float()
-        return Measured(states.new_zeros(len(states)), top_logps=states), outputs
+        return {"logps": states.new_zeros(len(states)), "top_logps": states}, outputs
 
 
 # ---- what is found -------------------------------------------------------------------------------------------------
@@ -222,8 +222,7 @@ def _compared(model: nn.Module, score: Score, batch: RowBatch, reach: Reach, opt
 
 def _of_both(rows: Rows, scored: TokenScores) -> Tensor:
     """(2, C, H) hidden states that predict the completions of the two compared rows."""
-    assert scored.top_logps is not None
-    return scored.top_logps[[0, -1], rows.prompt - 1 : rows.rows.shape[1] - 1]
+    return scored.quantities["top_logps"][[0, -1], rows.prompt - 1 : rows.rows.shape[1] - 1]
 
 
 def _in_rows(model: nn.Module, rows: Rows, options: Mapping[str, Any]) -> tuple[Tensor, bool]:

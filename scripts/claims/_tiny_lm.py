@@ -79,8 +79,8 @@ def scores(model: TinyLM, rows: Rows, loss: Loss, ref_logps: Tensor | None = Non
         token_logps=tokens.logps,
         token_mask=tokens.mask,
         token_ids=labels,
-        top_logps=tokens.top_logps,
-        top_ids=tokens.top_ids,
+        top_logps=tokens.quantities.get("top_logps"),
+        top_ids=tokens.quantities.get("top_ids"),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prefopt.losses import Loss, Need, PreferenceBatch, Scores, available, parse, presets
-from prefopt.losses.base import _FIELDS, ROLES
+from prefopt.losses.base import QUANTITIES, ROLES
 from tests.losses.cases import CASES, REFERENCE_VECTOR, Row, make_batch, random_rows
 
 EXPRESSIONS = [case.expression for case in CASES]
@@ -274,7 +274,7 @@ def stripped(batch: PreferenceBatch, loss: Loss, without: Need = Need.NONE) -> P
     def keep(role: str, scores: Scores) -> Scores:
         needs = loss.needs_of(role) & ~without
         kept = {"logps": scores.logps, "lengths": scores.lengths, "columns": scores.columns}
-        for need, (names, _) in _FIELDS.items():
+        for need, names in ((need, quantity.fields) for need, quantity in QUANTITIES.items()):
             if need in needs:
                 kept |= {name: getattr(scores, name) for name in names}
         if needs & ~(Need.REFERENCE | Need.PREVIOUS | Need.MISMATCHED):

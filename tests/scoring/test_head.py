@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from prefopt.losses import Need
 from prefopt.losses.divergences import named
 from prefopt.scoring import Extras, head, score_rows
 from prefopt.scoring.call import Call
 from prefopt.scoring.head import Head, Kept, head_of, measured_by_head
-from prefopt.scoring.logprobs import DIFFERENTIABLE, MEASURED, scores_of_logits
+from prefopt.scoring.logprobs import DIFFERENTIABLE, scores_of_logits
 from tests.losses.test_divergences import EVERY
 from tests.scoring.test_tree import collate, gradient, model_inputs
 from tests.tiny import make_model
 
 N, H, V = 11, 6, 23
-ALL = Extras(top_k=3, collision=True, forward_kl=True, reverse_kl=True, divergences=tuple(map(named, EVERY)))
+NEEDS = Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
+ALL = Extras(NEEDS, top_k=3, divergences=tuple(map(named, EVERY)))
 
 
 @pytest.fixture(params=[1, 4, 100], ids=["one by one", "some", "all at once"])
@@ -33,10 +35,8 @@ def make_head(bias: bool = False, trained: bool = False, softcap: float | None =
 
 def total(measured, extras: Extras) -> torch.Tensor:
     """A scalar in which every value counts differently."""
-    values = [getattr(measured, name) for name in DIFFERENTIABLE]
-    return sum(
-        (v * torch.linspace(0.5, 1.5, v.numel()).reshape(v.shape).double()).sum() for v in values if v is not None
-    )
+    values = [measured[name] for name in DIFFERENTIABLE if name in measured]
+    return sum((v * torch.linspace(0.5, 1.5, v.numel()).reshape(v.shape).double()).sum() for v in values)
 
 
 @pytest.mark.parametrize("extras", [Extras(), ALL], ids=["log-probabilities", "everything"])
@@ -57,9 +57,8 @@ def test_equals_whole_logits(chunk, extras, options, kept, monkeypatch):
     logits = made.linear(states)
     logits = logits if made.softcap is None else made.softcap * torch.tanh(logits / made.softcap)
     theirs = scores_of_logits(logits[None], labels[None], mask, extras, other[None])
-    for name in MEASURED:
-        if getattr(theirs, name) is not None:
-            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), msg=name)
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name], msg=name)
     for one, two in zip(mine_grads, torch.autograd.grad(total(theirs, extras), leaves), strict=True):
         torch.testing.assert_close(one, two)
 
@@ -69,7 +68,9 @@ def test_gradcheck(chunk):
         made = make_head(**options)
         states = torch.randn(N, H, dtype=torch.float64, requires_grad=True)
         labels = torch.randint(0, V, (N,))
-        assert torch.autograd.gradcheck(lambda x, m=made, y=labels: measured_by_head(m, x, y, Extras()).logps, states)
+        assert torch.autograd.gradcheck(
+            lambda x, m=made, y=labels: measured_by_head(m, x, y, Extras())["logps"], states
+        )
 
 
 def test_a_head_that_is_left_alone_keeps_no_logits(chunk):
@@ -91,7 +92,7 @@ def test_impossible_tokens_have_an_entropy():
     logits[..., 5:] = -torch.inf
     scores = scores_of_logits(logits, torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool))
     expected = torch.distributions.Categorical(logits=logits[0, :, :5]).entropy()
-    torch.testing.assert_close(scores.entropy, expected)
+    torch.testing.assert_close(scores["entropy"], expected)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "gpt2", "phi", "moe"])
@@ -148,12 +149,14 @@ def test_a_divergence_of_equals_has_no_gradient_in_half_precision_either(chunk):
     torch.manual_seed(0)
     made = Head(nn.Linear(H, V, bias=False).requires_grad_(False))
     states = torch.randn(N, H, requires_grad=True)
-    extras = Extras(forward_kl=True, reverse_kl=True, divergences=tuple(map(named, EVERY)))
+    extras = Extras(Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE, divergences=tuple(map(named, EVERY)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         measured = measured_by_head(made, states, torch.randint(0, V, (N,)), extras, Kept(states.detach(), made))
-    assert float(measured.forward_kl.abs().max()) < 1e-5
-    assert float(measured.divergences.abs().max()) < 1e-5
-    (measured.forward_kl.sum() + measured.reverse_kl.sum() + measured.divergences.sum()).backward()
+    assert float(measured["token_forward_kl"].abs().max()) < 1e-5
+    assert float(measured["token_divergences"].abs().max()) < 1e-5
+    (
+        measured["token_forward_kl"].sum() + measured["token_reverse_kl"].sum() + measured["token_divergences"].sum()
+    ).backward()
     assert float(states.grad.abs().max()) < 1e-4
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from prefopt.losses import Divergence, KernelDPO, Need, Scores
 from prefopt.losses.scores import EMBEDDINGS
-from prefopt.scoring import Extras, assemble_batch, extras_for, score_rows
+from prefopt.scoring import Extras, TokenScores, assemble_batch, extras_for, score_rows
 from prefopt.scoring.call import Call
 from prefopt.scoring.collate import PreferenceCollator
 from prefopt.scoring.logprobs import BARE
@@ -21,7 +21,7 @@ from prefopt.scoring.tree import score_trees
 from tests.scoring.test_tree import ARCHITECTURES, EXAMPLES, MASKS, close, collate, model_inputs
 from tests.tiny import make_model
 
-HIDDEN = Extras(hidden=True)
+HIDDEN = Extras(Need.HIDDEN)
 LAYOUTS: dict[str, Any] = {
     "padded": (score_rows, {}),
     "padded, whole head": (score_rows, {"call": Call(chunked_head=False)}),
@@ -54,7 +54,11 @@ def by_hand(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torc
     return torch.stack(hidden), torch.stack(prompts)
 
 
-def weighed(hidden: torch.Tensor, prompt_hidden: torch.Tensor) -> torch.Tensor:
+def weighed(scores: TokenScores) -> torch.Tensor:
+    return weighed_vectors(scores.quantities["hidden"], scores.quantities["prompt_hidden"])
+
+
+def weighed_vectors(hidden: torch.Tensor, prompt_hidden: torch.Tensor) -> torch.Tensor:
     ramp = torch.linspace(-0.5, 1.5, hidden.numel()).reshape(hidden.shape)
     return (hidden * ramp).sum() + (prompt_hidden.square() * ramp).sum()
 
@@ -68,12 +72,12 @@ def gradient(model: nn.Module, total: torch.Tensor) -> torch.Tensor:
 def test_equals_the_model_s_own_output(layout):
     model, batch = make_model().eval(), collate()
     scores = score(model, batch, layout)
-    mine = gradient(model, weighed(scores.hidden, scores.prompt_hidden))
+    mine = gradient(model, weighed(scores))
     model.set_attn_implementation("sdpa")
     hidden, prompt_hidden = by_hand(model, batch)
-    torch.testing.assert_close(scores.hidden, hidden, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores.prompt_hidden, prompt_hidden, rtol=1e-5, atol=1e-5)
-    assert close(mine, gradient(model, weighed(hidden, prompt_hidden)))
+    torch.testing.assert_close(scores.quantities["hidden"], hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.quantities["prompt_hidden"], prompt_hidden, rtol=1e-5, atol=1e-5)
+    assert close(mine, gradient(model, weighed_vectors(hidden, prompt_hidden)))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -85,9 +89,11 @@ def test_layouts_agree_on_every_architecture(architecture, attention):
     inputs, mask = model_inputs(batch), batch["completion_mask"]
     padded, _ = score_rows(model, {**inputs, **options}, mask, extras=HIDDEN)
     trees, _ = score_trees(model, inputs, mask, extras=HIDDEN, masks=MASKS[attention], model_options=options)
-    for name in ("logps", "hidden", "prompt_hidden"):
-        torch.testing.assert_close(getattr(trees, name), getattr(padded, name), rtol=1e-4, atol=2e-5, msg=name)
-    one, two = (gradient(model, weighed(s.hidden, s.prompt_hidden) + s.logps.sum()) for s in (trees, padded))
+    torch.testing.assert_close(trees.logps, padded.logps, rtol=1e-4, atol=2e-5)
+    for name in ("hidden", "prompt_hidden"):
+        mine, theirs = trees.quantities[name], padded.quantities[name]
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5, msg=name)
+    one, two = (gradient(model, weighed(s) + s.logps.sum()) for s in (trees, padded))
     assert close(one, two)
 
 
@@ -98,7 +104,7 @@ def test_adapters(layout):
     model = get_peft_model(make_model(), config)
     scores = score(model, collate(), layout)
     plain = score(model, collate(), "padded")
-    one, two = (gradient(model, weighed(s.hidden, s.prompt_hidden)) for s in (scores, plain))
+    one, two = (gradient(model, weighed(s)) for s in (scores, plain))
     assert close(one, two)
 
 
@@ -106,14 +112,14 @@ def test_adapters(layout):
 def test_half_precision_is_averaged_in_float32(layout):
     model = make_model(dtype=torch.bfloat16).eval()
     scores = score(model, collate(), layout)
-    assert scores.hidden.dtype == torch.float32
+    assert scores.quantities["hidden"].dtype == torch.float32
     exact = score(make_model().eval(), collate(), "padded")
-    torch.testing.assert_close(scores.hidden, exact.hidden, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(scores.quantities["hidden"], exact.quantities["hidden"], rtol=0.1, atol=0.1)
 
 
 def test_nothing_is_averaged_unless_asked_for():
     scores = score(make_model().eval(), collate(), "trees", BARE)
-    assert scores.hidden is None
+    assert "hidden" not in scores.quantities
 
 
 def test_a_model_whose_head_is_not_a_module_is_refused():
@@ -137,7 +143,7 @@ def test_the_loss_gets_what_it_asks_for():
     scores, _ = score_rows(policy, model_inputs(batch), batch["completion_mask"], extras=extras, reference=frozen)
     made = assemble_batch(RowBatch.of(batch), scores, loss, frozen.logps)
     assert isinstance(made.chosen, Scores)
-    torch.testing.assert_close(made.chosen.hidden, scores.hidden[:4])
+    torch.testing.assert_close(made.chosen.hidden, scores.quantities["hidden"][:4])
     # Of the last example, which has no prompt, a completion's first token takes its place.
     torch.testing.assert_close(made.rejected.prompt_hidden[:3], made.chosen.prompt_hidden[:3])
     assert made.chosen.divergences == ("renyi(2.0)",)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from prefopt.losses import Need
 from prefopt.losses.divergences import divergence, named
 from prefopt.scoring import Extras, token_scores
 from tests.losses.test_divergences import EVERY
@@ -60,7 +61,8 @@ def test_shapes_must_agree():
         token_scores(logits[:, :-1], labels, mask)
 
 
-EXTRAS = Extras(top_k=3, collision=True, forward_kl=True, reverse_kl=True, divergences=tuple(map(named, EVERY)))
+NEEDS = Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
+EXTRAS = Extras(NEEDS, top_k=3, divergences=tuple(map(named, EVERY)))
 
 
 def reference_like(logits: torch.Tensor) -> torch.Tensor:
@@ -72,28 +74,34 @@ def test_extras_equal_their_definitions():
     logits, labels, mask = drawn()
     reference = reference_like(logits)
     scores = token_scores(logits, labels, mask, EXTRAS, reference)
+    of = scores.quantities
     p, r = torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=reference)
     kl = torch.distributions.kl_divergence
-    torch.testing.assert_close(scores.forward_kl, kl(r, p) * mask)
-    torch.testing.assert_close(scores.reverse_kl, kl(p, r) * mask)
-    torch.testing.assert_close(scores.ref_entropy, r.entropy() * mask)
-    torch.testing.assert_close(scores.collision, p.probs.square().sum(-1).log() * mask)
+    torch.testing.assert_close(of["token_forward_kl"], kl(r, p) * mask)
+    torch.testing.assert_close(of["token_reverse_kl"], kl(p, r) * mask)
+    torch.testing.assert_close(of["ref_token_entropy"], r.entropy() * mask)
+    torch.testing.assert_close(of["token_collision"], p.probs.square().sum(-1).log() * mask)
     for column, name in enumerate(EVERY):
         expected = divergence(named(name), p.logits, r.logits) * mask
-        torch.testing.assert_close(scores.divergences[..., column], expected, msg=name)
+        torch.testing.assert_close(of["token_divergences"][..., column], expected, msg=name)
     values, ids = torch.log_softmax(logits, -1).topk(3)
-    torch.testing.assert_close(scores.top_logps, values * mask.unsqueeze(-1))
-    assert torch.equal(scores.top_ids, ids * mask.unsqueeze(-1))
+    torch.testing.assert_close(of["top_logps"], values * mask.unsqueeze(-1))
+    assert torch.equal(of["top_ids"], ids * mask.unsqueeze(-1))
 
 
-@pytest.mark.parametrize("quantity", ["logps", "top_logps", "forward_kl", "reverse_kl", "divergences"])
+@pytest.mark.parametrize(
+    "quantity", ["logps", "top_logps", "token_forward_kl", "token_reverse_kl", "token_divergences"]
+)
 def test_gradient_of_each_quantity(quantity):
     logits, labels, mask = drawn()
     reference = reference_like(logits)
+
+    def values(x: torch.Tensor) -> torch.Tensor:
+        scores = token_scores(x, labels, mask, EXTRAS, reference)
+        return scores.logps if quantity == "logps" else scores.quantities[quantity]
+
     # Along random directions: entry by entry, it takes two seconds each.
-    assert torch.autograd.gradcheck(
-        lambda x: getattr(token_scores(x, labels, mask, EXTRAS, reference), quantity), (logits,), fast_mode=True
-    )
+    assert torch.autograd.gradcheck(values, (logits,), fast_mode=True)
 
 
 def test_gradients_of_all_quantities_add_up():
@@ -102,8 +110,9 @@ def test_gradients_of_all_quantities_add_up():
 
     def total(x: torch.Tensor) -> torch.Tensor:
         scores = token_scores(x, labels, mask, EXTRAS, reference)
-        rest = scores.forward_kl.sum() - scores.reverse_kl.sum() + scores.divergences.square().sum()
-        return scores.logps.sum() + scores.top_logps.square().sum() + rest
+        of = scores.quantities
+        rest = of["token_forward_kl"].sum() - of["token_reverse_kl"].sum() + of["token_divergences"].square().sum()
+        return scores.logps.sum() + of["top_logps"].square().sum() + rest
 
     assert torch.autograd.gradcheck(total, (logits,), fast_mode=True)
 
@@ -111,10 +120,11 @@ def test_gradients_of_all_quantities_add_up():
 def test_equal_distributions_have_no_divergence_and_no_gradient():
     logits, labels, mask = drawn(dtype=torch.float32)
     scores = token_scores(logits, labels, mask, EXTRAS, logits.detach().clone())
+    of = scores.quantities
     largest = float(torch.log_softmax(logits.detach(), -1).abs().max())
-    assert float((scores.forward_kl + scores.reverse_kl).detach().abs().max()) < rounding(largest)
-    assert float(scores.divergences.detach().abs().max()) < rounding(largest)
-    (scores.forward_kl + scores.reverse_kl + scores.divergences.sum(-1)).sum().backward()
+    assert float((of["token_forward_kl"] + of["token_reverse_kl"]).detach().abs().max()) < rounding(largest)
+    assert float(of["token_divergences"].detach().abs().max()) < rounding(largest)
+    (of["token_forward_kl"] + of["token_reverse_kl"] + of["token_divergences"].sum(-1)).sum().backward()
     # Every divergence adds its own slope to a logit.
     assert float(logits.grad.abs().max()) < rounding(largest, terms=2 + len(EVERY))
 
@@ -123,15 +133,16 @@ def test_impossible_tokens_have_no_part_in_a_divergence():
     logits = torch.tensor([[[0.0, float("-inf"), 1.0]]], requires_grad=True)
     reference = torch.tensor([[[1.0, float("-inf"), 0.0]]])
     scores = token_scores(logits, torch.tensor([[0]]), torch.tensor([[1]]), EXTRAS, reference)
-    assert float(scores.forward_kl.detach()) == pytest.approx(math.tanh(0.5), rel=1e-5)
-    assert torch.isfinite(scores.divergences).all()
-    (scores.forward_kl + scores.reverse_kl + scores.divergences.sum(-1)).sum().backward()
+    of = scores.quantities
+    assert float(of["token_forward_kl"].detach()) == pytest.approx(math.tanh(0.5), rel=1e-5)
+    assert torch.isfinite(of["token_divergences"]).all()
+    (of["token_forward_kl"] + of["token_reverse_kl"] + of["token_divergences"].sum(-1)).sum().backward()
     assert torch.isfinite(logits.grad).all()
 
 
 def test_what_extras_need_is_asked_for():
     logits, labels, mask = drawn()
     with pytest.raises(ValueError, match="needs ref_logits"):
-        token_scores(logits, labels, mask, Extras(forward_kl=True))
+        token_scores(logits, labels, mask, Extras(Need.FORWARD_KL))
     with pytest.raises(ValueError, match="top_k=99 exceeds the vocabulary of 11"):
-        token_scores(logits, labels, mask, Extras(top_k=99))
+        token_scores(logits, labels, mask, Extras(Need.TOP_K, top_k=99))

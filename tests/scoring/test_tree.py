@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from prefopt.losses import Need
 from prefopt.losses.divergences import named
 from prefopt.scoring import Extras, score_rows
 from prefopt.scoring.call import Call
@@ -31,12 +32,11 @@ EXAMPLES = [
     {"prompt_ids": list(range(20, 60)), "chosen_ids": [40, 41, 2], "rejected_ids": [40, 41, 2]},  # equal completions
     {"prompt_ids": [], "chosen_ids": [12, 13, 2], "rejected_ids": [14, 2]},  # no prompt at all
 ]
-EXTRAS = Extras(
-    top_k=3, collision=True, forward_kl=True, reverse_kl=True, divergences=tuple(map(named, EVERY)), hidden=True
-)
+NEEDS = Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE | Need.HIDDEN
+EXTRAS = Extras(NEEDS, top_k=3, divergences=tuple(map(named, EVERY)))
 QUANTITIES = (
-    "logps", "entropy", "collision", "forward_kl", "reverse_kl", "ref_entropy", "top_logps", "divergences", "hidden",
-    "prompt_hidden",
+    "token_collision", "token_forward_kl", "token_reverse_kl", "ref_token_entropy", "top_logps", "token_divergences",
+    "hidden", "prompt_hidden",
 )  # fmt: skip
 
 
@@ -50,13 +50,14 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
 
 def gradient(model: torch.nn.Module, scores: Any) -> torch.Tensor:
     """Of a sum in which every token counts differently."""
+    of = scores.quantities
     weights = torch.linspace(0.5, 1.5, scores.logps.numel()).reshape(scores.logps.shape)
     total = (scores.logps * weights).sum()
-    if scores.forward_kl is not None:
-        total = total + (scores.forward_kl * weights).sum() - (scores.top_logps.sum(-1) * weights).sum()
-        ramp = torch.linspace(-0.5, 1.5, scores.hidden.numel()).reshape(scores.hidden.shape)
-        total = total + (scores.divergences * weights.unsqueeze(-1)).sum()
-        total = total + (scores.hidden * ramp).sum() + (scores.prompt_hidden.square() * ramp).sum()
+    if "token_forward_kl" in of:
+        total = total + (of["token_forward_kl"] * weights).sum() - (of["top_logps"].sum(-1) * weights).sum()
+        ramp = torch.linspace(-0.5, 1.5, of["hidden"].numel()).reshape(of["hidden"].shape)
+        total = total + (of["token_divergences"] * weights.unsqueeze(-1)).sum()
+        total = total + (of["hidden"] * ramp).sum() + (of["prompt_hidden"].square() * ramp).sum()
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.cat(
         [part.flatten() for part in torch.autograd.grad(total, leaves, allow_unused=True) if part is not None]
@@ -102,9 +103,12 @@ def test_extras_equal_those_of_the_padded_layout():
             frozen, _ = score(reference, inputs, mask, keep_logits=True)
         results.append(score(policy, inputs, mask, extras=EXTRAS, reference=frozen)[0])
     padded, trees = results
-    for name in QUANTITIES:
+    for name in ("logps", "entropy"):
         torch.testing.assert_close(getattr(trees, name), getattr(padded, name), rtol=1e-4, atol=2e-5, msg=name)
-    assert torch.equal(trees.top_ids, padded.top_ids)
+    for name in QUANTITIES:
+        mine, theirs = trees.quantities[name], padded.quantities[name]
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5, msg=name)
+    assert torch.equal(trees.quantities["top_ids"], padded.quantities["top_ids"])
     assert close(gradient(policy, trees), gradient(policy, padded))
 
 

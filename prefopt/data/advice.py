@@ -1,4 +1,4 @@
-"""What to say where the needed columns are not there: what was found, and the option or command that helps."""
+"""Messages for missing columns: the columns that exist, and the option or command that helps."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _SIDES = {
     "chosen": {"chosen", "preferred", "better", "best", "good", "accepted", "positive", "win", "winner", "winning"},
     "rejected": {"rejected", "dispreferred", "worse", "worst", "bad", "negative", "lose", "loser", "losing"},
 }
-"""Words by which longer names (`good_answer`, `chosen_conversations`) say which side they hold."""
+"""Words in longer names (`good_answer`, `chosen_conversations`) that tell the side."""
 _NOT = {"non", "not", "un", "less"}
 
 
 def missing_columns_message(names: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()) -> str:
-    """What is missing, what was found, and the `--columns` that makes it work, where one does.
+    """What is missing, what exists, and the `--columns` that fixes it, if one does.
 
     Args:
         names: the dataset's columns.
-        rows: its first rows; what their values cannot be is not suggested.
+        rows: its first rows; columns with unsuitable values are not suggested.
     """
     start = f"These columns make no preference set: {listed(names)}. "
     if advice := pairing_advice(names, rows) or format_advice(names, rows):
@@ -67,7 +67,7 @@ def missing_columns_message(names: Sequence[str], rows: Sequence[Mapping[str, An
 
 
 def _found(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
-    """The column, or the field of one, that stands for each of ours."""
+    """The column, or the field of one, for each of our names."""
     fields = list(dict.fromkeys(path for row in rows for path in fields_of(row)))
     texts = [name for name in (*names, *fields) if not rows or any(writing(value_at(row, name)) for row in rows)]
     places = [[name for name in texts if name in names], [path for path in texts if path not in names]]
@@ -86,7 +86,7 @@ def _found(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _side(name: str) -> str | None:
-    """The side that the words of a name speak of; `non_preferred_output` speaks of the rejected one."""
+    """The side that the words of a name mean; `non_preferred_output` is the rejected one."""
     words = {word.lower() for word in re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", name)}
     sides = [side for side, telling in _SIDES.items() if words & telling]
     if sides == ["chosen"] and words & _NOT:
@@ -99,7 +99,7 @@ def _length(name: str, rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _arguments(found: Mapping[str, str | None], mapped: Sequence[str]) -> str:
-    """Words of `--columns` as a shell takes them."""
+    """Words of `--columns`, quoted for a shell."""
     told = [(ours, found[ours]) for ours in mapped if found[ours] not in (None, ours)]
     return " ".join(shlex.quote(f"{ours}={str(theirs)[:60]}") for ours, theirs in told)
 
@@ -121,21 +121,21 @@ def _without_label(
 
 
 def _may_be_label(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Two values at most: a rating or a text is none."""
+    """At most two values; a rating or a text has more."""
     values = [row.get(name) for row in rows]
     simple = all(value is None or isinstance(value, str | int | float) for value in values)
     return simple and len({str(value) for value in values if value is not None}) <= 2
 
 
 def _find(wanted: str, names: Sequence[str]) -> str | None:
-    """The column that stands for `wanted`: itself, a known alias, or a near spelling."""
+    """The column for `wanted`: itself, a known alias, or a near spelling."""
     if wanted in names:
         return wanted
     by_lower = {name.rpartition(".")[2].lower(): name for name in reversed(names)}
     for alias in (wanted, *ALIASES[wanted]):
         if alias in by_lower:
             return by_lower[alias]
-    # A spelling slip (`promt`, `Rejected_`); `reject` must not stand for `prompt`, so the other names are excluded.
+    # A spelling slip (`promt`, `Rejected_`); `reject` must not match `prompt`, so the other names are excluded.
     spellings = [name for name in names if name not in OURS and not name.lower().endswith(("_id", "_ids"))]
     hint = did_you_mean(wanted, spellings, limit=1)
     return next((name for name in spellings if repr(name) in hint), None)

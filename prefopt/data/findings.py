@@ -1,6 +1,6 @@
-"""What validation found: problems with their rows, as counts, as a table, and as the message that stops a run.
+"""Results of validation: problems with their rows, as counts, as a table, and as the message that stops a run.
 
-It knows nothing of how problems are found (`validate.py`) and imports rich and `prefopt.safety.tables` alone.
+How problems are found is in `validate.py`. Imports rich and `prefopt.safety.tables` alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Problem:
 class Report:
     """All problems of a dataset, errors first.
 
-    `origins` names a row's file and its row there, for mixed sets. `notes` say in a sentence each what is worth
-    knowing of the set as a whole.
+    `origins` names a row's file and its row there, for mixed sets. `notes` are sentences about the set
+    as a whole.
     """
 
     problems: list[Problem]
@@ -90,7 +90,7 @@ class Report:
         return made
 
     def message(self) -> str:
-        """The report as text for an error: one line a problem."""
+        """The report as text for an error: one line per problem."""
         lines = [f"{len(self.bad_rows)} of {self.total} rows cannot be trained on (rows are numbered from 0):"]
         for problem in self.problems:
             lines.append(f"  {self.line(problem)}")

@@ -19,11 +19,11 @@ TOKENISED = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "labe
 
 
 def fingerprint(dataset: Dataset, columns: Iterable[str] = ()) -> str:
-    """16 hex digits that are the same for the same rows, and others when any row was changed, added or repeated.
+    """16 hex digits: the same for the same rows, different if any row was changed, added or repeated.
 
     Args:
         dataset: normalised rows, or rows of token ids.
-        columns: further columns that the objective reads.
+        columns: more columns that the objective reads.
     """
     known = TOKENISED if "prompt_ids" in dataset.column_names else CONTENT
     names = [name for name in dict.fromkeys((*known, *columns)) if name in dataset.column_names]

@@ -1,4 +1,4 @@
-"""Rows that cannot be trained on at a given length, dropped aloud. Imports datasets alone."""
+"""Rows that cannot be trained on at a given length, dropped with a warning. Imports datasets alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 def drop_overlong(
     dataset: Dataset | IterableDataset, max_length: int | None, truncation_mode: str, name: str
 ) -> Dataset | IterableDataset:
-    """A tokenised dataset without the rows whose prompt alone fills `max_length`, which a warning counts and numbers.
+    """A tokenised dataset without the rows whose prompt alone fills `max_length`, which a warning counts and lists.
 
     With "keep_end" the prompt's start is cut instead, so every row stays. The result's fingerprint holds both
-    settings, because what is computed from the rows (reference log-probabilities, say) depends on them.
+    settings, because results computed from the rows (such as reference log-probabilities) depend on them.
     """
     limit = max_length if max_length is not None and truncation_mode == "keep_start" else None
     if not isinstance(dataset, Dataset):
@@ -38,7 +38,7 @@ def drop_overlong(
 
 
 class _warned_fit:
-    """Whether a streamed row has room for a completion; says so once where one has not."""
+    """Whether a streamed row has room for a completion; warns once about rows without."""
 
     def __init__(self, max_length: int, name: str):
         self.max_length = max_length

@@ -1,8 +1,8 @@
-"""The layouts of preference data that other tools write, as one table: how each is recognised, what becomes of it.
+"""The layouts of preference data that other tools write, as one table: how each is recognised and converted.
 
-A format only moves values into our columns; `messages.py` rewrites messages, `schema.py` does the rest. Formats whose
-columns and values leave one reading are taken by themselves, and the line that says so is returned; the others have to
-be asked for by name (`--format`).
+A format only moves values into our columns; `messages.py` rewrites messages, `schema.py` does the rest. Formats
+whose columns and values have only one meaning are used automatically, and a line about it is returned. The others
+must be named with `--format`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prefopt.safety.errors import did_you_mean
 Row = dict[str, Any]
 
 IMPLICIT = "implicit"
-"""Not a layout of columns: says that `chosen` and `rejected` begin with their prompt, as a person knows."""
+"""Not a layout of columns: the user states that `chosen` and `rejected` begin with their prompt."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Format:
     """One layout.
 
     Attributes:
-        name: what `--format` calls it.
-        about: whose it is, in a few words.
+        name: for `--format`.
+        about: where it comes from, in a few words.
         columns: our column -> where its value is, a column or a field of one (`input.messages`).
         also: columns that belong to the layout and may be missing.
-        fits: whether the values of a row are what the layout says.
-        row: what is left to do once the values are in our columns.
-        automatic: taken without being asked for, as its columns and values have one reading.
+        fits: whether the values of a row fit the layout.
+        row: the last conversion, once the values are in our columns.
+        automatic: used without `--format`, because its columns and values have only one meaning.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Format:
 
 
 def _opens_turn(messages: Any) -> bool:
-    """Messages to be answered: they end with what a user or a tool says."""
+    """Messages without their answer: they end with a user or a tool."""
     messages = as_messages(messages)
     return isinstance(messages, list) and bool(messages) and role(messages[-1]) in ("user", "tool")
 
@@ -77,7 +77,7 @@ def _ends_answered(messages: Any) -> bool:
 
 
 def _split(row: Row) -> Row:
-    """Whole conversation in `prompt` and `chosen`: all up to the last user's turn, and the answer behind it."""
+    """Whole conversation in `prompt` and `chosen`: all up to the last user's turn, and the answer after it."""
     messages = as_messages(row["chosen"])
     if not _is_conversation(messages):
         return {"prompt": None, "chosen": messages}
@@ -174,9 +174,9 @@ NAMES = (*dict.fromkeys(layout.name for layout in FORMATS), IMPLICIT)
 def read_format(
     dataset: Dataset | IterableDataset, name: str | None = None
 ) -> tuple[Dataset | IterableDataset, dict[str, str], str]:
-    """The dataset with the values of its layout in our columns, where each came from, and a line that says so.
+    """The dataset with the values of its layout in our columns, the origin of each, and a line about the layout.
 
-    The last two are empty where nothing was to be done.
+    The last two are empty if nothing was done.
 
     Raises:
         DataError: for an unknown `name`, or one that the dataset's columns or values do not fit.
@@ -209,7 +209,7 @@ def _recognised(dataset: Dataset | IterableDataset, names: Sequence[str]) -> For
 
 
 def _most_fit(layout: Format, rows: Sequence[Any]) -> bool:
-    # A few broken rows do not make another layout of it; validation reports them.
+    # A few broken rows do not change the layout; validation reports them.
     return bool(rows) and 2 * sum(map(layout.fits, rows)) > len(rows)
 
 
@@ -232,7 +232,7 @@ def _asked_for(dataset: Dataset | IterableDataset, name: str, names: Sequence[st
 
 
 def format_advice(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The `--format` that rows fit which is not taken by itself; empty where none is."""
+    """The `--format` that fits the rows and is not automatic; empty if there is none."""
     fitting = [layout for layout in FORMATS if not layout.automatic and layout.needs <= set(names)]
     layout = next((layout for layout in fitting if _most_fit(layout, rows)), None)
     return "" if layout is None else f"They fit {layout.name} ({layout.about}): pass --format {layout.name}."

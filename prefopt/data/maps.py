@@ -11,7 +11,7 @@ from pyarrow.lib import ArrowException  # type: ignore[import-untyped]
 from prefopt.data.errors import DataError
 
 PEEKED_ROWS = 64
-"""Rows that are looked at to tell how a column is written."""
+"""Number of rows that decide how a column is written."""
 MESSAGE = '{"role", "content"}'
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 
@@ -23,9 +23,9 @@ def map_rows(
     desc: str,
     remove: Sequence[str] = (),
 ) -> Dataset | IterableDataset:
-    """`dataset.map`; `changed` has the types of the columns that `function` returns, None for one to be inferred.
+    """`dataset.map`; `changed` has the types of the columns that `function` returns, None to infer a type.
 
-    Left to be guessed, a first batch of empty prompts fixes a wrong type.
+    Without them, a first batch of empty prompts would fix a wrong type.
     """
     options: dict[str, Any] = {"remove_columns": list(remove)} if remove else {}
     if dataset.features is not None and all(feature is not None for feature in changed.values()):

@@ -1,7 +1,6 @@
-"""One value of a column as a list of messages, however it is written: `from`/`value`, JSON text and more.
+"""One value of a column as a list of messages, from any form: `from`/`value`, JSON text and more.
 
-Nothing here knows of datasets or columns. A value that is none of these comes back as it is, so that validation can
-report it.
+Nothing here knows about datasets or columns. Any other value is returned unchanged, so that validation can report it.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
     **{role: role for role in ("system", "user", "assistant", "tool")},
 }
-"""What speakers are called elsewhere, in any case; others are left for validation to report."""
+"""Other names of speakers, in any case; validation reports unknown ones."""
 
 UNREADABLE = "text among messages"
-"""The role under which a text that cannot be read is kept in a column of messages, for reports to show it."""
+"""The role of an unreadable text in a column of messages, so that reports can show it."""
 
 _OPENING = re.compile(r"""\s*\[?\s*\{\s*["']""")
 _SPEAKER_KEY = re.compile(r"""["'](role|from)["']\s*:\s*["']""")
@@ -43,10 +42,10 @@ def without_nulls(value: Any) -> Any:
 
 
 def read_json(value: Any) -> Any:
-    """What JSON text holds, None for blank text; any other value as it is.
+    """The value of JSON text, None for blank text; any other value unchanged.
 
     Raises:
-        ValueError: for text that is no JSON.
+        ValueError: for text that is not JSON.
     """
     if not isinstance(value, str):
         return value
@@ -54,7 +53,7 @@ def read_json(value: Any) -> Any:
 
 
 def same_texts(left: Any, right: Any) -> bool:
-    """Equality of texts, messages or lists of them, a null field being the same as a missing one."""
+    """Equality of texts, messages or lists of them, where a null field equals a missing one."""
     return left == right or bool(without_nulls(left) == without_nulls(right))
 
 
@@ -74,7 +73,7 @@ def writing(value: Any) -> str | None:
 
 
 def as_messages(value: Any) -> Any:
-    """A list of `role`/`content` messages, where the value is messages written in another way; else the value."""
+    """A list of `role`/`content` messages if the value is messages in another form; else the value."""
     if isinstance(value, str):
         parsed = _parsed(value)
         return value if parsed is None else as_messages(parsed)
@@ -88,14 +87,14 @@ def as_messages(value: Any) -> Any:
 
 
 def looks_like_messages(text: Any) -> bool:
-    """Whether a text begins as the JSON or Python text of messages does, readable or not."""
+    """Whether a text begins like the JSON or Python text of messages, readable or not."""
     return isinstance(text, str) and bool(
         _OPENING.match(text) and _SPEAKER_KEY.search(text) and _TEXT_KEY.search(text)
     )
 
 
 def plain_text(value: Any) -> str:
-    """All text of a value, to look for one text in another: contents of messages one after the other."""
+    """All text of a value, to search in: the contents of messages joined."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
@@ -150,7 +149,7 @@ def _renamed(message: Mapping[str, Any]) -> Message:
 
 
 def _call(text: Any) -> dict[str, str] | None:
-    """Name and arguments, the arguments as JSON text: objects of several functions fit in no one Arrow type."""
+    """Name and arguments, the arguments as JSON text: objects of several functions do not fit one Arrow type."""
     try:
         call = json.loads(text)
         return {"name": str(call["name"]), "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
@@ -167,7 +166,7 @@ def _parsed(text: str) -> Any:
         value = json.loads(stripped)
     except (ValueError, RecursionError):
         try:
-            # An array of numpy has no commas between its items, which stand on lines of their own.
+            # An array of numpy has no commas between its items, which are on separate lines.
             literal = _BETWEEN_ITEMS.sub("}, {", stripped)
             value = ast.literal_eval(literal) if len(literal) <= _LONGEST_LITERAL else None
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -1,4 +1,4 @@
-"""Several sources in one set: parsing `a.jsonl:0.7,b.jsonl:0.3` and drawing rows by those weights.
+"""Several sources in one set: parses `a.jsonl:0.7,b.jsonl:0.3` and draws rows with those weights.
 
 Every mixed row says where it came from, in the columns `source` and `row`, so that reports can name it. It may
 import datasets and this folder's schema and errors.
@@ -23,9 +23,9 @@ Source = tuple[str, float | None]
 
 
 def parse_sources(text: str) -> list[Source]:
-    """`"a.jsonl:0.7,b.jsonl:0.3"` -> `[("a.jsonl", 0.7), ("b.jsonl", 0.3)]`; the weight is None where none is given.
+    """`"a.jsonl:0.7,b.jsonl:0.3"` -> `[("a.jsonl", 0.7), ("b.jsonl", 0.3)]`; the weight is None without a number.
 
-    All sources carry a weight or none does. Weights are relative: `7` and `3` mean the same as `0.7` and `0.3`.
+    All sources have a weight or none has. Weights are relative: `7` and `3` mean the same as `0.7` and `0.3`.
     """
     sources: list[Source] = []
     for part in (part.strip() for part in text.split(",")):
@@ -61,8 +61,8 @@ def _parse_source(part: str, text: str) -> Source:
 def with_origin(dataset: Dataset | IterableDataset, source: str) -> Dataset | IterableDataset:
     """Adds `source` (its name) and `row` (the number of the row in it, from 0).
 
-    A `source` column of the dataset's own is kept behind the name, as in `a.jsonl:math`. A dataset that has both
-    columns already is returned as it is.
+    A `source` column in the dataset is added to the name, as in `a.jsonl:math`. A dataset that already has both
+    columns is returned unchanged.
     """
     names = column_names(dataset)
     if "source" in names and "row" in names:
@@ -84,8 +84,8 @@ def mix(
 ) -> Dataset | IterableDataset:
     """One dataset of normalised `sources` (name -> dataset), drawn at random in proportion to `weights`.
 
-    Drawing goes on until the last source has been seen to its end, so no row is lost; a source that ends earlier
-    starts again (with the weights 0.9 and 0.1 and equal sizes, the first is seen about nine times). Without weights
+    Drawing continues until every source was used completely, so no row is lost; a source that ends earlier
+    starts again (with the weights 0.9 and 0.1 and equal sizes, the first is used about nine times). Without weights
     every row comes exactly once: shuffled, or for streams one source after the other. Deterministic for a seed.
     """
     if not sources:
@@ -115,9 +115,9 @@ def mix(
 
 
 def in_proportion(sources: Mapping[str, Dataset], weights: Sequence[float], seed: int = 0) -> dict[str, Dataset]:
-    """As many rows of each source, drawn at random, as its weight says, and none twice: a mixture to be measured.
+    """Rows of each source in proportion to its weight, drawn at random, none twice: a mixture to measure.
 
-    Rows know where they came from before they are drawn, as `with_origin` says it.
+    Rows get their origin before the draw, as in `with_origin`.
     """
     total = min(len(dataset) / weight for dataset, weight in zip(sources.values(), weights, strict=True))
     drawn = {}
@@ -128,7 +128,7 @@ def in_proportion(sources: Mapping[str, Dataset], weights: Sequence[float], seed
 
 
 def _draw(parts: list[Dataset], probabilities: list[float], seed: int) -> Dataset:
-    # Our own draw, not `interleave_datasets`: the same order whatever the release of datasets or numpy.
+    # Our own draw, not `interleave_datasets`: the same order for every release of datasets and numpy.
     rng = random.Random(seed)
     offsets = [sum(len(part) for part in parts[:position]) for position in range(len(parts))]
     drawn = [0] * len(parts)

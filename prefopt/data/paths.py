@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 
 def value_at(row: Any, path: str) -> Any:
-    """What stands at `path`, None where nothing does."""
+    """The value at `path`, or None."""
     if isinstance(row, Mapping) and path in row:
         return row[path]
     for name in path.split("."):
@@ -23,7 +23,7 @@ def value_at(row: Any, path: str) -> Any:
 
 
 def feature_at(dataset: Dataset | IterableDataset, path: str) -> Any:
-    """The type of what stands there; None where it is not known."""
+    """The type of the value there; None if it is not known."""
     feature: Any = dataset.features
     for name in path.split("."):
         if name.isdigit():

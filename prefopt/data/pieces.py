@@ -1,7 +1,7 @@
-"""The texts of a message that its tokens must hold, and whether a decoded text holds them.
+"""The texts of a message that its tokens must contain, and whether a decoded text contains them.
 
 Texts are compared without white space, which templates trim and tokenizers may move, and in the form in which the
-tokenizer gives them back (a lower-casing one, or one that normalises characters). Imports `conversation` alone.
+tokenizer decodes them (lower case, or normalised characters). Imports `conversation` alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.data.conversation import calls_of
 
 TAKEN = "\0"
-"""Stands where a text was found."""
+"""Replaces a text that was found."""
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 _CLOSED = re.compile(r".*(?:</[^<>\s]+>|\[/[^\[\]\s]+\]|<[^<>\s]+\|>|<\|[^<>\s]+>)", re.DOTALL)
@@ -29,9 +29,9 @@ class Piece:
     """A text of a message: its content, a thought, the name or an argument of a call.
 
     Attributes:
-        text: as the row has it.
-        what: what it is, in words.
-        forms: how a template may print it, the text itself first.
+        text: from the row.
+        what: its kind, in words.
+        forms: the ways a template may print it, the text itself first.
     """
 
     text: str
@@ -44,7 +44,7 @@ def squeeze(text: str) -> str:
 
 
 class Space:
-    """What a tokenizer makes of texts: how they read once decoded."""
+    """How a tokenizer changes texts: encoded and decoded again."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -54,16 +54,16 @@ class Space:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def known(self, text: str) -> str:
-        """Squeezed, without what stands for unknown characters: how many do, depends on what is around them."""
+        """Without white space and marks of unknown characters, whose number depends on the text around them."""
         return squeeze(text.replace(self._unknown, " ") if self._unknown else text)
 
     def _canonical(self, text: str) -> str:
         return self.known(self.decode(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
 
     def take(self, pieces: Iterable[Piece], text: str) -> tuple[list[Piece], str]:
-        """The pieces that `text` (squeezed) does not hold, each for itself, and what is left of it."""
+        """The pieces that `text` (without white space) does not contain, and the rest of `text`."""
         missing = []
-        # Long ones first, so that a short one is not found inside of them.
+        # Long ones first, so that a short one is not found inside them.
         for piece in sorted(pieces, key=lambda piece: -len(piece.text)):
             found = next((form for form in self.forms(*piece.forms) if form in text), None)
             if found is None:
@@ -73,13 +73,13 @@ class Space:
         return missing, text
 
     def forms(self, *texts: str) -> Iterator[str]:
-        """How texts read: as they are, then (which takes longer) as the tokenizer gives them back."""
+        """Ways to compare texts: unchanged, then (slower) as the tokenizer decodes them."""
         yield from map(self.known, texts)
         yield from map(self._canonical, texts)
 
 
 def pieces_of(message: Mapping[str, Any]) -> list[Piece]:
-    """What a message says."""
+    """The texts of a message."""
     return [*contents_of(message), *thoughts_of(message), *_calls(message)]
 
 
@@ -91,13 +91,13 @@ def contents_of(message: Mapping[str, Any]) -> list[Piece]:
 
 
 def thoughts_of(message: Mapping[str, Any]) -> list[Piece]:
-    """Thoughts that stand in a field of their own."""
+    """Thoughts in a separate field."""
     texts = [(name, message.get(name)) for name in _THOUGHTS]
     return [_piece(text, name) for name, text in texts if isinstance(text, str) and text.strip()]
 
 
 def without_thought(piece: Piece) -> Piece | None:
-    """What follows the last closing mark of a content, as `</think>`; None where there is none."""
+    """The text after the last closing mark of a content, such as `</think>`; None if there is none."""
     closed = _CLOSED.match(piece.text)
     rest = piece.text[closed.end() :] if closed else ""
     return _piece(rest, piece.what) if rest.strip() else None
@@ -140,7 +140,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _piece(value: Any, what: str) -> Piece:
     if isinstance(value, str):
         escaped = [json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
-        # Once more where JSON text stands inside of JSON.
+        # Escaped twice where JSON text is inside JSON.
         return Piece(value, what, tuple(dict.fromkeys([value, *escaped])))
     forms = [json.dumps(value, default=str), str(value)]
     return Piece(str(value), what, tuple(dict.fromkeys([*forms, f"{value:g}"] if type(value) is float else forms)))

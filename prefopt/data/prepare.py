@@ -1,4 +1,4 @@
-"""From rows to checked ids, in one pass: the road of the Python API and of streams.
+"""From rows to checked ids in one pass, for the Python API and for streams.
 
 A map-style set is refused as a whole, with every bad row in the message; a stream at its first bad row. It imports
 datasets and the rest of this folder.
@@ -29,25 +29,25 @@ Say = Callable[[str], None]
 
 
 def silent(line: str) -> None:
-    """Says nothing."""
+    """Prints nothing."""
 
 
 _FOUND = "found in this row"
 _DROPPED_LATER = "no room for a completion"
-"""`drop_overlong` drops these rows and says so."""
+"""`drop_overlong` drops these rows with a warning."""
 
 _NUMBERS = ("label", "weight", *GIVEN_LOGPS, "source", "row")
-"""What is looked at of a row beside its ids."""
+"""Columns that are checked besides the ids."""
 
 _LABELS_SEEN = 1000
-"""After so many rows of a stream with one and the same label, that is worth a word."""
+"""After this many rows of a stream with the same label, a note is printed."""
 
 _CHECKED: ContextVar[bool] = ContextVar("rows are checked", default=False)
 
 
 @contextlib.contextmanager
 def rows_are_checked() -> Iterator[None]:
-    """Inside, map-style sets are only tokenized: `validate` has seen their rows. Streams are checked all the same."""
+    """Inside, map-style sets are only tokenized, because `validate` checked their rows. Streams are still checked."""
     token = _CHECKED.set(True)
     try:
         yield
@@ -71,15 +71,15 @@ def tokenize_checked(
     Args:
         dataset: normalised, without ids.
         processing_class: the tokenizer or processor.
-        max_length: longest prompt and completion; prompts that leave no room are left to `drop_overlong`.
+        max_length: longest prompt and completion; `drop_overlong` handles prompts that leave no room.
         truncation_mode: TRL's.
-        name: what to call the set.
+        name: of the set, for messages.
         roles: what the objective is about.
         num_proc: processes to tokenize with.
-        say: told each warning and note, once.
+        say: called with each warning and note, once.
 
     Raises:
-        DataError: naming the rows that cannot be trained on; for a stream, when its first one comes.
+        DataError: naming the rows that cannot be trained on; for a stream, at the first such row.
     """
     if isinstance(dataset, Dataset) and _CHECKED.get():
         return tokenize_dataset(dataset, processing_class, num_proc, name)
@@ -95,7 +95,7 @@ def tokenize_checked(
 
 
 def without_tensors(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The set with rows of lists, where its format was set to tensors or arrays: their `+` adds numbers."""
+    """The set with rows of lists if its format is tensors or arrays, whose `+` would add numbers."""
     if isinstance(dataset, Dataset):
         return dataset if dataset.format["type"] in (None, "custom") else dataset.with_format(None)
     return dataset.with_format(None) if isinstance(dataset, IterableDataset) else dataset
@@ -110,7 +110,7 @@ def check_ids(
     roles: Collection[str] = ("chosen", "rejected"),
     say: Say = silent,
 ) -> Dataset | IterableDataset:
-    """What can be checked of rows that come as token ids; arguments and errors are those of `tokenize_checked`."""
+    """The checks for rows that are token ids; arguments and errors as in `tokenize_checked`."""
     columns = column_names(dataset)
     sides = ("completion",) if "completion_ids" in columns else ("chosen", "rejected")
     refuse_partial_ids(columns, sides)

@@ -1,6 +1,6 @@
-"""The catalogue of problems: how grave each is, what it means, what to do. Reports list them in this order.
+"""The catalogue of problems: severity, meaning, and what to do. Reports list them in this order.
 
-An error makes a row unfit for training, a warning leaves the row in, and an info is only worth knowing.
+An error makes a row unusable for training, a warning keeps the row, and an info is for the user to know.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ _OF_ROWS = {
         "Nothing to do if the model was trained so. Otherwise add {{ bos_token }} to the template.",
     ),
 }
-"""Problems of a row as a whole, or of its columns that are no texts."""
+"""Problems of a row as a whole, or of its columns without texts."""
 
 
 def _catalogue() -> dict[str, Kind]:
@@ -229,7 +229,7 @@ def _catalogue() -> dict[str, Kind]:
         ),
     }
     for column in ("prompt", "chosen", "rejected", "completion"):
-        # A prompt may have been looked for in front of the completions: there need not be a column of that name.
+        # The prompt may be the beginning of the completions: there may be no column of that name.
         what = "The prompt" if column == "prompt" else f"Column '{column}'"
         kinds[f"null {column}"] = Kind("error", f"{what} is null.", "Fill it in or delete the row.")
         kinds[f"empty {column}"] = Kind(

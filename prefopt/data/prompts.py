@@ -1,7 +1,7 @@
-"""Where the prompt of a pair is when there is no column `prompt`: in front of both completions, or in another column.
+"""Where the prompt of a pair is without a column `prompt`: at the start of both completions, or in another column.
 
-Cutting it out of plain answers would train on half an answer without its question, so what is not clear is asked
-about. Imports this folder's columns and messages.
+Cutting it out of plain answers would train on half an answer without its question, so unclear cases are errors
+that ask. Imports this folder's columns and messages.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from prefopt.data.messages import as_messages, plain_text, role, same_texts, wit
 Row = Mapping[str, Any]
 
 CONTEXT = ("input", "history", "system")
-"""Columns that become a part of the prompt where they are mapped: its end, turns before it, a system message first."""
+"""Columns that become part of the prompt if they are mapped: its end, turns before it, a system message first."""
 
 _ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 _SHARING = 0.9
-"""Least share of rows whose two texts begin alike where the prompt is in front of them; bad rows make up the rest."""
+"""Minimum share of rows whose two texts have a common start if the prompt is there; the rest are bad rows."""
 _DISTINCT_FROM = 4
-"""Rows from which on one beginning that all share is taken for a phrase of the answers, and no prompt."""
+"""From this many rows on, one beginning in all rows counts as a phrase of the answers, not as a prompt."""
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """The shared beginning of two whole conversations or texts, and what is left of each.
+    """The shared beginning of two whole conversations or texts, and the rest of each.
 
     Messages: the leading messages that are equal. Text: the common prefix, cut back to a word boundary, the space
     before the first differing word going to the completions (that is how tokenizers cut words). At least one message
@@ -61,7 +61,7 @@ def _word_boundary(left: str, right: str, cut: int) -> int:
 
 
 def check_implicit(names: Sequence[str], rows: Sequence[Row]) -> None:
-    """Refuses pairs without a column `prompt` where the prompt may not be in front of chosen and rejected.
+    """Refuses pairs without a column `prompt` if the prompt may not be at the start of chosen and rejected.
 
     Raises:
         DataError: naming the column that looks like the prompt and the `--columns` to pass, or saying that both sides
@@ -70,7 +70,7 @@ def check_implicit(names: Sequence[str], rows: Sequence[Row]) -> None:
     pairs = [row for row in rows if _comparable(row.get("chosen"), row.get("rejected"))]
     shared = [extract_prompt(row["chosen"], row["rejected"])[0] for row in pairs]
     if any(isinstance(part, list) for part in shared):
-        # Whole conversations say by their roles what the prompt is.
+        # In whole conversations the roles show what the prompt is.
         whole = [any(role(message) == "user" for message in part) for part in shared if isinstance(part, list)]
         if 2 * sum(whole) > len(whole):
             return
@@ -100,7 +100,7 @@ def _comparable(chosen: Any, rejected: Any) -> bool:
 
 
 def _are_prompts(pairs: Sequence[Row], shared: Sequence[Any]) -> bool:
-    """Whether what the two sides share is there in (nearly) every row, whole words, and not one phrase for all."""
+    """Whether the two sides share whole words in (nearly) every row, and not one phrase in all rows."""
     if any(isinstance(part, list) for part in shared):
         return False
     whole = [
@@ -119,7 +119,7 @@ def _ends_word(part: str, chosen: str, rejected: str) -> bool:
 
 
 def _candidates(names: Sequence[str], rows: Sequence[Row], shared: Sequence[Any]) -> list[str]:
-    """Columns that may be the prompt, the most telling name first; those repeated in front of both sides are not."""
+    """Columns that may be the prompt, clearest name first; those repeated at the start of both sides are left out."""
     by_alias = {alias: place for place, alias in enumerate((*ALIASES["prompt"], *ALIASES["messages"]))}
     found = []
     for name in names:
@@ -169,7 +169,7 @@ def _answers_only(pairs: Sequence[Row], shared: Sequence[Any]) -> str:
 
 
 def check_repeated(rows: Sequence[Row]) -> None:
-    """Refuses a plain prompt beside whole conversations that do not hold it: one of the two would be dropped.
+    """Refuses a plain prompt next to whole conversations that do not contain it: one of the two would be lost.
 
     Raises:
         DataError: with a row's prompt and the conversation's.
@@ -193,13 +193,13 @@ def check_repeated(rows: Sequence[Row]) -> None:
 
 
 def _says(shared: str, text: str) -> bool:
-    # A prompt may be written with a template's words around it, or without the system message.
+    # A prompt may have a template's words around it, or lack the system message.
     left, right = " ".join(shared.split()), " ".join(text.split())
     return right in left or (bool(left) and left in right)
 
 
 def add_context(dataset: Dataset | IterableDataset, mapped: Sequence[str]) -> Dataset | IterableDataset:
-    """Normalised rows with the columns `mapped` (of `CONTEXT`) made a part of the prompt, and gone."""
+    """Normalised rows with the columns `mapped` (of `CONTEXT`) moved into the prompt and removed."""
     if "input" in mapped:
         feature = dataset.features["prompt"] if dataset.features is not None else None
         dataset = map_rows(dataset, _with_input, {"prompt": feature}, "Appending input", ["input"])

@@ -1,7 +1,7 @@
 """Data that ranks, rates or compares answers and has no pairs yet: recognised, and turned into pairs on request.
 
 `pairing_advice` recognises such data by columns and values and writes the `prefopt pair` command for it; `pair` does
-what that command says. Ties make no pair and are counted.
+what that command does. Ties make no pair and are counted.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Pairing:
     """How rows become pairs: two answers and a winner, or a list of answers with ranks or scores.
 
     Attributes:
-        prompt: the column with the prompt; None where the answers are whole conversations.
+        prompt: the column with the prompt; None if the answers are whole conversations.
         first, second: the columns of the two answers.
         winner: the column that says which of the two is better, or the place (from 0) of the best of a list.
         first_wins, second_wins: its values, as text, that mean one of them; every other value is a tie.
-        answers: the column that lists the answers, texts or objects; or that holds one answer, where those of one
-            prompt are in rows of their own.
+        answers: the column that lists the answers, texts or objects; or that holds one answer, if the answers
+            to one prompt are in separate rows.
         text: the field of an object in `answers` that holds its text.
         rank, score: the field of an object, or the column with a list of numbers, that orders the answers; or the
-            columns of the first's and the second's, with a comma. The lowest rank or the highest score is the best.
-        every: all pairs of a row in place of its best and worst answer.
+            columns of the first and the second, with a comma. The lowest rank or the highest score is the best.
+        every: all pairs of a row, not only its best and worst answer.
     """
 
     prompt: str | None = None
@@ -67,7 +67,7 @@ class Pairing:
 
 
 def write_pairs(rows: Iterable[Row], how: Pairing, path: Path) -> Counter[str]:
-    """Writes the pairs of `rows` to a JSONL file and counts them; nothing is written where there are none."""
+    """Writes the pairs of `rows` to a JSONL file and counts them; writes nothing if there are none."""
     _check(how)
     found: Counter[str] = Counter()
 
@@ -181,7 +181,7 @@ def pairing_advice(names: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _two_answers(names: Sequence[str], rows: Sequence[Row]) -> str:
-    # `model_a` and `model_b` stand beside `conversation_a` and `conversation_b`: the longer texts are the answers.
+    # There may be `model_a` and `model_b` besides `conversation_a` and `conversation_b`: the answers are longer.
     pairs = _sides(names, rows, str | list)
     winner = next((name for name in names if _WINNER.fullmatch(name) and _are_verdicts(rows, name)), None)
     scores = next((found for found in _sides(names, rows, int | float) if _is_of_scores(found[0])), None)
@@ -215,7 +215,7 @@ def _two_answers(names: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _sides(names: Sequence[str], rows: Sequence[Row], values: Any) -> list[list[str]]:
-    """Pairs of columns whose names differ in their side alone, and that hold such values."""
+    """Pairs of columns whose names differ only in their side, and that hold such values."""
     sides: dict[str, list[str]] = {}
     for name in names:
         match = _SIDE.fullmatch(name)
@@ -234,7 +234,7 @@ def _are_verdicts(rows: Sequence[Row], name: str) -> bool:
 
 
 def _wins(first: str, second: str, winner: str, values: Sequence[str]) -> tuple[str, str] | None:
-    """The values that mean the first and the second answer, where names or published sets say so."""
+    """The values that mean the first and the second answer, if names or published sets define them."""
     if {first, second} & set(values):
         return first, second
     ends = {value: match[2].lower() for value in values if (match := _SIDE.fullmatch(value))}
@@ -253,7 +253,7 @@ def _wins(first: str, second: str, winner: str, values: Sequence[str]) -> tuple[
 
 
 def _other_side(value: str) -> str:
-    """`model_b` for `model_a`: the rows that were looked at may not hold both."""
+    """`model_b` for `model_a`: the first rows may not have both."""
     match = _SIDE.fullmatch(value)
     assert match is not None
     end = {**_OTHER, **{first: second for second, first in _OTHER.items()}}[match[2].lower()]
@@ -283,7 +283,7 @@ def _ranked_list(names: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _ranked_rows(names: Sequence[str], rows: Sequence[Row]) -> str:
-    """One answer and its scores a row, several rows a prompt."""
+    """One answer and its scores per row, several rows per prompt."""
     prompt = _prompt_of(names, rows)
     answer = next((name for name in _TEXT if name in names and name != prompt), None)
     numbers = [name for name in names if rows and all(_is_number(row.get(name)) for row in rows)]
@@ -337,7 +337,7 @@ def _prompt_of(names: Sequence[str], rows: Sequence[Row]) -> str | None:
 
 
 def _word(value: Any) -> str:
-    """A verdict as it is written on the command line; 1.0 is 1, since a column with a null holds floats."""
+    """A verdict as text for the command line; 1.0 is 1, since a column with a null holds floats."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

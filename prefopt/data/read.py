@@ -1,4 +1,4 @@
-"""From a name to normalised rows, for the commands and the recipes: load, read the layout, say what is not used."""
+"""From a name to normalised rows, for commands and recipes: load, recognise the layout, name unused columns."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def read_preferences(
     used: Collection[str] = (),
     say: Callable[[str], object] | None = None,
 ) -> Dataset | IterableDataset:
-    """`normalise(load_preferences(name))`; arguments as there.
+    """`normalise(load_preferences(name))`, with their arguments.
 
     Raises:
-        DataError: of both, the second with the set's name in it.
+        DataError: of both, the second with the name of the set.
     """
     loaded = load_preferences(
         name, config=config, split=split, streaming=streaming, text_columns=text_columns(columns)

@@ -1,4 +1,4 @@
-"""What was read, in lines a person checks at a glance: which columns are used, and the first row in pieces."""
+"""What was read, in lines to check at a glance: the columns that are used, and the first row in pieces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXCERPT = 90
 
 
 def described(dataset: Dataset | IterableDataset) -> Iterator[str]:
-    """Lines about a normalised dataset: its columns, those that travel along, its first row."""
+    """Lines about a normalised dataset: its columns, the other columns, its first row."""
     names = column_names(dataset)
     sides = PAIR_COLUMNS if kind(dataset) == "pair" else UNPAIRED_COLUMNS
     row = next(iter(first_rows(dataset, 1)), {})

@@ -1,8 +1,8 @@
-"""Proves that a row's tokens say what the row says, by reading them back: no template or tokenizer is known by name.
+"""Checks that a row's tokens say what the row says, by decoding them: works for any template and tokenizer.
 
-The scored tokens of a completion hold its own text, its thought and its calls, nothing of the prompt, and end once;
-the context holds every turn of the prompt, the tools and one beginning. Where that does not hold, a finding names it
-with both texts. Imports transformers and this folder's `conversation`, `pieces` and `tokenize`.
+The scored tokens of a completion must contain its text, its thought and its calls, nothing of the prompt, and one end.
+The context must contain every turn of the prompt, the tools and one beginning. Otherwise a finding shows both
+texts. Imports transformers and this folder's `conversation`, `pieces` and `tokenize`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from prefopt.data.tokenize import Tokens, encode_alone, shared, text_tokenizer, 
 
 @dataclass(frozen=True)
 class Finding:
-    """What does not hold: the kind of problem, and the texts side by side."""
+    """A failed check: the kind of problem, and the texts side by side."""
 
     kind: str
     said: str
 
 
 def round_trip(row: Row, sides: Sequence[str], tokens: Tokens, processing_class: Processing) -> list[Finding] | None:
-    """What does not hold of a row and the `tokens` made of it; None where it cannot be read back (images)."""
+    """The failed checks of a row and its `tokens`; None if it cannot be decoded (images)."""
     if isinstance(row["prompt"], list):
         if not all(_is_text(message) for name in ("prompt", *sides) for message in row[name]) or _has_images(row):
             return None
@@ -62,7 +62,7 @@ def _has_images(row: Row) -> bool:
 
 
 class _Trip:
-    """A conversation's way back from its tokens."""
+    """Decodes a conversation from its tokens."""
 
     def __init__(self, row: Row, sides: Sequence[str], tokens: Tokens, processing_class: Processing) -> None:
         self._row, self._sides, self._tokens, self._processing = row, sides, tokens, processing_class
@@ -113,25 +113,25 @@ class _Trip:
             tail = left.rpartition(TAKEN)[2]
             yield from _ending(ids, tail, scored, self._tokenizer)
             begin = self._space.known(answers_begin(self._processing))
-            # A text of unknown characters alone stands nowhere, so what is behind it is not known either.
+            # A text of unknown characters only is found nowhere, so the text after it is not known either.
             if begin and begin in tail and left.count(TAKEN) == len(pieces):
                 yield Finding("another answer begins", f"Scored tokens {_excerpt(scored)}.")
 
     @property
     def _renders(self) -> bool:
-        """Whether the ids are those of the rendered text, and not made by a method of the processor's own."""
+        """Whether the ids are those of the rendered text, and not from a method of the processor."""
         method = getattr(type(self._processing), "apply_chat_template", None)
         return method is PreTrainedTokenizerBase.apply_chat_template
 
     def _is_text(self, ids: list[int], text: str, read: str) -> bool:
-        # Some tokenizers do not give every text back as it was: then its ids are compared.
+        # Some tokenizers change texts when decoding: then compare the ids.
         if read == text:
             return True
         known = self._tokens.encodings.get(text)
         return ids == (encode_alone(text, self._tokenizer) if known is None else known)
 
     def _follows(self, index: int, scored: str, whole: str) -> bool:
-        """Whether the completion's tokens are what the rendered conversation ends with, behind the context."""
+        """Whether the completion's tokens are the end of the rendered conversation, after the context."""
         ids = self._tokens.completions[index]
         if not self._tokens.repaired[index]:
             return self._is_text(self._tokens.prompt + ids, whole, self._read + scored)
@@ -139,7 +139,7 @@ class _Trip:
         return whole.endswith(alone) and self._is_text(ids, alone, scored)
 
     def _opened(self, piece: Piece, text: str) -> bool:
-        """Whether the text begins in the generation prompt (an opening `<think>`) and goes on where that ends."""
+        """Whether the text begins in the generation prompt (an opening `<think>`) and continues where that ends."""
         before = self._space.known(self._read)
         return any(
             before.endswith(words[:cut]) and text.startswith(words[cut:])
@@ -148,7 +148,7 @@ class _Trip:
         )
 
     def _is_switch(self, piece: Piece, text: str) -> bool:
-        """Whether all that is left out are words that the template itself looks for, as `/no_think`."""
+        """Whether only words are left out that the template itself looks for, such as `/no_think`."""
         words = piece.text.split()
         template = str(getattr(self._processing, "chat_template", ""))
         other = " ".join(word for word in words if f"'{word}'" not in template and f'"{word}"' not in template)
@@ -168,13 +168,13 @@ class _Trip:
     def _scores_prompt(self, index: int, text: str, left: str, whole: str) -> bool:
         head, found, _ = left.partition(TAKEN)
         if self._tokens.repaired[index] and found and head:
-            # What the template prints first behind the context is not what the context has there.
+            # The first words that the template prints after the context differ from the context's.
             lead = self._space.known(whole).removesuffix(text)
             read = self._space.known(self._read)
             if read.startswith(lead) and _share_a_word(read[len(lead) :], head):
                 return True
         texts = [squeeze(piece.text) for message in self._prompt for piece in contents_of(message)]
-        # Words of the prompt may be the template's own: marks in their place tell which.
+        # Words of the prompt may be the template's own: replace the prompt by marks to see which.
         return any(text in left for text in texts) and any(mark in self._replaced[1 + index] for mark in self._marks)
 
     @functools.cached_property
@@ -183,7 +183,7 @@ class _Trip:
 
     @functools.cached_property
     def _replaced(self) -> list[str]:
-        """Context and scored texts of the row with a mark in the place of each prompt message's content."""
+        """Context and scored texts of the row with a mark in place of each prompt message's content."""
         prompt = [
             {**message, "content": mark} if contents_of(message) else message
             for message, mark in zip(self._row["prompt"], self._marks, strict=True)
@@ -260,7 +260,7 @@ def _adds_beginning(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _ending(ids: list[int], tail: str, scored: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
-    """`tail`: what follows the completion's own text."""
+    """`tail`: the text after the completion's own."""
     special = {*tokenizer.all_special_ids, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
     last: list[int] = []
     for token in reversed(ids):
@@ -276,7 +276,7 @@ def _ending(ids: list[int], tail: str, scored: str, tokenizer: PreTrainedTokeniz
 
 
 def is_rendered(row: Row, sides: Sequence[str], processing_class: Processing) -> bool:
-    """Whether plain text holds the marks that the chat template prints around a user's turn."""
+    """Whether plain text contains the marks that the chat template prints around a user's turn."""
     words = {mark for part in user_turn(processing_class) for mark in part.split()[-1:]}
     marks = _turn_marks(processing_class) or words
     return any(mark in row[name] for name in ("prompt", *sides) for mark in marks)

@@ -1,6 +1,6 @@
-"""What shows in a row by itself, before any token is made: nulls, empty texts, wrong types, wrong roles.
+"""Checks of a row before tokenization: nulls, empty texts, wrong types, wrong roles.
 
-Imports nothing but the catalogue of problems, the formats and the names of columns.
+Imports only the catalogue of problems, the formats and the names of columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 
 MAX_WEIGHT = 1e9
-"""Largest weight of a row: beyond it other rows do not count, and float32 does not reach far."""
+"""Largest weight of a row: with larger ones other rows have no effect, and float32 is not enough."""
 
 _NOT_THE_TEMPLATES = frozenset(
     {
@@ -37,7 +37,7 @@ _NOT_THE_TEMPLATES = frozenset(
         ),
     }
 )
-"""Arguments of `apply_chat_template` that a row may not set: they decide what is tokenized, not how it reads."""
+"""Arguments of `apply_chat_template` that a row may not set: they decide what is tokenized, not its text."""
 
 _ANSWERING = frozenset({"assistant", "tool", "function", "ipython"})
 
@@ -49,7 +49,7 @@ UNREADABLE = frozenset(
 
 
 def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator[str]:
-    """Problems that show in a row by itself, each at most once."""
+    """Problems of a single row, each at most once."""
     for kept_as, problem in ((UNPARSED, "unparseable transcript"), (UNREADABLE_TEXT, "unreadable messages")):
         if any(_is_kept_as(kept_as, row[name]) for name in ("prompt", *sides)):
             yield problem
@@ -95,7 +95,7 @@ def _holds_a_date(value: Any) -> bool:
 
 
 def is_label(value: Any) -> bool:
-    """True or false, also as the integers 1 and 0. Text, other numbers and nulls have no truth value here."""
+    """True or false, also as the integers 1 and 0. Text, other numbers and nulls are neither."""
     return isinstance(value, bool) or (type(value) is int and value in (0, 1))
 
 
@@ -144,7 +144,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _is_empty(message: Mapping[str, Any]) -> bool:
-    """Neither text nor a part (an image) nor a tool call: there is nothing to read or to learn."""
+    """Neither text nor a part (an image) nor a tool call: there is nothing to learn."""
     content = message.get("content")
     if isinstance(content, str) and content.strip():
         return False

@@ -1,6 +1,6 @@
-"""Everything that is checked of one row, wherever it comes from: a file, a recipe, the Python API or a stream.
+"""All checks of one row, from a file, a recipe, the Python API or a stream.
 
-Nothing here changes a row. It may import transformers and the rest of this folder but `validate`.
+Nothing here changes a row. It may import transformers and the rest of this folder except `validate`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from prefopt.data.tokenize import Tokens, text_tokenizer, tokens_of
 
 @dataclass
 class Checked:
-    """What was found in a row.
+    """The result for a row.
 
     Attributes:
         problems: kinds of problems.
-        said: what stands behind the explanation of a kind: the texts side by side, or what was raised.
-        ids: the row's id columns, where they were made.
+        said: the detail for a kind: the texts side by side, or the error.
+        ids: the row's id columns, if they were made.
         readable: its texts can be compared with those of other rows.
         plain: it is plain text without a mark of the chat template that the tokenizer has.
     """
@@ -53,10 +53,10 @@ class RowCheck:
     Attributes:
         sides: the columns of completions.
         columns: the columns of the data.
-        processing_class: makes the ids; without it the ids that a row has are looked at, if any.
+        processing_class: makes the ids; without it the row's own ids are checked, if any.
         max_length: longest prompt and completion, in tokens.
-        truncation_mode: which end is cut off: "keep_start" cuts completions, "keep_end" prompts.
-        vocabulary: how many tokens the model has embeddings for.
+        truncation_mode: which end is cut: "keep_start" cuts completions, "keep_end" prompts.
+        vocabulary: number of tokens with embeddings in the model.
     """
 
     sides: tuple[str, ...]
@@ -83,7 +83,7 @@ class RowCheck:
         return checked
 
     def of_ids(self, row: Row) -> Checked:
-        """What is found in a row of token ids, whatever else it holds: its texts, if any, need not be readable."""
+        """The result for a row of token ids; its texts, if any, need not be readable."""
         checked = Checked(list(number_problems(row, self.sides, list(self.columns))))
         found = self._token_problems(row, False, checked)
         # Whether their texts differ is not known.
@@ -114,7 +114,7 @@ class RowCheck:
             checked.plain = self._is_plain(row)
             for kind, said in found:
                 checked.said.setdefault(kind, said)
-            # Where there is no token at all, what is missing has been named.
+            # If there is no token at all, the missing part was already named.
             if all(completions):
                 yield from dict.fromkeys(kind for kind, _ in found)
         else:
@@ -143,7 +143,7 @@ class RowCheck:
             yield "truncated completion"
 
     def _cut_alike(self, prompt: list[int], completions: list[list[int]]) -> bool:
-        """Whether both sides are the same once they are cut as the collator cuts them."""
+        """Whether both sides are the same after the collator's cut."""
         end = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-(self.max_length or 0), None)
         left, right = ((prompt + completion)[end] for completion in completions)
         return left == right

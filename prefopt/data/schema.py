@@ -1,7 +1,7 @@
-"""Recognises the published preference formats and brings them to two: pairs and unpaired feedback.
+"""Recognises published preference formats and converts them to two: pairs and unpaired feedback.
 
 Pairs have `prompt`, `chosen`, `rejected`; unpaired rows `prompt`, `completion`, `label`. Texts are plain strings or
-lists of messages, one of the two throughout. Other columns travel along. No row is dropped or judged here.
+lists of messages, one of the two throughout. Other columns stay. No row is dropped or checked here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Style = Literal["text", "messages"]
 
 
 def kind(dataset: Dataset | IterableDataset) -> Literal["pair", "unpaired"]:
-    """Which of the two formats a normalised dataset has; an error naming its columns where it has neither."""
+    """Which of the two formats a normalised dataset has; an error with its columns if it has neither."""
     names = column_names(dataset)
     found = kind_of_columns(names)
     if found is None:
@@ -58,7 +58,7 @@ def normalise(
     used: Collection[str] = (),
     say: Callable[[str], object] | None = None,
 ) -> Dataset | IterableDataset:
-    """The dataset in canonical columns; unchanged where it has them already.
+    """The dataset in canonical columns; unchanged if it has them already.
 
     Converted are: the layouts of `formats.py`, messages written in other ways (one a side, `from`/`value`, JSON text),
     prompts left implicit in `chosen` and `rejected` (their shared beginning), Human/Assistant transcripts, plain
@@ -68,13 +68,13 @@ def normalise(
         dataset: rows as they were loaded.
         columns: our name -> the dataset's own. Mapping `system` puts a system message in front of every prompt (rows
             of plain text become conversations), mapping `input` appends its text to the prompt.
-        format: a layout's name, where it is not recognised by itself or another is meant.
-        transcripts: read Human/Assistant transcripts as conversations, not as the plain text that they are.
+        format: a layout's name, if it is not recognised or another is meant.
+        transcripts: read Human/Assistant transcripts as conversations, not as plain text.
         used: columns that the objective or the model reads; others that could matter are named.
-        say: takes the lines about the layout that was read and about columns that are not used; logged if left out.
+        say: called with lines about the layout and about unused columns; by default they are logged.
 
     Raises:
-        DataError: where no preferences are found, or where the prompt would have to be guessed.
+        DataError: if there are no preferences, or if the prompt would have to be guessed.
     """
     say = say or logger.warning
     if columns:
@@ -121,7 +121,7 @@ def _rewrite_messages(dataset: Dataset | IterableDataset) -> tuple[Dataset | Ite
 
 
 def _of_messages(feature: Any) -> Any:
-    """The type of a column once its messages are lists of `role` and `content`; None where it has to be inferred."""
+    """The type of a column once its messages are lists of `role` and `content`; None if it must be inferred."""
     feature = getattr(feature, "feature", feature)
     feature = feature[0] if isinstance(feature, list) and feature else feature
     if not isinstance(feature, Mapping):
@@ -130,7 +130,7 @@ def _of_messages(feature: Any) -> Any:
         feature = {name: inner.feature for name, inner in feature.items()}
     if "from" not in feature and "value" not in feature:
         return [feature]
-    # Whether some later row calls a function is not known, and a field that the type lacks would be lost.
+    # A later row may call a function, and a field that the type lacks would be lost.
     text = Value("string")
     calls = [{"type": text, "function": {"name": text, "arguments": text}}]
     given = {
@@ -217,7 +217,7 @@ def _pair_from_text(row: Row) -> Row:
 
 
 def _pair_from_messages(row: Row) -> Row:
-    """Completions given as messages, with no prompt, with it written plainly, or with it repeated in front."""
+    """Completions given as messages, without a prompt, with a plain one, or with the prompt repeated at the start."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if not chosen or not rejected or not isinstance(chosen, list) or not isinstance(rejected, list):
         return {"prompt": _as_messages(prompt, "user"), "chosen": chosen, "rejected": rejected}
@@ -263,10 +263,10 @@ def _from_messages(row: Row) -> Row:
 
 
 def _boolean_label(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, str]:
-    """Labels stored as the numbers 0 and 1 become booleans; any other value is left for validation to report.
+    """Labels stored as the numbers 0 and 1 become booleans; validation reports any other value.
 
     Returns:
-        The dataset, and a line that says which class of a label with named classes is read as true.
+        The dataset, and a line about which named class of a label is read as true.
     """
     feature = dataset.features.get("label") if dataset.features is not None else None
     if isinstance(feature, ClassLabel):
@@ -279,7 +279,7 @@ def _boolean_label(dataset: Dataset | IterableDataset) -> tuple[Dataset | Iterab
         return dataset, f"Column 'label' has classes: 1 ({classes.get(1)!r}) is read as true."
     if not isinstance(dataset, Dataset) or not isinstance(feature, Value):
         return dataset, ""
-    # One missing label makes floats of a CSV file's whole numbers; floats without one were floats.
+    # One missing label turns a CSV file's whole numbers into floats; without one they really were floats.
     whole, floats = re.match(r"u?int", feature.dtype), re.match(r"float", feature.dtype)
     values = set(dataset.unique("label")) if whole or floats else set()
     if (whole and values <= {0, 1, None}) or (floats and values in ({0, 1, None}, {0, None}, {1, None})):

@@ -1,7 +1,7 @@
 """Arguments of a chat template for a whole run, such as Qwen's `enable_thinking`: written into the template itself.
 
-So whatever renders with the tokenizer has them: the check, the recipe, the Python API, streams, and whoever loads the
-trained model. A row's own `chat_template_kwargs` win. It imports this folder's errors alone.
+So everything that renders with the tokenizer uses them: the check, the recipe, the Python API, streams, and users of
+the trained model. A row's own `chat_template_kwargs` take precedence. It imports this folder's errors alone.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _NOT_THE_TEMPLATES = {"messages", "tools", "add_generation_prompt", "tokenize", 
 
 
 def set_template_defaults(processing_class: Any, values: Mapping[str, Any] | None) -> None:
-    """Give the chat template of a tokenizer or processor these values where a call gives none. Twice is as once.
+    """Give the chat template of a tokenizer or processor default values for these arguments, once or again.
 
     Raises:
-        DataError: for a name that is no argument of the template.
+        DataError: for a name that is not an argument of the template.
     """
     template = getattr(processing_class, "chat_template", None)
     if not values:

@@ -1,4 +1,4 @@
-"""Chat templates are programs that come with a model: what goes wrong in one, told in words, and within a time limit.
+"""Chat templates are programs that come with a model: errors in them as messages, and a time limit.
 
 They run in the sandbox of transformers, which keeps them from Python's internals and from ranges beyond 100000, but
 not from loops within loops. It imports transformers, jinja2 and this folder's errors.
@@ -18,20 +18,20 @@ from jinja2.exceptions import SecurityError
 from prefopt.data.errors import DataError
 
 SECONDS = 10.0
-"""How much of the processor's time one row may take to render; real templates take under a millisecond."""
+"""Maximum processor seconds to render one row; real templates take under a millisecond."""
 
 _PROBE = [{"role": "user", "content": "Hello"}]
 
 
 def check_template(tokenizer: Any, where: str = "the tokenizer's chat template") -> None:
-    """Refuse a template that no conversation could be rendered with; one that merely refuses the probe passes.
+    """Refuse a template that cannot render any conversation; one that only refuses the probe passes.
 
     Args:
         tokenizer: with its template, or none.
-        where: what to call the template in the message.
+        where: the name of the template in the message.
 
     Raises:
-        DataError: for broken Jinja (with the line), for what the sandbox stops, for one that does not end.
+        DataError: for broken Jinja (with the line), for what the sandbox stops, for a template that does not end.
     """
     if not getattr(tokenizer, "chat_template", None):
         return
@@ -43,7 +43,7 @@ def check_template(tokenizer: Any, where: str = "the tokenizer's chat template")
     except DataError:
         raise
     except Exception:
-        return  # it may want a system message, tools, or parts; the rows will tell
+        return  # it may need a system message, tools, or parts; checking the rows will show it
 
 
 def template_trouble(error: Exception, where: str = "the tokenizer's chat template") -> str:
@@ -57,10 +57,10 @@ def template_trouble(error: Exception, where: str = "the tokenizer's chat templa
 
 @contextlib.contextmanager
 def time_limit(where: str) -> Iterator[None]:
-    """Raises in what is inside once it has taken `SECONDS` of processor time, so that a busy machine is no reason.
+    """Raises inside after `SECONDS` of processor time, so that a busy machine does not matter.
 
     Timers reach a process's main thread only, and not on Windows; elsewhere, or within another timer, there is no
-    limit. One long operation of C code (`10 ** 10 ** 9`) is not cut short, what follows it is.
+    limit. One long operation of C code (`10 ** 10 ** 9`) is not interrupted, the code after it is.
 
     Raises:
         DataError: naming `where`.

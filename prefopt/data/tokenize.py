@@ -1,7 +1,7 @@
 """Text to token ids, one row at a time: the prompt's tokens and each completion's.
 
-The ids are TRL's wherever the tokenized prompt begins the tokenized prompt + completion. Where it does not, the
-prompt stays whole, as the model meets it at inference (TRL cuts its end off). `round_trip` proves what comes out. It
+The ids equal TRL's if the tokenized prompt begins the tokenized prompt + completion. Otherwise the prompt stays
+whole, as at inference (TRL cuts its end off). `round_trip` checks the result. It
 imports transformers and datasets, never trl.
 """
 
@@ -24,21 +24,21 @@ from prefopt.data.templates import time_limit
 _PLACEHOLDER = "\u241fcompletion\u241f"
 
 _OPENED = re.compile(r"<([^<>/|\s]+)>\s*$")
-"""An opening mark, as `<think>`, at the end of a generation prompt."""
+"""An opening mark, such as `<think>`, at the end of a generation prompt."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A row's ids beside the texts that they were made of.
+    """A row's ids and the texts that they were made from.
 
     Attributes:
         prompt: the context's ids.
         completions: the scored ids of each side.
         repaired: of each side, whether the prompt's ids did not begin the whole's, so that it was tokenized alone.
-        prompt_text: the prompt with its generation prompt, as the template prints it or as the row has it.
+        prompt_text: the prompt with its generation prompt, from the template or from the row.
         texts: of each side, prompt and completion as one text.
         alone: of each side, the text that was tokenized alone, if it was.
-        clashes: of each side, whether it stands where the prompt alone ends otherwise: a thought, say, where the
+        clashes: of each side, whether it does not fit the end of the prompt alone: for example a thought where the
             generation prompt has an empty one, or no thought where that has opened one.
         encodings: the ids of each text that was tokenized.
     """
@@ -57,7 +57,7 @@ def tokenize_row(example: Row, processing_class: Processing, eos_token: str | No
     """`prompt_ids` with `chosen_ids` and `rejected_ids`, or with `completion_ids`, and the flag `boundary`.
 
     `boundary` is True where the tokenized prompt was not the beginning of the tokenized whole for at least one
-    completion, so that the completion was tokenized on its own behind the whole prompt. `eos_token` ends plain
+    completion, so that the completion was tokenized separately after the whole prompt. `eos_token` ends plain
     completions that do not end with it (conversations end as their template says); default: the tokenizer's.
     """
     names = sides(example)
@@ -73,7 +73,7 @@ def tokenize_dataset(
     desc: str | None = None,
     eos_token: str | None = None,
 ) -> Dataset | IterableDataset:
-    """Adds the id columns to every row of a normalised dataset; one that has them is returned untouched."""
+    """Adds the id columns to every row of a normalised dataset; one that has them is returned unchanged."""
     if "prompt_ids" in column_names(dataset):
         return dataset
     arguments = {"processing_class": processing_class, "eos_token": eos_token}
@@ -96,7 +96,7 @@ def sides(example: Row) -> tuple[str, ...]:
 def tokens_of(
     example: Row, names: Sequence[str], processing_class: Processing, eos_token: str | None = None
 ) -> Tokens:
-    """The ids of `tokenize_row` with the texts behind them."""
+    """The ids of `tokenize_row` with their texts."""
     if not isinstance(example["prompt"], list):
         return _tokenize_text(example, names, processing_class, eos_token)
     with time_limit("the chat template"):
@@ -104,7 +104,7 @@ def tokens_of(
 
 
 def text_tokenizer(processing_class: Processing) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, which a multimodal processor carries inside."""
+    """The tokenizer itself, which a multimodal processor contains."""
     if isinstance(processing_class, ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase = processing_class.tokenizer
         return tokenizer
@@ -121,14 +121,14 @@ def _tokenize_text(example: Row, names: Sequence[str], processing_class: Process
             "Set tokenizer.eos_token, or pass eos_token."
         )
     prompt_ids = encode_text(prompt, processing_class)
-    # Some tokenizers end every text with the end token; behind a prompt that does not contain it, it is no context.
+    # Some tokenizers end every text with the end token; after a prompt without it, it is not part of the context.
     eos_id = tokenizer.convert_tokens_to_ids(eos_token)
     if prompt_ids and prompt_ids[-1] == eos_id and not prompt.endswith(eos_token):
         prompt_ids = prompt_ids[:-1]
     ends = _ends(processing_class, tokenizer, eos_token)
     completions, repaired, texts = [], [], []
     for name in names:
-        # Text rendered before ends as templates end it: with white space behind the token, or with another token.
+        # Text rendered before ends as templates end it: with white space after the token, or with another token.
         text = example[name] if example[name].rstrip().endswith(ends) else example[name] + eos_token
         whole = encode_text(prompt + text, processing_class)
         if whole[-2:] == [eos_id, eos_id] and not text.rstrip().endswith(2 * eos_token):
@@ -183,12 +183,12 @@ def _start(
 ) -> tuple[int, bool]:
     """Where the completion begins in the rendered conversation, and whether it clashes with the prompt's end.
 
-    It begins behind the common beginning with the prompt alone.
+    It begins after the common beginning with the prompt alone.
 
-    A completion may itself begin like the end of the prompt (`<think>`), which the common beginning would swallow;
-    rendering a placeholder in its place shows where completions begin. Where the template prints the prompt itself
-    otherwise once an answer follows (a system message that stands with the last message only, a line break behind a
-    tool's answer), the common beginning ends too early; the completion then begins where the end of the prompt alone
+    A completion may itself begin like the end of the prompt (`<think>`), which the common beginning would include;
+    rendering a placeholder in its place shows where completions begin. If the template prints the prompt itself
+    differently once an answer follows (a system message only with the last message, a line break after a tool's
+    answer), the common beginning ends too early; the completion then begins where the end of the prompt alone
     ends in the whole. A generation prompt that opens a thought, and a completion that does not close it, clash.
     """
     start = shared(opening, whole)
@@ -218,7 +218,7 @@ def _last_text(messages: list[Any]) -> str:
 
 
 def encode_text(text: str, processing_class: Processing) -> list[int]:
-    """Plain text with the special tokens that the tokenizer adds, but for those that the text has already."""
+    """Plain text with the special tokens that the tokenizer adds, except those that the text already has."""
     ids = processing_class(text=text)["input_ids"]
     # Processors of images and text answer in batches of one.
     ids = list(ids[0] if isinstance(processing_class, ProcessorMixin) else ids)
@@ -237,7 +237,7 @@ def encode_alone(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _render_ids(messages: list[Any], processing_class: Processing, **arguments: Any) -> tuple[str, list[int]]:
-    """The rendered conversation and its ids, rendered once where transformers' own method would tokenize it."""
+    """The rendered conversation and its ids, rendered once if transformers' own method would tokenize it."""
     text = _render(messages, processing_class, **arguments)
     if getattr(type(processing_class), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template:
         return text, encode_alone(text, text_tokenizer(processing_class))

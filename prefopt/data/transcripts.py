@@ -18,7 +18,7 @@ Message = dict[str, str]
 Row = Mapping[str, Any]
 
 UNPARSED = "unparsed transcript"
-"""The role under which the whole text of a transcript that could not be parsed is kept, for reports to show it."""
+"""The role of the whole text of an unparsed transcript, so that reports can show it."""
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _OPENING = re.compile(r"\A\s*(?:Human|Assistant):")
@@ -31,10 +31,10 @@ def looks_like_transcript(text: object) -> bool:
 
 
 def parse_transcript(text: object) -> list[Message] | None:
-    """The turns of a transcript, or None where it has no speakers or does not end with the assistant.
+    """The turns of a transcript, or None if it has no speakers or does not end with the assistant.
 
-    A speaker named twice in a row (it happens in the published data) makes one message, the parts a blank line
-    apart, because many chat templates refuse two messages of one role in a row.
+    A speaker named twice in a row (it happens in the published data) makes one message, with a blank line between the
+    parts, because many chat templates refuse two messages of one role in a row.
     """
     messages = _turns(text)
     return messages if messages and messages[-1]["role"] == "assistant" else None
@@ -63,7 +63,7 @@ def _turns(text: object) -> list[Message] | None:
 
 
 def split_transcripts(chosen: object, rejected: object) -> tuple[list[Message], list[Message], list[Message]] | None:
-    """Prompt and the two completions of a transcript pair, or None where they do not make a pair.
+    """Prompt and the two completions of a transcript pair, or None if they do not make a pair.
 
     The turns that both share are the prompt. Where the two already differ before their last turns, the completion
     is everything from the first assistant turn that differs. Two that first differ in what the *human* says have no
@@ -83,7 +83,7 @@ def split_transcripts(chosen: object, rejected: object) -> tuple[list[Message], 
 
 
 def check_transcripts(names: Sequence[str], rows: Sequence[Row]) -> None:
-    """Refuses transcripts whose prompt is nowhere, or stands in a column that says something else than they do.
+    """Refuses transcripts without a prompt, or with a column that contradicts it.
 
     Raises:
         DataError: naming a row, or the column that looks like the prompt.
@@ -104,7 +104,7 @@ def check_transcripts(names: Sequence[str], rows: Sequence[Row]) -> None:
 
 
 def from_transcripts(row: Row) -> dict[str, Any]:
-    """The row of a transcript pair as messages; its prompt is in front of both answers, or in a column of its own."""
+    """The row of a transcript pair as messages; its prompt is at the start of both, or in a column."""
     parts = split_transcripts(row["chosen"], row["rejected"])
     given = row.get("prompt")
     if parts is None or (parts[0] and not _repeats(parts[0], given)):
@@ -123,6 +123,6 @@ def _prompt_messages(given: Any) -> list[Any]:
 
 
 def _repeats(prompt: Sequence[Message], given: Any) -> bool:
-    """Whether a transcript's prompt holds all that the prompt column says."""
+    """Whether a transcript's prompt contains the whole prompt column."""
     said = plain_text(list(prompt))
     return all(plain_text(message).strip() in said for message in _prompt_messages(given))

@@ -1,6 +1,6 @@
-"""Columns that could matter and are not used: named once, with what would use them; empty ones for images are dropped.
+"""Columns that could matter and are not used: named once, with the option that uses them; drops empty image columns.
 
-Ids, sources and other words about a row are nobody's business and are never named.
+Ids, sources and other metadata are never named.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _TOOLS = re.compile(r"(available_)?(tools|functions)", re.IGNORECASE)
 
 
 def unused_columns(dataset: Dataset | IterableDataset, used: Collection[str] = ()) -> dict[str, str]:
-    """Columns of a normalised dataset that hold something, could matter and are not used -> what would use them.
+    """Columns of a normalised dataset that have values, could matter and are unused -> the option that uses them.
 
     Args:
         dataset: in canonical columns.
-        used: columns that the objective or the model reads, beside those that are always read.
+        used: columns that the objective or the model reads, besides those that are always read.
     """
     names = [name for name in column_names(dataset) if name not in {*used, "weight"}]
     rows = first_rows(dataset, PEEKED_ROWS)
@@ -43,7 +43,7 @@ def unused_columns(dataset: Dataset | IterableDataset, used: Collection[str] = (
 
 
 def unused_line(unused: dict[str, str]) -> str:
-    """One line that names them, columns with one remedy together; empty where there are none."""
+    """One line that names them, columns with one remedy together; empty if there are none."""
     by_hint: dict[str, list[str]] = {}
     for name, hint in unused.items():
         by_hint.setdefault(hint, []).append(name)
@@ -82,7 +82,7 @@ def _has_content(value: Any) -> bool:
 
 
 def without_empty_media(dataset: Any) -> Any:
-    """The dataset without columns for images and the like that hold nothing; trainers go by the name of a column.
+    """The dataset without empty columns for images and the like; trainers decide by the name of a column.
 
     Raises:
         DataError: from a stream, as soon as a row fills a column that its first rows left empty.
@@ -111,6 +111,6 @@ def without_empty_media(dataset: Any) -> Any:
 
 
 def _is_blank(dataset: Dataset, name: str) -> bool:
-    # Not decoded: whether there is an image can be told without opening it.
+    # Not decoded: no need to open an image to see that there is one.
     column = dataset.select_columns(name).with_format("arrow")
     return not any(_has_content(value) for batch in column.iter(1000) for value in batch[name].to_pylist())

@@ -1,4 +1,4 @@
-"""Looks once through a normalised dataset and reports every row that would train wrongly; drops them if asked.
+"""Reports, in one pass, every row of a normalised dataset that would train wrongly; can drop them.
 
 Nothing here changes a row. It may import datasets, transformers and the rest of this folder.
 """
@@ -38,10 +38,10 @@ def validate(
 ) -> Report:
     """Every problem of a normalised dataset, in one pass.
 
-    Lengths are checked where `max_length` is given, from the ids that the rows have (see `tokenize_dataset`) or with
-    `tokenizer`; with a tokenizer the ids that it makes are also read back (see `round_trip`). `truncation_mode` is
-    TRL's. `vocabulary` is the number of tokens that the model has embeddings for. Labels of one kind are noted where
-    the objective's `roles` are both.
+    Lengths are checked if `max_length` is given, from the ids that the rows have (see `tokenize_dataset`) or with
+    `tokenizer`; with a tokenizer its ids are also decoded and compared (see `round_trip`). `truncation_mode` is
+    TRL's. `vocabulary` is the number of tokens that the model has embeddings for. Labels of only one kind are noted if
+    the objective has both `roles`.
     """
     columns = column_names(dataset)
     if max_length is not None and tokenizer is None and "prompt_ids" not in columns:
@@ -68,7 +68,7 @@ def row_check(
 
 
 class Findings:
-    """Collects what was found row by row, with what only shows between rows."""
+    """Collects the results of single rows, and of comparisons between rows."""
 
     def __init__(self, sides: tuple[str, ...], roles: Collection[str] = ("chosen", "rejected")) -> None:
         self._roles = frozenset(roles)
@@ -140,9 +140,9 @@ def clean(
     on_bad_rows: Literal["error", "drop"] = "error",
     dropped_path: str | os.PathLike[str] | None = None,
 ) -> Dataset | IterableDataset:
-    """The dataset without the rows that have errors: refused (`error`), or removed and written down (`drop`).
+    """The dataset without the rows that have errors: an error (`error`), or removed and written to a file (`drop`).
 
-    The file at `dropped_path` holds one JSON object a line: the row's number, its reasons and the row itself.
+    The file at `dropped_path` holds one JSON object per line: the row's number, its reasons and the row itself.
     """
     if on_bad_rows not in ("error", "drop"):
         raise UsageError(f"on_bad_rows is {on_bad_rows!r}; it must be 'error' or 'drop'.")
@@ -190,7 +190,7 @@ def _write_dropped(dataset: Dataset | IterableDataset, report: Report, bad: list
 
 
 def refuse_partial_ids(names: list[str], sides: tuple[str, ...]) -> None:
-    """Ids come all together or not at all."""
+    """Either all ids are there or none."""
     wanted = ("prompt_ids", *(f"{side}_ids" for side in sides))
     found = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids") if name in names]
     if found and set(found) != set(wanted):
@@ -201,7 +201,7 @@ def refuse_partial_ids(names: list[str], sides: tuple[str, ...]) -> None:
 
 
 class _Repeats:
-    """Remembers every row's texts as digests (16 bytes each), to find the same pair or its contradiction again."""
+    """Stores every row's texts as digests (16 bytes each), to find repeated or contradicting pairs."""
 
     def __init__(self, sides: tuple[str, ...]) -> None:
         self._sides = sides

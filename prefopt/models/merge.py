@@ -5,9 +5,11 @@ Imports transformers and peft. Runs no code from a model's repository and reads 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from prefopt.models import base_sample
 from prefopt.models.load import adapter_base, load_tokenizer
 from prefopt.report.card import code, is_hub_id, loading
-from prefopt.safety.errors import PrefoptError
+from prefopt.safety.errors import PrefoptError, retold
 from prefopt.safety.folders import check_one_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -124,20 +126,20 @@ def _adapter_folder(adapter: str) -> Path:
     try:
         check_one_model(folder)
     except ValueError as error:
-        raise MergeError(f"{error}") from None
+        raise MergeError(error) from None
     if not (folder / "adapter_config.json").is_file():
-        nested = sorted(found.parent.name for found in folder.glob("*/adapter_config.json"))
+        nested = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
         hint = f" There are adapters in {', '.join(nested)}." if nested else ""
         whole = " It holds whole weights, which need no merging." if (folder / "config.json").is_file() else ""
         raise MergeError(f"{folder} holds no adapter: there is no adapter_config.json.{whole}{hint}")
-    if not (folder / "adapter_model.safetensors").is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise MergeError(
-                f"{folder} holds pickled weights (adapter_model.bin), which can run code when they are read: save the "
-                "adapter anew as safetensors where you trust it, then merge that"
-            )
-        raise MergeError(f"{folder} holds an adapter's configuration but no adapter_model.safetensors")
-    return folder
+    if (folder / "adapter_model.safetensors").is_file():
+        return folder
+    if (folder / "adapter_model.bin").is_file():
+        raise MergeError(
+            f"{folder} holds pickled weights (adapter_model.bin), which can run code when they are read: save the "
+            "adapter again as safetensors where you trust it, then merge that"
+        )
+    raise MergeError(f"{folder} holds an adapter's configuration but no adapter_model.safetensors")
 
 
 def _refuse_used(target: Path) -> None:
@@ -146,10 +148,9 @@ def _refuse_used(target: Path) -> None:
 
 
 def _adapter_config(folder: Path) -> Any:
-    try:
+    unreadable = (OSError, ValueError, TypeError, KeyError)
+    with retold(MergeError, f"{folder / 'adapter_config.json'} cannot be read", unreadable):
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise MergeError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from None
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
         raise MergeError(
@@ -176,10 +177,8 @@ def _check_base(name: str, folder: Path, given: bool) -> None:
             )
     elif not is_hub_id(name):
         raise MergeError(f"{option} names {name!r}, which is not on this machine: give the base model with --base")
-    try:
+    with _loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise MergeError(_about_base(name, error)) from None
     if (method := getattr(config, "quantization_config", None)) is not None:
         kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", "")
         raise MergeError(
@@ -188,15 +187,20 @@ def _check_base(name: str, folder: Path, given: bool) -> None:
         )
 
 
-def _about_base(name: str, error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return f"the base, {name}, brings code of its own, and merge does not run code from a model's repository"
-    if "safetensors" in str(error):
-        return (
-            f"the base, {name}, has no safetensors weights, and pickled ones can run code when they are read: save it "
-            "anew as safetensors where you trust it, and give that with --base"
-        )
-    return f"the base, {name}, cannot be loaded: {error}"
+@contextlib.contextmanager
+def _loading(base: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        why = f"cannot be loaded: {error}"
+        if "trust_remote_code" in str(error):
+            why = "brings code of its own, and merge does not run code from a model's repository"
+        elif "safetensors" in str(error):
+            why = (
+                "has no safetensors weights, and pickled ones can run code when they are read: save it again as "
+                "safetensors where you trust it, and give that with --base"
+            )
+        raise MergeError(f"the base, {base}, {why}") from None
 
 
 # ---- the work ----------------------------------------------------------------------------------------------------
@@ -228,15 +232,11 @@ def _adapted(base: str, folder: Path, dtype: str | None) -> Any:
         raise MergeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     config = AutoConfig.from_pretrained(base)
     kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-    try:
+    with _loading(base):
         model = kind.from_pretrained(base, dtype=DTYPES.get(dtype or "", "auto"), use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise MergeError(_about_base(base, error)) from None
-    try:
+    unfit = f"the adapter in {folder} does not fit {base}. Is it the right base? What peft says"
+    with retold(MergeError, unfit, (RuntimeError, ValueError, KeyError)):
         return PeftModel.from_pretrained(model, str(folder)).eval()
-    except (RuntimeError, ValueError, KeyError) as error:
-        first = re.sub(r"\s+", " ", str(error))[:400]
-        raise MergeError(f"the adapter in {folder} does not fit {base}: {first}. Is it the right base?") from None
 
 
 def _some_ids(tokenizer: Any, model: Any) -> list[list[int]]:
@@ -250,12 +250,12 @@ def _some_ids(tokenizer: Any, model: Any) -> list[list[int]]:
 @torch.inference_mode()
 def _log_probabilities(model: Any, rows: list[list[int]]) -> Tensor:
     """(T,) log-probability of every token but the first of each row, in float32."""
-    found = []
+    logps = []
     for row in rows:
         ids = torch.tensor([row], device=model.device)
         logits = model(input_ids=ids).logits[0, :-1].float()
-        found.append(torch.log_softmax(logits, dim=-1).gather(-1, ids[0, 1:, None]).squeeze(-1))
-    return torch.cat(found)
+        logps.append(torch.log_softmax(logits, dim=-1).gather(-1, ids[0, 1:, None]).squeeze(-1))
+    return torch.cat(logps)
 
 
 def _untie(model: Any) -> None:
@@ -274,11 +274,10 @@ def _fold(model: Any, config: Any) -> PreTrainedModel:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise MergeError(f"{kind} adapters cannot be merged: peft has no way to. Load it with peft instead")
-    try:
+    unable = (ValueError, NotImplementedError, AttributeError)
+    with retold(MergeError, f"this {kind} adapter cannot be merged", unable):
         whole: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError, AttributeError) as error:
-        raise MergeError(f"this {kind} adapter cannot be merged: {error}") from None
-    return whole
+        return whole
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, adapter: Path, merged: Merged) -> None:

@@ -195,35 +195,30 @@ def loading(
     load_from: str, base_model: str | None, adapter: str | None, chat: bool = True, converted_base: bool = False
 ) -> str:
     """How to load the folder with transformers (and peft), as Markdown."""
-    name = repr(redact(load_from))
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    note = ""
+    name, note = repr(redact(load_from)), ""
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    model = f"model = AutoModelForCausalLM.from_pretrained({name})"
     if adapter:
+        imports += "\nfrom peft import PeftModel"
         base = repr(_public(base_model or "the base model"))
-        lines += ["from peft import PeftModel"]
         if converted_base:
-            lines += ["from prefopt.models.bundled import converted_model"]
+            imports += "\nfrom prefopt.models.bundled import converted_model"
             base = "converted_model()"
-        lines += ["", f"base = AutoModelForCausalLM.from_pretrained({base})"]
-        lines += [f"model = PeftModel.from_pretrained(base, {name})"]
-        if not (converted_base or is_hub_id(base_model)):
+        elif not is_hub_id(base_model):
             note = "\n\nThe base model is not on the Hub under this name: give its place."
+        model = f"base = AutoModelForCausalLM.from_pretrained({base})\nmodel = PeftModel.from_pretrained(base, {name})"
         note += "\n\n`prefopt merge` folds the adapter into its base."
-    else:
-        lines += ["", f"model = AutoModelForCausalLM.from_pretrained({name})"]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})", ""]
-    if chat:
-        lines += [
-            'chat = [{"role": "user", "content": "How does a bridge carry its load?"}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-            ")",
-        ]
-    else:
-        lines += ['inputs = tokenizer("How does a bridge carry its load?", return_tensors="pt")']
-    lines += ["answer = model.generate(**inputs, max_new_tokens=128)"]
-    lines += ['print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
-    return block("\n".join(lines), "python") + note
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
+    return block(f"{imports}\n\n{model}\n{tokenizer}\n\n{_CHAT if chat else _TEXT}\n{_ANSWER}", "python") + note
+
+
+_CHAT = """chat = [{"role": "user", "content": "How does a bridge carry its load?"}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
+_TEXT = 'inputs = tokenizer("How does a bridge carry its load?", return_tensors="pt")'
+_ANSWER = """answer = model.generate(**inputs, max_new_tokens=128)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 
 def _objective(facts: CardFacts) -> str:
@@ -282,9 +277,9 @@ def _number(value: Any) -> str:
 
 
 def _training(facts: CardFacts) -> str:
-    parts = [f"Pages of the run: {', '.join(f'[{name}]({url})' for name, url in facts.links.items())}."] * bool(
-        facts.links
-    )
+    parts = []
+    if facts.links:
+        parts.append(f"Pages of the run: {', '.join(f'[{name}]({url})' for name, url in facts.links.items())}.")
     if facts.command:
         parts.append(block(facts.command, "bash"))
     rows = [(code(name), code(value)) for name, value in facts.settings.items()]
@@ -303,7 +298,7 @@ _TRL = """@software{vonwerra2020trl,
 
 
 def _citations(papers: Sequence[str]) -> str:
-    known = [paper for arxiv in papers if (paper := find(arxiv))]
+    known = [paper.bibtex for arxiv in papers if (paper := find(arxiv))]
     other = [arxiv for arxiv in papers if not find(arxiv)]
-    parts = [f"Also arXiv {', '.join(other)}."] if other else []
-    return "\n\n".join([block("\n\n".join([*(paper.bibtex for paper in known), _TRL]), "bibtex"), *parts])
+    also = f"\n\nAlso arXiv {', '.join(other)}." if other else ""
+    return block("\n\n".join([*known, _TRL]), "bibtex") + also

@@ -47,7 +47,7 @@ class Contents:
     Attributes:
         weights: files of whole weights.
         adapter: files of an adapter.
-        results: files that say what a run found.
+        results: files of a recipe's results; other programs may use the names too.
         checkpoints: folders of checkpoints.
     """
 
@@ -61,14 +61,10 @@ class Contents:
 
     def __str__(self) -> str:
         """In words: `an adapter (adapter_config.json, ...) and results (results.json)`."""
-        parts = {
-            "whole weights": self.weights,
-            "an adapter": self.adapter,
-            "results": self.results,
-            "checkpoints": self.checkpoints,
-        }
-        said = [f"{what} ({_some(names)})" for what, names in parts.items() if names]
-        return " and ".join(filter(None, [", ".join(said[:-1]), *said[-1:]]))
+        names = ("whole weights", "an adapter", "results", "checkpoints")
+        files = (self.weights, self.adapter, self.results, self.checkpoints)
+        words = [f"{name} ({_some(some)})" for name, some in zip(names, files, strict=True) if some]
+        return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def what_is_there(folder: str | os.PathLike[str]) -> Contents:
@@ -78,11 +74,10 @@ def what_is_there(folder: str | os.PathLike[str]) -> Contents:
         names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     except (OSError, ValueError):
         names = []
-    results = [path / name for name in names if name in ("results.json", "before.json")]
     return Contents(
         tuple(name for name in names if _WEIGHTS.fullmatch(name)),
         tuple(name for name in names if _ADAPTER.fullmatch(name)),
-        tuple(result.name for result in results if _is_ours(result)),
+        tuple(name for name in names if name in ("results.json", "before.json") and "before" in _read(path / name)),
         tuple(name for name in names if re.fullmatch(r"checkpoint-\d+", name)),
     )
 
@@ -177,8 +172,8 @@ def earlier_results(folder: Path) -> list[Path]:
     times = [(folder / name).stat().st_mtime_ns for name in (*held.weights, *held.adapter)]
     if not times:
         return []
-    found = [folder / name for name in held.results] + list(folder.glob("dropped_*_rows.jsonl"))
-    return [path for path in found if path.name == "results.json" or path.stat().st_mtime_ns < max(times)]
+    results = [folder / name for name in held.results] + list(folder.glob("dropped_*_rows.jsonl"))
+    return [path for path in results if path.name == "results.json" or path.stat().st_mtime_ns < max(times)]
 
 
 def _left_over(folder: Path, names: set[str]) -> Iterable[Path]:
@@ -201,22 +196,16 @@ def _loads_last(name: str) -> bool:
 
 
 def _is_model_config(path: Path) -> bool:
-    settings = _read(path)
-    return isinstance(settings, dict) and bool({"model_type", "architectures"} & set(settings))
+    return bool({"model_type", "architectures"} & set(_read(path)))
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file of results was written by a recipe; others may use the name too."""
-    found = _read(path)
-    return isinstance(found, dict) and "before" in found
-
-
-def _read(path: Path) -> object:
+def _read(path: Path) -> dict[str, object]:
+    """A JSON object; empty where the file holds none."""
     try:
-        made: object = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
-    return made
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _some(names: Iterable[str]) -> str:

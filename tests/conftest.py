@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.metadata
+import itertools
 import os
+import sys
 import tempfile
 
 # What a terminal, a scheduler, a CI or a person's account sets, and what would change what is tested.
@@ -26,11 +28,13 @@ os.environ.update(
     HF_DATASETS_CACHE=_CACHE.name,
     HF_TOKEN_PATH=f"{_CACHE.name}/no-token",
     MPLCONFIGDIR=f"{_CACHE.name}/matplotlib",
-    # One terminal, and the processor, whatever else there is.
+    # One terminal, whatever there is.
     COLUMNS="80",
     TERM="xterm-256color",
-    CUDA_VISIBLE_DEVICES="",
 )
+# The processor, whatever else there is, unless the tests for a GPU are asked for.
+if not any(flag == "-m" and expression == "gpu" for flag, expression in itertools.pairwise(sys.argv)):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -4,11 +4,13 @@
 
 Writes FOLDER/run.json and FOLDER/gradient.pt. The pairs are the same for both trainers and come in the order of the
 data; so are model, LoRA and its initial weights. A prompt's pairs are adjacent, so that a batch holds all of them.
+`_session.py` measures many in one process, where memory is counted by the device.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from _count import Weights, digest, matmul_operations, matmul_rate, real_tokens, sizes
+from _made_up import DATA, MODEL, lengths_of, longest_row, pairs_of, random_model, word_tokenizer
+from _made_up import config_of as random_config
 
 ROLES = ("trl", "prefopt")
 
@@ -34,7 +38,9 @@ class Job:
     """What is trained on, and how.
 
     Attributes:
-        data: file of pairs; if None, made-up pairs of `prompt` and `completion` tokens, the end token included.
+        model: folder or Hub name, or "random:" and a shape (`_made_up.SHAPES`).
+        data: file of pairs, or "lengths:" and a name of `_made_up.lengths_of`; if None, made-up pairs of `prompt` and
+            `completion` tokens, the end token included.
         completions: completions per made-up prompt; the first is chosen over each of the others.
         pairs: pairs a step, `completions - 1` from each prompt.
         max_length: longest row of real pairs; made-up ones are never cut.
@@ -65,6 +71,10 @@ class Job:
             )
         if self.data is None:
             object.__setattr__(self, "max_length", max(self.max_length, self.prompt + self.completion))
+        elif self.data.startswith(DATA):
+            object.__setattr__(self, "max_length", longest_row(self.data.removeprefix(DATA)))
+        if self.model.startswith(MODEL):
+            random_config(self.model.removeprefix(MODEL))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -113,6 +123,8 @@ def load_pairs(job: Job, tokenizer: Any) -> Any:
 
     if job.data is None:
         return Dataset.from_list(made_up_pairs(job, tokenizer))
+    if job.data.startswith(DATA):
+        return Dataset.from_list(pairs_of(job.data.removeprefix(DATA), job.pairs * job.steps, len(tokenizer)))
     from prefopt.data import clean, load_preferences, normalise, validate
 
     rows = normalise(load_preferences(job.data))
@@ -145,37 +157,56 @@ def float64_throughout(dtype: str) -> Iterator[None]:
         torch.float32, torch.Tensor.float = single, to_single  # type: ignore[misc,method-assign]
 
 
-def load_model(job: Job) -> Any:
+def load_model(job: Job, attention: str = "sdpa") -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
+    dtype = getattr(torch, job.dtype)
+    if job.model.startswith(MODEL):
+        return random_model(job.model.removeprefix(MODEL), dtype, device(), attention)
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation=attention)
     most = getattr(model.config, "max_position_embeddings", None)
     if job.data is None and most is not None and job.prompt + job.completion > most:
         raise ValueError(f"rows of {job.prompt} + {job.completion} tokens exceed the model's {most} positions")
     return model
 
 
-def make_trainer(role: str, job: Job, model: Any, folder: str) -> Any:
+def load_tokenizer(job: Job) -> Any:
+    from transformers import AutoTokenizer
+
+    if job.model.startswith(MODEL):
+        return word_tokenizer(random_config(job.model.removeprefix(MODEL)).vocab_size)
+    return AutoTokenizer.from_pretrained(job.model)
+
+
+def device() -> str:
     import torch
-    from transformers import AutoTokenizer, set_seed
+
+    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+
+
+def make_trainer(role: str, job: Job, model: Any, folder: str, **more: Any) -> Any:
+    import torch
+    from transformers import set_seed
     from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config
 
     from prefopt import PreferenceConfig, PreferenceTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    tokenizer = load_tokenizer(job)
     options: dict[str, Any] = {
         "output_dir": folder, "per_device_train_batch_size": job.pairs, "max_steps": job.steps, "logging_steps": 1,
         "max_length": job.max_length, "learning_rate": 1e-5, "report_to": "none", "save_strategy": "no",
         "use_cpu": not torch.accelerator.is_available(), "bf16": job.dtype == "bfloat16", "disable_tqdm": True,
         "seed": 0, "max_grad_norm": 1e9, "precompute_ref_log_probs": job.cached_reference,
-        "gradient_checkpointing": job.gradient_checkpointing, "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": job.gradient_checkpointing, "train_sampling_strategy": "sequential", **more,
     }  # fmt: skip
     lora = ModelConfig(use_peft=True, lora_r=16, lora_alpha=32, lora_dropout=0.0, lora_target_modules=["all-linear"])
     config, trainer = (DPOConfig, DPOTrainer) if role == "trl" else (PreferenceConfig, PreferenceTrainer)
     set_seed(0)
     made = trainer(
         model,
+        # Trainers load a reference from where the model came from, and random weights came from nowhere.
+        ref_model=copy.deepcopy(model) if job.full and job.model.startswith(MODEL) else None,
         args=config(**options),
         train_dataset=load_pairs(job, tokenizer),
         processing_class=tokenizer,
@@ -195,6 +226,10 @@ def make_trainer(role: str, job: Job, model: Any, folder: str) -> Any:
 # ---- the measurement ------------------------------------------------------------------------------------------------
 
 
+SAMPLED = 2**24
+"""How many weights' gradients are compared, evenly spaced, where a device computes them and there are more."""
+
+
 def watch(seconds: list[float], cpu_seconds: list[float], keep: Callable[[Any], None]) -> Any:
     """A callback that times every step and hands the first step's gradient to `keep`.
 
@@ -209,7 +244,9 @@ def watch(seconds: list[float], cpu_seconds: list[float], keep: Callable[[Any], 
 
         def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
             if not seconds:
-                grads = [p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]
+                grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+                every = 1 + sum(map(len, grads)) // SAMPLED if torch.accelerator.is_available() else 1
+                grads = [grad[::every].cpu() for grad in grads]
                 keep(torch.cat([g if g.dtype == torch.float64 else g.float() for g in grads]))
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -221,34 +258,49 @@ def watch(seconds: list[float], cpu_seconds: list[float], keep: Callable[[Any], 
     return Watch()
 
 
-def check_lengths(job: Job, trees: Sequence[tuple[int, Sequence[int]]]) -> None:
-    """That made-up pairs have the lengths asked for, none cut and none equal by chance."""
-    expected = [(job.prompt, [job.completion] * job.completions)] * (job.pairs // (job.completions - 1))
-    if job.data is None and [(prompt, list(own)) for prompt, own in trees] != expected:
+def check_lengths(job: Job, trees: Sequence[tuple[int, Sequence[int]]], number: int = 0) -> None:
+    """That the pairs of a batch have the lengths asked for, none cut and none equal by chance."""
+    if job.data is None:
+        expected = [(job.prompt, [job.completion] * job.completions)] * (job.pairs // (job.completions - 1))
+    elif job.data.startswith(DATA):
+        lengths = lengths_of(job.data.removeprefix(DATA), job.pairs * job.steps)
+        expected = [(p, sorted(own)) for p, *own in lengths[number * job.pairs : (number + 1) * job.pairs]]
+    else:
+        return
+    if [(prompt, list(own)) for prompt, own in trees] != expected:
         raise ValueError(f"a batch should hold {expected} (prompt and completion tokens), but holds {list(trees)}")
 
 
-def measure(role: str, job: Job, folder: Path) -> dict[str, Any]:
-    """Time the steps of one trainer, and keep the gradient of its first step in `folder`."""
+def measure(role: str, job: Job, folder: Path, attention: str = "sdpa", **options: Any) -> dict[str, Any]:
+    """Time the steps of one trainer, and keep the gradient of its first step in `folder`.
+
+    Args:
+        role: one of `ROLES`.
+        job: what is trained on, and how.
+        folder: for the gradient.
+        attention: implementation that the model is loaded with.
+        options: further arguments of the trainer's configuration.
+    """
     import torch
 
     torch.set_num_threads(job.threads)
     seconds: list[float] = []
     cpu_seconds: list[float] = []
-    model = load_model(job)
+    model = load_model(job, attention)
     with tempfile.TemporaryDirectory() as output, float64_throughout(job.dtype):
-        trainer = make_trainer(role, job, model, output)
+        trainer = make_trainer(role, job, model, output, **options)
         # Written at once: a full gradient that stayed in memory would count as the trainer's.
         keep = watch(seconds, cpu_seconds, lambda gradient: torch.save(gradient, folder / "gradient.pt"))
         trainer.add_callback(keep)
         batches = [batch for _, batch in zip(range(job.steps), trainer.get_train_dataloader(), strict=False)]
         trees = [sizes(batch) for batch in batches]
-        for batch in trees:
-            check_lengths(job, batch)
+        for number, batch in enumerate(trees):
+            check_lengths(job, batch, number)
         trainer.train()
     peak = peak_memory()
     counted = {"full": job.full, "cached_reference": job.cached_reference}
     weights, rate = Weights.of(trainer.model), matmul_rate(getattr(torch, job.dtype))
+    operations = statistics.fmean(matmul_operations(weights, batch, **counted) for batch in trees)
     return {
         "role": role,
         "seconds": seconds,
@@ -256,7 +308,8 @@ def measure(role: str, job: Job, folder: Path) -> dict[str, Any]:
         "peak_bytes": peak,
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "tokens": statistics.fmean(real_tokens(batch) for batch in trees),
-        "limit": statistics.fmean(matmul_operations(weights, batch, **counted) for batch in trees) / rate,
+        "operations": operations,
+        "limit": operations / rate,
         "digest": digest(batches),
         "machine": machine(job),
     }

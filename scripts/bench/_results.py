@@ -36,12 +36,12 @@ def summarise(role: str, turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def gradient_difference(folder: Path) -> float:
-    """|ours - TRL's| / |TRL's| of the first step's gradients, all trained weights in one vector."""
+def gradient_difference(theirs: Path, ours: Path) -> float:
+    """|ours - TRL's| / |TRL's| of the first step's gradients in two files, all trained weights in one vector."""
     import torch
 
-    theirs, ours = (torch.load(folder / role / "gradient.pt", weights_only=True).double() for role in ROLES)
-    return float((ours - theirs).norm() / theirs.norm())
+    one, two = (torch.load(path, weights_only=True).double() for path in (theirs, ours))
+    return float((two - one).norm() / one.norm())
 
 
 def assemble(
@@ -67,7 +67,7 @@ def assemble(
 
 
 def read_results(path: Path | None) -> dict[str, list[dict[str, Any]]]:
-    empty: dict[str, list[dict[str, Any]]] = {"jobs": [], "lengths": [], "gradients": []}
+    empty: dict[str, list[dict[str, Any]]] = {"jobs": [], "lengths": [], "gradients": [], "session": []}
     if path is None or not path.exists():
         return empty
     read = json.loads(path.read_text(encoding="utf-8"))

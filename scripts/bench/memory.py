@@ -16,7 +16,6 @@ import dataclasses
 import gc
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -24,6 +23,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from _made_up import pairs_of, word_tokenizer
 
 
 @dataclass(frozen=True)
@@ -116,35 +117,6 @@ def estimated(case: Case) -> Any:
 # ---- the process that trains ----------------------------------------------------------------------------------------
 
 
-def tokenizer_of(case: Case) -> Any:
-    """One word, one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    known = {"<pad>": 0, "<end>": 1, "<unknown>": 2} | {f"w{i}": i for i in range(3, case.vocabulary)}
-    words = Tokenizer(models.WordLevel(known, unk_token="<unknown>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>")
-
-
-def pairs_of(case: Case, count: int) -> list[dict[str, str]]:
-    """Random words; the end of a completion is a token of its own."""
-    rng = random.Random(0)
-
-    def text(tokens: int) -> str:
-        return " ".join(f"w{rng.randrange(3, case.vocabulary)}" for _ in range(tokens))
-
-    # A space, since texts are tokenised joined.
-    return [
-        {
-            "prompt": text(case.prompt),
-            "chosen": " " + text(case.completion - 1),
-            "rejected": " " + text(case.completion - 1),
-        }
-        for _ in range(count)
-    ]
-
-
 def train(case: Case, folder: Path) -> None:
     """Two steps of a model that takes next to no memory, then two of the case's; the second's peak goes to `folder`.
 
@@ -190,6 +162,7 @@ def make_trainer(case: Case, model: Path) -> Any:
 
     from prefopt import PreferenceConfig, PreferenceTrainer
 
+    count = case.pairs * case.accumulated * case.processes * 2
     return PreferenceTrainer(
         str(model),
         args=PreferenceConfig(
@@ -199,8 +172,8 @@ def make_trainer(case: Case, model: Path) -> Any:
             layout=case.layout, token_budget=case.token_budget, step0_check="off", ddp_backend=_backend(case),
             model_init_kwargs={"dtype": case.dtype},
         ),
-        train_dataset=Dataset.from_list(pairs_of(case, case.pairs * case.accumulated * case.processes * 2)),
-        processing_class=tokenizer_of(case),
+        train_dataset=Dataset.from_list(pairs_of(f"{case.prompt}+{case.completion}", count, case.vocabulary)),
+        processing_class=word_tokenizer(case.vocabulary),
         peft_config=LoraConfig(**LORA) if case.lora else None,
     )  # fmt: skip
 

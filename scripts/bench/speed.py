@@ -10,6 +10,11 @@ Many jobs, each written to the JSON file when it is done; the same command goes 
     python scripts/bench/speed.py --lengths --json speed.json              # time per token of longer and longer rows
 Nothing measured:
     python scripts/bench/speed.py --table speed.json --plot speed.png      # Markdown and picture of what there is
+On a GPU, in one process whose peak memory the device counts, from random weights and made-up pairs (no download):
+    python scripts/bench/speed.py --device cuda --sweep gpu --json gpu.json     # the jobs of docs/gpu.md
+    python scripts/bench/speed.py --device cuda --model random:llama-8b --data lengths:hh --pairs 8 \\
+        --variants trl,prefopt,prefopt/padded,prefopt/tree/flex_attention
+    python scripts/bench/speed.py --device cpu --sweep gpu --model random:tiny  # a rehearsal of the first
 Is a difference of the gradients rounding?
     python scripts/bench/speed.py --gradient_only --dtype float64 --prompt 64 --completion 64 --pairs 2
 
@@ -36,9 +41,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _session as session
 from _job import ROLES, Job
 from _report import NAMES, check_picture, describe, draw, lengths_markdown, lengths_table, markdown, terminal_table
 from _results import ReportError, assemble, find, gradient_difference, put, read_results, summarise, write_results
+from _session import MAIN, VARIANTS
 from rich.console import Console
 
 console = Console(highlight=False)
@@ -144,7 +151,7 @@ def compare(job: Job, repeats: int, verbose: bool) -> dict[str, Any]:
                     f"{run['peak_bytes'] / 2**30:.1f} GiB", markup=False, soft_wrap=True,
                 )  # fmt: skip
         if not failed:
-            difference = gradient_difference(Path(folder))
+            difference = gradient_difference(*(Path(folder) / role / "gradient.pt" for role in ROLES))
     return assemble(
         job, repeats, {r: summarise(r, turns[r]) for r in ROLES if r not in failed}, failed, difference
     ) | {"machine": next((runs[0]["machine"] for runs in turns.values() if runs), None)}
@@ -222,14 +229,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps of each process, the untimed first one included (4)")
     parser.add_argument("--repeats", type=int, default=1, help="turns of the two trainers (1)")
     parser.add_argument("--max_length", type=int, help="longest row of --data (512)")
-    parser.add_argument("--model", help="a model folder or Hub name; the bundled one without")
+    parser.add_argument("--model", help="a folder, a Hub name, random:llama-1b or -8b; the bundled one without")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], help="float32, on a GPU bfloat16")
     parser.add_argument("--full", action="store_true", default=None, help="train all weights instead of LoRA")
     parser.add_argument("--cached_reference", action="store_true", default=None, help="precompute_ref_log_probs")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in both (TRL's default is on)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="measure there, in one process")
+    parser.add_argument("--variants", help=f"with --device: some of {','.join(VARIANTS)} ({','.join(MAIN)})")
+    parser.add_argument("--seconds", type=float, help="with --device: begin nothing that would end later than this")
     parser.add_argument("--threads", type=int, help="of the processor; all it has without")
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--sweep", nargs="?", const="quick", choices=["quick", "full"], help="many jobs (quick)")
+    kinds.add_argument("--sweep", nargs="?", const="quick", choices=["quick", "full", "gpu"], help="many jobs (quick)")
     kinds.add_argument("--lengths", action="store_true", help="time per token of ours alone by length of row")
     kinds.add_argument("--gradient_only", action="store_true", help="one step each, compare the gradients")
     kinds.add_argument("--table", type=Path, metavar="JSON", help="print results as Markdown, measure nothing")
@@ -260,9 +270,19 @@ def problem_with(args: argparse.Namespace) -> str | None:
         return "--max_length is for --data; made-up pairs are never cut: leave it out"
     if args.gradient_only and (extra := given("steps", "plot")):
         return f"--gradient_only takes one step and draws nothing, so {extra} has no effect: leave it out"
+    if args.device is None and (extra := given("variants", "seconds")):
+        return f"{extra} is for --device: leave it out"
+    if args.device is None and args.sweep == "gpu":
+        return "--sweep gpu needs --device"
+    if args.device and (extra := given("lengths", "gradient_only", "table", "plot", "again", "verbose")):
+        return f"{extra} has no effect with --device: leave it out"
+    if args.device and args.sweep not in (None, "gpu"):
+        return "with --device the sweep is --sweep gpu"
+    if unknown := set((args.variants or "trl").split(",")) - set(VARIANTS):
+        return f"there is no variant {sorted(unknown)[0]}: {', '.join(VARIANTS)}"
     if args.again and not many:
         return "--again is for --sweep and --lengths; a single job is always measured"
-    if args.sweep and args.json is None:
+    if args.sweep and args.json is None and args.sweep != "gpu":
         return "--sweep needs --json, where each result is kept as soon as it is there"
     if args.table and (extra := given("data", "json", "model", "steps", *JOB_OPTIONS)):
         return f"--table measures nothing, so {extra} has no effect: leave it out"
@@ -291,6 +311,33 @@ def job_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def one_job(args: argparse.Namespace, common: Mapping[str, Any]) -> Job:
+    own = {name: getattr(args, name) for name in JOB_OPTIONS if getattr(args, name) is not None}
+    return Job(data=args.data, **own, **common)
+
+
+def measure_on_device(args: argparse.Namespace) -> None:
+    """One job, or those of docs/gpu.md, in this process."""
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise MeasurementError("--device cuda: there is none that PyTorch can use here")
+    if args.sweep == "gpu":
+        args.model, model = args.model or "random:llama-8b", args.model
+        common = job_options(args)
+        del common["model"]
+        jobs = session.card_jobs(model, **{"steps": 9, **common})
+    else:
+        jobs = [one_job(args, job_options(args))]
+    variants = args.variants.split(",") if args.variants else MAIN
+    entries = session.run(jobs, variants, args.repeats, args.json, args.seconds, lambda line: print(line, flush=True))
+    print(session.markdown(entries))
+    if args.json is not None:
+        (args.json.parent / f"{args.json.stem}.md").write_text(session.markdown(entries) + "\n", encoding="utf-8")
+
+
 def show(path: Path, picture: Path | None) -> None:
     """Print what has been measured as Markdown."""
     if not path.exists():
@@ -309,6 +356,9 @@ def run(args: argparse.Namespace) -> None:
     if args.table is not None:
         show(args.table, args.plot)
         return
+    if args.device is not None:
+        measure_on_device(args)
+        return
     common = job_options(args)
     if args.lengths:
         measure_lengths(args, common)
@@ -316,8 +366,7 @@ def run(args: argparse.Namespace) -> None:
     if args.sweep:
         measure_jobs(sweep_jobs(args.sweep, args.data, **common), args)
         return
-    own = {name: getattr(args, name) for name in JOB_OPTIONS if getattr(args, name) is not None}
-    job = Job(data=args.data, **own, **common)
+    job = one_job(args, common)
     if args.gradient_only:
         measure_gradient(job, args)
     elif measure_jobs([job], args)[0]["failed"]:

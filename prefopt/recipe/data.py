@@ -165,16 +165,13 @@ class _RowCheck:
         return self._without_bad_rows(dataset, report, name)
 
     def _without_bad_rows(self, dataset: Dataset, report: Report, name: str) -> Dataset:
-        console = self._recipe.console
-        if self._recipe.script.dry_run:
-            with tempfile.TemporaryDirectory() as folder:
-                rest = clean(dataset, report, "drop", Path(folder) / "dropped.jsonl")
-            console.print(f"{len(dataset) - len(rest)} {name} rows would be dropped.")
-            return rest
-        if not self.room_made:
+        dry, folder = self._recipe.script.dry_run, Path(self._recipe.training.output_dir)
+        if not dry and not self.room_made:
             make_room(self._recipe)
             self.room_made = True
-        dropped = Path(self._recipe.training.output_dir) / f"dropped_{name}_rows.jsonl"
-        rest = clean(dataset, report, "drop", dropped)
-        console.print(f"{len(dataset) - len(rest)} {name} rows dropped; they are in {dropped}.")
+        with tempfile.TemporaryDirectory() as scratch:
+            file = (Path(scratch) if dry else folder) / f"dropped_{name}_rows.jsonl"
+            rest = clean(dataset, report, "drop", file)
+        what = "would be dropped" if dry else f"dropped; they are in {file}"
+        self._recipe.console.print(f"{len(dataset) - len(rest)} {name} rows {what}.")
         return rest

@@ -35,7 +35,7 @@ def main() -> None:
         whole = ready.adapter_of is None  # a saved adapter has its quantised model and its settings already
         trainer = PreferenceTrainer(
             load_policy(recipe, ready),
-            ref_model=load_frozen(recipe.script.ref_model_name_or_path, ready),  # None: the policy as it is now
+            ref_model=load_frozen(recipe.script.ref_model_name_or_path, ready),  # None: the policy before training
             previous_model=load_frozen(recipe.script.previous_model_name_or_path, ready),  # for losses such as inpo
             args=ready.training,  # a PreferenceConfig, which is TRL's DPOConfig with the loss
             train_dataset=data.train,

@@ -12,6 +12,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from prefopt.data.messages import without_nulls
+
 CONTENT = ("prompt", "chosen", "rejected", "completion", "label", "weight", "tools", "image", "images")
 """The columns of normalised rows that training reads; others, such as where a row came from, do not count."""
 
@@ -32,17 +34,8 @@ def fingerprint(dataset: Dataset, columns: Iterable[str] = ()) -> str:
 
 
 def _digest(row: dict[str, Any]) -> bytes:
-    text = json.dumps(_plain(row), sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_other)
+    text = json.dumps(without_nulls(row), sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_other)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _plain(value: Any) -> Any:
-    """Without the nulls that Arrow fills in where one message has a field that another lacks."""
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items() if entry is not None}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return value
 
 
 def _other(value: Any) -> Any:

@@ -35,7 +35,7 @@ class Format:
         about: where it comes from, in a few words.
         columns: our column -> where its value is, a column or a field of one (`input.messages`).
         also: columns that belong to the layout and may be missing.
-        fits: whether the values of a row fit the layout.
+        values: where a value is -> the check that it fits the layout.
         row: the last conversion, once the values are in our columns.
         automatic: used without `--format`, because its columns and values have only one meaning.
     """
@@ -44,13 +44,17 @@ class Format:
     about: str
     columns: Mapping[str, str]
     also: Mapping[str, str]
-    fits: Callable[[Row], bool]
+    values: Mapping[str, Callable[[Any], bool]]
     row: Callable[[Row], Row] | None = None
     automatic: bool = True
 
     @property
     def needs(self) -> set[str]:
         return {path.partition(".")[0] for path in self.columns.values()}
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the values of a row fit the layout."""
+        return all(is_so(value_at(row, path)) for path, is_so in self.values.items())
 
 
 def _opens_turn(messages: Any) -> bool:
@@ -61,7 +65,7 @@ def _opens_turn(messages: Any) -> bool:
 
 def _is_answer(value: Any) -> bool:
     """A text, or messages that begin with the assistant's."""
-    if writing(value) == "text":
+    if _is_text(value):
         return True
     messages = as_messages(value)
     return isinstance(messages, list) and bool(messages) and role(messages[0]) == "assistant"
@@ -85,88 +89,69 @@ def _split(row: Row) -> Row:
     return {"prompt": messages[:cut], "chosen": messages[cut:]}
 
 
-def _are_texts(*values: Any) -> bool:
-    return all(writing(value) == "text" for value in values)
+def _is_text(value: Any) -> bool:
+    return writing(value) == "text"
+
+
+def _are_two_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
 
 
 _PAIR = {"chosen": "chosen", "rejected": "rejected"}
+_ANSWERS = {"chosen": _is_answer, "rejected": _is_answer}
+_TEXTS = {"chosen": _is_text, "rejected": _is_text}
 _SYSTEM = {"system": "system"}
 _TURNS = {"history": "history", **_SYSTEM}
 _CHAT = _SYSTEM | {"tools": "tools"}
 
 FORMATS = (
     Format(
-        "openai",
-        "OpenAI's preference format",
+        "openai", "OpenAI's preference format",
         {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},
         {"tools": "input.tools"},
-        lambda row: (
-            _opens_turn(value_at(row, "input.messages"))
-            and _is_answer(row["preferred_output"])
-            and _is_answer(row["non_preferred_output"])
-        ),
+        {"input.messages": _opens_turn, "preferred_output": _is_answer, "non_preferred_output": _is_answer},
     ),
     Format(
-        "sharegpt",
-        "conversations with two answers",
-        {"prompt": "conversations", **_PAIR},
-        _CHAT,
-        lambda row: _opens_turn(row["conversations"]) and _is_answer(row["chosen"]) and _is_answer(row["rejected"]),
+        "sharegpt", "conversations with two answers",
+        {"prompt": "conversations", **_PAIR}, _CHAT, {"conversations": _opens_turn, **_ANSWERS},
     ),
     Format(
-        "axolotl",
-        "messages with two answers",
-        {"prompt": "messages", **_PAIR},
-        _CHAT,
-        lambda row: _opens_turn(row["messages"]) and _is_answer(row["chosen"]) and _is_answer(row["rejected"]),
+        "axolotl", "messages with two answers",
+        {"prompt": "messages", **_PAIR}, _CHAT, {"messages": _opens_turn, **_ANSWERS},
     ),
     Format(
-        "swift",
-        "ms-swift: messages with a rejected answer",
-        {"prompt": "messages", "chosen": "messages", "rejected": "rejected_response"},
-        _CHAT,
-        lambda row: _ends_answered(row["messages"]) and _is_answer(row["rejected_response"]),
+        "swift", "ms-swift: messages with a rejected answer",
+        {"prompt": "messages", "chosen": "messages", "rejected": "rejected_response"}, _CHAT,
+        {"messages": _ends_answered, "rejected_response": _is_answer},
         row=_split,
     ),
     Format(
-        "swift",
-        "ms-swift: two whole conversations",
-        {"chosen": "messages", "rejected": "rejected_messages"},
-        _CHAT,
-        lambda row: _ends_answered(row["messages"]) and _ends_answered(row["rejected_messages"]),
+        "swift", "ms-swift: two whole conversations",
+        {"chosen": "messages", "rejected": "rejected_messages"}, _CHAT,
+        {"messages": _ends_answered, "rejected_messages": _ends_answered},
     ),
     Format(
-        "swift",
-        "ms-swift: query, response and a rejected response",
-        {"prompt": "query", "chosen": "response", "rejected": "rejected_response"},
-        _TURNS,
-        lambda row: _are_texts(row["query"], row["response"], row["rejected_response"]),
+        "swift", "ms-swift: query, response and a rejected response",
+        {"prompt": "query", "chosen": "response", "rejected": "rejected_response"}, _TURNS,
+        {"query": _is_text, "response": _is_text, "rejected_response": _is_text},
     ),
     Format(
-        "orca",
-        "question with two answers",
-        {"prompt": "question", **_PAIR},
-        _SYSTEM,
-        lambda row: _are_texts(row["question"], row["chosen"], row["rejected"]),
+        "orca", "question with two answers",
+        {"prompt": "question", **_PAIR}, _SYSTEM, {"question": _is_text, **_TEXTS},
         automatic=False,
     ),
     Format(
-        "alpaca",
-        "instruction with two answers",
-        {"prompt": "instruction", **_PAIR},
-        {"input": "input", **_TURNS},
-        lambda row: _are_texts(row["instruction"], row["chosen"], row["rejected"]),
+        "alpaca", "instruction with two answers",
+        {"prompt": "instruction", **_PAIR}, {"input": "input", **_TURNS}, {"instruction": _is_text, **_TEXTS},
         automatic=False,
     ),
     Format(
-        "alpaca",
-        "instruction with a list of two outputs, the better one first",
-        {"prompt": "instruction", "chosen": "output.0", "rejected": "output.1"},
-        {"input": "input", **_TURNS},
-        lambda row: isinstance(row["output"], list) and len(row["output"]) == 2 and _are_texts(*row["output"]),
+        "alpaca", "instruction with a list of two outputs, the better one first",
+        {"prompt": "instruction", "chosen": "output.0", "rejected": "output.1"}, {"input": "input", **_TURNS},
+        {"output": _are_two_texts},
         automatic=False,
     ),
-)
+)  # fmt: skip
 
 NAMES = (*dict.fromkeys(layout.name for layout in FORMATS), IMPLICIT)
 

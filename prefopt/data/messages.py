@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Message = dict[str, Any]
@@ -21,6 +21,9 @@ _ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
 }
 """Other names of speakers, in any case; validation reports unknown ones."""
+
+SPEAKERS = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
+"""Whose message a text is, by the column that it stands in."""
 
 UNREADABLE = "text among messages"
 """The role of an unreadable text in a column of messages, so that reports can show it."""
@@ -100,6 +103,15 @@ def plain_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return plain_text(value.get("content") or value.get("text") or value.get("value") or "")
     return "\n".join(map(plain_text, value)) if isinstance(value, list) else ""
+
+
+def in_turns(row: Mapping[str, Any], names: Iterable[str] = tuple(SPEAKERS)) -> dict[str, Any]:
+    """Columns of a row that are texts as one message each; others as they are."""
+    return {
+        name: [{"role": SPEAKERS[name], "content": row[name]}] if isinstance(row[name], str) else row[name]
+        for name in names
+        if name in row
+    }
 
 
 def role(message: Any) -> Any:

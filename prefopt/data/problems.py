@@ -17,251 +17,220 @@ class Kind:
     advice: str
 
 
-_OF_ROWS = {
-    "wrong role: prompt ends with assistant": Kind(
-        "error",
+_COMPLETIONS = ("chosen", "rejected", "completion")
+
+# Explanation and advice.
+_ERRORS = {
+    "wrong role: prompt ends with assistant": (
         "The last message of 'prompt' is the assistant's, so there is nothing to answer.",
         "Move that message to the completions.",
     ),
-    "wrong type: text beside messages": Kind(
-        "error",
+    "wrong type: text beside messages": (
         "Some of the row's texts are plain and some are lists of messages.",
         "Write all of them one way.",
     ),
-    "wrong type: messages written as text": Kind(
-        "error",
+    "wrong type: messages written as text": (
         "A text of the row is messages written out, as JSON or as Python prints them.",
         "Write the row's texts like the others'.",
     ),
-    "wrong type: date": Kind(
-        "error",
+    "wrong type: date": (
         "A text, a tool or a call's argument is a date: the reader took text for one, so it is not as it was written.",
         "Read the file with prefopt.data.load_preferences, or write dates as text.",
     ),
-    "wrong type: label": Kind("error", "Column 'label' is not true or false.", "Write true or false."),
-    "chosen equals rejected": Kind(
-        "error", "Both sides are the same, so there is no preference to learn.", "Delete the row."
-    ),
-    "wrong type: tools": Kind(
-        "error",
+    "wrong type: label": ("Column 'label' is not true or false.", "Write true or false."),
+    "chosen equals rejected": ("Both sides are the same, so there is no preference to learn.", "Delete the row."),
+    "wrong type: tools": (
         "Column 'tools' is neither a list of functions' descriptions nor the JSON text of one.",
         'Write [{"type": "function", "function": {...}}], or null.',
     ),
-    "wrong type: chat_template_kwargs": Kind(
-        "error",
+    "wrong type: chat_template_kwargs": (
         "Column 'chat_template_kwargs' is no mapping, or sets what is not the template's (tools, tokenize, ...).",
         "Write a mapping of the template's own variables, or null.",
     ),
-    "wrong type: ids": Kind(
-        "error",
+    "wrong type: ids": (
         "The row's token ids are not a list of whole numbers from 0 on, or are beyond the tokenizer's vocabulary.",
         "Remove the columns that end in _ids to have the texts tokenized, or make them with this tokenizer.",
     ),
-    "bad log-probability": Kind(
-        "error",
+    "bad log-probability": (
         "A column of given log-probabilities (ref_chosen_logps, ref_rejected_logps, prev_chosen_logps, "
         "prev_rejected_logps) is missing, or not a finite number.",
         "Compute it, or remove these columns to have them computed.",
     ),
-    "bad weight": Kind(
-        "error",
+    "bad weight": (
         "Column 'weight' is missing, not a number, not finite, negative or above 1e9.",
         "Write a number of 0 or more (1 is neutral).",
     ),
-    "refused by the chat template": Kind(
-        "error",
+    "refused by the chat template": (
         "The tokenizer's chat template raised an error on this conversation.",
         "Templates may want alternating roles or no system message; rewrite the row or choose another template.",
     ),
-    "refused by the tokenizer": Kind(
-        "error", "The tokenizer raised an error on this text.", "Look at the row's characters."
-    ),
-    "no tokens": Kind(
-        "error",
+    "refused by the tokenizer": ("The tokenizer raised an error on this text.", "Look at the row's characters."),
+    "no tokens": (
         "The prompt or a completion has no token: it is empty, or the tokenizer or the chat template drops its text.",
         "Look at the row, or at what the template does with its messages.",
     ),
-    "same tokens": Kind(
-        "error",
+    "same tokens": (
         "'chosen' and 'rejected' differ, but come out as the same tokens, so there is no preference to learn: the "
         "chat template drops what differs (parts of a content that is a list, say), or the tokenizer does.",
         "Write contents as plain text, or choose another template.",
     ),
-    "beyond the vocabulary": Kind(
-        "error",
+    "beyond the vocabulary": (
         "The tokenizer gives a token that the model has no embedding for.",
         "Use the model's own tokenizer, or resize the model's embeddings and save it.",
     ),
-    "no room for a completion": Kind(
-        "error",
+    "no room for a completion": (
         "The prompt alone fills max_length, so no completion token is left.",
         "Raise max_length or shorten the prompt.",
     ),
-    "same tokens at this length": Kind(
-        "error",
+    "same tokens at this length": (
         "'chosen' and 'rejected' differ only in what max_length cuts off, so there is no preference left to learn at "
         "this length.",
         "Raise max_length, or delete the row.",
     ),
-    "completion is not scored": Kind(
-        "error",
+    "completion is not scored": (
         "Part of the completion (its text, its thought or a tool call) is not among the scored tokens: the chat "
         "template drops or changes it.",
         "Choose a template that prints it (--chat_template; TRL has *_training.jinja files for many models), or take "
         "it out of the row.",
     ),
-    "prompt is scored": Kind(
-        "error",
+    "prompt is scored": (
         "The scored tokens hold text of the prompt, which would be trained as the answer: the chat template prints "
         "the prompt otherwise once an answer follows.",
         "Choose another template (--chat_template).",
     ),
-    "prompt is not in the context": Kind(
-        "error",
+    "prompt is not in the context": (
         "A message of the prompt is not in the context: the chat template drops or changes it (some know no system "
         "message).",
         "Choose a template that prints it (--chat_template), or move its text to another message.",
     ),
-    "tokens are not the row's": Kind(
-        "error",
+    "tokens are not the row's": (
         "The tokens do not read as the row's prompt followed by its completion.",
         "Look at the row and at the tokenizer.",
     ),
-    "duplicate row": Kind(
-        "warning", "The same texts stand in an earlier row, so they count twice.", "Delete it if not meant."
+}
+
+_WARNINGS = {
+    "duplicate row": ("The same texts stand in an earlier row, so they count twice.", "Delete it if not meant."),
+    "contradicts an earlier row": (
+        "An earlier row prefers the opposite; the two cancel out.",
+        "Decide for one of them.",
     ),
-    "contradicts an earlier row": Kind(
-        "warning", "An earlier row prefers the opposite; the two cancel out.", "Decide for one of them."
-    ),
-    "messages read as text": Kind(
-        "warning",
+    "messages read as text": (
         "A text looks like messages, but cannot be read as such (it may be cut off, or quoted wrongly), so it is "
         "trained as text.",
         "Write the messages as a list, in JSON lines or Parquet.",
     ),
-    "truncated completion": Kind(
-        "warning",
+    "truncated completion": (
         "Prompt and completion exceed max_length, so part of a completion is cut off.",
         "Raise max_length if answers should be learnt to their end.",
     ),
-    "tools are not in the context": Kind(
-        "warning",
+    "tools are not in the context": (
         "The row has tools, and the chat template does not print them (or not as they are written).",
         "Choose a template that knows tools, or remove the column.",
     ),
-    "generation prompt does not fit": Kind(
-        "warning",
+    "generation prompt does not fit": (
         "The chat template ends the prompt in another way than this completion begins (an empty thought where the "
         "completion has one, say, or an opened thought that it does not close), and the model is trained on the two "
         "together.",
         "Choose the template's other mode (chat_template_kwargs), another template, or answers of the other kind.",
     ),
-    "prompt text twice": Kind(
-        "warning", "The chat template prints a message of the prompt twice.", "Look at the template."
-    ),
-    "second beginning of text": Kind(
-        "warning",
+    "prompt text twice": ("The chat template prints a message of the prompt twice.", "Look at the template."),
+    "second beginning of text": (
         "More than one beginning-of-text token: the text holds one, and the tokenizer or the template adds another.",
         "Remove it from the text.",
     ),
-    "second end of turn": Kind(
-        "warning",
+    "second end of turn": (
         "The completion ends with two end tokens: the text holds one, and the template or the tokenizer adds another.",
         "Remove it from the text.",
     ),
-    "no end of turn": Kind(
-        "warning",
+    "no end of turn": (
         "The chat template prints nothing behind an answer, so the model does not learn to stop.",
         "Choose a template that ends answers, with {{ eos_token }} for example.",
     ),
-    "another answer begins": Kind(
-        "warning",
+    "another answer begins": (
         "The chat template prints the beginning of another answer behind this one, whether it is asked to or not, so "
         "the model is trained to write it.",
         "Put it inside of {% if add_generation_prompt %}, or choose another template (--chat_template).",
     ),
-    "control token inside a text": Kind(
-        "warning",
+    "control token inside a text": (
         "A message holds a control token of the template or the tokenizer, as text that was rendered before does.",
         "Give the messages as they were before they were rendered, or the rendered text as plain text.",
     ),
-    "prompt is no token prefix": Kind(
-        "info",
+}
+
+_INFOS = {
+    "prompt is no token prefix": (
         "The prompt's tokens are not the first tokens of prompt + completion (the chat template ends the prompt "
         "otherwise, or tokens merge across the boundary).",
         "Nothing to do. The tokens were read back: the whole prompt is kept as context and the completion is scored "
         "correctly.",
     ),
-    "prompt is no token prefix (not read back)": Kind(
-        "info",
+    "prompt is no token prefix (not read back)": (
         "The prompt's tokens are not the first tokens of prompt + completion, and the row holds more than text, so "
         "what is scored was not checked.",
         "Look at the first batch with --dry_run.",
     ),
-    "earlier thought is left out": Kind(
-        "info",
+    "earlier thought is left out": (
         "The chat template leaves out the thought of an earlier answer in the prompt, as templates of reasoning "
         "models do.",
         "Nothing to do if the model is used so. Otherwise choose a template that prints it.",
     ),
-    "no beginning of text": Kind(
-        "info",
+    "no beginning of text": (
         "The tokenizer begins plain text with its beginning-of-text token, and the chat template does not print it.",
         "Nothing to do if the model was trained so. Otherwise add {{ bos_token }} to the template.",
     ),
 }
-"""Problems of a row as a whole, or of its columns without texts."""
 
 
-def _catalogue() -> dict[str, Kind]:
-    kinds: dict[str, Kind] = {
-        "unreadable messages": Kind(
-            "error",
+def _errors_of_columns() -> dict[str, tuple[str, str]]:
+    errors = {
+        "unreadable messages": (
             "A column of messages written as JSON or Python text has a text that cannot be read so: it may be cut "
             "off, or quoted wrongly.",
             "Repair or delete the row.",
         ),
-        "unparseable transcript": Kind(
-            "error",
+        "unparseable transcript": (
             "'chosen' or 'rejected' does not alternate '\\n\\nHuman: ' and '\\n\\nAssistant: ' up to an answer of the "
             "assistant, or the two (or a column 'prompt') differ in what the human says.",
             "Repair the text, or give prompt, chosen and rejected as columns.",
         ),
     }
-    for column in ("prompt", "chosen", "rejected", "completion"):
+    for column in ("prompt", *_COMPLETIONS):
         # The prompt may be the beginning of the completions: there may be no column of that name.
         what = "The prompt" if column == "prompt" else f"Column '{column}'"
-        kinds[f"null {column}"] = Kind("error", f"{what} is null.", "Fill it in or delete the row.")
-        kinds[f"empty {column}"] = Kind(
-            "error",
+        errors[f"null {column}"] = (f"{what} is null.", "Fill it in or delete the row.")
+        errors[f"empty {column}"] = (
             f"{what} has no text: it is empty, only white space, or its last message is.",
             "Fill it in or delete the row.",
         )
-        kinds[f"wrong type: {column}"] = Kind(
-            "error",
+        errors[f"wrong type: {column}"] = (
             f"Column '{column}' is neither text nor a list of messages with a 'role' and a 'content'.",
             "Write it as text, or as [{\"role\": ..., \"content\": ...}] (not 'from'/'value'). From a list of "
             f"several texts, --columns {column}={column}.0 takes the first.",
         )
-        kinds[f"wrong role: unknown in {column}"] = Kind(
-            "error",
+        errors[f"wrong role: unknown in {column}"] = (
             f"A message in column '{column}' has a role that chat templates do not know.",
             "Use system, developer, user, assistant or tool (human -> user, gpt -> assistant).",
         )
         if column != "prompt":
-            kinds[f"wrong role: {column} is not the assistant's"] = Kind(
-                "error",
+            errors[f"wrong role: {column} is not the assistant's"] = (
                 f"Column '{column}' must begin and end with the assistant's or a tool's message.",
                 "Move what comes before the answer to 'prompt', and delete what follows it.",
             )
-            kinds[f"user turn inside {column}"] = Kind(
-                "warning",
-                f"Column '{column}' holds turns that the model does not write; they are trained on like the others.",
-                "End the completion at its first answer if that is not meant.",
-            )
-    kinds |= _OF_ROWS
-    order = {"error": 0, "warning": 1, "info": 2}
-    return dict(sorted(kinds.items(), key=lambda item: order[item[1].severity]))
+    return errors
 
 
-KINDS = _catalogue()
+_USER_TURNS = {
+    f"user turn inside {column}": (
+        f"Column '{column}' holds turns that the model does not write; they are trained on like the others.",
+        "End the completion at its first answer if that is not meant.",
+    )
+    for column in _COMPLETIONS
+}
+
+_GRAVEST_FIRST: tuple[tuple[Severity, dict[str, tuple[str, str]]], ...] = (
+    ("error", _errors_of_columns() | _ERRORS),
+    ("warning", _USER_TURNS | _WARNINGS),
+    ("info", _INFOS),
+)
+KINDS = {name: Kind(severity, *texts) for severity, kinds in _GRAVEST_FIRST for name, texts in kinds.items()}

@@ -16,14 +16,13 @@ from prefopt.data.columns import ALIASES, column_names, first_rows, is_metadata
 from prefopt.data.errors import DataError
 from prefopt.data.formats import IMPLICIT
 from prefopt.data.maps import MESSAGES, PEEKED_ROWS, map_rows
-from prefopt.data.messages import as_messages, plain_text, role, same_texts, without_nulls, writing
+from prefopt.data.messages import SPEAKERS, as_messages, in_turns, plain_text, role, same_texts, without_nulls, writing
 
 Row = Mapping[str, Any]
 
 CONTEXT = ("input", "history", "system")
 """Columns that become part of the prompt if they are mapped: its end, turns before it, a system message first."""
 
-_ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 _SHARING = 0.9
 """Minimum share of rows whose two texts have a common start if the prompt is there; the rest are bad rows."""
 _DISTINCT_FROM = 4
@@ -38,9 +37,7 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     or character stays in each completion.
     """
     most = min(len(chosen), len(rejected))
-    shared = 0
-    while shared < most and same_texts(chosen[shared], rejected[shared]):
-        shared += 1
+    shared = shared_length(chosen, rejected, most)
     if shared == most:
         # One is the beginning of the other, or both are equal: the last item stays in the completion.
         shared = max(0, most - 1)
@@ -49,6 +46,11 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         shared = _word_boundary(chosen, rejected, shared) or shared
         shared -= shared > 0 and chosen[shared - 1] == " "
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def shared_length(left: Any, right: Any, most: int) -> int:
+    """How many items two texts or lists of messages begin with alike, `most` at most."""
+    return next((at for at in range(most) if not same_texts(left[at], right[at])), most)
 
 
 def _word_boundary(left: str, right: str, cut: int) -> int:
@@ -216,7 +218,7 @@ def _of_conversations(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     feature = dataset.features["prompt"]
     if getattr(feature, "dtype", None) not in ("string", "large_string"):
         return {"prompt": feature}
-    return dict.fromkeys((name for name in _ROLES if name in dataset.features), MESSAGES)
+    return dict.fromkeys((name for name in SPEAKERS if name in dataset.features), MESSAGES)
 
 
 def _with_input(row: Row) -> dict[str, Any]:
@@ -238,17 +240,9 @@ def _with_input(row: Row) -> dict[str, Any]:
     return {"prompt": [*prompt[:-1], {**prompt[-1], "content": f"{prompt[-1]['content']}\n{text}"}]}
 
 
-def _as_conversation(row: Row) -> dict[str, Any]:
-    return {
-        name: [{"role": _ROLES[name], "content": row[name]}] if isinstance(row[name], str) else row[name]
-        for name in _ROLES
-        if name in row
-    }
-
-
 def _with_history(row: Row) -> dict[str, Any]:
     """The row as a conversation that begins with its earlier turns: messages, or pairs of a question and an answer."""
-    found = _as_conversation(row)
+    texts = in_turns(row)
     turns = as_messages(row.get("history")) or []
     if all(
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
@@ -263,21 +257,21 @@ def _with_history(row: Row) -> dict[str, Any]:
             f"--columns history=...: a row has {str(turns)[:80]} there. It must hold messages, or [question, answer] "
             "pairs."
         )
-    return {**found, "prompt": [*without_nulls(turns), *(found["prompt"] or [])]}
+    return {**texts, "prompt": [*without_nulls(turns), *(texts["prompt"] or [])]}
 
 
 def _with_system(row: Row) -> dict[str, Any]:
     """The row as a conversation that begins with its system message, if it has one."""
-    found = _as_conversation(row)
+    texts = in_turns(row)
     text = plain_text(row.get("system"))
     if not text.strip():
-        return found
-    prompt = found["prompt"] or []
+        return texts
+    prompt = texts["prompt"] or []
     if prompt and role(prompt[0]) in ("system", "developer"):
         if plain_text(prompt[0]).strip() != text.strip():
             raise DataError(
                 "--columns system=...: a row's conversation has a system message already, "
                 f"{plain_text(prompt[0])[:60]!r}, beside {text[:60]!r} of the column. Keep one of them."
             )
-        return found
-    return {**found, "prompt": [{"role": "system", "content": text}, *prompt]}
+        return texts
+    return {**texts, "prompt": [{"role": "system", "content": text}, *prompt]}

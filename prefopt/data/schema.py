@@ -26,7 +26,7 @@ from prefopt.data.columns import (
 from prefopt.data.errors import DataError
 from prefopt.data.formats import IMPLICIT, read_format
 from prefopt.data.maps import MESSAGE, MESSAGES, PEEKED_ROWS, map_rows
-from prefopt.data.messages import UNREADABLE, as_messages, role, same_texts, writing
+from prefopt.data.messages import UNREADABLE, as_messages, in_turns, role, same_texts, writing
 from prefopt.data.prompts import CONTEXT, add_context, check_implicit, check_repeated, extract_prompt
 from prefopt.data.transcripts import check_transcripts, from_transcripts, looks_like_transcript
 from prefopt.data.unused import unused_columns, unused_line, without_empty_media
@@ -166,7 +166,7 @@ def _normalise_pairs(
     if styles["prompt"] == "messages" and "text" in sides:
         written = [name for name in ("chosen", "rejected") if styles[name] == "text"]
         features = dict.fromkeys(written, MESSAGES)
-        return map_rows(dataset, partial(_as_answers, written), features, "Writing completions as messages")
+        return map_rows(dataset, partial(in_turns, names=written), features, "Writing completions as messages")
     if sides == {"text", "messages"}:
         raise DataError(
             f"Column 'chosen' holds {styles['chosen']} and column 'rejected' holds {styles['rejected']}. "
@@ -194,11 +194,12 @@ def _normalise_unpaired(dataset: Dataset | IterableDataset, rows: Sequence[Row])
         return map_rows(dataset, _from_messages, features, "Separating prompts").remove_columns("messages")
     styles = {name: _style(rows, name) for name in ("prompt", "completion")}
     if styles["completion"] == "messages" and styles["prompt"] == "text":
-        return map_rows(dataset, _prompt_to_messages, {"prompt": MESSAGES}, "Writing prompts as messages")
-    if styles["prompt"] == "messages" and styles["completion"] == "text":
-        features = {"completion": MESSAGES}
-        return map_rows(dataset, partial(_as_answers, ["completion"]), features, "Writing completions as messages")
-    return dataset
+        written, desc = ["prompt"], "Writing prompts as messages"
+    elif styles["prompt"] == "messages" and styles["completion"] == "text":
+        written, desc = ["completion"], "Writing completions as messages"
+    else:
+        return dataset
+    return map_rows(dataset, partial(in_turns, names=written), dict.fromkeys(written, MESSAGES), desc)
 
 
 def _copied(
@@ -219,13 +220,14 @@ def _pair_from_text(row: Row) -> Row:
 def _pair_from_messages(row: Row) -> Row:
     """Completions given as messages, without a prompt, with a plain one, or with the prompt repeated at the start."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    as_it_is = {"prompt": None, **in_turns(row, ("prompt",)), "chosen": chosen, "rejected": rejected}
     if not chosen or not rejected or not isinstance(chosen, list) or not isinstance(rejected, list):
-        return {"prompt": _as_messages(prompt, "user"), "chosen": chosen, "rejected": rejected}
+        return as_it_is
     if isinstance(prompt, str) and role(chosen[0]) == role(rejected[0]) == "assistant":
-        return {"prompt": _as_messages(prompt, "user"), "chosen": chosen, "rejected": rejected}
-    if isinstance(prompt, list) and not (_opens_with(chosen, prompt) and _opens_with(rejected, prompt)):
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return as_it_is
     if isinstance(prompt, list):
+        if not (_opens_with(chosen, prompt) and _opens_with(rejected, prompt)):
+            return as_it_is
         return {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
     return dict(zip(PAIR_COLUMNS, extract_prompt(chosen, rejected), strict=True))
 
@@ -240,18 +242,6 @@ def _repeats_prompt(rows: Sequence[Row]) -> bool:
 
 def _opens_with(messages: Any, prompt: list[Any]) -> bool:
     return isinstance(messages, list) and len(messages) > len(prompt) and same_texts(messages[: len(prompt)], prompt)
-
-
-def _as_messages(text: Any, role: str) -> Any:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
-
-
-def _prompt_to_messages(row: Row) -> Row:
-    return {"prompt": _as_messages(row["prompt"], "user")}
-
-
-def _as_answers(names: Sequence[str], row: Row) -> Row:
-    return {name: _as_messages(row[name], "assistant") for name in names}
 
 
 def _from_messages(row: Row) -> Row:

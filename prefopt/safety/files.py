@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".unfinished"
-"""How the names of files end that are still being written, or that a killed process left behind."""
+"""Ending of the names of files that are being written, or that a killed process left."""
 
 
 def cache_home() -> Path:
@@ -21,9 +21,9 @@ def cache_home() -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """A folder in `cache_home`, or the one of that name in `~/.cache/prefopt` where that is the only one there is.
+    """A folder in `cache_home`, or the one of that name in `~/.cache/prefopt` if only that exists.
 
-    Earlier releases kept references there whatever `XDG_CACHE_HOME` said.
+    Earlier releases stored references there and ignored `XDG_CACHE_HOME`.
     """
     folder, old = cache_home() / name, _usual_home() / name
     return old if not os.environ.get("PREFOPT_CACHE") and old.is_dir() and not folder.exists() else folder
@@ -34,7 +34,7 @@ def _usual_home() -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file, also for names that no file can have."""
+    """Whether the file exists; False for names that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -42,17 +42,17 @@ def is_file(path: Path) -> bool:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` make a file under another name, and give it its own once it is on the disk.
+    """Let `write` make a file under a temporary name, and rename it once it is on the disk.
 
-    A process or a machine that goes down meanwhile leaves the file as it was before.
+    If the process or machine stops meanwhile, the old file stays.
 
     Raises:
-        Whatever `write` raises; then nothing is left of the attempt.
+        Whatever `write` raises; then the temporary file is removed.
     """
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
     try:
         write(unfinished)
-        # Else a machine that goes down may leave a file with the final name and nothing in it.
+        # Otherwise a machine that stops may leave an empty file with the final name.
         to_disk(unfinished)
         os.replace(unfinished, path)
     except Exception:
@@ -61,7 +61,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Return once what was written to a file, or the names in a folder, would survive a loss of power."""
+    """Return when the contents of a file, or the names in a folder, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

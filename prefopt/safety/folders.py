@@ -1,8 +1,8 @@
 """Which files of a folder belong to the model that was saved there, so that a folder holds one model.
 
-transformers loads the whole weights of a folder and then applies the adapter that lies beside them, whichever was
-trained last. Saving therefore removes what belongs to the model of before, and loading refuses a folder with both.
-Knows files alone: no trainer, no model.
+transformers loads the whole weights of a folder and then applies the adapter that lies beside them, no matter
+which was trained last. So saving removes the files of the earlier model, and loading refuses a folder with both.
+Handles only files: no trainer, no model.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from prefopt.safety.errors import UsageError
 from prefopt.safety.files import is_file, to_disk, write_whole
 
 ASIDE = ".unfinished-model"
-"""Where a model is written before it takes its place in the folder above."""
+"""Where a model is written before it moves to the folder above."""
 REFERENCE_ADAPTER = "ref"
-"""The folder of TRL's copy of an adapter that is trained on, which it compares with."""
+"""The folder of TRL's copy of an adapter that is trained further, its reference."""
 _WHOLE = "whole.json"
 """The last file of `ASIDE`, with the names of the others: the model in it is complete."""
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -42,7 +42,7 @@ _CHECKPOINT = "prefopt.json"
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds of a model and of the run that made it.
+    """The files in a folder of a model and of the run that made it.
 
     Attributes:
         weights: files of whole weights.
@@ -68,7 +68,7 @@ class Contents:
 
 
 def what_is_there(folder: str | os.PathLike[str]) -> Contents:
-    """What an earlier run left in an output folder; false where it left nothing of a finished model."""
+    """What an earlier run left in an output folder; false if it left no finished model."""
     path = Path(folder)
     try:
         names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -83,7 +83,7 @@ def what_is_there(folder: str | os.PathLike[str]) -> Contents:
 
 
 def check_one_model(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder from which two models, or neither, would be loaded; anything but a folder is let through.
+    """Refuse a folder from which two models, or neither, would be loaded; other paths pass.
 
     Raises:
         ValueError: naming the files of both, and what to do.
@@ -115,10 +115,10 @@ def is_whole(aside: Path) -> bool:
 
 
 def move_into(aside: Path, folder: Path) -> None:
-    """Put a model that is complete in one folder in the place of the one in another.
+    """Replace the model in one folder by the complete model in another.
 
-    Files that no model is known to have are left alone. Killed meanwhile, the folder loads as the model of before or
-    as the new one, or as none at all: then the new one is complete in `aside`, and `recover` goes on.
+    Files that belong to no known model stay. If the process is killed meanwhile, the folder holds the old model, the
+    new one, or none: then the new one is complete in `aside`, and `recover` finishes the move.
     """
     files = [path for path in aside.rglob("*") if path.is_file()]
     for path in files:
@@ -141,8 +141,8 @@ def recover(folder: Path, aside: Path | None = None) -> bool:
     names: list[str] = json.loads((aside / _WHOLE).read_text(encoding="utf-8"))
     new = {name for name in names if _is_weights(name)}
     if new:
-        # Not one moment with parts of two models that would load together: old ones that have no successor of the
-        # same name go first, and what lists them goes before them. A lone file is replaced at once.
+        # Never have parts of two models that would load together: old files without a successor of the same name go
+        # first, and files that list them go before them. A single file is replaced at once.
         held = what_is_there(folder)
         old = [name for name in (*held.adapter, *held.weights) if name not in new or name.endswith(".index.json")]
         for name in sorted(old, key=_loads_last, reverse=True):
@@ -164,9 +164,9 @@ def recover(folder: Path, aside: Path | None = None) -> bool:
 
 
 def earlier_results(folder: Path) -> list[Path]:
-    """What a run before this one found, where a model of it is there; this run's own files are newer than that model.
+    """The results of a run before this one, if its model is there; this run's own files are newer than that model.
 
-    To be asked before the first save of a run that was not resumed.
+    Call it before the first save of a run that was not resumed.
     """
     held = what_is_there(folder)
     times = [(folder / name).stat().st_mtime_ns for name in (*held.weights, *held.adapter)]
@@ -177,7 +177,7 @@ def earlier_results(folder: Path) -> list[Path]:
 
 
 def _left_over(folder: Path, names: set[str]) -> Iterable[Path]:
-    """Files of a model of before that the one of `names` has no file in place of."""
+    """Files of an earlier model that the files in `names` do not replace."""
     of_model = () if (folder / _CHECKPOINT).exists() else _OF_THE_MODEL
     patterns = [*of_model, *(_TOKENIZER if "tokenizer_config.json" in names else ())]
     for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):

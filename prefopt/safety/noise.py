@@ -1,6 +1,6 @@
-"""Lines of other libraries that tell a person nothing, left out by command lines.
+"""Command lines leave out lines of other libraries that are of no use to the user.
 
-A script of one's own that imports prefopt has them all. Imports nothing of the package.
+Your own script that imports prefopt prints them all. Imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 
 def quiet_warnings() -> None:
-    """Leave out what libraries say to one another, such as PEFT's use of a name that transformers will remove."""
+    """Leave out messages between libraries, such as PEFT's use of a name that transformers will remove."""
     warnings.filterwarnings("ignore", message=r".*is deprecated and will be removed in v6.*", category=FutureWarning)
 
 
@@ -30,7 +30,7 @@ def quiet_libraries() -> None:
     handler.setFormatter(_Lines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     for library in ("datasets", "huggingface_hub", "transformers"):
-        # Each has a handler of its own beside the root's. transformers passes its lines on where CI is set, and prints
+        # Each has its own handler besides the root's. transformers passes its lines on if CI is set, and prints
         # them itself elsewhere.
         logging.getLogger(library).handlers.clear()
         logging.getLogger(library).propagate = True
@@ -46,7 +46,7 @@ class _Lines(logging.Formatter):
 
 @contextlib.contextmanager
 def errors_told_by_us(library: str) -> Iterator[None]:
-    """In here a library logs no errors: what it raises is told in words of ours."""
+    """Inside, a library logs no errors: our message replaces what it raises."""
     logger = logging.getLogger(library)
     before = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,8 +1,8 @@
-"""Takes secrets out of whatever is printed, logged, saved or published: tokens, keys, passwords inside URLs.
+"""Removes secrets from everything that is printed, logged, saved or published: tokens, keys, passwords in URLs.
 
-A secret is known by its value (what stands in the environment under a name such as HF_TOKEN or WANDB_API_KEY, and what
-`remember` was told), by what it looks like (`hf_...`, `scheme://user:password@host`), or by the name that it is given
-(`hub_token: ...`, `--hub_token ...`). Imports the standard library alone.
+A secret is recognised by its value (environment variables such as HF_TOKEN or WANDB_API_KEY, and values passed to
+`remember`), by its form (`hf_...`, `scheme://user:password@host`), or by the name beside it (`hub_token: ...`,
+`--hub_token ...`). Imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PATTERNS = (
     (re.compile(rf"(--[\w-]*(?:{_NAME})['\"]?,?\s+['\"]?)[^\s'\"-][^\s'\"]*", re.IGNORECASE), rf"\1{MASK}"),
 )
 _SHORTEST = 6
-"""Shorter values are not searched for: they are no secrets, and would be found in ordinary words."""
+"""Shorter values are not searched for: they are not secrets, and would match ordinary words."""
 
 _remembered: set[str] = set()
 
@@ -45,12 +45,12 @@ def is_secret(name: str) -> bool:
 
 
 def remember(*values: str | None) -> None:
-    """Have these values taken out from now on, wherever they turn up."""
+    """Remove these values everywhere from now on."""
     _remembered.update(value for value in values if value and len(value) >= _SHORTEST)
 
 
 def redact(text: str) -> str:
-    """The text with `***` in the place of every secret in it."""
+    """The text with `***` in place of every secret."""
     values = _remembered | {
         value
         for name, value in os.environ.items()
@@ -65,7 +65,7 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """A setting without secrets: texts redacted, what stands under a secret's name masked, also inside mappings."""
+    """A setting without secrets: texts redacted, values with a secret's name masked, also inside mappings."""
     if isinstance(value, Mapping):
         return {key: redacted(entry, str(key)) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -98,10 +98,10 @@ def _option(word: str) -> str:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """A command as it would be typed, without secrets and without the name of anybody's home folder."""
+    """A command as one would type it, without secrets and without the name of the home folder."""
     home = os.path.expanduser("~")
     shown = [word.replace(home, "~") if len(home) > 1 else word for word in words_without_secrets(words)]
-    # The tilde means the home folder only outside quotes; nobody is helped by a quoted ***.
+    # The tilde means the home folder only outside quotes, and *** needs none.
     return " ".join(word if word == MASK else shlex.quote(word) for word in shown)
 
 
@@ -111,7 +111,7 @@ def command_line(words: Sequence[str]) -> str:
 def guard_process() -> None:
     """Keep secrets out of what this process logs, out of its tracebacks, and out of `sys.argv`.
 
-    Experiment trackers file `sys.argv` with every run. May be called more than once.
+    Experiment trackers store `sys.argv` with every run. May be called more than once.
     """
     sys.argv[1:] = words_without_secrets(sys.argv[1:])
     make = logging.getLogRecordFactory()

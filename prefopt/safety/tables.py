@@ -1,4 +1,4 @@
-"""Tables for a terminal that lose nothing where it is narrow: long words are broken, not cut. Imports rich alone."""
+"""Tables that lose nothing in a narrow terminal: long words are broken, not cut. Imports rich alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def table(*headings: str, right: Collection[str] = (), **options: Any) -> Table:
 
     Args:
         headings: of the columns.
-        right: those of them that hold numbers, which are set to the right and narrowed last.
+        right: those with numbers, which are right-aligned and narrowed last.
         options: of `rich.table.Table`.
     """
     made = Table(*(Column(name, overflow="fold") for name in headings), **options)

@@ -1,4 +1,4 @@
-"""Which files weights are read from: safetensors, which hold numbers alone. Pickled ones can run any code.
+"""The files that weights are read from: safetensors, which contain only numbers. Pickled files can run any code.
 
 Imports safetensors alone, so that every layer can ask.
 """
@@ -22,7 +22,7 @@ def pickled(folder: Path) -> list[str]:
 
 
 def check_folder(folder: Path, wanted: str = "*.safetensors") -> None:
-    """Refuse a folder whose weights cannot or must not be read; one without any weights is left to who reads it.
+    """Refuse a folder whose weights cannot or must not be read; a folder without weights passes.
 
     Args:
         folder: of a model, an adapter or a checkpoint.

@@ -93,6 +93,7 @@ def test_the_map_of_the_rooms_is_the_linters():
 def test_linked_code_is_where_the_link_says():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     links = re.findall(r"\[`([\w.]+)`\]\((prefopt/\S+\.py)\)", text)
+    assert len(re.findall(r"^\d+\. \*\*", text, re.MULTILINE)) == 10  # ten steps
     assert len(links) > 15
     for name, file in links:
         code = (ROOT / file).read_text(encoding="utf-8")

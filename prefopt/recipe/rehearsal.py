@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from prefopt.losses.scores import EMBEDDINGS
 from prefopt.planning.activations import causal_model
 from prefopt.recipe.arguments import Recipe
 from prefopt.recipe.ready import Ready
-from prefopt.safety.errors import UsageError
+from prefopt.safety.errors import UsageError, retold
 from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.checks import RunPlan, check_run
 from prefopt.trainer.publishing import PushError
@@ -104,13 +104,10 @@ def _rehearse(recipe: Recipe, ready: Ready, steps: int | None) -> None:
     _schedule(recipe, steps)
 
 
-@contextmanager
-def _named(options: str) -> Iterator[None]:
+def _named(options: str) -> AbstractContextManager[None]:
     """What a library says about options, under the options' names and without its traceback."""
-    try:
-        yield
-    except (ImportError, ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
-        raise UsageError(f"{options}: {' '.join(str(error).split())}") from error
+    kinds = (ImportError, ValueError, TypeError, RuntimeError, KeyError, NotImplementedError)
+    return retold(UsageError, options, kinds)
 
 
 def _quantization(recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from prefopt.data.formats import IMPLICIT
+from prefopt.data.rankings import is_number
 
 Row = Mapping[str, Any]
 
@@ -65,7 +66,7 @@ def _scores_against(rows: Sequence[Row]) -> str:
     names = list(rows[0]) if rows else []
     for chosen in (name for name in names if "chosen" in name and _SCORE.fullmatch(name)):
         rejected = chosen.replace("chosen", "rejected")
-        both = [row for row in rows if all(_is_number(row.get(name)) for name in (chosen, rejected))]
+        both = [row for row in rows if all(is_number(row.get(name)) for name in (chosen, rejected))]
         against = [row for row in both if row[chosen] < row[rejected]]
         if against and len(against) >= _NEARLY_ALL * len(both):
             return (
@@ -73,7 +74,3 @@ def _scores_against(rows: Sequence[Row]) -> str:
                 "better, the two sides are swapped: pass --columns chosen=rejected rejected=chosen."
             )
     return ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

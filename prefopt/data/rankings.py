@@ -140,7 +140,7 @@ def _of_two(row: Row, how: Pairing) -> Iterator[tuple[Any, Any]]:
     first, second = row[str(how.first)], row[str(how.second)]
     if how.winner is None:
         left, right = (row.get(name.strip()) for name in str(how.rank or how.score).split(",", 1))
-        if first and second and _is_number(left) and _is_number(right) and left != right:
+        if first and second and is_number(left) and is_number(right) and left != right:
             yield (first, second) if (float(left) < float(right)) == bool(how.rank) else (second, first)
         return
     winner = _word(row[how.winner])
@@ -160,7 +160,7 @@ def _of_list(row: Row, how: Pairing) -> Iterator[tuple[Any, Any]]:
         order = row[key] if key in row else [value_at(answer, key) for answer in answers]
     sign = 1 if how.rank else -1
     ordered = sorted(
-        ((sign * float(value), text) for value, text in zip(order, texts, strict=True) if _is_number(value) and text),
+        ((sign * float(value), text) for value, text in zip(order, texts, strict=True) if is_number(value) and text),
         key=lambda item: item[0],
     )
     for (better, chosen), (worse, rejected) in (
@@ -267,7 +267,7 @@ def _ranked_list(names: Sequence[str], rows: Sequence[Row]) -> str:
             continue
         fields = dict.fromkeys(field for item in items for field in item)
         text = next((field for field in _TEXT if writing(items[0].get(field))), None)
-        score = next((field for field in fields if _SCORE.fullmatch(field) and _is_number(items[0].get(field))), None)
+        score = next((field for field in fields if _SCORE.fullmatch(field) and is_number(items[0].get(field))), None)
         if text and score:
             return _list_advice(names, rows, name, score, text)
         winner = next(
@@ -286,7 +286,7 @@ def _ranked_rows(names: Sequence[str], rows: Sequence[Row]) -> str:
     """One answer and its scores per row, several rows per prompt."""
     prompt = _prompt_of(names, rows)
     answer = next((name for name in _TEXT if name in names and name != prompt), None)
-    numbers = [name for name in names if rows and all(_is_number(row.get(name)) for row in rows)]
+    numbers = [name for name in names if rows and all(is_number(row.get(name)) for row in rows)]
     score = next(filter(_SCORE.fullmatch, numbers), None) or next((n for n in numbers if not is_metadata(n)), None)
     if not (prompt and answer and score and all(isinstance(row.get(answer), str) for row in rows)):
         return ""
@@ -307,7 +307,7 @@ def _ranked_texts(names: Sequence[str], rows: Sequence[Row]) -> str:
     for score in (name for name in names if _SCORE.fullmatch(name) and flat[name]):
         for name in names:
             texts = bool(flat[name]) and all(isinstance(item, str) for item in flat[name])
-            if texts and all(map(_is_number, flat[score])) and [*map(len, lists[name])] == [*map(len, lists[score])]:
+            if texts and all(map(is_number, flat[score])) and [*map(len, lists[name])] == [*map(len, lists[score])]:
                 return _list_advice(names, rows, name, score, None)
     return ""
 
@@ -341,5 +341,5 @@ def _word(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

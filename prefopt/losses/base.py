@@ -118,7 +118,7 @@ QUANTITIES = {
     Need.EMBEDDINGS: Quantity(("embedding", "prompt_embedding"), "give the data columns of embeddings"),
 }  # fmt: skip
 """A new need is a member of `Need` with its row here and its fields in `Scores`, and what computes them in the scorer
-(`prefopt.scoring.logprobs` for what is read off logits)."""
+(`prefopt.scoring.measure` for what is read off logits)."""
 NEED_OF = {name: need for need, quantity in QUANTITIES.items() for name in (*quantity.fields, *quantity.besides)}
 """By field of `Scores`."""
 

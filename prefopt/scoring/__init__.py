@@ -5,7 +5,8 @@ and PEFT where it reaches into their layers; never TRL.
 """
 
 from prefopt.scoring.assemble import assemble_batch, extras_for
-from prefopt.scoring.logprobs import Extras, TokenScores, token_scores
+from prefopt.scoring.logprobs import TokenScores, token_scores
+from prefopt.scoring.measure import Extras
 from prefopt.scoring.padded import score_rows
 from prefopt.scoring.rows import ROLES, RowBatch, RowGroups
 

@@ -10,7 +10,8 @@ from prefopt.losses import Loss, Need, PreferenceBatch, Scores
 from prefopt.losses.base import NEED_OF, PER_TOKEN
 from prefopt.losses.divergences import named
 from prefopt.losses.scores import Role
-from prefopt.scoring.logprobs import Extras, TokenScores
+from prefopt.scoring.logprobs import TokenScores
+from prefopt.scoring.measure import Extras
 from prefopt.scoring.rows import RowGroups
 
 
@@ -57,7 +58,7 @@ def assemble_batch(
         unwanted = role is Role.MISMATCHED and Need.MISMATCHED not in loss.needs
         # Unpaired feedback can lack a role by chance; of pairs one is missing only where it was not scored.
         may_lack = role is Role.MISMATCHED or (role is not Role.SAMPLED and not groups.paired)
-        if unwanted or not (may_lack or bool((groups.roles == role).any())):
+        if unwanted or not (may_lack or bool(groups.playing([role]).any())):
             continue
         rows = groups.rows_of(role)
         examples = groups.examples[rows]

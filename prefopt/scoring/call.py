@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.head import Head, Kept, head_of, measured_by_head, replaced_head
-from prefopt.scoring.logprobs import DIFFERENTIABLE, MEASURED, Extras, Measured, by_name, scores_of_logits
+from prefopt.scoring.logprobs import scores_of_logits
+from prefopt.scoring.measure import DIFFERENTIABLE, MEASURED, Extras, Measured, by_name
 from prefopt.scoring.model import unwrapped
 
 
@@ -48,6 +49,7 @@ class Request:
     Attributes:
         labels: (B, K) the token that each of the last K positions predicts.
         mask: (B, K) bool, which of them are scored: M in all.
+        places: (M,) the same as numbers, row after row, which are known without asking the device.
         extras: what to compute besides log-probabilities.
         reference: what a call of the reference with the same positions kept, for extras that compare the two.
         keep: keep what it takes to have the logits again, in `kept`.
@@ -56,6 +58,7 @@ class Request:
 
     labels: Tensor
     mask: Tensor
+    places: Tensor
     extras: Extras
     reference: Kept | None = None
     keep: bool = False
@@ -119,8 +122,9 @@ class Call:
         def instead(hidden: Tensor) -> Tensor:
             # A model without `logits_to_keep` hands over every position; the last ones are meant.
             hidden = hidden[:, hidden.shape[1] - request.mask.shape[1] :]
-            flat = hidden.reshape(-1, hidden.shape[-1]) if bool(request.mask.all()) else hidden[request.mask]
-            labels = request.labels[request.mask]
+            flat, places = hidden.reshape(-1, hidden.shape[-1]), request.places
+            flat = flat if len(flat) == len(places) else flat[places]
+            labels = request.labels.flatten()[places]
             measured.update(measured_by_head(head, flat, labels, request.extras, request.reference))
             if request.keep:
                 request.kept = Kept(flat.detach(), head)

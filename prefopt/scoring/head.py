@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from prefopt.scoring.logprobs import (
+from prefopt.scoring.measure import (
     LOOKED_AT,
     Extras,
     Measured,

@@ -21,7 +21,8 @@ from prefopt.safety.errors import UsageError
 from prefopt.scoring import attention
 from prefopt.scoring.call import Call
 from prefopt.scoring.exact import peeled, undisturbed
-from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores
+from prefopt.scoring.logprobs import TokenScores
+from prefopt.scoring.measure import NOTHING, Extras
 from prefopt.scoring.model import is_checkpointed, unwrapped
 from prefopt.scoring.padded import score_rows
 from prefopt.scoring.reach import Horizon, Reach

@@ -7,9 +7,7 @@ quantity comes from the same pass, and their gradients from one softmax.
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,41 +15,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prefopt.losses.base import NEED_OF, QUANTITIES, Need
-from prefopt.losses.divergences import Divergence, divergence, slope
 from prefopt.safety.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What to compute besides log-probabilities.
-
-    Attributes:
-        needs: those of a loss; what cannot be read off a model's output is left to others.
-        top_k: how many of the largest log-probabilities to keep at every position, with `Need.TOP_K`.
-        divergences: which, with `Need.DIVERGENCE`.
-        statistics: entropy and whether a token was the most probable one, for logging; zero where not asked for.
-    """
-
-    needs: Need = Need.NONE
-    top_k: int = 0
-    divergences: tuple[Divergence, ...] = ()
-    statistics: bool = True
-
-    @property
-    def full_reference(self) -> bool:
-        """Whether the reference's logits are needed, not its log-probabilities alone."""
-        return bool(self.needs & (Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE))
-
-    @property
-    def hidden(self) -> bool:
-        """Whether hidden states are averaged."""
-        return Need.HIDDEN in self.needs
-
-
-NOTHING = Extras()
-BARE = Extras(statistics=False)
-"""For models whose numbers are not logged: the reference, the previous iterate."""
+from prefopt.scoring.measure import (
+    LOOKED_AT,
+    NOTHING,
+    Extras,
+    Measured,
+    by_name,
+    detached_where_constant,
+    gradients,
+    joined,
+    measure,
+    part_of,
+    pull_back,
+)
 
 
 @dataclass(frozen=True)
@@ -76,158 +53,6 @@ class TokenScores:
     tokens: Tensor | None = None
     quantities: Mapping[str, Tensor] = field(default_factory=dict)
     logits: Any = None
-
-
-def _kl(first: Tensor, second: Tensor) -> Tensor:
-    """KL(first || second) of log-probabilities over the last axis; what is impossible under `first` adds nothing."""
-    terms = first.exp() * (first - second)
-    return torch.where(first == -torch.inf, torch.zeros_like(terms), terms).sum(-1)
-
-
-def _divergences(scores: Tensor, reference: Tensor, extras: Extras) -> tuple[Tensor, ...]:
-    return (torch.stack([divergence(kind, scores, reference) for kind in extras.divergences], dim=-1),)
-
-
-def _forward_kl(scores: Tensor, reference: Tensor, _: Extras) -> tuple[Tensor, ...]:
-    kl = _kl(reference, scores)
-    return kl, torch.special.entr(reference.exp_()).sum(-1)
-
-
-_OF_POLICY: dict[tuple[str, ...], Callable[[Tensor, Extras], tuple[Tensor, ...]]] = {
-    ("top_logps", "top_ids"): lambda scores, extras: scores.topk(extras.top_k, dim=-1),
-    ("token_collision",): lambda scores, _: (torch.logsumexp(2 * scores, dim=-1),),
-}
-_OF_BOTH: dict[tuple[str, ...], Callable[[Tensor, Tensor, Extras], tuple[Tensor, ...]]] = {
-    ("token_divergences",): _divergences,
-    ("token_reverse_kl",): lambda scores, reference, _: (_kl(scores, reference),),
-    ("token_forward_kl", "ref_token_entropy"): _forward_kl,  # last, as it overwrites the reference's
-}
-"""Fields of `Scores`, and how they follow from (N, V) log-probabilities of the policy, and of the reference. Their
-gradients are in `pull_back`."""
-
-Measured = dict[str, Tensor]
-"""What is read off the logits of N positions, N values each: `logps`, `entropy`, `is_top1` as in `TokenScores`, and
-fields of `Scores`."""
-_COMPUTED = tuple(name for names in (*_OF_POLICY, *_OF_BOTH) for name in names)
-LOOKED_AT = ("top_ids", "token_reverse_kl")
-"""Values that the backward pass needs too."""
-MEASURED = ("logps", "entropy", "is_top1", *_COMPUTED)
-_OVER_VOCABULARY = functools.reduce(operator.or_, (NEED_OF[name] for name in _COMPUTED))
-DIFFERENTIABLE = ("logps", *(name for name in _COMPUTED if name in QUANTITIES[NEED_OF[name]].gradient))
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """A softmax in pieces: `powers` / `total` are the probabilities of N positions.
-
-    Attributes:
-        highest: (N, 1) the largest logit.
-        powers: (N, V) exp(logit - highest).
-        total: (N, 1) their sum.
-    """
-
-    highest: Tensor
-    powers: Tensor
-    total: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, out: Tensor | None = None) -> Softmax:
-        """Of (N, V) logits; the powers are written into `out` where it is given."""
-        highest = logits.amax(-1, keepdim=True)
-        powers = torch.sub(logits, highest, out=None if out is None else out[: len(logits)]).exp_()
-        return cls(highest, powers, powers.sum(-1, keepdim=True))
-
-
-def measure(
-    logits: Tensor,
-    labels: Tensor,
-    extras: Extras,
-    ref_logits: Tensor | None = None,
-    softmax: Softmax | None = None,
-) -> Measured:
-    """Everything that `extras` asks of the logits of N positions, without gradient.
-
-    Args:
-        logits: (N, V), at least float32.
-        labels: (N,) the tokens.
-        extras: what to compute besides log-probabilities.
-        ref_logits: (N, V) of the reference, in the same precision, for what compares the two distributions.
-        softmax: of the logits, where it is known.
-    """
-    softmax = Softmax.of(logits) if softmax is None else softmax
-    highest, powers, total = softmax.highest, softmax.powers, softmax.total
-    at_label = logits.gather(-1, labels.unsqueeze(-1))
-    normaliser = highest + total.log()
-    values: Measured = {"logps": (at_label - normaliser).squeeze(-1)}
-    if extras.statistics:
-        values["is_top1"] = (at_label == highest).squeeze(-1)
-        # A product of rows and columns, because elementwise products would fill a tensor of the logits' size.
-        expected = torch.bmm(powers.unsqueeze(1), logits.unsqueeze(2)).squeeze(-1) / total
-        entropy = (normaliser - expected).squeeze(-1)
-        # Tokens that are ruled out (-inf) have probability 0, and 0 * inf is no number.
-        ruled_out = entropy.isnan()
-        if bool(ruled_out.any()):
-            entropy[ruled_out] = torch.special.entr(powers[ruled_out] / total[ruled_out]).sum(-1)
-        values["entropy"] = entropy
-    if extras.needs & _OVER_VOCABULARY:
-        scores = logits - normaliser
-        for names, of_policy in _OF_POLICY.items():
-            if NEED_OF[names[0]] in extras.needs:
-                values |= zip(names, of_policy(scores, extras), strict=True)
-        if extras.full_reference and ref_logits is not None:
-            reference = torch.log_softmax(ref_logits, dim=-1)
-            for names, of_both in _OF_BOTH.items():
-                if NEED_OF[names[0]] in extras.needs:
-                    values |= zip(names, of_both(scores, reference, extras), strict=True)
-    return values
-
-
-def pull_back(
-    logits: Tensor,
-    labels: Tensor,
-    measured: Measured,
-    grads: Mapping[str, Tensor],
-    ref_logits: Tensor | None = None,
-    divergences: Sequence[Divergence] = (),
-) -> Tensor:
-    """(N, V) gradient of the logits, from one softmax for all quantities.
-
-    Args:
-        logits: (N, V), at least float32, as `measure` got them.
-        labels: (N,).
-        measured: what `measure` gave; its `top_ids` and `token_reverse_kl` are looked at.
-        grads: the gradient of each of `DIFFERENTIABLE` that has one.
-        ref_logits: (N, V) of the reference.
-        divergences: those of the extras, in order.
-    """
-    probs = torch.softmax(logits, dim=-1)
-    total = torch.zeros_like(probs)
-    share = torch.zeros_like(probs[:, :1])  # of the softmax, which every quantity but the reverse KL asks for
-    if "logps" in grads:
-        # d log p(y) / d logits = onehot(y) - softmax
-        upstream = grads["logps"].unsqueeze(-1)
-        total.scatter_add_(-1, labels.unsqueeze(-1), upstream)
-        share -= upstream
-    if "top_logps" in grads:
-        total.scatter_add_(-1, measured["top_ids"], grads["top_logps"])
-        share -= grads["top_logps"].sum(-1, keepdim=True)
-    if ref_logits is not None and any(name in grads for names in _OF_BOTH for name in names):
-        reference = torch.log_softmax(ref_logits, dim=-1)
-        if "token_divergences" in grads:
-            scores = torch.log_softmax(logits, dim=-1)
-            for kind, upstream in zip(divergences, grads["token_divergences"].unbind(-1), strict=True):
-                total.addcmul_(slope(kind, scores, reference), upstream.unsqueeze(-1))
-        if "token_reverse_kl" in grads:
-            # d KL(p || r) / d logits = p (log p - log r - KL)
-            gap = probs.log().sub_(reference).sub_(measured["token_reverse_kl"].unsqueeze(-1))
-            gap.masked_fill_(probs == 0, 0.0)
-            total.addcmul_(gap.mul_(probs), grads["token_reverse_kl"].unsqueeze(-1))
-        if "token_forward_kl" in grads:
-            # d KL(r || p) / d logits = p - r
-            upstream = grads["token_forward_kl"].unsqueeze(-1)
-            total.addcmul_(reference.exp_(), upstream, value=-1)
-            share += upstream
-    return total.addcmul_(probs, share)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -267,33 +92,6 @@ class _TokenLogProbs(torch.autograd.Function):
                 {name: value[part] for name, value in given.items()}, reference, ctx.divergences,
             ).to(logits.dtype)  # fmt: skip
         return grad, None, None, None, None
-
-
-def part_of(looked_at: Sequence[Tensor | None], part: slice) -> Measured:
-    """What `pull_back` looks at of some positions, from what was saved of all."""
-    return {name: value[part] for name, value in zip(LOOKED_AT, looked_at, strict=True) if value is not None}
-
-
-def joined(parts: Sequence[Measured]) -> Measured:
-    """The same quantities of the positions of all parts, in order."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def detached_where_constant(ctx: Any, measured: Measured) -> tuple[Tensor | None, ...]:
-    """What an autograd function returns for `measured`, in the order of `MEASURED`."""
-    ctx.mark_non_differentiable(*(value for name, value in measured.items() if name not in DIFFERENTIABLE))
-    ctx.set_materialize_grads(False)
-    return tuple(measured.get(name) for name in MEASURED)
-
-
-def by_name(values: Sequence[Tensor | None]) -> Measured:
-    """What `detached_where_constant` made a tuple of."""
-    return {name: value for name, value in zip(MEASURED, values, strict=True) if value is not None}
-
-
-def gradients(grads: Sequence[Tensor | None]) -> Measured:
-    """Those that arrived in a backward pass, by the name of what they are of."""
-    return {name: grad for name, grad in by_name(grads).items() if name in DIFFERENTIABLE}
 
 
 def spread(

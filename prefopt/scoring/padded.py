@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from prefopt.scoring.call import Call, Pool, Request
-from prefopt.scoring.logprobs import NOTHING, Extras, TokenScores, spread
+from prefopt.scoring.logprobs import TokenScores, spread
+from prefopt.scoring.measure import NOTHING, Extras
 from prefopt.scoring.model import takes_logits_to_keep
 
 
@@ -49,19 +50,20 @@ def score_rows(
     kwargs = {**inputs, "use_cache": False}
     # The head of a small model with a large vocabulary is a fifth of the work: skip the positions before the first
     # completion token of the batch.
-    first = int(mask.any(dim=0).float().argmax()) if bool(mask.any()) else max(mask.shape[1] - 1, 0)
+    rows, columns = mask.nonzero(as_tuple=True)
+    first = int(columns.min()) if len(columns) else max(mask.shape[1] - 1, 0)
     first = 0 if extras.hidden else first
     window = mask.shape[1] - first
     if not all_logits and takes_logits_to_keep(model):
         kwargs["logits_to_keep"] = window + 1
     # From the right: prompt-learning adapters put virtual tokens before the row. The last position predicts nothing.
     request = Request(
-        pad(labels[:, first:], (0, 1)), pad(mask[:, first:], (0, 1)), extras,
+        pad(labels[:, first:], (0, 1)), pad(mask[:, first:], (0, 1)), rows * (window + 1) + columns - first, extras,
         reference=None if reference is None or reference.logits is None else reference.logits[0], keep=keep_logits,
         pool=_pool(mask, inputs.get("attention_mask")) if extras.hidden else None,
     )  # fmt: skip
     measured, outputs = (call or Call())(model, kwargs, request, whole_logits=all_logits)
-    scores = spread(measured, mask, labels)
+    scores = spread(measured, mask, labels, (rows, columns))
     if request.pooled is not None:
         hidden, prompt_hidden = request.pooled.chunk(2)
         scores = replace(scores, quantities={**scores.quantities, "hidden": hidden, "prompt_hidden": prompt_hidden})

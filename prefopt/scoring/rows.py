@@ -65,17 +65,25 @@ class RowGroups:
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     sizes: Mapping[str, Tensor] | None = None
 
+    @functools.cached_property
+    def _on_host(self) -> list[list[int]]:
+        """Roles and examples, read from the device once."""
+        both: list[list[int]] = torch.stack([self.roles, self.examples]).tolist()
+        return both
+
     def rows_of(self, role: int) -> Tensor:
         """The rows that play a role in an example that counts."""
-        rows = (self.roles == role).nonzero().squeeze(-1)
-        return rows if self.counted is None else rows[self.examples[rows] < self.counted]
+        most = len(self.roles) if self.counted is None else self.counted
+        rows = [
+            row
+            for row, (own, example) in enumerate(zip(*self._on_host, strict=True))
+            if own == role and example < most
+        ]
+        return torch.tensor(rows, dtype=torch.long, device=self.roles.device)
 
     def playing(self, roles: Sequence[int]) -> Tensor:
-        """(R,) bool, the rows that play one of these roles."""
-        rows = torch.zeros_like(self.roles, dtype=torch.bool)
-        for role in roles:
-            rows |= self.roles == role
-        return rows
+        """(R,) bool on the CPU, the rows that play one of these roles."""
+        return torch.tensor([role in roles for role in self._on_host[0]], dtype=torch.bool)
 
     def by_row(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """(R,) values of each row from the (E,) values of chosen and rejected completions."""
@@ -156,6 +164,7 @@ class RowBatch(RowGroups):
         Args:
             rows: (R,) bool.
         """
+        rows = rows.nonzero().squeeze(-1).to(self.ids.device)
         attention = self.attention[rows]
         length = max(int(attention.sum(-1).max()), 1) if len(attention) else 1
         return replace(

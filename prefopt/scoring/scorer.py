@@ -21,7 +21,8 @@ from prefopt.scoring.assemble import assemble_batch, extras_for
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.exact import peeled
 from prefopt.scoring.layout import Layout
-from prefopt.scoring.logprobs import BARE, Extras, TokenScores
+from prefopt.scoring.logprobs import TokenScores
+from prefopt.scoring.measure import BARE, Extras
 from prefopt.scoring.rows import RowBatch
 
 
@@ -188,7 +189,7 @@ class Scorer:
         compared = _one_at_least(compared)
         some = self.reference_scores(rows.select_rows(compared), all_logits=all_logits)
         logps = some.logps.new_zeros((len(compared), rows.ids.shape[1] - 1))
-        logps[compared, : some.logps.shape[1]] = some.logps
+        logps[compared.nonzero().squeeze(-1).to(logps.device), : some.logps.shape[1]] = some.logps
         return replace(some, logps=logps), None
 
     def _previous(

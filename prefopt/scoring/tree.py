@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from prefopt.scoring.attention import Plan, Span, block_mask, encode
 from prefopt.scoring.call import Call, Pool, Request
-from prefopt.scoring.logprobs import NOTHING, Extras, Measured, TokenScores, joined, spread
+from prefopt.scoring.logprobs import TokenScores, spread
+from prefopt.scoring.measure import NOTHING, Extras, Measured, joined
 
 Masks = Literal["packed", "block"] | torch.dtype
 PADDING = -1
@@ -67,14 +68,14 @@ def plant(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) ->
         attention_mask: (R, T), true at real tokens.
         completion_mask: (R, T), true from a completion's first token to its last.
     """
-    lengths = attention_mask.sum(-1).tolist()
-    scored = completion_mask.bool().clone()
-    scored[:, 0] = False  # nothing predicts a row's first token
-    starts = [int(row.nonzero()[0]) if bool(row.any()) else None for row in scored]
+    # Read from the device at once.
+    everything = torch.stack([input_ids, attention_mask.to(input_ids), completion_mask.to(input_ids)]).tolist()
     same: dict[tuple[tuple[int, ...], int], list[int]] = {}
-    for row, (ids, length, start) in enumerate(zip(input_ids.tolist(), lengths, starts, strict=True)):
+    for row, (ids, real, scored) in enumerate(zip(*everything, strict=True)):
+        # Nothing predicts a row's first token.
+        start = next((place for place, one in enumerate(scored) if one and place), None)
         if start is not None:
-            same.setdefault((tuple(ids[:length]), start), []).append(row)
+            same.setdefault((tuple(ids[: sum(real)]), start), []).append(row)
     trees: dict[tuple[int, ...], Tree] = {}
     for (ids, start), rows in same.items():
         prompt = ids[:start]
@@ -219,33 +220,37 @@ def score_trees(
     trees = plant(ids, inputs["attention_mask"], completion_mask) if trees is None else trees
     together = group(trees, tokens) if isinstance(masks, torch.dtype) else pack(trees, tokens)
     parts: list[Measured] = []
-    pooled: list[Tensor] = []
-    kept: list[Any] = []
+    requests: list[Request] = []
     outputs: Any = None
     for number, some in enumerate(together):
-        arguments = tree_inputs(some, 0, ids.device, masks, trunks_too=extras.hidden)
-        width = None
-        if isinstance(masks, torch.dtype):
-            width = max(len(tree.tokens if extras.hidden else tree.targets) for tree in some)
-        labels, mask = _labels(some, width, ids.device, trunks_too=extras.hidden)
-        before = None if reference is None or reference.logits is None else reference.logits[number]
-        pool = _pool(some, width, ids.device) if extras.hidden else None
-        request = Request(labels, mask, extras, before, keep_logits, pool=pool)
-        # Branches end at the last column of a row of their own; of a packed row their places are picked.
-        arguments["logits_to_keep"] = arguments.get("logits_to_keep", width)
-        measured, outputs = (call or Call())(
-            model, {**arguments, **(model_options or {}), "use_cache": False}, request
-        )
+        arguments, request = _call_of(some, masks, extras, ids.device)
+        request.keep = keep_logits
+        request.reference = None if reference is None or reference.logits is None else reference.logits[number]
+        arguments |= {**(model_options or {}), "use_cache": False}
+        measured, outputs = (call or Call())(model, arguments, request)
         parts.append(measured)
-        kept.append(request.kept)
-        if request.pooled is not None:
-            pooled.append(request.pooled)
-    targets = [target for some in together for tree in some for target in tree.targets]
-    scores = _scatter(parts, targets, (ids.shape[0], ids.shape[1] - 1), ids[:, 1:])
-    if pooled:
-        hidden, prompt_hidden = _of_rows(torch.cat(pooled), [tree for some in together for tree in some], ids.shape[0])
+        requests.append(request)
+    scored = [tree for some in together for tree in some]
+    scores = _scatter(parts, [target for tree in scored for target in tree.targets], ids[:, 1:])
+    if pooled := [request.pooled for request in requests if request.pooled is not None]:
+        hidden, prompt_hidden = _of_rows(torch.cat(pooled), scored, ids.shape[0])
         scores = replace(scores, quantities={**scores.quantities, "hidden": hidden, "prompt_hidden": prompt_hidden})
-    return (replace(scores, logits=kept) if keep_logits else scores), outputs
+    return (replace(scores, logits=[request.kept for request in requests]) if keep_logits else scores), outputs
+
+
+def _call_of(
+    trees: Sequence[Tree], masks: Masks, extras: Extras, device: torch.device
+) -> tuple[dict[str, Any], Request]:
+    """What a model is called with for some trees, and what is read off."""
+    arguments = tree_inputs(trees, 0, device, masks, trunks_too=extras.hidden)
+    width = None
+    if isinstance(masks, torch.dtype):
+        width = max(len(tree.tokens if extras.hidden else tree.targets) for tree in trees)
+        # Branches end at the last column of a row of their own; of a packed row their places are picked.
+        arguments["logits_to_keep"] = width
+    labels, places = _labels(trees, width, device, trunks_too=extras.hidden)
+    pool = _pool(trees, width, device) if extras.hidden else None
+    return arguments, Request(labels.clamp(min=0), labels != PADDING, places, extras, pool=pool)
 
 
 def _pool(trees: Sequence[Tree], width: int | None, device: torch.device) -> Pool:
@@ -289,7 +294,7 @@ def _of_rows(pooled: Tensor, trees: Sequence[Tree], rows: int) -> tuple[Tensor, 
 def _labels(
     trees: Sequence[Tree], width: int | None, device: torch.device, trunks_too: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(B, K) tokens that the kept positions predict, and which of them are targets.
+    """(B, K) tokens that the kept positions predict, `PADDING` where that is no target, and (M,) the targets' places.
 
     Args:
         trees: a row each, or all in one row if `width` is None.
@@ -302,20 +307,17 @@ def _labels(
         before = (tree.trunk if trunks_too else 0) if width is None else width - len(tree.targets)
         rows.append([PADDING] * before + [token for _, _, token in tree.targets])
     rows = [[token for row in rows for token in row]] if width is None else rows
-    labels = torch.tensor(rows, device=device)
-    return labels.clamp(min=0), labels != PADDING
+    places = [place for place, token in enumerate(token for row in rows for token in row) if token != PADDING]
+    return torch.tensor(rows, device=device), torch.tensor(places, device=device)
 
 
 def _scatter(
-    parts: Sequence[Measured],
-    targets: Sequence[tuple[tuple[int, ...], int, int]],
-    shape: tuple[int, int],
-    tokens: Tensor,
+    parts: Sequence[Measured], targets: Sequence[tuple[tuple[int, ...], int, int]], tokens: Tensor
 ) -> TokenScores:
     """Values of the targets at their rows and places; a branch that several rows share goes to all of them."""
-    mask = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
     if not parts:
-        zeros = torch.zeros(shape, device=tokens.device)
+        zeros = torch.zeros(tokens.shape, device=tokens.device)
         return TokenScores(zeros, zeros, mask, mask, tokens)
     places = [(row, place, i) for i, (rows, place, _) in enumerate(targets) for row in rows]
     rows, columns, sources = torch.tensor(places, device=tokens.device).unbind(1)

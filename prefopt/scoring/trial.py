@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prefopt.scoring.call import Call, Request
 from prefopt.scoring.exact import awake, in_float32, like_others, undisturbed
-from prefopt.scoring.logprobs import Measured, TokenScores
+from prefopt.scoring.logprobs import TokenScores
+from prefopt.scoring.measure import Measured
 from prefopt.scoring.model import replaced_forward, unwrapped
 from prefopt.scoring.padded import score_rows
 from prefopt.scoring.reach import Reach

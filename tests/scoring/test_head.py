@@ -11,7 +11,8 @@ from prefopt.losses.divergences import named
 from prefopt.scoring import Extras, head, score_rows
 from prefopt.scoring.call import Call
 from prefopt.scoring.head import Head, Kept, head_of, measured_by_head
-from prefopt.scoring.logprobs import DIFFERENTIABLE, scores_of_logits
+from prefopt.scoring.logprobs import scores_of_logits
+from prefopt.scoring.measure import DIFFERENTIABLE
 from tests.losses.test_divergences import EVERY
 from tests.scoring.test_tree import collate, gradient, model_inputs
 from tests.tiny import make_model

@@ -15,7 +15,7 @@ from prefopt.losses.scores import EMBEDDINGS
 from prefopt.scoring import Extras, TokenScores, assemble_batch, extras_for, score_rows
 from prefopt.scoring.call import Call
 from prefopt.scoring.collate import PreferenceCollator
-from prefopt.scoring.logprobs import BARE
+from prefopt.scoring.measure import BARE
 from prefopt.scoring.rows import RowBatch
 from prefopt.scoring.tree import score_trees
 from tests.scoring.test_tree import ARCHITECTURES, EXAMPLES, MASKS, close, collate, model_inputs

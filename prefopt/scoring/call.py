@@ -17,7 +17,7 @@ from prefopt.safety.errors import UsageError
 from prefopt.scoring.head import Head, Kept, head_of, measured_by_head, replaced_head
 from prefopt.scoring.logprobs import scores_of_logits
 from prefopt.scoring.measure import DIFFERENTIABLE, MEASURED, Extras, Measured, by_name
-from prefopt.scoring.model import unwrapped
+from prefopt.scoring.model import head_layer, unwrapped
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ def _pooling(model: nn.Module, inner: nn.Module, arguments: Mapping[str, Any], r
     if request.pool is None:
         return model(**arguments)
     pool = request.pool
-    get = getattr(inner, "get_output_embeddings", None)
-    head = get() if callable(get) else None
+    head = head_layer(inner)
     if head is None:
         raise UsageError(
             f"{type(inner).__name__} does not say which layer its head is, so its hidden states are unknown"

@@ -10,9 +10,9 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from prefopt.scoring.exact import in_float32, like_others, peeled, undisturbed
+from prefopt.scoring.exact import called_so, undisturbed, ways_to_call
 from prefopt.scoring.fingerprint import is_sharded
-from prefopt.scoring.model import unwrapped
+from prefopt.scoring.model import peeled
 from prefopt.scoring.rows import RowBatch
 from prefopt.scoring.trial import ERRORS, EXACT
 
@@ -36,17 +36,14 @@ def looks_ahead(model: nn.Module, batch: RowBatch) -> float:
     rows = torch.stack([row, row])
     rows[1, -1] = others[0]
     called = model if is_sharded(model) else peeled(model)
-    ways: list[list[nn.Module] | None] = [None]
-    if not is_sharded(called):
-        ways = [like_others(unwrapped(called)), [], None]
     with undisturbed(called):
-        for skipped in ways:
+        for way in ways_to_call(called):
             # What fails here fails in the run as well, or is not about the order of tokens.
             with contextlib.suppress(*ERRORS):
-                with in_float32(called, skipped) if skipped is not None else contextlib.nullcontext():
+                with called_so(called, way):
                     logits = called(input_ids=rows, attention_mask=torch.ones_like(rows)).logits
                 gap = _typical_gap(logits[:, -len(row) : -1].float())
-                return gap if gap > (ROUGH if skipped is None else EXACT) else 0.0
+                return gap if gap > (ROUGH if way is None else EXACT) else 0.0
     return 0.0
 
 

@@ -12,20 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefopt.scoring.fingerprint import is_sharded
 from prefopt.scoring.model import decoder_layers, replaced_forward, unwrapped
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def peeled(model: nn.Module) -> nn.Module:
-    """The model out of DDP, DeepSpeed and torch.compile, with its adapters."""
-    while True:
-        inner = getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 @contextlib.contextmanager
@@ -113,6 +103,22 @@ def _without_tf32() -> Iterator[None]:
 
 
 # ---- layers that stand for others ----------------------------------------------------------------------------------
+
+
+def ways_to_call(model: nn.Module) -> list[list[nn.Module] | None]:
+    """How a model can be called in a trial, the best first: layers to skip in float32, or None to call it as it is."""
+    # Weights that are spread over processes cannot be cast, nor can one process leave layers out.
+    if is_sharded(model):
+        return [None]
+    some = like_others(unwrapped(model))
+    return [some, [], None] if some else [[], None]
+
+
+@contextlib.contextmanager
+def called_so(model: nn.Module, skipped: list[nn.Module] | None) -> Iterator[None]:
+    """In here a model is called in one of `ways_to_call`."""
+    with in_float32(model, skipped) if skipped is not None else contextlib.nullcontext():
+        yield
 
 
 def like_others(model: nn.Module) -> list[nn.Module]:

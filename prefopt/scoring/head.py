@@ -28,7 +28,7 @@ from prefopt.scoring.measure import (
     part_of,
     pull_back,
 )
-from prefopt.scoring.model import replaced_forward
+from prefopt.scoring.model import head_layer, replaced_forward
 
 CHUNK_BYTES = {"cpu": 2**24, "elsewhere": 2**28}
 """Size of a chunk's logits: on a CPU what stays in its caches, elsewhere enough to keep the device busy."""
@@ -112,8 +112,7 @@ class Kept:
 
 def head_of(model: nn.Module) -> Head | None:
     """The head of an unwrapped model, if it is a plain linear layer whose logits are the model's own."""
-    get = getattr(model, "get_output_embeddings", None)
-    linear = get() if callable(get) else None
+    linear = head_layer(model)
     # One with a forward of its own is in somebody's care: accelerate moves weights between devices so.
     if type(linear) is not nn.Linear or "forward" in vars(linear):
         return None

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import attention
 from prefopt.scoring.call import Call
-from prefopt.scoring.exact import peeled, undisturbed
+from prefopt.scoring.exact import undisturbed
 from prefopt.scoring.logprobs import TokenScores
 from prefopt.scoring.measure import NOTHING, Extras
-from prefopt.scoring.model import is_checkpointed, unwrapped
+from prefopt.scoring.model import is_checkpointed, peeled, unwrapped
 from prefopt.scoring.padded import score_rows
 from prefopt.scoring.reach import Horizon, Reach
 from prefopt.scoring.rows import RowBatch
@@ -181,7 +181,7 @@ class Layout:
 
         try:
             self.release(model)
-            return tree_difference(called, score, rows, reach, _without_routers(inner), sharded)
+            return tree_difference(called, score, rows, reach, _without_routers(inner))
         finally:
             self.release(model)
             if before == attention.NAME:

@@ -10,18 +10,27 @@ from typing import Any
 from torch import nn
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DeepSpeed, torch.compile and PEFT wrappers, for looking at; it is called through them."""
+def peeled(model: nn.Module) -> nn.Module:
+    """The model out of DDP, DeepSpeed and torch.compile, with its adapters."""
     while True:
         inner = getattr(model, "module", None)  # DDP, DeepSpeed
         if not isinstance(inner, nn.Module):
             inner = getattr(model, "_orig_mod", None)  # torch.compile
         if not isinstance(inner, nn.Module):
-            break
+            return model
         model = inner
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()  # type: ignore[operator]
-    return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DeepSpeed, torch.compile and PEFT wrappers, for looking at; it is called through them."""
+    model = peeled(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def head_layer(model: nn.Module) -> Any:
+    """The layer that an unwrapped model names as its head; None where it names none."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:

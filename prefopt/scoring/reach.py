@@ -14,9 +14,8 @@ from typing import Any
 from torch import nn
 
 from prefopt.scoring import attention
-from prefopt.scoring.exact import peeled
 from prefopt.scoring.fingerprint import is_sharded, of_the_network
-from prefopt.scoring.model import unwrapped
+from prefopt.scoring.model import peeled, unwrapped
 
 TRIALS = 32
 """Most trials of one kind of model; what none of them covers is scored padded."""

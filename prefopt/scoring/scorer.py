@@ -19,10 +19,10 @@ from prefopt.losses import Loss, Need, PreferenceBatch, Scores
 from prefopt.losses.scores import PREVIOUS_LOGPS, REFERENCE_LOGPS, Role
 from prefopt.scoring.assemble import assemble_batch, extras_for
 from prefopt.scoring.cache import ReferenceCache
-from prefopt.scoring.exact import peeled
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.logprobs import TokenScores
 from prefopt.scoring.measure import BARE, Extras
+from prefopt.scoring.model import peeled
 from prefopt.scoring.rows import RowBatch
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from prefopt.scoring.call import Call, Request
-from prefopt.scoring.exact import awake, in_float32, like_others, undisturbed
+from prefopt.scoring.exact import awake, called_so, undisturbed, ways_to_call
 from prefopt.scoring.logprobs import TokenScores
 from prefopt.scoring.measure import Measured
-from prefopt.scoring.model import replaced_forward, unwrapped
+from prefopt.scoring.model import head_layer, replaced_forward, unwrapped
 from prefopt.scoring.padded import score_rows
 from prefopt.scoring.reach import Reach
 from prefopt.scoring.rows import RowBatch
@@ -130,9 +130,7 @@ class HiddenStates(Call):
     def __call__(
         self, model: nn.Module, arguments: Mapping[str, Any], request: Request, *, whole_logits: bool = False
     ) -> tuple[Measured, Any]:
-        inner = unwrapped(model)
-        get = getattr(inner, "get_output_embeddings", None)
-        head = get() if callable(get) else None
+        head = head_layer(unwrapped(model))
         seen: list[Tensor] = []
 
         def look(_: nn.Module, given: tuple[Any, ...]) -> None:
@@ -162,7 +160,6 @@ def tree_difference(
     batch: RowBatch,
     reach: Reach,
     options: Mapping[str, Any],
-    sharded: bool,
 ) -> str:
     """How a model's hidden states in trees differ from those in rows; "" if they do not.
 
@@ -172,18 +169,12 @@ def tree_difference(
         batch: whose tokens are used.
         reach: how long rows and trees are.
         options: further keyword arguments of the model.
-        sharded: whether its weights are spread over processes.
     """
-    ways: list[list[nn.Module] | None] = [None]
-    # What is spread over processes cannot be cast, nor can layers be left out by one of them.
-    if not sharded:
-        some = like_others(unwrapped(model))
-        ways = [some, [], None] if some else [[], None]
     reason = ""
     with undisturbed(model), awake(model):
-        for skipped in ways:
+        for way in ways_to_call(model):
             try:
-                with in_float32(model, skipped) if skipped is not None else contextlib.nullcontext():
+                with called_so(model, way):
                     return _compared(model, score, batch, reach, options)
             except ERRORS as error:
                 reason = reason or fails(model, error)

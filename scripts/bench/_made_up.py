@@ -93,7 +93,7 @@ def config_of(name: str) -> Any:
     """
     from transformers import LlamaConfig
 
-    from prefopt.planning.engines import model_config
+    from prefopt.planning.plan import model_config
 
     if name in SHAPES:
         config = model_config(SHAPES[name])[1]

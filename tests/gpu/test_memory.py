@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.losses import parse
-from prefopt.planning.activations import made_up_rows
-from prefopt.planning.engines import Job, ways
+from prefopt.planning.activations import causal_model, made_up_rows
+from prefopt.planning.plan import Job, ways_of
 from tests.bench.made_up import pairs_of, word_tokenizer
 
 WITHIN = 0.15
@@ -84,7 +84,10 @@ def test_the_plan_says_what_a_step_takes(tmp_path, device, note, options):
         model="1B", per_device_train_batch_size=PAIRS, max_length=PROMPT + COMPLETION, prompt_length=PROMPT, **options
     )
     rows = made_up_rows(PAIRS, PROMPT, COMPLETION, 2, padded=False)
-    way = next(way for way, _, _ in ways(job, parse(job.loss), copy.deepcopy(config), rows) if way.engine == "ddp")
+    with torch.device("meta"):
+        network = causal_model(config)
+    ways = ways_of(job, parse(job.loss), network, copy.deepcopy(config), rows)
+    way = next(way for way in ways if way.engine == "ddp")
     peak = measured(job, config, device, tmp_path)
     note("MB", {"plan": round(way.need.total / 1e6), "measured": round(peak / 1e6), "parts": way.need.parts})
     # On a CPU nothing counts tensors; scripts/bench/memory.py measures the process there.

@@ -58,7 +58,7 @@ def test_every_script_can_be_run_and_is_written_down(name):
     text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
     assert 'if __name__ == "__main__":' in text
     assert f"python scripts/claims/{name}.py" in text.split('"""')[1]
-    assert f"{name}.py" in (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    assert f"{name}.py" in (ROOT / "docs" / "notes" / "claims.md").read_text(encoding="utf-8")
 
 
 def test_a_claim_that_does_not_hold_is_reported_and_is_no_error(monkeypatch, tmp_path, capsys):

@@ -41,11 +41,11 @@ def families() -> list[Family]:
     by_module: dict[str, list[type[Loss]]] = {}
     for cls in available().values():
         by_module.setdefault(cls.__module__, []).append(cls)
-    found = []
+    groups = []
     for module, members in by_module.items():
         about = (inspect.getdoc(sys.modules.get(module)) or "").partition("\n")[0]
-        found.append(Family(module.rpartition(".")[2].replace("_", "-"), about, members))
-    return sorted(found, key=lambda family: (*FAMILIES, family.name).index(family.name))
+        groups.append(Family(module.rpartition(".")[2].replace("_", "-"), about, members))
+    return sorted(groups, key=lambda family: (*FAMILIES, family.name).index(family.name))
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ def facts(cls: type[Loss]) -> Facts:
         return Facts(cls.formula, "as its loss", "as its loss", own.words if own else "", cls.trl_name, cls.paper)
     try:
         # Some declare their needs only in the constructor.
-        made: Loss | type[Loss] = cls()
+        loss: Loss | type[Loss] = cls()
     except TypeError:
-        made = cls
-    others = [str(need.name).lower() for need in Need if need in made.needs and need != Need.REFERENCE]
-    needs = ", ".join([*others, *(f"column {name}" for name in made.columns)])
-    return Facts(cls.formula, data_of(made), reference_of(made), needs, cls.trl_name, cls.paper)
+        loss = cls
+    others = [str(need.name).lower() for need in Need if need in loss.needs and need != Need.REFERENCE]
+    needs = ", ".join([*others, *(f"column {name}" for name in loss.columns)])
+    return Facts(cls.formula, data_of(loss), reference_of(loss), needs, cls.trl_name, cls.paper)
 
 
 def data_of(loss: Loss | type[Loss]) -> str:

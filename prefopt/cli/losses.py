@@ -106,7 +106,7 @@ def _explain(text: str) -> None:
 
 
 def _docstring(documented: object) -> None:
-    """A docstring with its paragraphs filled anew, as they were filled for lines longer than a terminal's."""
+    """A docstring whose paragraphs fill a terminal's lines; in the source they fill longer ones."""
     paragraphs: list[tuple[int, str]] = []
     previous = ""
     for line in (inspect.getdoc(documented) or "").splitlines():

@@ -23,15 +23,15 @@ def sample(model: nn.Module) -> dict[str, Any]:
     Args:
         model: with an adapter on it; its weights must be whole on this process.
     """
-    found = {}
+    entries = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or parameter.dim() < 2 or not parameter.is_floating_point() or _of_adapter(name):
             continue
         numbers = _some(parameter).float().tolist()
         dtype = str(parameter.dtype).removeprefix("torch.")
-        found[_plain(name)] = {"size": parameter.numel(), "dtype": dtype, "numbers": numbers}
-    names = sorted(found)
-    return {name: found[name] for name in names[:: max(len(names) // _WEIGHTS, 1)]}
+        entries[_plain(name)] = {"size": parameter.numel(), "dtype": dtype, "numbers": numbers}
+    names = sorted(entries)
+    return {name: entries[name] for name in names[:: max(len(names) // _WEIGHTS, 1)]}
 
 
 def write(folder: Path, numbers: dict[str, Any]) -> None:
@@ -48,10 +48,10 @@ def differing(folder: Path, model: nn.Module) -> list[str]:
     path = folder / FILE
     if not path.is_file():
         return []
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    entries = json.loads(path.read_text(encoding="utf-8"))
     differ = []
     for name, parameter in model.named_parameters():
-        entry = recorded.get(_plain(name)) if parameter.is_floating_point() and not _of_adapter(name) else None
+        entry = entries.get(_plain(name)) if parameter.is_floating_point() and not _of_adapter(name) else None
         if entry is None or entry["size"] != parameter.numel():
             continue  # embeddings that were resized, which PEFT saves with the adapter
         then, now = torch.tensor(entry["numbers"]), _some(parameter).cpu()

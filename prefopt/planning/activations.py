@@ -182,19 +182,19 @@ def _kept(config: Any, rows: Rows, dtype: torch.dtype, autocast: bool, adapter: 
         ):
             # Bound while it is counted: a storage that is freed could lend its address to another.
             output = body(**arguments, use_cache=False)
-        kept = sum(seen.values())
+        total = sum(seen.values())
         del output
-    return kept
+    return total
 
 
 def _put_on_cpu(model: torch.nn.Module) -> None:
     """Fake weights on a CPU in place of those on the meta device, where autocast does nothing."""
-    made: dict[int, torch.nn.Parameter] = {}
+    fakes: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
                 fake = torch.nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
-                module._parameters[name] = made.setdefault(id(weight), fake)
+                module._parameters[name] = fakes.setdefault(id(weight), fake)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -202,8 +202,8 @@ def _put_on_cpu(model: torch.nn.Module) -> None:
 
 def _inputs(rows: Rows) -> dict[str, Any]:
     if rows.trees is not None:
-        made = tree_inputs(rows.trees, 0, torch.device("cpu"), "packed")
-        return {name: made[name] for name in ("input_ids", "position_ids", "attention_mask")}
+        inputs = tree_inputs(rows.trees, 0, torch.device("cpu"), "packed")
+        return {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask")}
     ids = torch.zeros(rows.count, rows.length, dtype=torch.long)
     return {"input_ids": ids, "position_ids": torch.arange(rows.length).expand(rows.count, -1)}
 
@@ -224,7 +224,5 @@ def causal_model(config: Any, dtype: torch.dtype | None = None, **options: Any) 
     """A model from its configuration, with its own class, on the device and in the mode of the caller."""
     kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], AutoModelForCausalLM)
     options = options if dtype is None else {**options, "dtype": dtype}
-    made: Any = (
-        kind._from_config(config, **options) if hasattr(kind, "_from_config") else kind.from_config(config, **options)
-    )
-    return made
+    make = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+    return make(config, **options)

@@ -120,8 +120,8 @@ def _head(sizes: Sizes, scored: int, setting: Setting, engine: str) -> tuple[flo
     if not sizes.head_trains:
         return chunks + cast, 0
     # Small logits are kept for the backward pass, where their gradient stands beside them.
-    kept = logits if logits <= KEPT_BYTES else 0
-    # Without earlier gradients to be added to, what is made is at once the weight's own, which is counted there.
+    whole = logits if logits <= KEPT_BYTES else 0
+    # Without earlier gradients to be added to, the gradient is at once the weight's own, which is counted there.
     is_its_own = engine == "ddp" and not setting.accumulates and setting.dtype == torch.float32
-    made = 0 if is_its_own else sizes.head * SINGLE
-    return kept + chunks + cast + made + sizes.head * setting.computed, made if sizes.tied else 0
+    gradient = 0 if is_its_own else sizes.head * SINGLE
+    return whole + chunks + cast + gradient + sizes.head * setting.computed, gradient if sizes.tied else 0

@@ -131,8 +131,8 @@ def main(argv: Sequence[str]) -> None:
     """Print the plan for the options of a command line.
 
     Raises:
-        ValueError: an option or the loss makes no sense; says which.
-        OSError: there is no such model here and the Hub cannot be asked.
+        ValueError: naming the option, or the place in the loss, that makes no sense.
+        ModelError: the model is not on this machine and the Hub cannot be asked.
     """
     parser = HfArgumentParser(Job, prog="prefopt plan", description="Which way of training fits, and its command.")
     job, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
@@ -200,8 +200,8 @@ def ways_of(job: Job, loss: Loss, network: Any, config: Any, rows: Rows) -> list
         # Counted once for all sharded engines, which keep the same.
         whole, sharded = (kept_under(engine, config, rows, setting, adapter) for engine in ("ddp", "zero3"))
         for engine in _engines(job, method, loss):
-            kept = whole if engine == "ddp" else sharded
-            ways.append(Way(method, engine, estimate(sizes, kept, kept.rows.scored, setting, engine)))
+            saved = whole if engine == "ddp" else sharded
+            ways.append(Way(method, engine, estimate(sizes, saved, saved.rows.scored, setting, engine)))
     return ways
 
 

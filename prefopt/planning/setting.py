@@ -78,8 +78,8 @@ def count(model: Any, adapter: Any = None) -> Sizes:
         with torch.device("meta"):
             model = get_peft_model(model, copy.deepcopy(adapter))  # PEFT writes into what it is given
     inner = model.get_base_model() if adapter is not None else model
-    found = decoder_layers(inner)
-    layers = list(found[1]) if found is not None else [inner]
+    decoder = decoder_layers(inner)
+    layers = list(decoder[1]) if decoder is not None else [inner]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = [p for p in inner.parameters() if id(p) not in inside]
     largest = max(layers, key=_numel)

@@ -16,8 +16,8 @@ def table(*headings: str, right: Collection[str] = (), **options: Any) -> Table:
         right: those with numbers, which are right-aligned and narrowed last.
         options: of `rich.table.Table`.
     """
-    made = Table(*(Column(name, overflow="fold") for name in headings), **options)
-    for column in made.columns:
+    empty = Table(*(Column(name, overflow="fold") for name in headings), **options)
+    for column in empty.columns:
         if column.header in right:
             column.justify, column.no_wrap = "right", True
-    return made
+    return empty

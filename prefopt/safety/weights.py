@@ -17,8 +17,8 @@ PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "model*.bin", "*.pth", "*
 
 def pickled(folder: Path) -> list[str]:
     """Names of the pickled weights in a folder."""
-    found = (path.name for pattern in PICKLED for path in folder.glob(pattern))
-    return sorted(name for name in found if not name.startswith("rng_"))
+    names = (path.name for pattern in PICKLED for path in folder.glob(pattern))
+    return sorted(name for name in names if not name.startswith("rng_"))
 
 
 def check_folder(folder: Path, wanted: str = "*.safetensors") -> None:
@@ -31,14 +31,14 @@ def check_folder(folder: Path, wanted: str = "*.safetensors") -> None:
     Raises:
         ValueError: for pickled weights alone, and for safetensors that are damaged.
     """
-    found = sorted(folder.glob(wanted))
-    if not found and (names := pickled(folder)):
+    files = sorted(folder.glob(wanted))
+    if not files and (names := pickled(folder)):
         raise UsageError(
             f"{folder} holds pickled weights alone ({', '.join(names[:3])}), which can run code when they are read: "
             "only safetensors are loaded. Load them where you trust them and save them again with save_pretrained, "
             "which writes safetensors"
         )
-    for path in found:
+    for path in files:
         try:
             with safe_open(path, "pt"):
                 pass

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import trl.trainer.dpo_trainer as of_trl
+from accelerate.utils import is_peft_model
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -27,22 +27,18 @@ _LOOKED_AT = 64
 """Numbers of each of the base's weights that are compared."""
 
 
-class AdaptersMixin:
-    """The part of `LossMixin` that notes beside a saved adapter which weights it was trained on."""
+def sample_of_base(model: Any) -> dict[str, Any]:
+    """A few numbers of the weights that an adapter is trained on, to be saved beside it; {} where there are none."""
+    # What was taken out of the base on loading differs in its last digits between machines.
+    if not isinstance(model, PeftModel) or any(map(changes_base, model.peft_config.values())) or is_sharded(model):
+        return {}
+    return base_sample.sample(model)
 
-    model: Any
-    _base_sample: dict[str, Any]
 
-    def _note_base(self) -> None:
-        self._base_sample = {}
-        # What was taken out of the base on loading differs in its last digits between machines.
-        if isinstance(self.model, PeftModel) and not any(map(changes_base, self.model.peft_config.values())):
-            self._base_sample = {} if is_sharded(self.model) else base_sample.sample(self.model)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
-        if self._base_sample:
-            base_sample.write(Path(output_dir or self.args.output_dir), self._base_sample)  # type: ignore[attr-defined]
+def learns_prompts(model: Any) -> bool:
+    """Whether an adapter puts tokens of its own before every row, so that its policy never starts as the reference."""
+    configs = getattr(model, "peft_config", {}).values() if is_peft_model(model) else ()
+    return any(config.is_prompt_learning for config in configs)
 
 
 def check_adapters(model: Any, peft_config: Any, own_reference: bool) -> None:
@@ -133,12 +129,21 @@ def changes_base(config: Any) -> bool:
     return str(getattr(config, "init_lora_weights", "")).lower().startswith(CHANGES_BASE)
 
 
-def keep_first_adapter(model: Any) -> None:
+def keep_first_adapter(model: Any, precomputes: bool) -> None:
     """Keep a new adapter as it is now under the name "ref", where put aside it would not leave the initial model.
 
     Args:
         model: the trainer's, taken out of wrappers.
+        precomputes: whether the reference's log-probabilities were computed ahead, with the adapter put aside.
+
+    Raises:
+        ValueError: if they were.
     """
+    if precomputes:
+        raise UsageError(
+            "precompute_ref_log_probs=True computes the reference with the adapter put aside, which is not the "
+            "initial model with an init_lora_weights that changes the base: set it to False, or pass ref_model=..."
+        )
     name = model.active_adapter
     config = copy.copy(model.peft_config[name])
     config.init_lora_weights = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from prefopt.safety.errors import UsageError
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.parts import cut
 from prefopt.scoring.rows import RowBatch
+from prefopt.trainer.output_slot import SLOT, OutputSlot
 
 
 @dataclass
@@ -82,8 +83,27 @@ class Parts:
         # Parts of no weight, for a process that is done before the others.
         return [replace(parts[-1], share=0.0)] * (most - len(parts)) + parts
 
+    def step(self, model: Any, parts: list[RowBatch], step: Callable[[dict[str, Any]], Any]) -> Any:
+        """A training step on each part of a batch.
+
+        Args:
+            model: as it is wrapped.
+            parts: as `of` returns them.
+            step: the training step on one part.
+
+        Returns:
+            The sum of what the steps return.
+        """
+        total: Any = 0.0
+        for number, part in enumerate(parts):
+            slot = OutputSlot()
+            with self._accumulating(model) if number < len(parts) - 1 else contextlib.nullcontext():
+                total = total + step({**part.inputs(), SLOT: slot})
+            slot.get()  # a share that got lost on the way would weigh this part like the whole batch
+        return total
+
     @contextlib.contextmanager
-    def accumulating(self, model: Any) -> Iterator[None]:
+    def _accumulating(self, model: Any) -> Iterator[None]:
         """Backward passes in here are not the last of the step: nothing is exchanged or updated yet."""
         state = self.accelerator.gradient_state
         syncs = state.sync_gradients
@@ -96,22 +116,3 @@ class Parts:
                     yield
         finally:
             state._set_sync_gradients(syncs)
-
-
-class TokenBudgetMixin:
-    """The part of `LossMixin` that trains in parts where `token_budget` is set."""
-
-    _parts: Parts | None
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        if self._parts is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        model.train()
-        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            *firsts, last = self._parts.of(model, RowBatch.of(inputs))
-        total: Any = 0.0
-        for part in firsts:
-            with self._parts.accumulating(model):
-                total = total + super().training_step(model, part.inputs(), num_items_in_batch)  # type: ignore[misc]
-        return total + super().training_step(model, last.inputs(), num_items_in_batch)  # type: ignore[misc]

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
+from huggingface_hub.utils._validators import validate_repo_id
 from transformers.integrations import integration_utils
 from transformers.utils import is_liger_kernel_available
 

@@ -331,12 +331,12 @@ def resolve_objective(loss: Loss | str | None, args: Any) -> Loss | None:
         raise TypeError(f"{type(loss).__name__}.__init__ must call super().__init__() before anything else")
     if args is None:
         return parse("dpo(beta=0.1)" if loss is None else loss) if not isinstance(loss, Loss) else loss
-    given = loss if loss is not None else getattr(args, "loss", None)
-    if given is not None:
+    asked = loss if loss is not None else getattr(args, "loss", None)
+    if asked is not None:
         if loss is not None and getattr(args, "loss", None) is not None:
             raise UsageError("the objective is given twice, as `loss` and as `args.loss`; leave one out")
         _refuse_trl_loss_options(args)
-        return parse(given) if isinstance(given, str) else given
+        return parse(asked) if isinstance(asked, str) else asked
     expression = expression_from_trl_options(args)
     if expression is None:
         options = ", ".join(f"{name}={value!r}" for name, value in changed_trl_options(args).items())

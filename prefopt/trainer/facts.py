@@ -21,6 +21,7 @@ from prefopt.losses import Loss, presets
 from prefopt.report.card import CardFacts, Split, is_hub_id
 from prefopt.safety.redaction import redacted
 from prefopt.trainer.config import default_of
+from prefopt.trainer.tokens import text_tokenizer
 
 CARD = "README.md"
 
@@ -49,84 +50,81 @@ class RunNotes:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class FactsMixin:
-    """Knows what its trainer's model card has to say.
+class RunFacts:
+    """Knows what a trainer's model card has to say.
 
-    Attributes:
-        notes: what only the one who made the trainer knows; may be set at any time.
+    Args:
+        trainer: what is trained; its `notes` say what only the one who made it knows.
     """
 
-    objective: Loss | None
-    args: Any
-    model: Any
-    state: Any
-    accelerator: Any
-    processing_class: Any
-    train_dataset: Any
-    eval_dataset: Any
-    _tag_names: list[str]
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self._before: Mapping[str, float] | None = None
+        self._after: Mapping[str, float] | None = None
+        self._splits: list[Split] | None = None
 
-    notes: RunNotes = RunNotes()
-    _before: Mapping[str, float] | None = None
-    _after: Mapping[str, float] | None = None
-    _splits: list[Split] | None = None
+    def started_from(self, logs: Mapping[str, float] | None) -> None:
+        """What an evaluation before training found, for the card of a resumed run."""
+        if logs:
+            self._before = {name.removeprefix("eval_"): value for name, value in logs.items()}
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)  # type: ignore[misc]
-        found = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
-        if found and self.state.global_step == 0:
-            self._before = {**(self._before or {}), **found}
-        elif found:
-            self._after = {**(self._after or {}), **found}
+    def log(self, logs: Mapping[str, float]) -> None:
+        """Remember the evaluations before and after training among a run's log lines."""
+        values = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        if values and self._trainer.state.global_step == 0:
+            self._before = {**(self._before or {}), **values}
+        elif values:
+            self._after = {**(self._after or {}), **values}
 
-    def card_facts(self, name: str | None = None, dataset: str | None = None, tags: Any = ()) -> CardFacts:
+    def card(self, name: str | None = None, dataset: str | None = None, tags: Any = ()) -> CardFacts:
         """What the card says of the run as it is now."""
-        assert self.objective is not None
-        notes, repository = self.notes, getattr(self, "hub_model_id", None) or self.args.hub_model_id
-        folder = Path(self.args.output_dir).absolute().name
+        trainer, notes, args = self._trainer, self._trainer.notes, self._trainer.args
+        repository = getattr(trainer, "hub_model_id", None) or args.hub_model_id
+        folder = Path(args.output_dir).absolute().name
         adapter = None
-        model = self.accelerator.unwrap_model(self.model)
+        model = trainer.accelerator.unwrap_model(trainer.model)
         if is_peft_model(model):
             adapter = str(getattr(model.peft_config[model.active_adapter].peft_type, "value", "adapter"))
-        base = _hub_name(notes.base_model or str(_base_of(model) or "")) or None
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        logged = [entry for entry in self.state.log_history if "loss" in entry]
+        base = notes.base_model or str(_base_of(model) or "")
+        expression = notes.expression or str(getattr(args, "loss", None) or "")
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         without = {"step", "epoch", "grad_norm", "learning_rate"}
         return CardFacts(
             name=name or (repository or folder).split("/")[-1],
             load_from=repository or folder,
-            objective=self.objective,
-            expression=notes.expression or str(getattr(self.args, "loss", None) or ""),
-            base_model=base,
+            objective=trainer.objective,
+            expression=expression,
+            base_model=_hub_name(base) or None,
             converted_from=notes.converted_from,
             adapter=adapter,
-            license=_license(notes.base_model or str(_base_of(model) or "")),
-            chat=bool(getattr(tokenizer, "chat_template", None)),
+            license=_license(base),
+            chat=bool(getattr(text_tokenizer(trainer), "chat_template", None)),
             data=self._described_data((dataset,) if dataset else notes.sources),
             before=self._before or {},
             after=self._after or {},
             train={name: value for name, value in logged[-1].items() if name not in without} if logged else {},
-            settings={**redacted(notes.settings), **self._main_settings(), **changed_settings(self.args)},
+            settings={**redacted(notes.settings), **self._main_settings(), **changed_settings(args)},
             versions=versions(),
             command=notes.command,
             links=_tracker_pages(),
-            tags=[*self._objective_tags(notes.expression or str(getattr(self.args, "loss", None) or "")), *tags],
+            tags=[*self._objective_tags(expression), *tags],
         )
 
     def _objective_tags(self, expression: str) -> list[str]:
         """TRL's tags, with the names of the losses and presets that were trained in the place of `dpo`."""
-        assert self.objective is not None
-        losses = [part.name for part in self.objective.modules() if isinstance(part, Loss) and part.name]
+        trainer = self._trainer
+        losses = [part.name for part in trainer.objective.modules() if isinstance(part, Loss) and part.name]
         losses += [word for word in re.findall(r"\w+", expression) if word in presets()]
-        others = [*self._tag_names, *(getattr(self.model, "model_tags", None) or ())]
+        others = [*trainer._tag_names, *(getattr(trainer.model, "model_tags", None) or ())]
         return [*(tag for tag in others if tag != "dpo"), *losses]
 
     def _described_data(self, sources: tuple[str, ...]) -> list[Split]:
+        trainer = self._trainer
         if self._splits is None:
-            heldout = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-            parts = {"training": self.train_dataset}
+            heldout = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+            parts = {"training": trainer.train_dataset}
             parts |= {f"held-out {name}".strip(): rows for name, rows in heldout.items()}
-            columns = self.objective.columns if self.objective is not None else ()
+            columns = trainer.objective.columns
             self._splits = [
                 Split(role, len(rows), fingerprint(rows, columns))
                 if isinstance(rows, Dataset)
@@ -134,17 +132,17 @@ class FactsMixin:
                 for role, rows in parts.items()
                 if rows is not None
             ]
-        train, heldout_split = self.notes.splits
+        train, heldout_split = trainer.notes.splits
         return [
             dataclasses.replace(part, sources=sources, split=train if part.role == "training" else heldout_split)
             for part in self._splits
         ]
 
     def _main_settings(self) -> dict[str, Any]:
-        args, world = self.args, self.accelerator.num_processes
+        args, world = self._trainer.args, self._trainer.accelerator.num_processes
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
         return {
-            "steps": self.state.global_step,
+            "steps": self._trainer.state.global_step,
             "examples a step": f"{batch} ({args.per_device_train_batch_size} a process x "
             f"{args.gradient_accumulation_steps} accumulated x {world} processes)",
             "learning_rate": args.learning_rate,
@@ -152,7 +150,7 @@ class FactsMixin:
             "optim": getattr(args.optim, "value", args.optim),
             "max_length": args.max_length,
             "seed": args.seed,
-            "weights in": str(self.model.dtype).removeprefix("torch."),
+            "weights in": str(self._trainer.model.dtype).removeprefix("torch."),
         }
 
 
@@ -199,8 +197,8 @@ def _base_of(model: Any) -> Any:
 
 def _hub_name(name: str) -> str:
     """The id of a repository whose snapshot in the Hub's cache this path is; other names as they are."""
-    found = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name)
-    return f"{found[1]}/{found[2]}" if found else name
+    match = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name)
+    return f"{match[1]}/{match[2]}" if match else name
 
 
 def _license(base: str) -> str | None:
@@ -210,10 +208,10 @@ def _license(base: str) -> str | None:
         cached = try_to_load_from_cache(base, CARD)
         path = Path(cached) if isinstance(cached, str) else path
     try:
-        found = ModelCard.load(path).data.license if path.is_file() else None
+        named = ModelCard.load(path).data.license if path.is_file() else None
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, str) else None
+    return named if isinstance(named, str) else None
 
 
 def _tracker_pages() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What becomes of a run whose loss or gradient is no number any more: it stops, says where, and keeps what it has.
+"""What happens to a run whose loss or gradient becomes NaN or infinite: it stops, says where, and saves what it has.
 
 On several processes they stop together, whichever of them saw it. Weights that are still finite are saved as of the
 last completed step; for weights that are not, the last checkpoint that is good is named.
@@ -20,10 +20,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt.losses import Loss, LossOutput, PreferenceBatch
+from prefopt.losses.scores import Role
 from prefopt.safety.errors import PrefoptError
 from prefopt.scoring.rows import RowBatch
-from prefopt.trainer.metrics import SHOWN, RunningMeans, describe_non_finite, shortened
+from prefopt.trainer.metrics import SHOWN, RunMetrics, RunningMeans, describe_non_finite, shortened
 from prefopt.trainer.saving.checkpoints import find
+from prefopt.trainer.saving.run import Checkpoints
+from prefopt.trainer.tokens import text_tokenizer
 
 ADVICE = (
     "Look at those rows, lower the learning rate or warm it up for longer, and train in bfloat16 or float32 rather "
@@ -35,48 +38,69 @@ class NonFiniteError(PrefoptError, FloatingPointError):
     """A loss, a gradient or a weight is NaN or infinite; says in which rows, and what to do."""
 
 
-class FiniteMixin:
-    """The part of `LossMixin` that lets no loss, gradient or weight go on that is not finite."""
+class StepGuard(TrainerCallback):
+    """Lets no loss or gradient go on that is not finite: it stops the run, and saves what was trained before.
 
-    objective: Loss | None
-    args: Any
-    model: Any
-    accelerator: Any
-    state: Any
-    _train_means: RunningMeans
-    _tokens_seen: Any
-    _guard: StepGuard
-    _last_written: Path | None
+    It remembers how things stood when a step began, and looks at its gradient before the optimizer takes it.
 
-    def _refuse_non_finite(self, loss: Tensor, batch: PreferenceBatch, output: LossOutput, rows: RowBatch) -> None:
+    Args:
+        trainer: whose model, optimizer and folder these are.
+        objective: its loss.
+        metrics: of the run.
+        checkpoints: of the run.
+    """
+
+    def __init__(self, trainer: Any, objective: Loss, metrics: RunMetrics, checkpoints: Checkpoints):
+        self._trainer, self._objective = trainer, objective
+        self._metrics, self._checkpoints = metrics, checkpoints
+        self._begun: tuple[dict[str, Tensor], RunningMeans, Any] | None = None
+        self._training = False  # whether a training loop is under way
+        self._batches: list[RowBatch] = []  # of the step under way, on this process
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._training = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._training = False
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        buffers = {name: buffer.clone() for name, buffer in self._objective.named_buffers()}
+        self._begun = buffers, self._metrics.train.copy(), self._metrics.tokens
+        self._batches.clear()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._begun = None
+        self._batches.clear()
+
+    def check_loss(self, loss: Tensor, batch: PreferenceBatch, output: LossOutput, rows: RowBatch) -> None:
         """Stop every process if the loss of one is not finite; all of them must call this, equally often.
 
         Raises:
             FloatingPointError: naming the step, the examples and what was saved.
         """
-        if self.model.training:
-            self._guard.batches.append(replace(rows, extra={}, embeddings={}))  # no more than quotes the rows
+        if self._trainer.model.training:
+            self._batches.append(replace(rows, extra={}, embeddings={}))  # no more than quotes the rows
         here = not bool(torch.isfinite(loss))
         if self._on_any_process(here):
-            texts = self._row_texts(rows) if here else {}  # type: ignore[attr-defined]
-            step = self.state.global_step
+            texts = self._row_texts(rows) if here else {}
+            step = self._trainer.state.global_step
             self._stop(describe_non_finite(batch, output, loss.item(), texts, step) if here else "")
 
-    def _refuse_non_finite_gradient(self) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """The same for the gradient of a whole step, before the optimizer takes it.
 
         DeepSpeed takes its step within the backward pass. Its weights may be lost by now: then they are not saved.
         With float16's loss scaling such gradients are part of finding the scale, and their steps are skipped.
         """
-        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
-            engine = self.accelerator.deepspeed_engine_wrapped.engine
+        accelerator, names = self._trainer.accelerator, []
+        if self._trainer.is_deepspeed_enabled:
+            engine = accelerator.deepspeed_engine_wrapped.engine
             norm = None if engine.fp16_enabled() else engine.get_global_grad_norm()
-            here, names = norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))), []
-        elif self.accelerator.scaler is not None:
+            here = norm is not None and not bool(torch.isfinite(torch.as_tensor(norm)))
+        elif accelerator.scaler is not None:
             return
         else:
-            assert self.objective is not None
-            named = [*self.model.named_parameters(), *self.objective.named_parameters(prefix="loss")]
+            named = [*self._trainer.model.named_parameters(), *self._objective.named_parameters(prefix="loss")]
             gradients = {name: p.grad for name, p in named if p.grad is not None}
             here = not all_finite(gradients.values())
             names = [name for name, gradient in gradients.items() if not all_finite([gradient])] if here else []
@@ -84,23 +108,34 @@ class FiniteMixin:
             return
         rows = [
             f"{role}: {shortened(text)}"
-            for batch in self._guard.batches
-            for role, texts in self._row_texts(batch).items()  # type: ignore[attr-defined]
+            for batch in self._batches
+            for role, texts in self._row_texts(batch).items()
             for text in texts
         ]
         of = f" of {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else ""
         more = f"\n  and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
         listed = "\n  ".join(rows[:SHOWN]) + more
         self._stop(
-            f"the loss is finite at step {self.state.global_step}, but its gradient{of} is not. The rows of this "
-            f"step:\n  {listed}"
+            f"the loss is finite at step {self._trainer.state.global_step}, but its gradient{of} is not. The rows of "
+            f"this step:\n  {listed}"
         )
 
+    def _row_texts(self, rows: RowBatch) -> dict[str, list[str]]:
+        """The decoded rows of each role."""
+        tokenizer = text_tokenizer(self._trainer)
+        return {
+            role.field: [
+                tokenizer.decode(rows.ids[row][rows.attention[row].bool()]) for row in rows.rows_of(role).tolist()
+            ]
+            for role in (Role.CHOSEN, Role.REJECTED)
+        }
+
     def _on_any_process(self, here: bool) -> bool:
-        if self.accelerator.num_processes == 1:
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes == 1:
             return here
-        count = torch.tensor(float(here), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(count, reduction="sum") > 0)
+        count = torch.tensor(float(here), device=accelerator.device)
+        return bool(accelerator.reduce(count, reduction="sum") > 0)
 
     def _stop(self, said: str) -> NoReturn:
         everywhere = [f"{text}" for text in gather_object([said]) if text]
@@ -108,22 +143,23 @@ class FiniteMixin:
 
     def _rescued(self) -> str:
         """Save what was trained before this step, and say so; "" outside of training. Every process must call it."""
-        step, guard = self.state.global_step, self._guard
-        if not guard.training:
+        trainer = self._trainer
+        if not self._training:
             return ""
-        guard.training = False
-        guard.put_back()
+        self._training = False
+        self._put_back()
+        step = trainer.state.global_step
         if step == 0:
             return "No step had been completed, so there is nothing to save."
-        if self._on_any_process(not all_finite(stored(p) for p in self.model.parameters())):
+        if self._on_any_process(not all_finite(stored(p) for p in trainer.model.parameters())):
             return f"The weights themselves are not finite any more and are not saved. {self._last_good()}"
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if self._last_written == folder:
+        folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if self._checkpoints.written == folder:
             return f"What was trained before is in {folder}."
         trouble = ""
         try:
-            self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
-            self.callback_handler.on_save(self.args, self.state, self.control)  # type: ignore[attr-defined]
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
         except Exception as error:
             # What stopped the run is to be told whatever happens to the file.
             trouble = f"{type(error).__name__}: {error}"
@@ -132,54 +168,19 @@ class FiniteMixin:
             return f"What was trained before could not be saved in {folder} ({troubles[0]}). {self._last_good()}"
         return f"What was trained before, up to and with step {step}, is saved in {folder}."
 
-    def _last_good(self) -> str:
-        main = self.accelerator.is_main_process
-        said: str = gather_object([last_good(Path(self.args.output_dir)) if main else ""])[0]
-        return said
-
-
-class StepGuard(TrainerCallback):
-    """Remembers how things stood when a step began, and has its gradient looked at before it ends.
-
-    Attributes:
-        training: whether a training loop is under way.
-        batches: what the step under way has been made of, on this process.
-    """
-
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
-        self._begun: tuple[dict[str, Tensor], RunningMeans, Any] | None = None
-        self.training = False
-        self.batches: list[RowBatch] = []
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.training = True
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.training = False
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        trainer = self._trainer
-        buffers = {name: buffer.clone() for name, buffer in trainer.objective.named_buffers()}
-        self._begun = buffers, trainer._train_means.copy(), trainer._tokens_seen
-        self.batches.clear()
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._trainer._refuse_non_finite_gradient()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._begun = None
-        self.batches.clear()
-
-    def put_back(self) -> None:
+    def _put_back(self) -> None:
         """Undo what the batches of a step that will not be completed have done to the objective and to the means."""
         if self._begun is None:
             return
-        trainer = self._trainer
-        buffers, trainer._train_means, trainer._tokens_seen = self._begun
-        for name, buffer in trainer.objective.named_buffers():
+        buffers, self._metrics.train, self._metrics.tokens = self._begun
+        for name, buffer in self._objective.named_buffers():
             buffer.copy_(buffers[name])
         self._begun = None
+
+    def _last_good(self) -> str:
+        main = self._trainer.accelerator.is_main_process
+        said: str = gather_object([last_good(Path(self._trainer.args.output_dir)) if main else ""])[0]
+        return said
 
 
 def all_finite(tensors: Iterable[Tensor | None]) -> bool:
@@ -210,8 +211,8 @@ def last_good(folder: Path) -> str:
 
 def last_good_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint of a run that is whole and whose weights are finite."""
-    found = (checkpoint.folder for checkpoint in find(folder) if not checkpoint.problem)
-    return next((checkpoint for checkpoint in found if _is_good(checkpoint)), None)
+    whole = (checkpoint.folder for checkpoint in find(folder) if not checkpoint.problem)
+    return next((checkpoint for checkpoint in whole if _is_good(checkpoint)), None)
 
 
 def _weights(checkpoint: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from prefopt.losses import Loss
 from prefopt.losses.distributed import mean_gradient, world_size
+from prefopt.safety.errors import UsageError
 
 SHOWN = 8
 """Parameters of at most so many elements are logged one by one, larger ones by mean and spread."""
@@ -38,11 +39,11 @@ class LearnedLoss(TrainerCallback):
             for parameter in self._named.values():
                 dist.broadcast(parameter.data, 0)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         for parameter in self._named.values():
             # Without one, as where another term has its turn, it is 0 on one process as on many.
             parameter.grad = mean_gradient(parameter.grad, parameter)
-        scale = _height(given["optimizer"], args.learning_rate)
+        scale = _height(more["optimizer"], args.learning_rate)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * scale
         self._optimizer.step()
@@ -50,16 +51,16 @@ class LearnedLoss(TrainerCallback):
 
     def logs(self) -> dict[str, float]:
         """The parameters as they are now, under `learned/`."""
-        found: dict[str, float] = {}
+        logs: dict[str, float] = {}
         for name, parameter in self._named.items():
             values = parameter.detach().float().flatten()
             if len(values) == 1:
-                found[f"learned/{name}"] = float(values)
+                logs[f"learned/{name}"] = float(values)
             elif len(values) <= SHOWN:
-                found |= {f"learned/{name}/{i}": float(value) for i, value in enumerate(values)}
+                logs |= {f"learned/{name}/{i}": float(value) for i, value in enumerate(values)}
             else:
-                found |= {f"learned/{name}/mean": float(values.mean()), f"learned/{name}/std": float(values.std())}
-        return found
+                logs |= {f"learned/{name}/mean": float(values.mean()), f"learned/{name}/std": float(values.std())}
+        return logs
 
     def state_dict(self) -> dict[str, Tensor]:
         """The optimizer's tensors by parameter, flat; the parameters themselves are the loss's own state."""
@@ -77,6 +78,16 @@ class LearnedLoss(TrainerCallback):
                 key: value.clone() if key == "step" else value.to(parameter.device).clone()
                 for key, value in mine.items()
             }
+
+
+def learned_of(objective: Loss, args: Any, accelerator: Any) -> LearnedLoss | None:
+    """What trains the own parameters of an objective, which is on its device; None where it has none."""
+    if not any(parameter.requires_grad for parameter in objective.parameters()):
+        return None
+    if accelerator.mixed_precision == "fp16":  # asked for by `accelerate launch`, not by the arguments
+        raise UsageError(f"{objective} has parameters of its own, which are not trained in fp16: use bf16")
+    rate = getattr(args, "loss_learning_rate", None)
+    return LearnedLoss(objective, args.learning_rate if rate is None else rate)
 
 
 def _height(optimizer: Any, learning_rate: float) -> float:

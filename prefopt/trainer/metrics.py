@@ -1,7 +1,7 @@
 """What a run logs: running means over examples and processes, and the words for a loss that is not finite.
 
-Imports torch, accelerate and `prefopt.losses`. Nothing is read back from the device until the means are asked for, so
-logging costs one exchange between processes per log line instead of one per metric and step.
+Nothing is read back from the device until the means are asked for, so logging costs one exchange between processes per
+log line instead of one per metric and step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from prefopt.losses import Loss, LossOutput, PreferenceBatch
+from prefopt.losses.scores import Role
+from prefopt.scoring.scorer import Scored
+from prefopt.trainer.learned import LearnedLoss
 
 SHOWN = 8
 """Most rows that a message quotes where all of a step are meant; those of many batches would fill the screen."""
@@ -49,11 +52,14 @@ class RunningMeans:
         """Go on from sums and counts of before, in place of those that are there."""
         self._sums = {name: [total, count] for name, (total, count) in sums.items()}
 
+    def clear(self) -> None:
+        self._sums = {}
+
     def copy(self) -> RunningMeans:
         """Sums and counts as they are now, which later additions to either leave alone."""
-        made = RunningMeans()
-        made._sums = {name: list(entry) for name, entry in self._sums.items()}
-        return made
+        copy = RunningMeans()
+        copy._sums = {name: list(entry) for name, entry in self._sums.items()}
+        return copy
 
     def drain(self) -> dict[str, float]:
         """Means over everything added on every process since the last call, which every process must make.
@@ -71,6 +77,53 @@ class RunningMeans:
         if parts := [means.pop(name) for name in [*means] if name.startswith(PART_OF_LOSS)]:
             means["loss"] = sum(parts)
         return means | _unpaired_margins(means)
+
+
+class RunMetrics:
+    """What a run has gathered for its next log line, of training and of an evaluation.
+
+    Attributes:
+        train: means since the last log line.
+        evaluation: means of the evaluation under way.
+        tokens: tokens trained on so far, on this process.
+    """
+
+    def __init__(self) -> None:
+        self.train, self.evaluation = RunningMeans(), RunningMeans()
+        self.tokens: Any = 0
+
+    def means(self, training: bool) -> RunningMeans:
+        return self.train if training else self.evaluation
+
+    def add_tokens(self, scored: Scored, training: bool) -> None:
+        """Add what a batch's tokens say: entropy, accuracy, and how many they are."""
+        policy, rows, means = scored.tokens, scored.rows, self.means(training)
+        chosen = rows.rows_of(Role.CHOSEN)
+        pairs = torch.cat([chosen, rows.rows_of(Role.REJECTED)])
+        means.add("entropy", policy.entropy[pairs], policy.mask[pairs].sum())
+        means.add("mean_token_accuracy", policy.is_top1[chosen], policy.mask[chosen].sum())
+        if training:
+            self.tokens = self.tokens + rows.attention[pairs].sum()
+
+    def line(self, logs: Mapping[str, float], training: bool, learned: LearnedLoss | None) -> dict[str, float]:
+        """The means to add to a log line, which every process must ask for.
+
+        Args:
+            logs: what the line holds already; its keys tell which evaluation it is of.
+            training: whether the model is being trained.
+            learned: what trains the objective's own parameters, if it has any.
+        """
+        # An evaluation of a named set logs under eval_<name>_.
+        prefix = next((key.removesuffix("runtime") for key in logs if key.endswith("_runtime")), "")
+        if training or prefix == "train_":
+            prefix, means = "", self.train.drain()
+        else:
+            prefix, means = prefix or "eval_", self.evaluation.drain()
+        if means and learned is not None and not prefix:
+            means |= learned.logs()
+        if means:
+            means["num_tokens"] = sum(gather_object([int(self.tokens)]))
+        return {f"{prefix}{name}": value for name, value in means.items()}
 
 
 def _unpaired_margins(means: Mapping[str, float]) -> dict[str, float]:
@@ -139,7 +192,7 @@ def describe_non_finite(
         texts: decoded rows of each role, in the order of the batch.
         step: the optimizer step.
     """
-    found = []
+    lines = []
     spoiled = _spoiled_values(batch, output)
     for role, decoded in texts.items():
         scores = batch.role(role)
@@ -153,12 +206,12 @@ def describe_non_finite(
             finite = all(bool(torch.isfinite(value[i])) for value in values.values())
             if not finite or (role, i) in spoiled:
                 said += spoiled.get((role, i), []) if finite else []
-                found.append(f"{role} {i}: {', '.join(said)}; text {shortened(text)}")
-    if not found:
+                lines.append(f"{role} {i}: {', '.join(said)}; text {shortened(text)}")
+    if not lines:
         rows = [f"{role} {i}: text {shortened(text)}" for role in texts for i, text in enumerate(texts[role])]
-        found = ["no single example is: the objective itself overflowed. Its rows:", *rows[:SHOWN]]
-        found += [f"and {len(rows) - SHOWN} more"] * (len(rows) > SHOWN)
-    listed = "\n  ".join(found)
+        lines = ["no single example is: the objective itself overflowed. Its rows:", *rows[:SHOWN]]
+        lines += [f"and {len(rows) - SHOWN} more"] * (len(rows) > SHOWN)
+    listed = "\n  ".join(lines)
     return f"the loss is {loss} at step {step}. Not finite in this batch:\n  {listed}"
 
 

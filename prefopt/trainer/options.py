@@ -6,7 +6,7 @@ docs/options.md lists every argument of `PreferenceConfig` and what becomes of i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,31 +17,38 @@ from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.model import unwrapped
 
+NO_SEARCH = (
+    "hyperparameter_search does not work here: it changes the model and the arguments of one trainer, whose "
+    "objective ({objective}) and reference were set up for others. Make one trainer per trial: def trial_loss(trial): "
+    "args = PreferenceConfig(..., learning_rate=trial.suggest_float(...)); trainer = {trainer}(model, args=args, "
+    "...); trainer.train(); return trainer.evaluate()['eval_loss']; then "
+    "optuna.create_study().optimize(trial_loss, n_trials=20)"
+)
 
-class OptionsMixin:
-    """The part of `LossMixin` that refuses what a trainer is asked for besides its arguments."""
 
-    objective: Loss | None
-
-    def hyperparameter_search(self, *arguments: Any, **keywords: Any) -> Any:
-        """Refused: transformers' search swaps the model and the arguments under a trainer that was set up for others.
-
-        Raises:
-            NotImplementedError: always; it says what works.
-        """
-        raise NotImplementedError(
-            "hyperparameter_search does not work here: it changes the model and the arguments of one trainer, whose "
-            f"objective ({self.objective or 'TRL'}) and reference were set up for others. Make one trainer per trial: "
-            "def trial_loss(trial): args = PreferenceConfig(..., learning_rate=trial.suggest_float(...)); trainer = "
-            f"{type(self).__name__}(model, args=args, ...); trainer.train(); return trainer.evaluate()['eval_loss']; "
-            "then optuna.create_study().optimize(trial_loss, n_trials=20)"
-        )
+@contextlib.contextmanager
+def with_arguments(args: Any, **values: Any) -> Iterator[dict[str, Any]]:
+    """Inside, training arguments have other values; those of before are given to the body and put back."""
+    before = {name: getattr(args, name) for name in values}
+    for name, value in values.items():
+        setattr(args, name, value)
+    try:
+        yield before
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
 
 
 def groups_by_length(args: Any) -> bool:
     """Whether examples are to be sampled by how long they are."""
     strategy = getattr(args, "train_sampling_strategy", "random")
     return strategy in ("group_by_length", "batch_rebalance") or bool(getattr(args, "group_by_length", False))
+
+
+def ungrouped(args: Any) -> contextlib.AbstractContextManager[Any]:
+    """Inside, examples are not sampled by how long they are."""
+    values = {"train_sampling_strategy": "random", "group_by_length": False} if groups_by_length(args) else {}
+    return with_arguments(args, **{name: value for name, value in values.items() if hasattr(args, name)})
 
 
 def _sharded_rows(args: Any) -> bool:
@@ -177,8 +184,8 @@ def refuse_model(model: Any, args: Any, role: str) -> None:
 
 def _names(mapping: Any, config: Any) -> set[str]:
     """What the classes are called that transformers has for a configuration."""
-    found = mapping.get(type(config), ())
-    return {one.__name__ for one in (found if isinstance(found, tuple) else (found,))}
+    classes = mapping.get(type(config), ())
+    return {one.__name__ for one in (classes if isinstance(classes, tuple) else (classes,))}
 
 
 def refuse_nameless(model: Any, objective: Loss) -> None:

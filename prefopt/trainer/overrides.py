@@ -10,6 +10,9 @@ from typing import Any
 
 from trl import DPOTrainer
 
+from prefopt.losses import ConflictFree, Loss
+from prefopt.safety.errors import UsageError
+
 logger = logging.getLogger(__name__)
 
 REPLACED = {
@@ -80,3 +83,17 @@ def own_classes(cls: type, mixin: type) -> list[type]:
     ours = (mixin.__module__.partition(".")[0], "trl", "transformers")
     mro: tuple[Any, ...] = cls.__mro__
     return [c for c in mro[: mro.index(DPOTrainer)] if c.__module__.partition(".")[0] not in ours]
+
+
+def refuse_dropped_gradient(cls: type, mixin: type, objective: Loss) -> None:
+    """Refuse an overridden loss around `conflict_free`, which takes the gradients of its own terms alone.
+
+    Raises:
+        ValueError: naming the class.
+    """
+    own = [c for c in own_classes(cls, mixin) if {"compute_loss", "_compute_loss"} & {*vars(c)}]
+    if isinstance(objective, ConflictFree) and own:
+        raise UsageError(
+            f"{objective.name} takes the gradients of its own terms, so what {own[0].__name__}.compute_loss adds "
+            "would have no effect: write that as a prefopt Loss and make it one of the terms"
+        )

@@ -1,7 +1,6 @@
 """What a trainer leaves in its folder and on the Hub: the model card, no secrets, nothing that others should not see.
 
-Overrides `save_model`, `create_model_card`, `init_hf_repo` and `push_to_hub` of transformers' trainer, and
-`_push_from_checkpoint`, which has no public counterpart: it would push pickled arguments and rows of the data.
+What transformers pushes by itself would hold pickled arguments and rows of the data.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +25,7 @@ from prefopt.safety.errors import PrefoptError
 from prefopt.safety.files import write_whole
 from prefopt.safety.folders import REFERENCE_ADAPTER
 from prefopt.safety.redaction import redact, redacted, remember
-from prefopt.trainer.facts import CARD, FactsMixin
+from prefopt.trainer.facts import CARD, RunFacts
 
 logger = logging.getLogger(__name__)
 
@@ -55,115 +54,75 @@ class PushError(PrefoptError, RuntimeError):
     """The Hub did not take what was to be pushed; says which repository, why, and what to do."""
 
 
-class PublishingMixin(FactsMixin):
-    """Writes the model card into every folder that is saved, and pushes only what is meant for others."""
+class Publisher:
+    """Writes a trainer's model card into every folder that is saved, and pushes only what is meant for others.
 
-    callback_handler: Any
-    control: Any
-    hub_model_id: str | None
-    push_in_progress: Any
+    Args:
+        trainer: what is trained.
+        facts: what its card says.
+    """
 
-    def started_from(self, logs: Mapping[str, float] | None) -> None:
-        """What an evaluation before training found, for the card of a resumed run."""
-        if logs:
-            self._before = {name.removeprefix("eval_"): value for name, value in logs.items()}
+    def __init__(self, trainer: Any, facts: RunFacts):
+        self._trainer, self._facts = trainer, facts
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **others: Any
-    ) -> None:
-        """Write the card into `args.output_dir`; takes what TRL's method takes."""
-        if self.objective is None:
-            super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)  # type: ignore[misc]
-        elif self.is_world_process_zero():  # type: ignore[attr-defined]
-            self._write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
-
-    def _write_card(self, folder: Path, name: str | None = None, dataset: str | None = None, tags: Any = None) -> None:
+    def write_card(self, folder: Path, name: str | None = None, dataset: str | None = None, tags: Any = None) -> None:
+        """Write the card; the arguments are those of `create_model_card`."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            text = str(render(self.card_facts(name, dataset, [tags] if isinstance(tags, str) else list(tags or ()))))
+            facts = self._facts.card(name, dataset, [tags] if isinstance(tags, str) else list(tags or ()))
+            text = str(render(facts))
             write_whole(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
         except Exception as error:  # a checkpoint is worth more than its card
             logger.warning("the model card of %s could not be written: %s", folder, _one_line(error))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model, tokenizer and card; pushes them too under `push_to_hub`, as transformers' trainer does."""
-        with _without_secrets(self.args):
-            super().save_model(output_dir, _internal_call=True)  # type: ignore[misc]
-        if self.objective is not None and self.args.should_save:
-            # An adapter's folder comes with a card of PEFT's own, which says nothing.
-            self._write_card(Path(output_dir or self.args.output_dir))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=getattr(self.args, "hub_revision", None))
-
-    def init_hf_repo(self, *arguments: Any, **keywords: Any) -> None:
-        """Make the repository, or find it.
-
-        Raises:
-            PushError: if the Hub does not let us.
-        """
-        remember(self.args.hub_token)
-        try:
-            super().init_hf_repo(*arguments, **keywords)  # type: ignore[misc]
-        except Exception as error:  # of whichever library the Hub's client speaks HTTP with
-            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-            raise PushError(
-                f"push_to_hub: the repository {name!r} could not be made or found: {_one_line(error)}. Log in with "
-                "`hf auth login` or give hub_token a token that may write, see that hub_model_id is OWNER/NAME of "
-                "yours, or leave push_to_hub out and push the saved folder later"
-            ) from None
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **card: Any,
-    ) -> Any:
-        """Save and push the output folder, without what is in `NOT_PUBLISHED`; takes what transformers' method takes.
+    def push(
+        self, message: str, blocking: bool, token: str | None, revision: str | None, private: bool | None,
+        card: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        """Save and push the output folder; takes what transformers' `push_to_hub` takes.
 
         Raises:
             PushError: if the Hub does not take it. The folder is whole all the same.
         """
-        self._announce_push()
+        trainer = self._trainer
+        self._announce()
         remember(token)
-        if getattr(self, "hub_model_id", None) is None:
-            self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():  # type: ignore[attr-defined]
+        if getattr(trainer, "hub_model_id", None) is None:
+            trainer.init_hf_repo(token=token, **({} if private is None else {"private": private}))
+        trainer.save_model(_internal_call=True)
+        if not trainer.is_world_process_zero():
             return None
-        assert self.hub_model_id is not None
-        self.create_model_card(card.pop("model_name", None) or self.hub_model_id.split("/")[-1], **card)
-        self._finish_current_push()  # type: ignore[attr-defined]
-        self._report_failed_pushes()
-        for left in Path(self.args.output_dir).glob("_push-*"):  # of a run that was killed
+        repository, folder = str(trainer.hub_model_id), Path(trainer.args.output_dir)
+        trainer.create_model_card(card.pop("model_name", None) or repository.split("/")[-1], **card)
+        trainer._finish_current_push()
+        self._report_failures()
+        for left in folder.glob("_push-*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         try:
             return self._upload(
-                Path(self.args.output_dir), str(commit_message), NOT_PUBLISHED, token=token, revision=revision,
-                run_as_future=not blocking,
-            )  # fmt: skip
+                folder, message, NOT_PUBLISHED, token=token, revision=revision, run_as_future=not blocking
+            )
         except Exception as error:  # of whichever library the Hub's client speaks HTTP with
             raise PushError(
-                f"the push to {self.hub_model_id} failed: {_one_line(error)}. Nothing is lost: the model is whole in "
-                f"{self.args.output_dir}. To push it later: {upload_command(self.hub_model_id, self.args.output_dir)}"
+                f"the push to {repository} failed: {_one_line(error)}. Nothing is lost: the model is whole in "
+                f"{trainer.args.output_dir}. To push it later: {upload_command(repository, trainer.args.output_dir)}"
             ) from None
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def push_checkpoint(self, checkpoint: Path) -> None:
         """Push a checkpoint's model, and under the checkpoint strategies all of it, while training goes on."""
-        strategy = HubStrategy(self.args.hub_strategy)
-        if not self.is_world_process_zero() or strategy is HubStrategy.END:  # type: ignore[attr-defined]
+        trainer, step = self._trainer, self._trainer.state.global_step
+        strategy = HubStrategy(trainer.args.hub_strategy)
+        if not trainer.is_world_process_zero() or strategy is HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
+        busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+        if busy and not trainer.args.hub_always_push:
             return
-        self._announce_push()
-        folder = _linked(Path(checkpoint_folder), Path(self.args.output_dir) / f"_push-{self.state.global_step}")
-        message = f"Training in progress, step {self.state.global_step}"
+        self._announce()
+        folder = _linked(checkpoint, Path(trainer.args.output_dir) / f"_push-{step}")
+        message = f"Training in progress, step {step}"
         jobs = [self._upload(folder, message, (*NOT_PUBLISHED, *ONLY_TO_RESUME), run_as_future=True)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            place = "last-checkpoint" if strategy is HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            place = "last-checkpoint" if strategy is HubStrategy.CHECKPOINT else checkpoint.name
             whole = self._upload(
                 folder, f"{message}, checkpoint", NOT_PUBLISHED, path_in_repo=place, run_as_future=True
             )
@@ -176,41 +135,60 @@ class PublishingMixin(FactsMixin):
         for job in jobs:
             job.add_done_callback(clear)
         if busy:
-            self.push_in_progress.jobs.extend(jobs)
+            trainer.push_in_progress.jobs.extend(jobs)
         else:
-            self._report_failed_pushes()
-            self.push_in_progress = PushInProgress(jobs)
+            self._report_failures()
+            trainer.push_in_progress = PushInProgress(jobs)
 
     def _upload(self, folder: Path, message: str, ignore: tuple[str, ...], **options: Any) -> Any:
-        options["token"] = options.get("token") or self.args.hub_token
-        options["revision"] = options.get("revision") or getattr(self.args, "hub_revision", None)
+        args = self._trainer.args
+        options["token"] = options.get("token") or args.hub_token
+        options["revision"] = options.get("revision") or getattr(args, "hub_revision", None)
         return HfApi(library_name="prefopt", library_version=metadata.version("prefopt")).upload_folder(
-            repo_id=str(self.hub_model_id),
+            repo_id=str(self._trainer.hub_model_id),
             folder_path=folder,
             commit_message=message,
             ignore_patterns=list(ignore),
             **options,
         )
 
-    def _announce_push(self) -> None:
+    def _announce(self) -> None:
         """Callbacks may publish on their own here, as trackio's does; that must not stop the model's push."""
+        trainer = self._trainer
         try:
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
         except Exception as error:
             logger.warning("a callback failed before the push: %s", _one_line(error))
 
-    def _report_failed_pushes(self) -> None:
+    def _report_failures(self) -> None:
         """Say which pushes beside training failed; they stopped nothing."""
-        jobs = getattr(self.push_in_progress, "jobs", ())
+        jobs = getattr(self._trainer.push_in_progress, "jobs", ())
         failed = [error for job in jobs if job.done() and (error := job.exception()) is not None]
         if failed:
             logger.warning(
                 "%d of %d pushes during training failed, the last with: %s",
-                len(failed),
-                len(jobs),
-                _one_line(failed[-1]),
+                *(len(failed), len(jobs), _one_line(failed[-1])),
             )
-        self.push_in_progress = None
+        self._trainer.push_in_progress = None
+
+
+@contextmanager
+def repository_errors(args: Any) -> Iterator[None]:
+    """Inside, a repository is made or found on the Hub.
+
+    Raises:
+        PushError: if the Hub does not let us.
+    """
+    remember(args.hub_token)
+    try:
+        yield
+    except Exception as error:  # of whichever library the Hub's client speaks HTTP with
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        raise PushError(
+            f"push_to_hub: the repository {name!r} could not be made or found: {_one_line(error)}. Log in with "
+            "`hf auth login` or give hub_token a token that may write, see that hub_model_id is OWNER/NAME of "
+            "yours, or leave push_to_hub out and push the saved folder later"
+        ) from None
 
 
 def _linked(folder: Path, target: Path) -> Path:
@@ -236,7 +214,7 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _without_secrets(args: Any) -> Iterator[None]:
+def without_secrets(args: Any) -> Iterator[None]:
     """Hold the arguments' secrets back while transformers pickles them into `training_args.bin`."""
     held = {}
     for option in dataclasses.fields(args):

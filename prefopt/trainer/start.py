@@ -1,4 +1,4 @@
-"""What is checked as training starts: the optimizer trains the model, and its first update moves the weights.
+"""What is checked as training starts: the optimizer trains the model, and its first updates move the weights.
 
 Everything here looks at parameters and optimizers and changes nothing. A run that fails a check stops with what is
 wrong and what to do, as it would otherwise run to its end with healthy losses and gradient norms.
@@ -7,7 +7,6 @@ wrong and what to do, as it would otherwise run to its end with healthy losses a
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +16,7 @@ from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from prefopt.losses import Loss, Need, PreferenceBatch
 from prefopt.safety.errors import UsageError
-from prefopt.scoring import extras_for
-from prefopt.scoring.causal import looks_ahead
-from prefopt.scoring.model import unwrapped
-from prefopt.scoring.rows import RowBatch
-from prefopt.trainer.tokens import check_same_vocabulary, check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -39,89 +32,6 @@ WITHOUT_GRADIENT = 4
 """After so many looks (steps 1, 2, 4, 8 at the latest) at updates without a gradient, that is worth a word."""
 _FINER_COPY = ("kahan", "compensation", "master")
 """What optimizers call the state in which they keep what half-precision weights are too coarse for."""
-
-
-class StartMixin:
-    """The part of `LossMixin` that looks at the data's ids and at the first batch."""
-
-    objective: Loss | None
-    args: Any
-    model: Any
-    ref_model: Any
-    accelerator: Any
-    state: Any
-    processing_class: Any
-    train_dataset: Any
-    eval_dataset: Any
-    _previous_model: Any
-    _start_checked: bool
-    _reference_is_initial_policy: bool
-
-    def _check_vocabulary(self) -> int | None:
-        models = {"policy": self.model, "reference": self.ref_model, "previous iterate": self._previous_model}
-        heldout = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        assert self.objective is not None
-        if self.ref_model is not None and extras_for(self.objective).full_reference:
-            check_same_vocabulary(self.objective, self.model, self.ref_model)
-        return check_vocabulary({"train": self.train_dataset, **heldout}, models, tokenizer)
-
-    def _check_start(self, batch: PreferenceBatch) -> None:
-        """Before the first update the policy is the reference; if it is not, every ratio of the run is off."""
-        if self._start_checked or not self.model.training:
-            return
-        self._start_checked = True
-        # Dropout that is left on by choice makes the two differ by design.
-        mode = getattr(self.args, "step0_check", "error") if self.args.disable_dropout else "warn"
-        assert self.objective is not None
-        needed = Need.REFERENCE in self.objective.needs and self._reference_is_initial_policy
-        if mode == "off" or not needed or self.state.global_step > 0:
-            return
-        worst = torch.zeros((), device=self.accelerator.device)
-        for scores in (batch.chosen, batch.rejected):
-            if scores is not None and scores.ref_logps is not None and len(scores):
-                gap = (scores.ratios.detach() / scores.lengths.clamp(min=1)).abs().max()
-                worst = torch.maximum(worst, gap.float())
-        worst_gap = float(self.accelerator.gather(worst.reshape(1)).max())
-        tolerance = getattr(self.args, "step0_tolerance", None)
-        if tolerance is None:
-            half = self.model.dtype in (torch.float16, torch.bfloat16) or self.accelerator.mixed_precision != "no"
-            tolerance = 0.05 if half else 1e-3
-        # What is not finite is for the check of the loss, which names the examples.
-        if worst_gap <= tolerance or not math.isfinite(worst_gap):
-            return
-        self._refuse(
-            f"policy and reference differ before the first update: up to {worst_gap:.3g} nats per token, "
-            f"{tolerance:g} accepted. Every log-ratio of this run would be off by as much. Usual causes: dropout that "
-            "is still on (attention_dropout, an adapter's), an adapter that does not start at zero "
-            f"(init_lora_weights, init_weights), a reference in another dtype (policy: {self.model.dtype}) or from "
-            "another checkpoint (that of a model changed in memory is loaded as it was). Pass ref_model=... to use a "
-            "different reference on purpose, raise step0_tolerance, or set step0_check to 'warn' or 'off'",
-            mode,
-        )
-
-    def _check_causal(self, model: nn.Module, rows: RowBatch) -> None:
-        """Before the first batch is scored, as some models (RWKV) change weights when they are put in another mode."""
-        mode = getattr(self.args, "step0_check", "error")
-        if self._start_checked or not self.model.training or mode == "off" or "pixel_values" in rows.extra:
-            return
-        if not (gap := looks_ahead(model, rows)):
-            return
-        config: Any = getattr(unwrapped(model), "config", None)
-        decoder = " Set is_decoder=True in its configuration, or use" if hasattr(config, "is_decoder") else " Use"
-        self._refuse(
-            f"{type(unwrapped(model)).__name__} sees tokens that come later (with another last token, the logits "
-            f"before it differ by {gap:.1%}), so what it gives are not probabilities of the next token.{decoder} a "
-            "causal language model (an architecture that ends in ForCausalLM). To go on anyway, set step0_check to "
-            "'warn' or 'off'",
-            mode,
-        )
-
-    @staticmethod
-    def _refuse(message: str, mode: str) -> None:
-        if mode == "error":
-            raise UsageError(message)
-        logger.warning(message)
 
 
 class StartCheck(TrainerCallback):
@@ -222,22 +132,22 @@ class StartCheck(TrainerCallback):
             return
         rate = max(float(group["lr"]) for group in optimizer.param_groups)
         if not coarse:
-            found = (
+            outcome = (
                 f"moved none of {total} weights that were looked at, although they have gradients: nothing is "
                 "trained. Raise the learning rate, or look at the optimizer: it may hold copies of the weights in "
                 "place of the model's own"
             )
         else:
-            found = (
+            outcome = (
                 f"moved {moved} of {total} weights that were looked at ({share:.1%}): in half precision the others "
                 "are rounded back to what they were. Keep the weights in float32 and compute in bfloat16 "
                 "(--dtype float32 --bf16 true; in Python model_init_kwargs={'dtype': 'float32'} and bf16=True), or "
                 "train an adapter, or raise the learning rate"
             )
         if not full_rate:
-            self._at_end = f"the run ended before its full learning rate; update {step} (at {rate:g}) {found}"
+            self._at_end = f"the run ended before its full learning rate; update {step} (at {rate:g}) {outcome}"
             return
-        said = f"the first update at the full learning rate ({rate:g}) {found}"
+        said = f"the first update at the full learning rate ({rate:g}) {outcome}"
         if share < LOST and self._mode == "error":
             raise UsageError(f"{said}. To go on anyway, set step0_check to 'warn' or 'off'")
         logger.warning(said)

@@ -11,33 +11,20 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError
+from prefopt.scoring import extras_for
 from prefopt.scoring.model import unwrapped
 from prefopt.trainer.options import groups_by_length
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 
 
-class LengthsMixin:
-    """The part of `LossMixin` that tells transformers' samplers how long examples are, where they group by length."""
-
-    args: Any
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
-        if groups_by_length(self.args) and isinstance(data, Dataset) and "prompt_ids" in data.column_names:
-            # The samplers look at nothing else, so they get nothing else.
-            data = Dataset.from_dict({self.args.length_column_name: example_lengths(data).tolist()})
-        return super()._get_train_sampler(data)  # type: ignore[misc]
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        if not groups_by_length(self.args):
-            return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
-        # Grouped by length, predictions would come in another order than their rows.
-        ungrouped = {"train_sampling_strategy": "random", "group_by_length": False}
-        ungrouped = {name: value for name, value in ungrouped.items() if hasattr(self.args, name)}
-        with self._with_arguments(**ungrouped):  # type: ignore[attr-defined]
-            return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
+def lengths_to_sample_by(data: Any, args: Any) -> Any:
+    """What transformers' samplers look at where they group examples by length; other data as they are."""
+    if groups_by_length(args) and isinstance(data, Dataset) and "prompt_ids" in data.column_names:
+        return Dataset.from_dict({args.length_column_name: example_lengths(data).tolist()})
+    return data
 
 
 def example_lengths(data: Dataset) -> np.ndarray[Any, Any]:
@@ -88,13 +75,31 @@ def check_vocabulary(datasets: dict[str, Any], models: dict[str, Any], tokenizer
     for name, data in datasets.items():
         if isinstance(data, IterableDataset) or not isinstance(data, Dataset):
             continue
-        if (found := _first_beyond(data, limit)) is not None:
-            row, column, token = found
+        if (unknown := _first_beyond(data, limit)) is not None:
+            row, column, token = unknown
             raise UsageError(
                 f"{name} row {row}: {column.removesuffix('_ids')} holds token {token} "
                 f"({tokenizer.convert_ids_to_tokens(token)!r}), which is beyond {beyond(role, limit, tokenizer)}"
             )
     return limit
+
+
+def check_vocabularies(trainer: Any, objective: Loss, previous_model: Any) -> int | None:
+    """Refuse token ids of a trainer's data that a model has no embedding for, and vocabularies that do not compare.
+
+    Returns:
+        How many ids all models know; None where none says.
+    """
+    if trainer.ref_model is not None and extras_for(objective).full_reference:
+        check_same_vocabulary(objective, trainer.model, trainer.ref_model)
+    heldout = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"evaluation": trainer.eval_dataset}
+    models = {"policy": trainer.model, "reference": trainer.ref_model, "previous iterate": previous_model}
+    return check_vocabulary({"train": trainer.train_dataset, **heldout}, models, text_tokenizer(trainer))
+
+
+def text_tokenizer(trainer: Any) -> Any:
+    """A trainer's tokenizer, also where it has a processor for images."""
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
 def check_same_vocabulary(objective: Any, policy: nn.Module, reference: nn.Module) -> None:

@@ -29,7 +29,7 @@ class Sends(TrainerCallback):
             return
         if self.name == "wait":
             (self.folder / f"waiting-{dist.get_rank()}").touch()
-            while not getattr(self, "trainer")._signals.received:  # noqa: B009
+            while not getattr(self, "trainer")._checkpoints.flow.signals.received:  # noqa: B009
                 time.sleep(0.05)
         elif self.name != "none" and dist.get_rank() == self.rank:
             os.kill(os.getpid(), getattr(signal, self.name))

@@ -126,11 +126,11 @@ def test_transformers_own_way_is_left_alone(tmp_path):
         trainer = make(tmp_path, TrainerCallback(), enable_jit_checkpoint=True, max_steps=1)
         theirs = signal.getsignal(signal.SIGTERM)
         seen = []
-        trainer._signals._note = lambda *_: seen.append(1)
+        trainer._checkpoints.flow.signals._note = lambda *_: seen.append(1)
         trainer.train()
         assert theirs != own
         assert not seen
-        assert not trainer._listens
+        assert not trainer._checkpoints.flow.listens
     finally:
         signal.signal(signal.SIGTERM, own)
 

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from prefopt.losses import parse
 from prefopt.losses.conflict import coefficients, combined, gram_of
+from prefopt.trainer.term_gradients import check_engine
 from tests.trainer.runs import make_pairs, make_trainer, train
 
 TERMS = ("dpo(beta=0.5)", "0.3*sft(nll='mean')")
@@ -120,4 +121,4 @@ def test_what_it_cannot_go_with_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, loss=SUM)
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match="conflict_free does not go with DeepSpeed, which adds gradients up"):
-        trainer._check_conflict_free(parse(f"conflict_free({SUM})"))
+        check_engine(trainer, parse(f"conflict_free({SUM})"))

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from prefopt.scoring import cache
 from prefopt.scoring.rows import RowBatch
+from prefopt.trainer.scoring import make_layout
 from tests.reliability.faults import Fault, forked
 from tests.tiny import make_model
 from tests.trainer.cache_processes import run
@@ -64,7 +65,7 @@ def test_a_batch_that_is_partly_known_does_not_settle_the_layout(tmp_path):
     rows = RowBatch.of(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
     cache = trainer._scorer.cache
     trainer._scorer.reference_scores(rows.select_rows(rows.examples <= 1))
-    trainer._scorer.layout = trainer._make_layout()
+    trainer._scorer.layout = make_layout(trainer)
     scores = trainer._scorer.reference_scores(rows)
     assert trainer._scorer.layout.masks == "packed"
     assert (cache.hits, cache.misses) == (4, 8)

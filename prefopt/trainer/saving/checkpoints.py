@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: when one counts, what is wrong with the others, and which one a run goes on from.
+"""Checkpoint folders on disk: when one counts, what is wrong with the others, and which one a run resumes from.
 
 A checkpoint that this package writes counts once its manifest is there, which is written last and lists every file
 with its size; what was killed before is never taken for a checkpoint. Folders that plain TRL wrote have no manifest:
@@ -116,12 +116,12 @@ def rotate(output_dir: Path, limit: int | None, best: str | None = None) -> None
     """
     if limit is None or limit <= 0:
         return
-    found = find(output_dir)
-    newest = next((checkpoint.folder for checkpoint in found if not checkpoint.problem), None)
-    kept = {newest, None if best is None else Path(best)}
-    excess = len(found) - limit
-    for checkpoint in sorted(found, key=lambda found: (not found.problem, found.written, found.step)):
-        if excess > 0 and checkpoint.folder not in kept:
+    present = find(output_dir)
+    newest = next((checkpoint.folder for checkpoint in present if not checkpoint.problem), None)
+    spared = {newest, None if best is None else Path(best)}
+    excess = len(present) - limit
+    for checkpoint in sorted(present, key=lambda one: (not one.problem, one.written, one.step)):
+        if excess > 0 and checkpoint.folder not in spared:
             discard(checkpoint.folder)
             excess -= 1
 
@@ -134,14 +134,14 @@ def find(output_dir: Path) -> list[Checkpoint]:
 
     Times, not steps, say which is the newest: a folder may hold what an earlier run left that had gone further.
     """
-    found = []
+    checkpoints = []
     for folder in _folders(output_dir):
         # Another process may be deleting it.
         with contextlib.suppress(FileNotFoundError):
             match = _NAME.fullmatch(folder.name)
             step = int(match[1]) if match else 0
-            found.append(Checkpoint(folder, step, _written(folder), problem(folder)))
-    return sorted(found, key=lambda checkpoint: (checkpoint.written, checkpoint.step), reverse=True)
+            checkpoints.append(Checkpoint(folder, step, _written(folder), problem(folder)))
+    return sorted(checkpoints, key=lambda checkpoint: (checkpoint.written, checkpoint.step), reverse=True)
 
 
 def _folders(output_dir: Path) -> list[Path]:
@@ -234,7 +234,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def choose(asked: str | bool | None, output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint that a run is to go on from, and one line about each newer one that was passed over.
+    """The checkpoint to resume from, and one line about each newer one that was skipped.
 
     Args:
         asked: None or False for a fresh start; True for the newest that is whole; "auto" for the same, or a fresh
@@ -242,7 +242,7 @@ def choose(asked: str | bool | None, output_dir: Path) -> tuple[Path | None, lis
         output_dir: where checkpoints are looked for.
 
     Raises:
-        CheckpointError: if there is none to be had, or the folder that was named is not whole.
+        CheckpointError: if none exists, or the folder that was named is not whole.
     """
     word = str(asked).lower()
     if word in ("none", "false", ""):

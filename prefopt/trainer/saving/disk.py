@@ -97,9 +97,9 @@ def check_room(folder: Path, model: nn.Module, args: Any, sharded: bool) -> None
             raise CheckpointError(message)
         logger.warning(message)
         return
-    kept = planned(args)
+    at_once = planned(args)
     # A new one is written before the oldest goes; those that are there already are replaced in time.
-    count = kept - min(kept - 1, len(find(folder))) if kept else 1
+    count = at_once - min(at_once - 1, len(find(folder))) if at_once else 1
     if free < count * size:
         logger.warning(
             "checkpoints of this run take about %.3g GB each and up to %d more will be kept, but the disk of %s has "

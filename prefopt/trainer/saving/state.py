@@ -49,7 +49,7 @@ class CacheWriter(TrainerCallback):
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
         self._cache.write()
-        # The next epoch deals the rows out anew: what one process has scored, another will ask for.
+        # The next epoch deals the rows out again: what one process has scored, another will ask for.
         self._wait()
         self._cache.read_new_files()
 
@@ -106,6 +106,16 @@ def restore_reference(model: nn.Module, folder: Path) -> None:
             "%s does not hold the reference that sync_ref_model had moved: it starts over at the initial policy",
             folder,
         )
+
+
+def leave_out_tied(load_result: Any, model: nn.Module) -> None:
+    """Missing parameters that share their values with one that was loaded are not missing (a tied head)."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    missing = set(load_result.missing_keys)
+    shared = {name for group in names.values() if group - missing for name in group}
+    load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in shared]
 
 
 # ---- what the run is ---------------------------------------------------------------------------------------------
@@ -177,9 +187,9 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, skip
     if moved:
         listed = ", ".join(f"{_WORDS.get(n, n)}: {changed[n][0]} then, {changed[n][1]} now" for n in moved)
         raise CheckpointError(
-            f"{folder} cannot be gone on from at the same place in the data ({listed}): some rows would be seen twice "
+            f"{folder} cannot be resumed at the same position in the data ({listed}): some rows would be seen twice "
             "and others not at all. Set them back (on fewer processes, raise gradient_accumulation_steps), or pass "
-            "ignore_data_skip=True to begin the epoch anew"
+            "ignore_data_skip=True to start the epoch again"
         )
     for name, (before, after) in changed.items():
         logger.warning("%s: %s was %s when it was written and is %s now", folder, name, before, after)

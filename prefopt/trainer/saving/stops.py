@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from prefopt.losses.distributed import world_size
+from prefopt.trainer.saving.random_numbers import same_random_numbers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN_AFTER_S = 1.0
@@ -126,6 +128,10 @@ class RunFlow(TrainerCallback):
         trainer: whose it is.
 
     Attributes:
+        signals: those that this process has got.
+        listens: whether a signal ends the run.
+        resumed: what the checkpoint holds that the run resumes from, as `checkpoints.read_state` reads it.
+        resumed_from: its folder; None for a run from the beginning.
         stopped: the signal that the run was stopped for; 0 if it was not.
         evaluation_due: whether an evaluation was put off, to have the checkpoint written before the process is killed.
     """
@@ -133,13 +139,17 @@ class RunFlow(TrainerCallback):
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self._saves_at_end = self._at_epoch_end = False
+        self.signals = StopSignals(says=trainer.accelerator.is_main_process)
+        self.listens = False
+        self.resumed: dict[str, Any] = {}
+        self.resumed_from: Path | None = None
         self.stopped = 0
         self.evaluation_due = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, saved = self._trainer, self._trainer._resumed
+        trainer, saved = self._trainer, self.resumed
         self._saves_at_end = self._at_epoch_end = self.evaluation_due = False
-        if trainer._resumed_from is None:
+        if self.resumed_from is None:
             return
         # In transformers 5.0 the sum is a local variable, which cannot be set.
         if saved.get("loss") is not None and hasattr(trainer, "_tr_loss"):
@@ -148,7 +158,11 @@ class RunFlow(TrainerCallback):
             # transformers' last line tells the mean over the steps of this process alone.
             trainer._total_loss_scalar = -saved["loss"]
         if saved.get("evaluation_due"):
-            trainer._evaluate_what_is_due()
+            # The stopped run had no time for it. An online objective draws the completions that it would have drawn.
+            with same_random_numbers(trainer.accelerator.device):
+                trainer._load_rng_state(str(self.resumed_from))
+                metrics = trainer._evaluate(None, None)
+            trainer._determine_best_metric(metrics=metrics, trial=None)
         if state.global_step >= state.max_steps:
             raise AlreadyTrained
 
@@ -183,8 +197,8 @@ class RunFlow(TrainerCallback):
         self._saves_at_end = False
 
     def _heed(self, control: Any) -> None:
-        if not self.stopped and self._trainer._listens:
-            self.stopped = self._trainer._signals.agreed(self._trainer.accelerator.device)
+        if not self.stopped and self.listens:
+            self.stopped = self.signals.agreed(self._trainer.accelerator.device)
         if self.stopped:
             control.should_training_stop = True
 

@@ -1,0 +1,63 @@
+"""The data that a trainer is given, prepared as the objective needs it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from prefopt.data import drop_overlong, normalise
+from prefopt.data.prepare import check_ids, silent, tokenize_checked, without_tensors
+from prefopt.data.unused import MEDIA
+from prefopt.losses import Loss
+from prefopt.losses.scores import EMBEDDINGS, PREVIOUS_LOGPS
+from prefopt.safety.errors import UsageError
+from prefopt.scoring.collate import PreferenceCollator
+
+logger = logging.getLogger(__name__)
+
+
+def _set_padding(collator: PreferenceCollator, processing_class: Any, args: Any) -> None:
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if getattr(args, "pad_token", None) is not None:
+        if args.pad_token not in tokenizer.get_vocab():
+            raise UsageError(f"pad_token {args.pad_token!r} is not in the tokenizer's vocabulary")
+        tokenizer.pad_token = args.pad_token
+    collator.pad_token_id = tokenizer.pad_token_id
+
+
+def prepare(
+    dataset: Any, processing_class: Any, args: Any, name: str, objective: Loss, collator: PreferenceCollator | None
+) -> Any:
+    """Token ids of a data set's rows, without those that are too long.
+
+    Args:
+        dataset: rows of text or of token ids.
+        processing_class: the tokenizer or processor.
+        args: the training arguments.
+        name: of the set, "train" for the one whose findings are logged.
+        objective: which columns and roles are used.
+        collator: ours, if it makes the batches; it is told which token fills rows up.
+    """
+    if collator is not None:
+        _set_padding(collator, processing_class, args)
+    dataset = without_tensors(dataset)
+    say = logger.warning if name == "train" and args.should_log else silent
+    cut = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, "name": name}
+    common = {**cut, "roles": objective.roles, "say": say}
+    if "prompt_ids" not in next(iter(dataset)):
+        used = (*objective.columns, *(MEDIA if collator is None else ()))
+        dataset = normalise(dataset, transcripts=False, used=used, say=say)
+        processes = getattr(args, "dataset_num_proc", None)
+        dataset = tokenize_checked(dataset, processing_class, num_proc=processes, **common)
+    elif collator is not None and isinstance(dataset, Dataset | IterableDataset):
+        dataset = check_ids(dataset, **common)
+    else:
+        return dataset
+    return drop_overlong(dataset, args.max_length, args.truncation_mode, name)
+
+
+def columns_of_batches(objective: Loss) -> list[str]:
+    """Columns that reach the collator beside those that TRL keeps."""
+    return ["completion_ids", "label", "weight", *PREVIOUS_LOGPS, *EMBEDDINGS, *objective.columns]

@@ -76,16 +76,8 @@ def check_run(plan: RunPlan) -> None:
         refuse_what_trl_refuses(plan.args)
     if plan.objective is not None:
         for look in (
-            _options,
-            _pairs,
-            _other_models,
-            _mismatched,
-            _precomputed,
-            _sampled,
-            _needed_columns,
-            _cache,
-            _precision,
-        ):
+            _options, _pairs, _other_models, _mismatched, _precomputed, _sampled, _needed_columns, _cache, _precision
+        ):  # fmt: skip
             look(plan, plan.objective)
 
 

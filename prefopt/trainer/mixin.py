@@ -359,13 +359,10 @@ class LossMixin(_Trainer):
         return prediction
 
     def check_best_metric(self, metrics: Mapping[str, float]) -> None:
-        """Refuse a `metric_for_best_model` that an evaluation does not have.
-
-        Args:
-            metrics: of one evaluation, as `evaluate` returns them.
+        """Refuse a `metric_for_best_model` that `metrics`, as `evaluate` returns them, do not have.
 
         Raises:
-            UsageError: naming those that it has.
+            UsageError: naming those that they have.
         """
         evaluation.check_best_metric(self.args.metric_for_best_model, metrics)
 
@@ -420,11 +417,7 @@ class LossMixin(_Trainer):
             self._publisher.write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
 
     def init_hf_repo(self, *arguments: Any, **keywords: Any) -> None:
-        """Make the repository, or find it.
-
-        Raises:
-            PushError: if the Hub does not let us.
-        """
+        """Make the repository, or find it; `PushError` if the Hub does not let us."""
         with repository_errors(self.args):
             super().init_hf_repo(*arguments, **keywords)
 

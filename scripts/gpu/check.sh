@@ -21,8 +21,6 @@ done
 mkdir -p "$out"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
-# Rows differ in length from step to step, for TRL as for prefopt.
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTORCH_ALLOC_CONF=expandable_segments:True
 if [[ -n $wheels ]]; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT

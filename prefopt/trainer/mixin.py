@@ -277,13 +277,12 @@ class LossMixin(_Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _score(self, model: Any, rows: RowBatch, all_logits: bool) -> Scored:
-        assert self._scorer is not None
-        self._scorer.policy = self.model  # FSDP wraps it when training starts
-        if "sampled" in self._scorer.loss.roles:
+        assert self.objective is not None
+        if "sampled" in self.objective.roles:
             rows = draw_samples(self, model, rows)
         every_role = all_logits or not self.model.training
         try:
-            return self._scorer.score(model, rows, every_role=every_role, all_logits=all_logits)
+            return self._scorer_of(self.objective).score(model, rows, every_role=every_role, all_logits=all_logits)
         except ValueError as error:
             if "mage features and image tokens do not match" not in str(error) or self.args.max_length is None:
                 raise
@@ -291,6 +290,15 @@ class LossMixin(_Trainer):
                 f"max_length={self.args.max_length} cuts off image tokens while the image stays whole; raise "
                 "max_length, or set it to None"
             ) from error
+
+    def _scorer_of(self, objective: Loss) -> Scorer:
+        """The scorer, with the loss and the models that the trainer has now."""
+        if self._scorer is None:
+            # TRL precomputes reference log-probabilities while it sets up, where nothing but the models is known.
+            self._scorer = Scorer(objective, self.model, self.ref_model, autocast=self.accelerator.autocast)
+        # FSDP wraps the policy when training starts; a callback may set another reference.
+        self._scorer.loss, self._scorer.policy, self._scorer.reference = objective, self.model, self.ref_model
+        return self._scorer
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Summed reference log-probabilities of a collated batch, for TRL's precomputation: (E,) chosen, rejected.
@@ -301,9 +309,7 @@ class LossMixin(_Trainer):
             logps: tuple[Tensor, Tensor] = super().compute_ref_log_probs(model, inputs)
             return logps
         rows = RowBatch.of(inputs)
-        # TRL calls this while it sets up, where nothing but the models is known.
-        scorer = self._scorer or Scorer(self.objective, self.model, self.ref_model, autocast=self.accelerator.autocast)
-        sums = scorer.run_reference(rows, model).logps.sum(-1)
+        sums = self._scorer_of(self.objective).run_reference(rows, model).logps.sum(-1)
         chosen, rejected = sums.chunk(2) if rows.paired else (sums, sums)
         return chosen, rejected
 

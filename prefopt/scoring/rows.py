@@ -143,6 +143,7 @@ class RowBatch(RowGroups):
         values |= {COLUMN_PREFIX + name: column for name, column in self.columns.items()}
         if self.sizes is not None:
             values[SIZES] = torch.stack([self.sizes[role] for role in ROLES[:2]])
+        values["paired"] = torch.tensor(self.paired)  # people's own compute_loss may move all entries to a device
         if self.share == 1.0:
             del values[SHARE]
         values = {key: value for key, value in values.items() if value is not None}

@@ -22,7 +22,7 @@ from prefopt.trainer.metrics import PART_OF_LOSS, RunningMeans
 from prefopt.trainer.output_slot import OutputSlot
 
 
-def examples_that_count(accelerator: Any, inputs: Mapping[str, Any]) -> int | None:
+def examples_that_count(accelerator: Any, rows: RowBatch) -> int | None:
     """How many of this process's examples count, the first ones; None for all.
 
     Data that is streamed does not know its length, so nothing is known about its last batch.
@@ -33,11 +33,11 @@ def examples_that_count(accelerator: Any, inputs: Mapping[str, Any]) -> int | No
         return None
     each = loader.total_batch_size // accelerator.num_processes
     mine: int = min(max(state.remainder - accelerator.process_index * each, 0), each)
-    return mine if mine < int(RowBatch.of(inputs).examples.max()) + 1 else None
+    return mine if mine < int(rows.examples.max()) + 1 else None
 
 
 def add_loss(
-    means: RunningMeans, objective: Loss, loss: Tensor, slot: OutputSlot, inputs: Mapping[str, Any], processes: int
+    means: RunningMeans, objective: Loss, loss: Tensor, slot: OutputSlot, rows: RowBatch, processes: int
 ) -> None:
     """Add a batch to the mean over examples, in which each process's loss has the share that its examples have.
 
@@ -49,7 +49,6 @@ def add_loss(
         loss: of the batch, with what was added to the objective's own value.
         processes: how many there are; all of them must call this.
     """
-    rows = RowBatch.of(inputs)
     counts = {role.field: len(rows.rows_of(role)) for role in (Role.CHOSEN, Role.REJECTED)}
     if rows.paired:
         means.add("loss", loss * counts["chosen"], torch.tensor(counts["chosen"]))

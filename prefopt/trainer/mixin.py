@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -354,14 +355,16 @@ class LossMixin(_Trainer):
     def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
         if self.objective is None:
             return super().prediction_step(model, inputs, *arguments, **keywords)
-        if (counted := evaluation.examples_that_count(self.accelerator, inputs)) is not None:
-            inputs = {**inputs, COUNTED: counted}
+        rows = RowBatch.of(inputs)
+        if (counted := evaluation.examples_that_count(self.accelerator, rows)) is not None:
+            rows, inputs = replace(rows, counted=counted), {**inputs, COUNTED: counted}
         slot = OutputSlot()
-        prediction = super().prediction_step(model, {**inputs, SLOT: slot}, *arguments, **keywords)
+        # Pairs need no slot: an overridden compute_loss may expect tensors alone.
+        inputs = inputs if rows.paired else {**inputs, SLOT: slot}
+        prediction = super().prediction_step(model, inputs, *arguments, **keywords)
         evaluation.add_loss(
-            self._run_metrics.evaluation, self.objective, prediction[0], slot, inputs,
-            self.accelerator.num_processes,
-        )  # fmt: skip
+            self._run_metrics.evaluation, self.objective, prediction[0], slot, rows, self.accelerator.num_processes
+        )
         return prediction
 
     def check_best_metric(self, metrics: Mapping[str, float]) -> None:

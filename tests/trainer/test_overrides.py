@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
 
 from prefopt import LossMixin, PreferenceTrainer
-from tests.trainer.runs import make_trainer, save_model, train
+from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model, train
 
 LOGGER = "prefopt.trainer.overrides"
 
@@ -52,6 +52,21 @@ def test_an_override_of_the_loss_runs_around_the_objective(tmp_path, trainer):
     for entry, other in zip(mine, plain, strict=True):
         assert entry["loss"] == pytest.approx(other["loss"] + 100, rel=1e-5)
         assert entry["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+class Moving(PreferenceTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize(("loss", "rows"), [("dpo", make_pairs), ("kto", make_labelled)])
+def test_an_override_gets_a_batch_of_tensors(tmp_path, loss, rows):
+    trainer = make_trainer(tmp_path, trainer=Moving, loss=loss, max_steps=1, train_dataset=rows(8))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+    if loss == "dpo":
+        assert trainer.evaluate(rows(6))["eval_loss"] > 0
 
 
 def test_an_evaluation_counts_what_an_override_adds(tmp_path):

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from prefopt.scoring.model import peeled
+
 
 def turn_off_dropout(model: nn.Module) -> None:
     """Set the rates to 0 that the modules of a model keep as numbers."""
@@ -22,8 +24,13 @@ def turn_off_dropout(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def without_configured_dropout(models: Iterable[nn.Module]) -> Iterator[None]:
-    """In here the rates in models' configurations are 0. They are put back, as configurations are saved."""
-    all_configs = [config for model in models if (config := getattr(model, "config", None)) is not None]
+    """In here the rates in models' configurations are 0. They are put back, as configurations are saved.
+
+    Args:
+        models: wrapped or not.
+    """
+    # accelerate's unwrap_model would look at every module, at each step.
+    all_configs = [config for model in models if (config := getattr(peeled(model), "config", None)) is not None]
     configs = {id(c): c for config in all_configs for c in (config, config.get_text_config())}
     before = [(c, name, rate) for c in configs.values() for name, rate in _rates(c).items()]
     try:

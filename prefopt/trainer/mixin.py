@@ -223,7 +223,7 @@ class LossMixin(_Trainer):
         """One batch's forward and backward passes; the class says in which order."""
         step = super().training_step if self._term_gradients is None else self._term_gradients.step
         models = (self.model, self.ref_model) if self.objective is not None and self.args.disable_dropout else ()
-        with without_configured_dropout(self.accelerator.unwrap_model(m) for m in models if m is not None):
+        with without_configured_dropout(model for model in models if model is not None):
             if self._parts is None:
                 return step(model, inputs, num_items_in_batch)
             model.train()

@@ -18,6 +18,7 @@ from prefopt.data.prompts import refuse_to_guess
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.losses import ConflictFree, Loss
 from prefopt.models import base_sample
+from prefopt.report.card import CardFacts
 from prefopt.safety.errors import UsageError
 from prefopt.safety.weights import check_folder
 from prefopt.scoring.rows import COUNTED, RowBatch
@@ -113,7 +114,7 @@ class LossMixin(_Trainer):
         self.objective, self._own_collator = setup.objective, setup.collator
         self._run_metrics = RunMetrics()
         self._facts = RunFacts(self)
-        self._publisher = Publisher(self, self._facts)
+        self._publisher = Publisher(self)
         self._batches_scored = 0
         self._parts: Parts | None = None
         self._term_gradients: TermGradients | None = None
@@ -415,6 +416,10 @@ class LossMixin(_Trainer):
     def started_from(self, logs: Mapping[str, float] | None) -> None:
         """What an evaluation before training found, for the card of a resumed run."""
         self._facts.started_from(logs)
+
+    def card_facts(self, name: str | None = None, dataset: str | None = None, tags: Any = ()) -> CardFacts:
+        """What the model card says of the run as it is now."""
+        return self._facts.card(name, dataset, tags)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **others: Any

@@ -25,7 +25,7 @@ from prefopt.safety.errors import PrefoptError
 from prefopt.safety.files import write_whole
 from prefopt.safety.folders import REFERENCE_ADAPTER
 from prefopt.safety.redaction import redact, redacted, remember
-from prefopt.trainer.facts import CARD, RunFacts
+from prefopt.trainer.facts import CARD
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +58,17 @@ class Publisher:
     """Writes a trainer's model card into every folder that is saved, and pushes only what is meant for others.
 
     Args:
-        trainer: what is trained.
-        facts: what its card says.
+        trainer: what is trained; its `card_facts` are what the card says.
     """
 
-    def __init__(self, trainer: Any, facts: RunFacts):
-        self._trainer, self._facts = trainer, facts
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
 
     def write_card(self, folder: Path, name: str | None = None, dataset: str | None = None, tags: Any = None) -> None:
         """Write the card; the arguments are those of `create_model_card`."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            facts = self._facts.card(name, dataset, [tags] if isinstance(tags, str) else list(tags or ()))
+            facts = self._trainer.card_facts(name, dataset, [tags] if isinstance(tags, str) else list(tags or ()))
             text = str(render(facts))
             write_whole(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
         except Exception as error:  # a checkpoint is worth more than its card

@@ -164,7 +164,7 @@ def test_an_adapter_of_the_copy_from_pypi_is_loaded_on_that_copy() -> None:
 )
 def test_tags_name_what_was_trained(tmp_path: Path, loss: str, named: set[str], others: set[str]) -> None:
     trainer = make_trainer(tmp_path, loss=loss, max_steps=1)
-    tags = set(trainer._facts.card().tags)
+    tags = set(trainer.card_facts().tags)
     assert {"trl", "prefopt", *named} <= tags
     assert not others & tags
 

@@ -1,4 +1,4 @@
-"""Micro-batches of single completions that make up a step: each is told how many rows of a role the others hold."""
+"""Micro-batches of single completions that make up a step: each carries their mean number of rows of each role."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from prefopt.scoring.rows import SIZES
 
 
 def with_mean_sizes(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A step's micro-batches, each with the mean number of rows of either role; pairs as they are.
+    """A step's micro-batches, each with the mean number of rows of each role; batches of pairs are returned unchanged.
 
-    transformers averages their losses with equal weight. A micro-batch of single completions holds some rows of a role
-    by chance, or none: a mean over the rows that it has would count its rows more or less than those of the others.
+    transformers averages the losses of micro-batches with equal weight. A micro-batch of single completions holds a
+    random number of rows of a role, possibly none. A mean over its own rows would weight them differently from the
+    rows of other micro-batches.
     """
     if len(batches) < 2 or bool(batches[0].get("paired", True)):
         return batches

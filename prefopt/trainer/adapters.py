@@ -1,7 +1,7 @@
 """Adapters while a trainer is set up: their names, initialisations that change the base, and adapters on the head.
 
-TRL finds an adapter by the name "default", keeps a frozen copy of a continued one as "ref", and takes a new one put
-aside for the reference. Here is what that leaves out.
+TRL expects an adapter named "default". It keeps a frozen copy of a loaded adapter as "ref", and disables a new adapter
+to compute the reference. This file handles the cases that TRL does not.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from prefopt.safety.errors import UsageError
 from prefopt.scoring.fingerprint import is_sharded
 
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Beginnings of `init_lora_weights` that take a part of the base's weights out and put it into the adapter."""
+"""Prefixes of `init_lora_weights` values that move a part of the base's weights into the adapter."""
 _LOOKED_AT = 64
-"""Numbers of each of the base's weights that are compared."""
+"""How many elements of each base weight are compared."""
 
 
 def sample_of_base(model: Any) -> dict[str, Any]:
-    """A few numbers of the weights that an adapter is trained on, to be saved beside it; {} where there are none."""
-    # What was taken out of the base on loading differs in its last digits between machines.
+    """A few elements of the base weights of an adapter, to be saved beside it; {} if there is nothing to compare."""
+    # The part moved out of the base on loading differs in its last digits between machines.
     if not isinstance(model, PeftModel) or any(map(changes_base, model.peft_config.values())) or is_sharded(model):
         return {}
     return base_sample.sample(model)
 
 
 def learns_prompts(model: Any) -> bool:
-    """Whether an adapter puts tokens of its own before every row, so that its policy never starts as the reference."""
+    """Whether an adapter adds its own tokens before every row, so that its policy never starts as the reference."""
     configs = getattr(model, "peft_config", {}).values() if is_peft_model(model) else ()
     return any(config.is_prompt_learning for config in configs)
 
@@ -56,8 +56,8 @@ def check_adapters(model: Any, peft_config: Any, own_reference: bool) -> None:
     for config in (peft_config, *configs.values()):
         if "_niter_" in str(init := getattr(config, "init_lora_weights", "")):
             raise UsageError(
-                f"init_lora_weights={init!r} takes a random part of the base into the adapter, and whoever loads the "
-                "adapter draws another, so it would be another model: use 'pissa'"
+                f"init_lora_weights={init!r} moves a random part of the base into the adapter. Loading the adapter "
+                "draws another part, which gives a different model: use 'pissa'"
             )
     if not configs or not own_reference or peft_config is not None:
         return
@@ -83,14 +83,14 @@ def check_adapters(model: Any, peft_config: Any, own_reference: bool) -> None:
 
 @contextlib.contextmanager
 def set_up(model: Any, own_reference: bool) -> Iterator[None]:
-    """In here TRL's constructor runs: it may put adapters on a head, and leaves a base as it is.
+    """Context for TRL's constructor: adapters on the head are allowed, and the base stays unchanged.
 
-    TRL refuses an adapter on the head as its own log-probabilities are computed from the head's weight. Ours call the
-    head where it is not a plain layer. And a copy of an adapter is not initialised like the first: PiSSA and the like
-    would take another part out of the base.
+    TRL refuses an adapter on the head because it computes log-probabilities from the head's weight. We call the head
+    if it is not a plain layer. And a copy of an adapter must not be initialised like the first: PiSSA and similar
+    methods would move another part out of the base.
 
     Raises:
-        ValueError: if the base that came with a continued adapter was changed all the same.
+        ValueError: if the base of a loaded adapter was changed anyway.
     """
     continued = isinstance(model, PeftModel) and own_reference
     configs = {name: c for name, c in model.peft_config.items() if changes_base(c)} if continued else {}
@@ -115,13 +115,13 @@ def set_up(model: Any, own_reference: bool) -> Iterator[None]:
         if name in before and not torch.equal(before[name], numbers):
             raise UsageError(
                 f"the base's weights changed while the trainer was set up ({name}), so neither policy nor reference "
-                "would be the model that was passed in: pass ref_model=..., a model of its own, or save the adapter "
+                "would be the model that was passed in: pass a separate model as ref_model=..., or save the adapter "
                 "with path_initial_model_for_weight_conversion and load that"
             )
 
 
 class _NoLayer:
-    """In TRL's check of the head, what no layer is an instance of."""
+    """Replaces the class in TRL's check of the head; no layer is an instance of it."""
 
 
 def changes_base(config: Any) -> bool:
@@ -130,18 +130,18 @@ def changes_base(config: Any) -> bool:
 
 
 def keep_first_adapter(model: Any, precomputes: bool) -> None:
-    """Keep a new adapter as it is now under the name "ref", where put aside it would not leave the initial model.
+    """Keep a copy of a new adapter as "ref", if disabling the adapter would not give the initial model.
 
     Args:
         model: the trainer's, taken out of wrappers.
-        precomputes: whether the reference's log-probabilities were computed ahead, with the adapter put aside.
+        precomputes: whether the reference's log-probabilities were precomputed with the adapter disabled.
 
     Raises:
         ValueError: if they were.
     """
     if precomputes:
         raise UsageError(
-            "precompute_ref_log_probs=True computes the reference with the adapter put aside, which is not the "
+            "precompute_ref_log_probs=True computes the reference with the adapter disabled, which is not the "
             "initial model with an init_lora_weights that changes the base: set it to False, or pass ref_model=..."
         )
     name = model.active_adapter
@@ -158,7 +158,7 @@ def keep_first_adapter(model: Any, precomputes: bool) -> None:
 
 
 def _sample(model: nn.Module) -> dict[str, Tensor]:
-    """A few numbers of every frozen weight."""
+    """A few elements of every frozen weight."""
     return {
         name: parameter.detach().reshape(-1)[:: max(parameter.numel() // _LOOKED_AT, 1) | 1].clone()
         for name, parameter in model.named_parameters()

@@ -27,7 +27,7 @@ class Parts:
     after the other, keeping nothing but their log-probabilities, and scored again in the backward pass.
 
     Attributes:
-        budget: most tokens that go through the model at once.
+        budget: maximum tokens per forward pass.
         objective: the loss.
         layout: how batches are scored.
         accelerator: of the run.
@@ -39,18 +39,18 @@ class Parts:
     accelerator: Accelerator
 
     def check(self, own_collator: bool, balances_experts: bool) -> None:
-        """Refuse what a budget cannot be kept in.
+        """Refuse runs in which the budget cannot be kept.
 
         Args:
             own_collator: whether batches are made by `PreferenceCollator`.
             balances_experts: whether a load-balancing loss of experts is added.
         """
         if not own_collator:
-            raise UsageError("token_budget is for text: this run has a collator of its own")
+            raise UsageError("token_budget is for text: this run has its own collator")
         if balances_experts:
             raise UsageError(
-                f"token_budget={self.budget} cannot be kept with a load-balancing loss of experts, which is no mean "
-                "over examples: lower per_device_train_batch_size, or set the model's router_aux_loss_coef to 0"
+                f"token_budget={self.budget} cannot be kept with a load-balancing loss of experts, which is not a "
+                "mean over examples: lower per_device_train_batch_size, or set the model's router_aux_loss_coef to 0"
             )
         if not self.objective.separable and self.layout.one_call:
             raise UsageError(self._one_call(f"{self.objective}, whose examples act on one another,"))
@@ -63,7 +63,7 @@ class Parts:
         )
 
     def of(self, model: Any, rows: RowBatch) -> list[RowBatch]:
-        """What a batch is cut into, each part for a forward and a backward pass; as many on every process."""
+        """The parts of a batch, each for one forward and backward pass; the same number on every process."""
         rows = replace(rows, tokens_at_once=self.budget)
         in_trees = self.layout.in_trees(model, rows)
         if not self.objective.separable or not rows.paired:
@@ -80,7 +80,7 @@ class Parts:
         count, whole = sum(map(len, examples)), replace(rows, tokens_at_once=None)
         parts = [replace(whole.select_examples(some), share=len(some) / count) for some in examples]
         most = max(self.layout.gather(len(parts)))
-        # Parts of no weight, for a process that is done before the others.
+        # A process with fewer parts than the others gets parts of weight 0.
         return [replace(parts[-1], share=0.0)] * (most - len(parts)) + parts
 
     def step(self, model: Any, parts: list[RowBatch], step: Callable[[dict[str, Any]], Any]) -> Any:
@@ -99,12 +99,12 @@ class Parts:
             slot = OutputSlot()
             with self._accumulating(model) if number < len(parts) - 1 else contextlib.nullcontext():
                 total = total + step({**part.inputs(), SLOT: slot})
-            slot.get()  # a share that got lost on the way would weigh this part like the whole batch
+            slot.get()  # without its share, this part would weigh as much as the whole batch
         return total
 
     @contextlib.contextmanager
     def _accumulating(self, model: Any) -> Iterator[None]:
-        """Backward passes in here are not the last of the step: nothing is exchanged or updated yet."""
+        """Context for backward passes before the last of a step: no gradient exchange and no update yet."""
         state = self.accelerator.gradient_state
         syncs = state.sync_gradients
         state._set_sync_gradients(False)

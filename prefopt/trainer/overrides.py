@@ -1,6 +1,6 @@
-"""What a subclass overrides around `LossMixin`: what is called, what is not, and on which trainers the mixin works.
+"""Checks of methods that a subclass overrides around `LossMixin`, and of the trainers that the mixin works on.
 
-Looks at classes only; nothing here runs a trainer.
+Inspects classes only; nothing here runs a trainer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ REPLACED = {
     "_prepare_dataset": "LossMixin prepares the data in its place. Prepare them before they are passed in",
     "compute_ref_log_probs": "LossMixin scores the reference in its place. Pass ref_model=... to change it",
 }
-"""Methods that LossMixin has its own of, and what to do instead; all others call the next class's."""
+"""Methods that LossMixin replaces, and what to do instead; all others call the next class's method."""
 OF_OLD_TRL = (
     "concatenated_forward", "concatenated_inputs", "dpo_loss", "get_batch_logps", "get_batch_loss_metrics",
     "get_sequence_logps", "kto_loss", "tokenize_row",
 )  # fmt: skip
-"""Methods of earlier trainers that people override; reported where the installed TRL lacks them."""
+"""Methods of earlier trainers that people override; reported if the installed TRL lacks them."""
 
 
 def check_order(cls: type, mixin: type) -> None:
@@ -44,7 +44,7 @@ def check_order(cls: type, mixin: type) -> None:
 
 
 def check(cls: type, mixin: type) -> list[type]:
-    """Look at what is overridden around the mixin, and warn of what is never called.
+    """Find methods overridden around the mixin, and warn about those that are never called.
 
     Returns:
         The classes between the mixin and TRL's trainer that override `compute_loss`, which are called.
@@ -58,7 +58,7 @@ def check(cls: type, mixin: type) -> list[type]:
         ]
         below = next((name for name in trainers if name != cls.__name__), "object")
         raise TypeError(
-            f"{cls.__name__} puts {mixin.__name__} on {below}; it works on trl.DPOTrainer and its subclasses only. "
+            f"{cls.__name__} puts {mixin.__name__} on {below}; it works only on trl.DPOTrainer and its subclasses. "
             f"Write class {cls.__name__}({mixin.__name__}, DPOTrainer) and choose the objective with loss=..., such "
             "as 'kto', 'cpo', 'orpo' or 'sft'"
         )
@@ -71,7 +71,7 @@ def check(cls: type, mixin: type) -> list[type]:
         for name in OF_OLD_TRL:
             if name in vars(owner) and not hasattr(DPOTrainer, name) and not hasattr(mixin, name):
                 logger.warning(
-                    "%s.%s is not called by anything: the installed TRL's DPOTrainer has no such method. "
+                    "%s.%s is never called: the installed TRL's DPOTrainer has no such method. "
                     "Override compute_loss and call super().compute_loss, or write the objective as a prefopt Loss",
                     *(owner.__name__, name),
                 )
@@ -86,7 +86,7 @@ def own_classes(cls: type, mixin: type) -> list[type]:
 
 
 def refuse_dropped_gradient(cls: type, mixin: type, objective: Loss) -> None:
-    """Refuse an overridden loss around `conflict_free`, which takes the gradients of its own terms alone.
+    """Refuse an overridden loss around `conflict_free`, which uses only the gradients of its own terms.
 
     Raises:
         ValueError: naming the class.
@@ -94,6 +94,6 @@ def refuse_dropped_gradient(cls: type, mixin: type, objective: Loss) -> None:
     own = [c for c in own_classes(cls, mixin) if {"compute_loss", "_compute_loss"} & {*vars(c)}]
     if isinstance(objective, ConflictFree) and own:
         raise UsageError(
-            f"{objective.name} takes the gradients of its own terms, so what {own[0].__name__}.compute_loss adds "
+            f"{objective.name} uses only the gradients of its own terms, so what {own[0].__name__}.compute_loss adds "
             "would have no effect: write that as a prefopt Loss and make it one of the terms"
         )

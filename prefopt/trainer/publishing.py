@@ -1,6 +1,6 @@
-"""What a trainer leaves in its folder and on the Hub: the model card, no secrets, nothing that others should not see.
+"""Model cards, and pushes to the Hub without secrets or private files.
 
-What transformers pushes by itself would hold pickled arguments and rows of the data.
+A push by transformers itself would include pickled arguments and rows of the data.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ NOT_PUBLISHED = (
     f"{REFERENCE_ADAPTER}/*",
     "wandb/*",
 )
-"""Files of an output folder that are never pushed: pickles, rows of the data, what is not finished, and a copy of the
-adapter that training started from, which resuming makes again."""
+"""Files of an output folder that are never pushed: pickles, rows of the data, unfinished files, and a copy of the
+adapter that training started from, which is made again on resuming."""
 
 ONLY_TO_RESUME = (
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model*",
     "objective*.safetensors", "reference.safetensors", "complete.json", "prefopt.json",
 )  # fmt: skip
-"""Files of a checkpoint that a model's users have no need of."""
+"""Files of a checkpoint that users of the model do not need."""
 
 
 class PushError(PrefoptError, RuntimeError):
-    """The Hub did not take what was to be pushed; says which repository, why, and what to do."""
+    """A push to the Hub failed; the message names the repository, the reason and what to do."""
 
 
 class Publisher:
-    """Writes a trainer's model card into every folder that is saved, and pushes only what is meant for others.
+    """Writes a trainer's model card into every saved folder, and pushes only files meant for others.
 
     Args:
         trainer: what is trained; its `card_facts` are what the card says.
@@ -71,7 +71,7 @@ class Publisher:
             facts = self._trainer.card_facts(name, dataset, [tags] if isinstance(tags, str) else list(tags or ()))
             text = str(render(facts))
             write_whole(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
-        except Exception as error:  # a checkpoint is worth more than its card
+        except Exception as error:  # a missing card must not cost the checkpoint
             logger.warning("the model card of %s could not be written: %s", folder, _one_line(error))
 
     def push(
@@ -81,7 +81,7 @@ class Publisher:
         """Save and push the output folder; takes what transformers' `push_to_hub` takes.
 
         Raises:
-            PushError: if the Hub does not take it. The folder is whole all the same.
+            PushError: if the Hub refuses it. The folder is complete anyway.
         """
         trainer = self._trainer
         self._announce()
@@ -103,12 +103,12 @@ class Publisher:
             )
         except Exception as error:  # of whichever library the Hub's client speaks HTTP with
             raise PushError(
-                f"the push to {repository} failed: {_one_line(error)}. Nothing is lost: the model is whole in "
+                f"the push to {repository} failed: {_one_line(error)}. Nothing is lost: the complete model is in "
                 f"{trainer.args.output_dir}. To push it later: {upload_command(repository, trainer.args.output_dir)}"
             ) from None
 
     def push_checkpoint(self, checkpoint: Path) -> None:
-        """Push a checkpoint's model, and under the checkpoint strategies all of it, while training goes on."""
+        """Push a checkpoint's model, or with a checkpoint strategy all of it, while training continues."""
         trainer, step = self._trainer, self._trainer.state.global_step
         strategy = HubStrategy(trainer.args.hub_strategy)
         if not trainer.is_world_process_zero() or strategy is HubStrategy.END:
@@ -152,7 +152,7 @@ class Publisher:
         )
 
     def _announce(self) -> None:
-        """Callbacks may publish on their own here, as trackio's does; that must not stop the model's push."""
+        """Callbacks may publish here themselves, as trackio's does; their errors must not stop the model's push."""
         trainer = self._trainer
         try:
             trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
@@ -160,7 +160,7 @@ class Publisher:
             logger.warning("a callback failed before the push: %s", _one_line(error))
 
     def _report_failures(self) -> None:
-        """Say which pushes beside training failed; they stopped nothing."""
+        """Warn about pushes during training that failed; they did not stop the run."""
         jobs = getattr(self._trainer.push_in_progress, "jobs", ())
         failed = [error for job in jobs if job.done() and (error := job.exception()) is not None]
         if failed:
@@ -173,10 +173,10 @@ class Publisher:
 
 @contextmanager
 def repository_errors(args: Any) -> Iterator[None]:
-    """Inside, a repository is made or found on the Hub.
+    """Context in which a repository is created or found on the Hub.
 
     Raises:
-        PushError: if the Hub does not let us.
+        PushError: if the Hub refuses.
     """
     remember(args.hub_token)
     try:
@@ -184,14 +184,14 @@ def repository_errors(args: Any) -> Iterator[None]:
     except Exception as error:  # of whichever library the Hub's client speaks HTTP with
         name = args.hub_model_id or Path(args.output_dir).absolute().name
         raise PushError(
-            f"push_to_hub: the repository {name!r} could not be made or found: {_one_line(error)}. Log in with "
-            "`hf auth login` or give hub_token a token that may write, see that hub_model_id is OWNER/NAME of "
-            "yours, or leave push_to_hub out and push the saved folder later"
+            f"push_to_hub: the repository {name!r} could not be created or found: {_one_line(error)}. Log in with "
+            "`hf auth login` or give hub_token a token with write access, check that hub_model_id is OWNER/NAME with "
+            "an OWNER that you can write to, or leave push_to_hub out and push the saved folder later"
         ) from None
 
 
 def _linked(folder: Path, target: Path) -> Path:
-    """The files of a checkpoint under another name, where its rotation does not delete them while they are pushed."""
+    """The files of a checkpoint under another name, so that rotation does not delete them during the push."""
     for file in filter(Path.is_file, folder.rglob("*")):
         place = target / file.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def without_secrets(args: Any) -> Iterator[None]:
-    """Hold the arguments' secrets back while transformers pickles them into `training_args.bin`."""
+    """Remove secrets from the arguments while transformers pickles them into `training_args.bin`."""
     held = {}
     for option in dataclasses.fields(args):
         value = getattr(args, option.name, None)

@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 def make_scorer(trainer: Any, objective: Loss, previous_model: Any, own_collator: bool) -> Scorer:
-    """What scores a trainer's batches.
+    """The scorer of a trainer's batches.
 
     Args:
         trainer: set up by TRL.
         objective: its loss.
         previous_model: the previous iterate, if one was passed.
-        own_collator: whether batches are those of `PreferenceCollator`.
+        own_collator: whether `PreferenceCollator` makes the batches.
     """
     return Scorer(
         objective,
@@ -40,7 +40,7 @@ def make_scorer(trainer: Any, objective: Loss, previous_model: Any, own_collator
         previous=None if previous_model is None else _frozen(trainer, previous_model),
         layout=make_layout(trainer),
         cache=_open_cache(trainer, own_collator),
-        # Columns of an earlier run with another reference would be taken for this one's.
+        # Columns of an earlier run with another reference would be mistaken for this one's.
         trusts_data=trainer.args.precompute_ref_log_probs,
         policy_options={"output_router_logits": True} if getattr(trainer, "aux_loss_enabled", False) else {},
         autocast=trainer.accelerator.autocast,
@@ -73,16 +73,16 @@ def _open_cache(trainer: Any, own_collator: bool) -> ReferenceCache | None:
     if where == "off":
         return None
     if not own_collator:
-        raise UsageError(f"reference_cache={where!r} is for text: this run has a collator of its own")
+        raise UsageError(f"reference_cache={where!r} is for text: this run has its own collator")
     accelerator = trainer.accelerator
     reference = accelerator.unwrap_model(trainer.model if trainer.ref_model is None else trainer.ref_model)
     adapter = reference.active_adapter if trainer.ref_model is None and is_peft_model(reference) else None
     precision = f"{reference.dtype} {accelerator.mixed_precision}"
     if accelerator.mixed_precision != "no":
-        # These cast the weights themselves, where autocast casts what goes into each operation.
+        # These cast the weights themselves; autocast casts the inputs of each operation.
         precision += " deepspeed" if trainer.is_deepspeed_enabled else ""
         precision += " fsdp" if trainer.is_fsdp_enabled else ""
-    # Weights that are whole are the main process's in the end: FSDP may leave the others' empty until it wraps.
+    # Complete weights come from the main process in the end: FSDP may leave the others empty until it wraps.
     takes_part = is_sharded(reference) or accelerator.is_main_process
     name: str = gather_object([fingerprint(reference, adapter, precision) if takes_part else ""])[0]
     root = cache_root() if where == "auto" else Path(where)
@@ -94,14 +94,14 @@ def _open_cache(trainer: Any, own_collator: bool) -> ReferenceCache | None:
 def _frozen(trainer: Any, previous_model: Any) -> Any:
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise UsageError(
-            "previous_model is not sharded, so it does not go with DeepSpeed or FSDP: put its log-probabilities "
+            "previous_model is not sharded, so it cannot be used with DeepSpeed or FSDP: put its log-probabilities "
             "into the data as prev_chosen_logps and prev_rejected_logps"
         )
     return previous_model.requires_grad_(False).eval().to(trainer.accelerator.device)
 
 
 def draw_samples(trainer: Any, model: Any, rows: RowBatch) -> RowBatch:
-    """A batch with a completion of the policy's own for each prompt, for objectives that ask for them."""
+    """A batch with a completion sampled from the policy for each prompt, for objectives that need them."""
     tokenizer = text_tokenizer(trainer)
     most = getattr(trainer.args, "sample_max_new_tokens", 64)
     with unwrap_model_for_generation(model, trainer.accelerator) as generator, trainer.accelerator.autocast():

@@ -1,4 +1,4 @@
-"""What a trainer's constructor is given: bound to names, and checked before TRL loads anything."""
+"""The arguments of a trainer's constructor: bound to names, and checked before TRL loads anything."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Setup:
     """The arguments of a trainer.
 
     Args:
-        init: the constructor that they are handed on to.
+        init: the constructor that they are passed on to.
         arguments, keywords: for it, as they were passed.
         loss, previous_model: as `LossMixin` takes them.
 
@@ -39,8 +39,8 @@ class Setup:
         args: the training arguments; None for TRL's defaults.
         objective: the loss; None where TRL computes it.
         previous_model: the previous iterate, if one was passed.
-        sample: the first training row; empty where there are none.
-        collator: ours, where it makes the batches.
+        sample: the first training row; empty if there are none.
+        collator: ours, if it makes the batches.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Setup:
         self.loss, self.previous_model = loss, previous_model
         self.objective: Loss | None = resolve_objective(loss, self.args)
         self.collator: PreferenceCollator | None = None
-        # A subclass with a constructor of its own may bring held-out rows of its own.
+        # A subclass with its own constructor may add its own held-out rows.
         self._brings_heldout = getattr(init, "__func__", None) is not DPOTrainer.__init__
         bound = self.bound
         for name, value in bound.items():
             if isinstance(value, (Dataset, IterableDataset)):
-                bound[name] = without_empty_media(value)  # TRL goes by a column's name alone
+                bound[name] = without_empty_media(value)  # TRL looks only at a column's name
             elif name == "eval_dataset" and isinstance(value, dict):
                 bound[name] = type(value)({key: without_empty_media(rows) for key, rows in value.items()})
         rows = next((v for v in bound.values() if isinstance(v, (Dataset, IterableDataset))), None)
@@ -66,7 +66,7 @@ class Setup:
 
     @property
     def own_reference(self) -> bool:
-        """Whether TRL makes the reference, as none was passed."""
+        """Whether TRL makes the reference because none was passed."""
         return self.bound.get("ref_model") is None
 
     @property
@@ -97,7 +97,7 @@ class Setup:
         adapters.check_adapters(model, self.bound.get("peft_config"), self.own_reference)
 
     def prepare(self) -> None:
-        """Set what TRL's constructor would set otherwise: the seed, the dispatch of batches, the collator."""
+        """Set what TRL's constructor would set differently: the seed, the dispatch of batches, the collator."""
         args = self.args
         if self.objective is None:
             return
@@ -114,7 +114,7 @@ class Setup:
                 self.bound["data_collator"] = self.collator
 
     def around_trl(self) -> contextlib.AbstractContextManager[None]:
-        """In here TRL's constructor runs."""
+        """Context for TRL's constructor."""
         if self.objective is None:
             return contextlib.nullcontext()
         return adapters.set_up(self.bound.get("model"), self.own_reference)
@@ -123,8 +123,8 @@ class Setup:
         """Refuse what only the finished trainer shows.
 
         Raises:
-            UsageError: if a constructor has made arguments of another objective, or a model to compare with would be
-                trained along.
+            UsageError: if a constructor has made arguments with another objective, or if the reference or previous
+                model would be trained along with the policy.
         """
         if self.loss is None and str(resolve_objective(None, trainer.args)) != str(self.objective):
             raise UsageError(
@@ -137,28 +137,28 @@ class Setup:
                 check_separate(trainer.model, other, role)
 
     def settle_models(self, trainer: Any) -> None:
-        """Make of TRL's models what the objective compares: adapters, dropout, a reference that is needed."""
+        """Prepare TRL's models for the objective: adapters, dropout, and a reference only if needed."""
         assert self.objective is not None
         if self.own_reference and adapters.changes_base(self.bound.get("peft_config")):
             adapters.keep_first_adapter(trainer.model, trainer.args.precompute_ref_log_probs)
         for model in (trainer.model, trainer.ref_model):
             if model is not None and trainer.args.disable_dropout:
                 turn_off_dropout(model)
-        # Without a previous iterate the reference stands for it.
+        # Without a previous iterate, the reference takes its place.
         previous = self.previous_model is not None or "prev_chosen_logps" in self.sample
         compared = self.objective.needs.compares if previous else self.objective.needs.frozen
         if self.own_reference and not compared and not trainer.args.sync_ref_model:
             trainer.ref_model = None  # TRL loads one whatever the objective
 
     def reference_is_initial_policy(self, trainer: Any) -> bool:
-        # Prompt learning puts tokens of its own before every row, so its policy never starts as the reference.
+        # Prompt learning adds its own tokens before every row, so its policy never starts as the reference.
         return self.own_reference and not adapters.learns_prompts(trainer.model)
 
     def settle_batches(self, trainer: Any) -> None:
-        """The collator of the trainer, and the padding that its models know of."""
+        """The collator of the trainer, and the padding token of its models."""
         assert self.objective is not None
         tokenizer = text_tokenizer(trainer)
-        # One padding token for policy and reference: some multimodal models embed images by way of it.
+        # One padding token for policy and reference: some multimodal models embed images through it.
         for model in (trainer.model, trainer.ref_model if self.own_reference else None):
             if model is not None and hasattr(model, "config"):
                 inner = trainer.accelerator.unwrap_model(model)  # a DeepSpeedEngine has a config of its own
@@ -175,7 +175,7 @@ def _bind(init: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tu
     parameters = inspect.signature(init).parameters
     positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < len(arguments) and any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
-        # A subclass that takes *args hands them on to DPOTrainer unchanged.
+        # A subclass that takes *args passes them on to DPOTrainer unchanged.
         positional = [name for name in inspect.signature(DPOTrainer.__init__).parameters if name != "self"]
     if len(arguments) > len(positional):
         raise TypeError(f"got {len(arguments)} positional arguments, at most {len(positional)} are accepted")

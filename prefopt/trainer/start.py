@@ -1,7 +1,7 @@
-"""What is checked as training starts: the optimizer trains the model, and its first updates move the weights.
+"""Checks as training starts: the optimizer holds the model's parameters, and its first updates change them.
 
-Everything here looks at parameters and optimizers and changes nothing. A run that fails a check stops with what is
-wrong and what to do, as it would otherwise run to its end with healthy losses and gradient norms.
+Everything here reads parameters and optimizers and changes nothing. Without these checks, a run that trains nothing
+would run to its end with normal losses and gradient norms.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from prefopt.safety.errors import UsageError
 logger = logging.getLogger(__name__)
 
 SAMPLED = 4096
-"""Most numbers of a parameter that are looked at before and after an update."""
+"""Maximum elements of a parameter that are compared before and after an update."""
 WORTH_A_STEP = 1e-8
-"""Gradients below this are as good as zero, also to Adam, whose epsilon it is."""
+"""Gradients below this count as zero; it is Adam's epsilon."""
 LOST, FEW = 0.01, 0.10
-"""Shares of half-precision weights that an update must move: below the first a run stops, below the second warns."""
+"""Fractions of half-precision weights that an update must change: below `LOST` a run stops, below `FEW` it warns."""
 JUDGED = 256
-"""Fewer numbers with a gradient than this tell nothing: as where the objective is almost saturated."""
+"""With fewer nonzero gradients than this there is no verdict, as when the objective is almost saturated."""
 WITHOUT_GRADIENT = 4
-"""After so many looks (steps 1, 2, 4, 8 at the latest) at updates without a gradient, that is worth a word."""
+"""After this many checks (steps 1, 2, 4, 8 at the latest) without any gradient, a warning is logged."""
 _FINER_COPY = ("kahan", "compensation", "master")
-"""What optimizers call the state in which they keep what half-precision weights are too coarse for."""
+"""Names of optimizer state that makes up for the coarse rounding of half-precision weights."""
 
 
 class StartCheck(TrainerCallback):
     """Stops a run that trains nothing.
 
     Args:
-        trainer: the trainer that it is added to.
+        trainer: the trainer it is added to.
     """
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self._settled = False
-        self._before: list[_Sample] | None = None  # None where nothing was looked at
+        self._before: list[_Sample] | None = None  # None if nothing was sampled
         self._empty = 0
-        self._at_end = ""  # what is said if no step takes the full learning rate
+        self._at_end = ""  # the message if no step reaches the full learning rate
 
     @property
     def _mode(self) -> str:
@@ -55,7 +55,7 @@ class StartCheck(TrainerCallback):
 
     def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         trainer = self._trainer
-        # DeepSpeed keeps finer copies of the weights elsewhere, and takes its step within the backward pass.
+        # DeepSpeed keeps float32 copies of the weights elsewhere, and takes its step within the backward pass.
         self._settled = trainer.is_deepspeed_enabled or self._mode == "off"
         self._before, self._empty, self._at_end = None, 0, ""
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -72,15 +72,15 @@ class StartCheck(TrainerCallback):
             )
         if outside:
             logger.warning(
-                "%d parameters want gradients but are not in the optimizer (%s): they are not trained, but count in "
-                "grad_norm and in clipping. Add them to the optimizer, or call requires_grad_(False) on them",
+                "%d parameters require gradients but are not in the optimizer (%s): they are not trained, but count "
+                "in grad_norm and in clipping. Add them to the optimizer, or call requires_grad_(False) on them",
                 *(len(outside), _some(outside)),
             )
         if all(group.get("initial_lr", group["lr"]) == 0 for group in optimizer.param_groups):
             logger.warning("the learning rate is 0, so nothing will be trained: set learning_rate above 0")
 
     def on_pre_optimizer_step(self, _: Any, state: Any, *__: Any, optimizer: Any = None, **___: Any) -> None:
-        # During a warm-up, looking at steps 1, 2, 4, 8 ... is enough.
+        # During a warm-up, checking steps 1, 2, 4, 8 ... is enough.
         if self._settled or optimizer is None:
             return
         step = state.global_step + 1
@@ -89,7 +89,7 @@ class StartCheck(TrainerCallback):
 
     def on_optimizer_step(self, _: Any, state: Any, *__: Any, optimizer: Any = None, **___: Any) -> None:
         samples, self._before = self._before, None
-        # Whether samples were taken depends on the step and the rate alone, so it is the same on every process.
+        # Whether samples were taken depends only on the step and the learning rate, so every process agrees.
         if self._settled or optimizer is None or self._trainer.accelerator.optimizer_step_was_skipped:
             return
         if samples is None:
@@ -97,7 +97,7 @@ class StartCheck(TrainerCallback):
         sharded = self._trainer.is_fsdp_enabled  # a process's own pieces may be without a gradient
         if not samples and not sharded and any(float(group["lr"] or 0) > 0 for group in optimizer.param_groups):
             self._count_empty()
-        # A term's gradient is taken away again while conflict_free waits for the others: that step moves nothing.
+        # conflict_free removes a term's gradient while it waits for the others: that step changes nothing.
         before = [sample for sample in samples if sample.parameter.grad is not None]
         if not before and not sharded:
             return
@@ -116,8 +116,8 @@ class StartCheck(TrainerCallback):
         self._empty += 1
         if self._empty == WITHOUT_GRADIENT:
             logger.warning(
-                "no weight had a gradient in the first %d updates that were looked at, so nothing has been learned: "
-                "see whether the data has rows of the label that the objective is about, pairs that differ, and "
+                "no weight had a gradient in the first %d updates that were checked, so nothing has been learned: "
+                "check that the data has rows with the label that the objective uses, pairs that differ, and "
                 "weights above 0",
                 self._empty,
             )
@@ -133,13 +133,13 @@ class StartCheck(TrainerCallback):
         rate = max(float(group["lr"]) for group in optimizer.param_groups)
         if not coarse:
             outcome = (
-                f"moved none of {total} weights that were looked at, although they have gradients: nothing is "
-                "trained. Raise the learning rate, or look at the optimizer: it may hold copies of the weights in "
-                "place of the model's own"
+                f"changed none of {total} weights that were checked, although they have gradients: nothing is "
+                "trained. Raise the learning rate, or check the optimizer: it may hold copies of the weights instead "
+                "of the model's own"
             )
         else:
             outcome = (
-                f"moved {moved} of {total} weights that were looked at ({share:.1%}): in half precision the others "
+                f"changed {moved} of {total} weights that were checked ({share:.1%}): in half precision the others "
                 "are rounded back to what they were. Keep the weights in float32 and compute in bfloat16 "
                 "(--dtype float32 --bf16 true; in Python model_init_kwargs={'dtype': 'float32'} and bf16=True), or "
                 "train an adapter, or raise the learning rate"
@@ -147,10 +147,10 @@ class StartCheck(TrainerCallback):
         if not full_rate:
             self._at_end = f"the run ended before its full learning rate; update {step} (at {rate:g}) {outcome}"
             return
-        said = f"the first update at the full learning rate ({rate:g}) {outcome}"
+        message = f"the first update at the full learning rate ({rate:g}) {outcome}"
         if share < LOST and self._mode == "error":
-            raise UsageError(f"{said}. To go on anyway, set step0_check to 'warn' or 'off'")
-        logger.warning(said)
+            raise UsageError(f"{message}. To continue anyway, set step0_check to 'warn' or 'off'")
+        logger.warning(message)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._at_end:
@@ -159,12 +159,12 @@ class StartCheck(TrainerCallback):
 
 @dataclass
 class _Sample:
-    """Some numbers of one parameter, those that have a gradient.
+    """Some elements of one parameter that have a gradient.
 
     Attributes:
-        parameter: it.
-        places: which of its numbers, counted in one row.
-        values: what they were before the update.
+        parameter: the parameter.
+        places: indices of the elements in the flattened parameter.
+        values: before the update.
     """
 
     parameter: Tensor
@@ -176,12 +176,12 @@ class _Sample:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, in one row."""
+    """This process's part of a tensor, flattened."""
     return getattr(tensor, "_local_tensor", tensor).detach().reshape(-1)
 
 
 def _samples(optimizer: Any) -> Iterator[_Sample]:
-    """Of every parameter that is about to be moved, up to `SAMPLED` numbers."""
+    """Up to `SAMPLED` elements of every parameter that is about to be updated."""
     for group in optimizer.param_groups:
         if group["lr"] is not None and not float(group["lr"]) > 0:
             continue
@@ -190,7 +190,7 @@ def _samples(optimizer: Any) -> Iterator[_Sample]:
             if gradient is None or gradient.layout is not torch.strided or not parameter.is_floating_point():
                 continue
             values, gradient = _flat(parameter), _flat(gradient)
-            # Odd, so that not the same column of every row is taken.
+            # Odd, so that the elements are not all from the same column.
             every = max(len(values) // SAMPLED, 1) | 1
             of_gradient = gradient[::every]
             places = (torch.isfinite(of_gradient) & (of_gradient.abs() > WORTH_A_STEP)).nonzero().flatten() * every
@@ -199,18 +199,18 @@ def _samples(optimizer: Any) -> Iterator[_Sample]:
 
 
 def at_peak(group: dict[str, Any]) -> bool:
-    """Whether a group of parameters takes steps at the height of its schedule, or has none."""
+    """Whether a parameter group is at the peak of its schedule, or has no schedule."""
     if group["lr"] is None:
-        return False  # Adafactor's own schedule, whose height is unknown
+        return False  # Adafactor's own schedule, whose peak is unknown
     rate = float(group["lr"])
     return rate > 0 and rate >= 0.99 * float(group.get("initial_lr", rate))
 
 
 def not_in_optimizer(model: nn.Module, optimizer: Any) -> list[str] | None:
-    """The names of parameters that want gradients and that an optimizer does not hold; None if it holds none."""
+    """The names of parameters that require gradients and are not in the optimizer; None if it holds none at all."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner  # accelerate's wrapper
-    # Optimizers that take their steps layer by layer in the backward pass stand behind one without parameters.
+    # Optimizers that step layer by layer in the backward pass are hidden behind one without parameters.
     parts = getattr(optimizer, "optimizer_dict", None)
     held = {id(p) for p in parts} if parts else {id(p) for group in optimizer.param_groups for p in group["params"]}
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -226,15 +226,15 @@ def _keeps_finer_copy(optimizer: Any) -> bool:
 
 
 def check_separate(policy: nn.Module, other: nn.Module, role: str) -> None:
-    """Refuse a model to compare with that would be trained along with the policy.
+    """Refuse a reference or previous model that would be trained along with the policy.
 
     Args:
         policy: the trained model.
-        other: which is compared with.
+        other: the model to compare with.
         role: the argument that it was passed as.
 
     Raises:
-        ValueError: naming parameters that both of them have and that are trained.
+        ValueError: naming trained parameters that both models share.
     """
     theirs = {id(parameter) for parameter in other.parameters()}
     if shared := [name for name, p in policy.named_parameters() if p.requires_grad and id(p) in theirs]:
@@ -248,12 +248,12 @@ def check_separate(policy: nn.Module, other: nn.Module, role: str) -> None:
 def _nothing_to_train(model: Any) -> str:
     if is_peft_model(model):
         return (
-            f"no parameter of the model wants gradients, not even those of its adapter {model.active_adapter!r}, so "
+            f"no parameter of the model requires gradients, not even of its adapter {model.active_adapter!r}, so "
             "nothing would be trained: load a saved adapter with PeftModel.from_pretrained(..., is_trainable=True)"
         )
     return (
-        "no parameter of the model wants gradients (requires_grad=False), so nothing would be trained: call "
-        "requires_grad_(True) on what is to learn, or pass peft_config=... to train an adapter"
+        "no parameter of the model requires gradients (requires_grad=False), so nothing would be trained: call "
+        "requires_grad_(True) on the parameters to train, or pass peft_config=... to train an adapter"
     )
 
 

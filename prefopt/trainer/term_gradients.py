@@ -17,29 +17,29 @@ from prefopt.trainer.output_slot import SLOT, OutputSlot
 
 
 def check_engine(trainer: Any, objective: ConflictFree) -> None:
-    """Refuse engines that keep gradients where they cannot be told apart by term.
+    """Refuse engines in which the gradients of single terms cannot be separated.
 
     Raises:
         ValueError: naming the engine.
     """
     for wrong, what in (
-        (trainer.is_deepspeed_enabled, "DeepSpeed, which adds gradients up as they are made"),
-        (trainer.is_fsdp_enabled, "FSDP, which shards gradients as they are made"),
-        (trainer.accelerator.scaler is not None, "fp16, whose loss scale differs between steps: use bf16"),
+        (trainer.is_deepspeed_enabled, "DeepSpeed, which adds gradients up during the backward pass"),
+        (trainer.is_fsdp_enabled, "FSDP, which shards gradients during the backward pass"),
+        (trainer.accelerator.scaler is not None, "fp16, whose loss scale changes between steps: use bf16"),
         (getattr(trainer, "aux_loss_enabled", False), "the load-balancing loss of experts, which belongs to no term"),
     ):
         if wrong:
-            raise UsageError(f"{objective.name} does not go with {what}")
+            raise UsageError(f"{objective.name} does not work with {what}")
 
 
 class TermGradients:
     """The gradients of a `ConflictFree` loss, term by term.
 
-    Micro-batches add to each term's own gradient; when the optimizer is about to step these are averaged over
-    processes, combined, and put in the place of the parameters' gradients. Clipping sees the combined gradient.
+    Micro-batches add to each term's own gradient. Before the optimizer's step these are averaged over processes and
+    combined, and the result replaces the parameters' gradients. Clipping acts on the combined gradient.
 
     Args:
-        trainer: what is trained.
+        trainer: the trainer.
         objective: its loss.
         metrics: where the cosines between terms are logged.
     """
@@ -50,14 +50,14 @@ class TermGradients:
         self._gradients: list[list[Tensor | None]] = []
 
     def step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """What transformers' `training_step` is for other losses: forward and backward passes of a batch."""
+        """Replaces transformers' `training_step`: forward and backward passes of a batch."""
         trainer = self._trainer
         share = 1 / trainer.current_gradient_accumulation_steps
         model.train()
         inputs = trainer._prepare_inputs(inputs)
         slot = inputs.get(SLOT) or OutputSlot()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # DDP would exchange gradients with the first term's backward pass, and miss the others'.
+        # DDP would exchange gradients in the first term's backward pass, and miss the others'.
         with trainer.accelerator.no_sync(model):
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, {**inputs, SLOT: slot}, num_items_in_batch=num_items_in_batch)

@@ -1,4 +1,4 @@
-"""What the token ids of prepared data say before training: how long examples are, and whether models know every id."""
+"""Token ids of prepared data, before training: lengths of examples, and whether models have every id."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 
 
 def lengths_to_sample_by(data: Any, args: Any) -> Any:
-    """What transformers' samplers look at where they group examples by length; other data as they are."""
+    """The data with the lengths that transformers' samplers need to group examples by length; other data unchanged."""
     if groups_by_length(args) and isinstance(data, Dataset) and "prompt_ids" in data.column_names:
         return Dataset.from_dict({args.length_column_name: example_lengths(data).tolist()})
     return data
 
 
 def example_lengths(data: Dataset) -> np.ndarray[Any, Any]:
-    """(N,) the tokens of each example, its prompt and all its completions."""
+    """(N,) the number of tokens of each example, its prompt and all its completions."""
     parts = [sum(pc.list_value_length(table[name]).to_numpy() for name in _ids_of(data)) for table in _tables(data)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
-    """How many token ids a model has embeddings for; None where it does not say."""
+    """How many token ids a model has embeddings for; None if unknown."""
     inner: Any = unwrapped(model)
     get = getattr(inner, "get_input_embeddings", None)
     try:
         embeddings = get() if callable(get) else None
     except NotImplementedError:
         embeddings = None
-    # An adapter's layer keeps the model's own inside.
+    # An adapter's layer wraps the model's own.
     for part in (embeddings, getattr(embeddings, "base_layer", None), getattr(embeddings, "original_module", None)):
         if isinstance(count := getattr(part, "num_embeddings", None), int):
             return count
@@ -53,12 +53,12 @@ def check_vocabulary(datasets: dict[str, Any], models: dict[str, Any], tokenizer
     """Refuse token ids that a model has no embedding for.
 
     Args:
-        datasets: prepared data by name; streams are left to their batches.
-        models: by role; None for those that there are not.
-        tokenizer: what the ids are of.
+        datasets: prepared data by name; streams are checked batch by batch.
+        models: by role; None for models that do not exist.
+        tokenizer: of the ids.
 
     Returns:
-        How many ids all models know; None where none says.
+        How many ids all models know; None if unknown.
 
     Raises:
         ValueError: naming the first row, the token and the model.
@@ -85,10 +85,10 @@ def check_vocabulary(datasets: dict[str, Any], models: dict[str, Any], tokenizer
 
 
 def check_vocabularies(trainer: Any, objective: Loss, previous_model: Any) -> int | None:
-    """Refuse token ids of a trainer's data that a model has no embedding for, and vocabularies that do not compare.
+    """Refuse token ids of a trainer's data that a model has no embedding for, and vocabularies that do not match.
 
     Returns:
-        How many ids all models know; None where none says.
+        How many ids all models know; None if unknown.
     """
     if trainer.ref_model is not None and extras_for(objective).full_reference:
         check_same_vocabulary(objective, trainer.model, trainer.ref_model)
@@ -98,7 +98,7 @@ def check_vocabularies(trainer: Any, objective: Loss, previous_model: Any) -> in
 
 
 def text_tokenizer(trainer: Any) -> Any:
-    """A trainer's tokenizer, also where it has a processor for images."""
+    """A trainer's tokenizer, also if it has a processor for images."""
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
@@ -112,13 +112,13 @@ def check_same_vocabulary(objective: Any, policy: nn.Module, reference: nn.Modul
     if mine and theirs and mine != theirs:
         raise UsageError(
             f"{objective} compares next-token distributions, but the policy has {mine} tokens and the reference "
-            f"{theirs}: call resize_token_embeddings({max(mine, theirs)}) on the smaller one, or pass a reference of "
-            "the policy's own family"
+            f"{theirs}: call resize_token_embeddings({max(mine, theirs)}) on the smaller one, or pass a reference "
+            "with the policy's vocabulary"
         )
 
 
 def beyond(role: str, limit: int, tokenizer: Any) -> str:
-    """The end of a sentence about an id that a model does not know."""
+    """The end of a message about an id that a model does not know."""
     return (
         f"the {role}'s vocabulary of {limit} (the tokenizer has {len(tokenizer)}): use the tokenizer that belongs to "
         "the model, or call model.resize_token_embeddings(len(tokenizer)) on policy and reference"

@@ -1,7 +1,7 @@
-"""Tells experiment trackers what transformers' own callbacks do not know: the objective, term by term.
+"""Reports the objective, term by term, to experiment trackers.
 
-The callbacks of TensorBoard, Weights & Biases and trackio file the training arguments with a run. A loss that was
-passed as an object is not among them, and one that was written as text is one opaque string there.
+transformers' callbacks for TensorBoard, Weights & Biases and trackio store the training arguments with a run. A loss
+passed as an object is not among them, and a loss written as text is one opaque string there.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def objective_settings(objective: Loss) -> dict[str, Any]:
 
 
 def track(objective: Loss, callbacks: Iterable[Any], output_dir: str) -> TrainerCallback | None:
-    """Have every tracker among a trainer's callbacks file the objective with its run.
+    """Have every tracker among a trainer's callbacks store the objective with its run.
 
     Returns:
-        A callback to add, where TensorBoard is in use.
+        A callback to add, if TensorBoard is in use.
     """
     settings = objective_settings(objective)
     written = None
@@ -45,14 +45,14 @@ def track(objective: Loss, callbacks: Iterable[Any], output_dir: str) -> Trainer
             _after_setup(callback, "trackio", settings)
         elif isinstance(callback, TensorBoardCallback):
             if callback.logging_dir is None and callback.tb_writer is None:
-                # An evaluation before training would otherwise open a log in the folder that the run was started in.
+                # An evaluation before training would otherwise open a log in the current folder.
                 callback.logging_dir = str(Path(output_dir) / "runs" / time.strftime("%Y%m%d-%H%M%S"))
             written = _TensorBoardText(callback, settings)
     return written
 
 
 def _after_setup(callback: Any, module: str, settings: dict[str, Any]) -> None:
-    """`setup` is where these callbacks open a run and file the arguments, and what they let one change."""
+    """Wraps `setup`, in which these callbacks open a run and store the arguments."""
     set_up = callback.setup
 
     def set_up_and_tell(args: Any, state: Any, model: Any, **keywords: Any) -> None:
@@ -64,7 +64,7 @@ def _after_setup(callback: Any, module: str, settings: dict[str, Any]) -> None:
 
 
 class _TensorBoardText(TrainerCallback):
-    """Writes the objective as a text beside the curves, once."""
+    """Writes the objective once as a text beside the curves."""
 
     def __init__(self, callback: TensorBoardCallback, settings: dict[str, Any]):
         self._callback = callback

@@ -120,7 +120,7 @@ def test_a_hub_that_refuses_the_repository_stops_the_run_before_it_trains(tmp_pa
         done = run(tmp_path, hub, *PUSH, token="hf_wrongTokenWrongTokenWrong000" if reason == "token" else TOKEN)
     assert done.returncode == 1
     said = done.stderr[done.stderr.index("push_to_hub: the repository") :]
-    assert "the repository 'tester/tiny' could not be made or found: " in said
+    assert "the repository 'tester/tiny' could not be created or found: " in said
     assert ("401" if reason == "token" else "500") in said
     assert "hf auth login" in said
     assert said.strip().endswith("Nothing was trained")

@@ -92,4 +92,4 @@ def test_a_cpu_run_says_that_fsdp_is_left_out(alone, capsys, monkeypatch):
     main("dpo(beta=0.1)", arguments(folder, "left-out", 4))
     said = " ".join(capsys.readouterr().out.split())
     assert "Running on 1 process" in said
-    assert "FSDP was asked for, but accelerate uses it on GPUs and their like only: this run has 1 process" in said
+    assert "FSDP was requested, but accelerate uses it only on GPUs and the like: this run has 1 process" in said

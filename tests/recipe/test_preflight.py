@@ -65,7 +65,7 @@ REFUSED = [
     (["--loss_type", "exo_pair"], "exo_pair needs label_smoothing above 0"),
     (["--loss_type", "apo_zero", "--f_divergence_type", "js_divergence"], "cannot be used with loss_type apo_zero"),
     (["--loss_type", "aot", "--use_weighting"], "use_weighting cannot be used with aot"),
-    (["--resume_from_checkpoint", "nowhere"], "nowhere cannot be resumed from: there is no such folder"),
+    (["--resume_from_checkpoint", "nowhere"], "cannot resume from nowhere: there is no such folder"),
     (["--resume_from_checkpoint", "true"], "holds no checkpoint to resume from"),
 ]
 

@@ -164,7 +164,7 @@ def test_an_error_of_the_run_is_not_taken_for_one_of_the_disk(tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="device-side assert"):
         trainer.train()
     assert checkpoints.choose("auto", tmp_path / "run") == (None, [
-        f"{tmp_path}/run/checkpoint-2 is passed over: it was not finished: complete.json, which is written last, is "
+        f"{tmp_path}/run/checkpoint-2 is skipped: it is incomplete: complete.json, which is written last, is "
         "missing"
     ])  # fmt: skip
 

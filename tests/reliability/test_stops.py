@@ -92,7 +92,7 @@ def test_a_signal_ends_the_step_with_a_checkpoint(tmp_path, signum, caplog, capf
     assert stopped.value.checkpoint == str(folder)
     assert checkpoints.problem(folder) == ""
     name = signal.Signals(signum).name
-    assert f"{name} after step 3; {folder} is complete. To go on, run the same command" in caplog.text
+    assert f"{name} after step 3; {folder} is complete. To resume, run the same command" in caplog.text
     assert f"{name}: saving a checkpoint at the end of this step" in capfd.readouterr().err
     trainer.train(resume_from_checkpoint="auto")
     assert trainer.state.global_step == 6

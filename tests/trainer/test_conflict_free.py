@@ -120,5 +120,5 @@ def test_it_learns_both(tmp_path):
 def test_what_it_cannot_go_with_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, loss=SUM)
     trainer.is_deepspeed_enabled = True
-    with pytest.raises(ValueError, match="conflict_free does not go with DeepSpeed, which adds gradients up"):
+    with pytest.raises(ValueError, match="conflict_free does not work with DeepSpeed, which adds gradients up"):
         check_engine(trainer, parse(f"conflict_free({SUM})"))

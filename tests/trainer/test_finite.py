@@ -53,7 +53,7 @@ def test_what_was_trained_before_is_saved_as_if_the_step_had_not_begun(tmp_path,
     assert step > 0
     assert "a poisoned bridge" in message
     checkpoint = tmp_path / "a" / "run" / f"checkpoint-{step}"
-    assert f"up to and with step {step}, is saved in {checkpoint}" in message
+    assert f"after step {step}, the last good one, is saved in {checkpoint}" in message
     assert "learning rate" in message
     # The same run without the poison, its checkpoints written as they fall due.
     twin = trainer_of(tmp_path / "b", 0.0, **options, save_strategy="steps", save_steps=1)
@@ -91,7 +91,7 @@ def test_nothing_is_saved_before_the_first_step(tmp_path, kind):
 
 def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
     step, message = stopped(trainer_of(tmp_path, LOSS, save_strategy="steps", save_steps=1))
-    assert f"What was trained before is in {tmp_path / 'run' / f'checkpoint-{step}'}." in message
+    assert f"The state before this step is in {tmp_path / 'run' / f'checkpoint-{step}'}." in message
 
 
 def test_poisoned_weights_are_not_saved_and_the_last_good_checkpoint_is_named(tmp_path):
@@ -106,8 +106,8 @@ def test_poisoned_weights_are_not_saved_and_the_last_good_checkpoint_is_named(tm
     trainer.add_callback(Spoil())
     step, message = stopped(trainer)
     assert step == 5
-    assert "The weights themselves are not finite any more and are not saved." in message
-    assert f"The last good: {tmp_path / 'run' / 'checkpoint-4'}." in message
+    assert "The weights themselves are NaN or infinite and are not saved." in message
+    assert f"The last good checkpoint: {tmp_path / 'run' / 'checkpoint-4'}." in message
     assert not (tmp_path / "run" / "checkpoint-5").exists()
 
 
@@ -185,7 +185,7 @@ class TestFiniteness:
         sharded.mkdir()
         for name, text in (("trainer_state.json", "{}"), ("latest", "global_step3")):
             (sharded / name).write_text(text)
-        assert f"{sharded} is whole, but its weights lie in the engine's own files" in last_good(tmp_path)
+        assert f"{sharded} is complete, but its weights are in the engine's own files" in last_good(tmp_path)
 
 
 @pytest.mark.distributed

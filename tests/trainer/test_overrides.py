@@ -123,7 +123,7 @@ def test_conflict_free_refuses_an_override_whose_gradient_it_would_drop(tmp_path
 @pytest.mark.parametrize("other", [SFTTrainer, CPOTrainer])
 def test_other_trainers_are_refused_in_one_sentence(tmp_path, other):
     mixed = type("Mixed", (LossMixin, other), {})
-    with pytest.raises(TypeError, match=rf"puts LossMixin on {other.__name__}; it works on trl\.DPOTrainer"):
+    with pytest.raises(TypeError, match=rf"puts LossMixin on {other.__name__}; it works only on trl\.DPOTrainer"):
         mixed(save_model(tmp_path), loss="kto")
 
 

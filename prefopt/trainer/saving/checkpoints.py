@@ -1,8 +1,8 @@
-"""Checkpoint folders on disk: when one counts, what is wrong with the others, and which one a run resumes from.
+"""Checkpoint folders on disk: which are complete, what is wrong with the others, and which one a run resumes from.
 
-A checkpoint that this package writes counts once its manifest is there, which is written last and lists every file
-with its size; what was killed before is never taken for a checkpoint. Folders that plain TRL wrote have no manifest:
-they count if they can be read. Knows files only, no trainer and no process group.
+A checkpoint of this package is complete once it has its manifest, which is written last and lists every file with its
+size; an interrupted save is never taken for a checkpoint. Folders written by plain TRL have no manifest: they are
+accepted if they can be read. Knows files only, no trainer and no process group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from prefopt.safety.weights import pickled
 
 MANIFEST = "complete.json"
 STATE = "prefopt.json"
-"""The first file of a checkpoint of ours, so that one without a manifest is known to be unfinished."""
+"""The first file that we write: a folder with it and without a manifest is an unfinished checkpoint of ours."""
 TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
@@ -34,18 +34,18 @@ _INDEX = "model.safetensors.index.json"
 
 
 class CheckpointError(PrefoptError, RuntimeError):
-    """A checkpoint, or their folder, that cannot be used or written. The message says which, why, and what to do."""
+    """A checkpoint or output folder cannot be read or written. The message says which, why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder as it was found.
+    """A checkpoint folder on disk.
 
     Attributes:
         folder: `.../checkpoint-<step>`.
         step: the optimizer step it was written after.
         written: when, in nanoseconds since the epoch.
-        problem: why it cannot be resumed from; "" if it can.
+        problem: why a run cannot resume from it; "" if it can.
     """
 
     folder: Path
@@ -58,11 +58,11 @@ class Checkpoint:
 
 
 def begin(folder: Path, state: Mapping[str, Any]) -> None:
-    """Make an empty checkpoint folder that is known to be unfinished.
+    """Make an empty checkpoint folder, marked as unfinished.
 
     Args:
         folder: of the checkpoint; an earlier one of that name is deleted.
-        state: what a resumed run needs beside what transformers writes.
+        state: what a resumed run needs in addition to transformers' files.
     """
     discard(folder)
     folder.mkdir(parents=True)
@@ -70,7 +70,7 @@ def begin(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def complete(folder: Path) -> None:
-    """Put every file of a checkpoint on the disk, then the manifest that makes it count."""
+    """Sync every file of a checkpoint to disk, then write the manifest that makes it complete."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         to_disk(path)
@@ -86,14 +86,14 @@ def complete(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint; killed half-way, what is left of it no longer counts."""
+    """Delete a checkpoint, its manifest first: if interrupted, the rest does not count as a checkpoint."""
     (folder / MANIFEST).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
 
 
 def remove_unfinished(output_dir: Path) -> list[Path]:
-    """Delete the checkpoints of ours that no manifest was written for.
+    """Delete our checkpoints that have no manifest.
 
     Returns:
         Their folders.
@@ -101,7 +101,7 @@ def remove_unfinished(output_dir: Path) -> list[Path]:
     gone = [
         folder for folder in _folders(output_dir) if (folder / STATE).exists() and not (folder / MANIFEST).exists()
     ]
-    # Killed within `begin` or `discard`, a folder may be left with nothing in it at all.
+    # A kill during `begin` or `discard` may leave an empty folder.
     gone += [folder for folder in _folders(output_dir) if not any(folder.iterdir())]
     for folder in gone:
         discard(folder)
@@ -109,10 +109,10 @@ def remove_unfinished(output_dir: Path) -> list[Path]:
 
 
 def rotate(output_dir: Path, limit: int | None, best: str | None = None) -> None:
-    """Delete the oldest checkpoints until `limit` are left; damaged ones first, the newest whole one and `best` never.
+    """Delete the oldest checkpoints until `limit` are left; damaged ones first, the newest complete and `best` never.
 
-    transformers' own orders folders by their own times, falling back to the steps, and would delete what a run has
-    just written where an earlier run in the same folder had gone further.
+    transformers' own rotation orders folders by modification time, or else by step. It would delete a checkpoint just
+    written if an earlier run in the same folder had reached a later step.
     """
     if limit is None or limit <= 0:
         return
@@ -132,7 +132,7 @@ def rotate(output_dir: Path, limit: int | None, best: str | None = None) -> None
 def find(output_dir: Path) -> list[Checkpoint]:
     """The checkpoints of a folder, the last written first.
 
-    Times, not steps, say which is the newest: a folder may hold what an earlier run left that had gone further.
+    Ordered by time, not by step: an earlier run in the same folder may have reached a later step.
     """
     checkpoints = []
     for folder in _folders(output_dir):
@@ -159,9 +159,9 @@ def _written(folder: Path) -> int:
 
 
 def problem(folder: Path) -> str:
-    """Why a checkpoint cannot be resumed from, naming the file; "" if it can.
+    """Why a run cannot resume from a checkpoint, naming the file; "" if it can.
 
-    Sizes, and the tables of contents of the files that have one, are looked at, not every byte.
+    Checks sizes, and the headers of safetensors and zip files, not every byte.
     """
     if not folder.is_dir():
         return "there is no such folder"
@@ -178,15 +178,15 @@ def problem(folder: Path) -> str:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes where {size} were written"
     elif (folder / STATE).exists():
-        return f"it was not finished: {MANIFEST}, which is written last, is missing"
+        return f"it is incomplete: {MANIFEST}, which is written last, is missing"
     return _missing(folder) or _unreadable(folder)
 
 
 def _missing(folder: Path) -> str:
-    """What every checkpoint holds and this one lacks."""
+    """A file that every checkpoint has and this one lacks."""
     if not (folder / TRAINER_STATE).is_file():
         return f"{TRAINER_STATE} is missing"
-    # DeepSpeed and FSDP keep weights and optimizer in folders of their own.
+    # DeepSpeed and FSDP save weights and optimizer in their own folders.
     if (folder / "latest").is_file() or any(folder.glob("pytorch_model_fsdp*")):
         return ""
     index = folder / _INDEX
@@ -209,7 +209,7 @@ def _missing(folder: Path) -> str:
 
 
 def _unreadable(folder: Path) -> str:
-    """The first file whose own table of contents does not fit it, as after a copy that broke off."""
+    """The first file whose header does not match its content, as after an interrupted copy."""
     for path in sorted(folder.iterdir()):
         try:
             if path.suffix == ".safetensors":
@@ -225,7 +225,7 @@ def _unreadable(folder: Path) -> str:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside what transformers writes; empty for one of plain TRL."""
+    """What we save in a checkpoint in addition to transformers' files; empty for one of plain TRL."""
     path = folder / STATE
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
@@ -237,12 +237,12 @@ def choose(asked: str | bool | None, output_dir: Path) -> tuple[Path | None, lis
     """The checkpoint to resume from, and one line about each newer one that was skipped.
 
     Args:
-        asked: None or False for a fresh start; True for the newest that is whole; "auto" for the same, or a fresh
-            start where there is none; or a folder. "true" and "false" are what they say.
-        output_dir: where checkpoints are looked for.
+        asked: None or False to start from the beginning; True for the newest complete one; "auto" for the same, or to
+            start from the beginning if there is none; or a folder. "true" and "false" mean True and False.
+        output_dir: where to look for checkpoints.
 
     Raises:
-        CheckpointError: if none exists, or the folder that was named is not whole.
+        CheckpointError: if none exists, or the folder that was named is not complete.
     """
     word = str(asked).lower()
     if word in ("none", "false", ""):
@@ -251,19 +251,19 @@ def choose(asked: str | bool | None, output_dir: Path) -> tuple[Path | None, lis
         folder = Path(str(asked))
         if trouble := problem(folder):
             raise CheckpointError(
-                f"{folder} cannot be resumed from: {trouble}. Name another checkpoint, or use "
-                "resume_from_checkpoint='auto' for the newest whole one of the output folder"
+                f"cannot resume from {folder}: {trouble}. Name another checkpoint, or use "
+                "resume_from_checkpoint='auto' for the newest complete one of the output folder"
             )
         return folder, []
     passed: list[str] = []
     for checkpoint in find(output_dir):
         if not checkpoint.problem:
             return checkpoint.folder, passed
-        passed.append(f"{checkpoint.folder} is passed over: {checkpoint.problem}")
+        passed.append(f"{checkpoint.folder} is skipped: {checkpoint.problem}")
     if word == "true":
         listed = "".join(f"\n  {line}" for line in passed)
         raise CheckpointError(
             f"{output_dir} holds no checkpoint to resume from: start without resume_from_checkpoint, or use 'auto', "
-            f"which starts anew where there is none{listed}"
+            f"which starts from the beginning if there is none{listed}"
         )
     return None, passed

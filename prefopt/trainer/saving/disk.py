@@ -1,4 +1,4 @@
-"""Whether the output folder can be written to and has room for checkpoints, asked before training, not after it."""
+"""Whether the output folder is writable and has room for checkpoints, checked before training."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(
-            f"the output folder {folder} cannot be written to ({reason}), so nothing of this run could be kept: give "
-            "another output_dir, or make it writable and leave room on its disk"
+            f"the output folder {folder} cannot be written to ({reason}), so nothing of this run could be saved: use "
+            "another output_dir, or make it writable and free space on its disk"
         ) from error
 
 
 def checkpoint_bytes(model: nn.Module, args: Any, sharded: bool) -> tuple[int, bool]:
-    """How large a checkpoint will be, and whether that is known rather than guessed.
+    """The size of a checkpoint, and whether it is known rather than estimated.
 
     Args:
         model: with the adapters that are trained.
         args: the training arguments: the optimizer and whether it is saved.
-        sharded: whether DeepSpeed or FSDP saves, with float32 copies of its own.
+        sharded: whether DeepSpeed or FSDP saves, with their own float32 copies.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved = trained if hasattr(model, "peft_config") else list(model.parameters())
@@ -62,13 +62,13 @@ def checkpoint_bytes(model: nn.Module, args: Any, sharded: bool) -> tuple[int, b
         return weights + 12 * sum(_numel(parameter) for parameter in trained), False
     optimizer = str(getattr(args.optim, "value", args.optim))
     plain_adam = optimizer in ("adamw_torch", "adamw_torch_fused")
-    # Others keep less (Adafactor, 8-bit) or as much; half of Adam's is a guess that warns where it matters.
+    # Others keep less (Adafactor, 8-bit) or as much; half of Adam's is an estimate, used for a warning only.
     moments = sum(_bytes(parameter) for parameter in trained) * (2 if plain_adam else 1)
     return weights + moments, plain_adam
 
 
 def _numel(parameter: Any) -> int:
-    # A parameter that ZeRO-3 has split is empty and tells its size in another attribute.
+    # A parameter sharded by ZeRO-3 is empty and has its size in another attribute.
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -77,14 +77,14 @@ def _bytes(parameter: Any) -> int:
 
 
 def check_room(folder: Path, model: nn.Module, args: Any, sharded: bool) -> None:
-    """Compare the room on the disk with what the run will write.
+    """Compare the free disk space with what the run will write.
 
     Args:
         model, args, sharded: as `checkpoint_bytes` takes them.
 
     Raises:
-        CheckpointError: if not even one checkpoint fits. Where its size is a guess, or where one fits but not all
-            that will be kept, a warning is logged.
+        CheckpointError: if not even one checkpoint fits. If its size is an estimate, or if one fits but not all that
+            will be kept, a warning is logged.
     """
     size, known = checkpoint_bytes(model, args, sharded)
     free = shutil.disk_usage(folder).free
@@ -98,7 +98,7 @@ def check_room(folder: Path, model: nn.Module, args: Any, sharded: bool) -> None
         logger.warning(message)
         return
     at_once = planned(args)
-    # A new one is written before the oldest goes; those that are there already are replaced in time.
+    # A new one is written before the oldest is deleted; existing ones are replaced in time.
     count = at_once - min(at_once - 1, len(find(folder))) if at_once else 1
     if free < count * size:
         logger.warning(
@@ -109,7 +109,7 @@ def check_room(folder: Path, model: nn.Module, args: Any, sharded: bool) -> None
 
 
 def planned(args: Any) -> int:
-    """How many checkpoints there will be at once, as far as the arguments tell; 0 if they do not."""
+    """The maximum number of checkpoints at once according to the arguments; 0 if unknown."""
     if args.save_total_limit:
         return int(args.save_total_limit) + 1
     if str(getattr(args.save_strategy, "value", args.save_strategy)) == "steps" and args.max_steps > 0:

@@ -12,7 +12,7 @@ import torch
 
 @contextlib.contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, what is drawn afterwards is what would have been drawn without it."""
+    """Context after which the random state is what it was before."""
     python, numpy = random.getstate(), np.random.get_state()
     own = device.type not in ("cpu", "mps")
     try:

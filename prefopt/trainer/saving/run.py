@@ -1,7 +1,7 @@
-"""How a run saves, stops and resumes: complete checkpoints only, the same weights as if nothing had happened.
+"""How a run saves, stops and resumes: complete checkpoints only, and the same weights as without an interruption.
 
-`checkpoints` has the files themselves, `stops` the signals, `state` what a checkpoint holds, `whole_model` the model
-that is saved by itself.
+`checkpoints` has the files, `stops` the signals, `state` the content of a checkpoint, `whole_model` the saving of a
+model outside of checkpoints.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Checkpoints:
     """Saves a trainer's checkpoints and models, resumes from them, and stops on a signal.
 
     Args:
-        trainer: what is trained; its model, arguments, state and accelerator are read.
+        trainer: the trainer; its model, arguments, state and accelerator are read.
         objective: its loss; None where TRL computes it.
-        metrics: what is gathered for the next log line.
-        learned: what trains the objective's own parameters, if it has any.
+        metrics: gathered for the next log line.
+        learned: the optimizer of the objective's own parameters, if it has any.
         cache: of the reference's log-probabilities, if there is one.
 
     Attributes:
-        flow: the callback that decides what a step ends with, to be added after all others.
+        flow: the callback that decides how a step ends, to be added after all others.
         written: the newest checkpoint of the run, or the one that it was resumed from.
     """
 
@@ -104,8 +104,8 @@ class Checkpoints:
         self._resume(None if folder is None else Path(folder))
         self._forget_evaluation()
         flow = self.flow
-        # transformers' own way of stopping is left alone if it was asked for; without checkpoints there is nothing
-        # that a signal could have saved.
+        # transformers' own handling of signals is left alone if requested; without checkpoints, a signal has nothing
+        # to save.
         flow.listens = self._saves and not getattr(self._trainer.args, "enable_jit_checkpoint", False)
         with flow.signals.noted() if flow.listens else contextlib.nullcontext():
             try:
@@ -117,10 +117,10 @@ class Checkpoints:
         return result
 
     def _forget_evaluation(self) -> None:
-        """Let a model that was evaluated before it is trained be wrapped for training.
+        """Let a model that was evaluated before training be wrapped for training.
 
-        transformers has accelerate prepare it for the evaluation, without DDP; accelerate then takes it for prepared
-        when training begins, and every process would train a model of its own.
+        For an evaluation, transformers has accelerate prepare it without DDP. accelerate then considers it prepared
+        when training begins, and every process would train its own model.
         """
         model, accelerator = self._trainer.model, self._trainer.accelerator
         if accelerator.num_processes == 1 or self._sharded or self._trainer.model_wrapped is not model:
@@ -140,27 +140,27 @@ class Checkpoints:
 
     @property
     def _moving_reference(self) -> Any:
-        """The reference where it follows the policy and is whole on every process, so that it can be saved."""
+        """The reference if it follows the policy and is complete on every process, so that it can be saved."""
         trainer = self._trainer
         if not trainer.args.sync_ref_model or trainer.ref_model is None or self._sharded:
             return None
         return trainer.accelerator.unwrap_model(trainer.ref_model)
 
     def _prepare_disk(self, resumed_from: str | None) -> None:
-        """Before any step: a folder that can be written to, room in it, nothing half-done in it."""
+        """Before any step: check that the folder is writable and has room; remove unfinished saves."""
         trainer = self._trainer
         if not (self._saves and trainer.args.should_save):
             return
         output_dir = Path(trainer.args.output_dir)
         disk.check_writable(output_dir)
         if recover(output_dir):
-            logger.warning("the last model saved to %s was not in its place yet and has been put there", output_dir)
+            logger.warning("the last model saved to %s was not in its place yet and has been moved there", output_dir)
         for folder in checkpoints.remove_unfinished(output_dir):
-            logger.warning("%s was not finished by an earlier run and has been deleted", folder)
+            logger.warning("%s was left unfinished by an earlier run and has been deleted", folder)
         disk.check_room(output_dir, trainer.accelerator.unwrap_model(trainer.model), trainer.args, self._sharded)
         if resumed_from is None and (earlier := checkpoints.find(output_dir)):
             logger.warning(
-                "%s holds checkpoints of an earlier run (%s), which this run, started anew, does not go on from",
+                "%s holds checkpoints of an earlier run (%s); this run starts from the beginning and ignores them",
                 *(output_dir, ", ".join(sorted(checkpoint.folder.name for checkpoint in earlier))),
             )
 
@@ -179,7 +179,7 @@ class Checkpoints:
         elif trainer.args.sync_ref_model:
             logger.warning("the reference is not saved under DeepSpeed and FSDP: it starts over as the initial policy")
         first = trainer.accelerator.is_main_process
-        # Sums over all processes, which the first one goes on with: others may be more or fewer by now.
+        # Sums over all processes, continued by the first one: the number of processes may have changed.
         self._metrics.tokens = flow.resumed.get("tokens", 0) if first else 0
         self._metrics.train.load(flow.resumed.get("means", {}) if first else {})
 
@@ -193,14 +193,14 @@ class Checkpoints:
         folder = str(self.written)
         if self._trainer.accelerator.is_main_process:
             logger.warning(
-                "%s after step %d; %s is complete. To go on, run the same command with --resume_from_checkpoint auto "
+                "%s after step %d; %s is complete. To resume, run the same command with --resume_from_checkpoint auto "
                 "(in Python: trainer.train(resume_from_checkpoint='auto'))",
                 *(signal.Signals(signum).name, self._trainer.state.global_step, folder),
             )
         return Stopped(signum, folder)
 
     def _nothing_left(self) -> TrainOutput:
-        """What `train` returns where the checkpoint is the last: transformers would train a step too many."""
+        """What `train` returns if the checkpoint is of the last step: transformers would train one step too many."""
         trainer = self._trainer
         logger.info("%s is of the last step: nothing is left to train", self.flow.resumed_from)
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
@@ -212,7 +212,7 @@ class Checkpoints:
     # ---- saving ----------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, write: Callable[[], None]) -> bool:
-        """Write a checkpoint that is complete or does not count.
+        """Write a checkpoint; an incomplete one is never used.
 
         Args:
             folder: of the checkpoint.
@@ -222,8 +222,8 @@ class Checkpoints:
             Whether it was written; a step's weights are written once.
 
         Raises:
-            CheckpointError: if it cannot be written, as on a full disk: what there is of it is deleted, checkpoints
-                before it stay, and the run ends, as the next would fail as well.
+            CheckpointError: if it cannot be written, as on a full disk: the partial checkpoint is deleted, earlier
+                checkpoints stay, and the run ends, as the next would fail as well.
         """
         if self.written is not None and folder.resolve() == self.written.resolve():
             return False
@@ -258,7 +258,7 @@ class Checkpoints:
         return True
 
     def _gathered_state(self) -> dict[str, Any]:
-        """What `_resume` reads; every process must call it."""
+        """The state that `_resume` reads; every process must call it."""
         loss = getattr(self._trainer, "_tr_loss", None)
         own = (int(self._metrics.tokens), self._metrics.train.sums(), None if loss is None else float(loss))
         everyone = gather_object([own])
@@ -285,9 +285,9 @@ class Checkpoints:
         older = "there is none before it" if before is None else f"{before} is untouched"
         free = shutil.disk_usage(folder.parent).free / 1e9 if folder.parent.exists() else 0.0
         return CheckpointError(
-            f"{folder} could not be written ({error}); the disk has {free:.3g} GB left. What there was of it has been "
-            f"deleted; {older}. The run stops here, as later checkpoints would fail too: make room, then run the same "
-            "command with --resume_from_checkpoint auto"
+            f"{folder} could not be written ({error}); the disk has {free:.3g} GB left. The partial checkpoint has "
+            f"been deleted; {older}. The run stops here, as later checkpoints would fail too: free disk space, then "
+            "run the same command with --resume_from_checkpoint auto"
         )
 
     def save_model(self, folder: Path, write: Callable[[str], None]) -> None:
@@ -298,11 +298,11 @@ class Checkpoints:
             write: transformers' own way to save into a folder.
         """
         if self._put_aside is not None:
-            # Within a checkpoint, which is whole or does not count. The arguments are saved with the model.
+            # Within a checkpoint, which has its own protection. The arguments are saved with the model.
             with with_arguments(self._trainer.args, **self._put_aside):
                 write(str(folder))
             return
-        # A resumed run goes on with the results that it had before it was stopped.
+        # A resumed run continues with the results that it had before it was stopped.
         outdates = self.flow.resumed_from is None and folder.resolve() not in self._saved_to
         save_aside(self._trainer, folder, write, outdates)
         if self._trainer.args.should_save:

@@ -1,7 +1,7 @@
-"""What a run keeps between its steps beside the model and the optimizer, saved with every checkpoint and read back.
+"""State of a run beside the model and the optimizer, saved with every checkpoint and read back.
 
-That is the objective's own state (a running mean, say), the token count, the means and the loss that have been
-gathered since the last log line, and an evaluation that is still due. And what the run is: its loss, data and batches.
+That is the objective's own state (such as a running mean), the token count, the means and the loss since the last log
+line, and an evaluation that is still due. It also holds what identifies the run: its loss, data and batches.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ REFERENCE = "reference.safetensors"
 
 
 class CacheWriter(TrainerCallback):
-    """Writes what a reference cache has gathered after evaluations and epochs, and at the end.
+    """Writes a reference cache to disk after evaluations and epochs, and at the end.
 
-    Checkpoints have it written before they are complete, as a resumed run must find what later epochs would find.
+    Checkpoints write it before they are complete, so that a resumed run finds the same entries.
 
     Args:
         cache: of this process.
@@ -49,7 +49,7 @@ class CacheWriter(TrainerCallback):
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
         self._cache.write()
-        # The next epoch deals the rows out again: what one process has scored, another will ask for.
+        # The next epoch distributes the rows differently: a process may need what another has scored.
         self._wait()
         self._cache.read_new_files()
 
@@ -63,7 +63,7 @@ def save_objective(objective: Loss, folder: Path, learned: LearnedLoss | None = 
     Args:
         objective: of this run.
         folder: of the checkpoint.
-        learned: what trains the objective's parameters, if it has any.
+        learned: the optimizer of the objective's parameters, if it has any.
     """
     optimizer = {} if learned is None else learned.state_dict()
     for file, state in ((FILE, objective.state_dict()), (OPTIMIZER_FILE, optimizer)):
@@ -76,7 +76,7 @@ def restore(objective: Loss, folder: Path, learned: LearnedLoss | None = None) -
     """Read an objective's state back from the checkpoint that a run resumes from.
 
     Raises:
-        CheckpointError: if the objective has state and the checkpoint holds none.
+        CheckpointError: if the objective has state and the checkpoint has none.
     """
     if not objective.state_dict():
         return
@@ -84,8 +84,8 @@ def restore(objective: Loss, folder: Path, learned: LearnedLoss | None = None) -
     if not path.exists():
         raise CheckpointError(
             f"{objective} keeps state between steps, but {path} does not exist: the checkpoint was written with "
-            "another objective, or by a version that did not save this one's. Start anew from the weights in that "
-            "folder (model_name_or_path), or resume with the objective that it was trained with"
+            "another objective, or by a version that did not save this state. Start a new run from the weights in "
+            "that folder (model_name_or_path), or resume with the objective that it was trained with"
         )
     objective.load_state_dict(load_file(path))
     if learned is not None:
@@ -103,13 +103,13 @@ def restore_reference(model: nn.Module, folder: Path) -> None:
         load_model(model, folder / REFERENCE)
     else:
         logger.warning(
-            "%s does not hold the reference that sync_ref_model had moved: it starts over at the initial policy",
+            "%s does not hold the reference that sync_ref_model had updated: it starts over at the initial policy",
             folder,
         )
 
 
 def leave_out_tied(load_result: Any, model: nn.Module) -> None:
-    """Missing parameters that share their values with one that was loaded are not missing (a tied head)."""
+    """Missing parameters, without those that share their values with a loaded one (a tied head)."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
@@ -122,7 +122,7 @@ def leave_out_tied(load_result: Any, model: nn.Module) -> None:
 
 
 def describe(objective: Loss | None, args: Any, rows: int | None, batch: int) -> dict[str, Any]:
-    """What a resumed run must have in common with the one it goes on with, or will be told about.
+    """Facts that a resumed run must have in common with its checkpoint, or is warned about.
 
     Args:
         rows: of the training data; None for a stream.
@@ -142,7 +142,7 @@ def describe(objective: Loss | None, args: Any, rows: int | None, batch: int) ->
 
 
 def loss_of(objective: Loss | None, args: Any) -> str:
-    """The objective as a checkpoint has it: what is written, or TRL's name where TRL computes it."""
+    """The objective as a checkpoint stores it: its expression, or TRL's name if TRL computes it."""
     return str(getattr(args, "loss_type", None) if objective is None else objective)
 
 
@@ -159,27 +159,27 @@ def refuse_other_loss(saved: Mapping[str, Any], loss: str, folder: Path) -> None
     """
     if saved.get("loss", loss) != loss:
         raise CheckpointError(
-            f"{folder} was trained with the loss {saved['loss']}, this run has {loss}: its optimizer and schedule are "
-            "of another objective. Resume with the same loss, or start a new run from the weights in that folder "
-            "(model_name_or_path)"
+            f"{folder} was trained with the loss {saved['loss']}, this run has {loss}: its optimizer and schedule "
+            "belong to another objective. Resume with the same loss, or start a new run from the weights in that "
+            "folder (model_name_or_path)"
         )
 
 
 _WORDS = {"rows": "training rows", "batch": "examples a step", "loss": "the loss"}
 _POSITION = ("rows", "batch", "seed")
-"""What the place in the data depends on at which a run goes on."""
+"""What the position in the data depends on when a run resumes."""
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, skips_data: bool) -> None:
-    """Hold the run that a checkpoint was written in against the one that resumes from it.
+    """Compare the run that wrote a checkpoint with the one that resumes from it.
 
     Args:
         saved, now: as `describe` makes them; `saved` is empty for checkpoints of plain TRL.
         folder: the checkpoint.
-        skips_data: whether the run goes on where it was in the data, rather than at its start (`ignore_data_skip`).
+        skips_data: whether the run resumes at its position in the data, not at its start (`ignore_data_skip`).
 
     Raises:
-        CheckpointError: where going on would not be going on: another loss, or another place in the data.
+        CheckpointError: if the loss, or the position in the data, would be another.
     """
     changed = {name: (saved[name], now[name]) for name in saved if name in now and saved[name] != now[name]}
     refuse_other_loss(saved, now["loss"], folder)
@@ -187,9 +187,9 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, skip
     if moved:
         listed = ", ".join(f"{_WORDS.get(n, n)}: {changed[n][0]} then, {changed[n][1]} now" for n in moved)
         raise CheckpointError(
-            f"{folder} cannot be resumed at the same position in the data ({listed}): some rows would be seen twice "
-            "and others not at all. Set them back (on fewer processes, raise gradient_accumulation_steps), or pass "
-            "ignore_data_skip=True to start the epoch again"
+            f"cannot resume from {folder} at the same position in the data ({listed}): some rows would be seen twice "
+            "and others not at all. Restore these settings (on fewer processes, raise gradient_accumulation_steps), "
+            "or pass ignore_data_skip=True to start the epoch again"
         )
     for name, (before, after) in changed.items():
         logger.warning("%s: %s was %s when it was written and is %s now", folder, name, before, after)
@@ -200,10 +200,10 @@ _OF_ADAPTER = ("peft_type", "r", "target_modules", "modules_to_save", "task_type
 
 
 def compare_weights(folder: Path, model: Any) -> None:
-    """Hold the weights in a checkpoint against the model that they would be read into.
+    """Compare the weights in a checkpoint with the model that they would be read into.
 
     Args:
-        folder: the checkpoint; weights that an engine keeps in files of its own are not looked at.
+        folder: the checkpoint; weights that an engine keeps in its own files are not checked.
         model: of this run, unwrapped.
 
     Raises:
@@ -214,7 +214,7 @@ def compare_weights(folder: Path, model: Any) -> None:
         return
     settings = getattr(model, "peft_config", {})
     there, here = ("an adapter" if adapter else "all weights of a model" for adapter in (held.adapter, settings))
-    way_out = "Resume with the model and the options that it was trained with, or start a new run in another folder"
+    way_out = "Resume with the model and the options it was trained with, or start a new run in another folder"
     if there != here:
         raise CheckpointError(
             f"{folder} was written by a run that trained {there}; this run trains {here}. {way_out}, from the weights "
@@ -229,7 +229,7 @@ def compare_weights(folder: Path, model: Any) -> None:
     try:
         saved = json.loads((folder / file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # who reads the weights will say so
+        return  # reported when the weights are read
     differs = [
         f"{n}: {saved[n]} then, {now[n]} now" for n in names if n in saved and n in now and _other(saved[n], now[n])
     ]
@@ -239,7 +239,7 @@ def compare_weights(folder: Path, model: Any) -> None:
 
 
 def _other(saved: Any, now: Any) -> bool:
-    """Whether two settings differ; the order of names does not count, and a pattern may stand for names."""
+    """Whether two settings differ; the order of names is ignored, and a pattern may match several names."""
     if isinstance(saved, (list, tuple, set)) and isinstance(now, (list, tuple, set)):
         return set(saved) != set(now)
     return str(getattr(now, "value", now)) != str(saved) and isinstance(saved, type(getattr(now, "value", now)))

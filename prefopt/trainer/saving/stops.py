@@ -1,7 +1,7 @@
-"""What a run does when it is told to stop: finish the step, save a checkpoint, end with the signal's exit status.
+"""Stop signals: the run finishes its step, saves a checkpoint, and ends with the signal's exit status.
 
-SIGTERM is what schedulers send before they kill, SIGINT what Ctrl-C sends. Handlers only note the signal; what follows
-happens between two steps, on all processes at the same one.
+Schedulers send SIGTERM before they kill, Ctrl-C sends SIGINT. Handlers only record the signal; the run reacts between
+two steps, on all processes at the same one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from prefopt.trainer.saving.random_numbers import same_random_numbers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN_AFTER_S = 1.0
-"""A second Ctrl-C within it is the same: a terminal sends it to every process, and torchrun passes it on as well."""
+"""A second Ctrl-C within this time counts as the same: a terminal sends it to every process, and so does torchrun."""
 
 
 class Stopped(SystemExit):
-    """Training was told to stop and has saved a checkpoint; left alone, it ends the process with 128 + the signal.
+    """A signal stopped training, and a checkpoint was saved. Uncaught, it ends the process with 128 + the signal.
 
     Attributes:
         signum: the signal.
@@ -43,13 +43,13 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT while it is entered; a second Ctrl-C quits at once.
+    """Context manager that records SIGTERM and SIGINT; a second Ctrl-C quits at once.
 
     Args:
-        says: whether to tell at once, on standard error, what the signal has set going.
+        says: whether to print at once, on standard error, that a checkpoint will be saved.
 
     Attributes:
-        received: the first signal that this process got, 0 while there is none.
+        received: the first signal that this process received, 0 for none.
     """
 
     def __init__(self, says: bool = True) -> None:
@@ -60,9 +60,9 @@ class StopSignals:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """While it lasts, signals are noted; afterwards the handlers are those of before."""
+        """Context in which signals are recorded; afterwards the earlier handlers are restored."""
         self.received = 0
-        # Python allows handlers in the main thread only. In another one signals keep the meaning they have.
+        # Python allows handlers in the main thread only. In other threads, signals are left as they are.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -75,7 +75,7 @@ class StopSignals:
     def _restore(self) -> None:
         while self._before:
             signum, handler = self._before.popitem()
-            # None: a handler that was not set from Python, which cannot be set again from here.
+            # None: a handler that was not set from Python and cannot be restored from here.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -85,14 +85,14 @@ class StopSignals:
             if self._says:
                 more = "; Ctrl-C again quits at once, without" if signum == signal.SIGINT else ""
                 line = f"\n{signal.Signals(signum).name}: saving a checkpoint at the end of this step{more}\n"
-                # Nothing that buffers: the signal may have come in the middle of a write to it.
+                # Unbuffered: the signal may have come in the middle of a buffered write.
                 os.write(2, line.encode())
         elif signum == signal.SIGINT and now - self._at > AGAIN_AFTER_S:
             self._restore()
             signal.raise_signal(signum)
 
     def agreed(self, device: torch.device) -> int:
-        """The signal that any process got; every process must call it at the same point."""
+        """The signal that any process received; every process must call it at the same point."""
         if world_size() > 1:
             seen = torch.tensor([self.received], device=device)
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
@@ -102,7 +102,7 @@ class StopSignals:
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """While it lasts, SIGTERM raises `SystemExit`, as Ctrl-C raises `KeyboardInterrupt`."""
+    """Context in which SIGTERM raises `SystemExit`, as Ctrl-C raises `KeyboardInterrupt`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -118,22 +118,22 @@ def sigterm_raises() -> Iterator[None]:
 
 
 class AlreadyTrained(Exception):
-    """The checkpoint that was resumed from is that of the last step."""
+    """Raised if the checkpoint to resume from is of the last step."""
 
 
 class RunFlow(TrainerCallback):
     """Decides when a step ends with a checkpoint, and when the run ends for a signal.
 
     Args:
-        trainer: whose it is.
+        trainer: the trainer it belongs to.
 
     Attributes:
-        signals: those that this process has got.
+        signals: received by this process.
         listens: whether a signal ends the run.
-        resumed: what the checkpoint holds that the run resumes from, as `checkpoints.read_state` reads it.
+        resumed: the state in the checkpoint that the run resumes from, as `checkpoints.read_state` reads it.
         resumed_from: its folder; None for a run from the beginning.
-        stopped: the signal that the run was stopped for; 0 if it was not.
-        evaluation_due: whether an evaluation was put off, to have the checkpoint written before the process is killed.
+        stopped: the signal that stopped the run; 0 if none did.
+        evaluation_due: whether an evaluation was postponed, to write the checkpoint before the process is killed.
     """
 
     def __init__(self, trainer: Any):
@@ -155,10 +155,10 @@ class RunFlow(TrainerCallback):
         if saved.get("loss") is not None and hasattr(trainer, "_tr_loss"):
             trainer._tr_loss.fill_(saved["loss"])
             trainer._globalstep_last_logged = saved["logged_at"]
-            # transformers' last line tells the mean over the steps of this process alone.
+            # transformers' last log line has the mean over the steps of this process only.
             trainer._total_loss_scalar = -saved["loss"]
         if saved.get("evaluation_due"):
-            # The stopped run had no time for it. An online objective draws the completions that it would have drawn.
+            # The stopped run postponed it. An online objective samples the same completions as without the stop.
             with same_random_numbers(trainer.accelerator.device):
                 trainer._load_rng_state(str(self.resumed_from))
                 metrics = trainer._evaluate(None, None)
@@ -169,17 +169,17 @@ class RunFlow(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._heed(control)
         if self.stopped:
-            # A checkpoint first: an evaluation may take longer than the process is given.
+            # A checkpoint first: an evaluation may take longer than the time before the kill.
             self.evaluation_due, control.should_evaluate = control.should_evaluate, False
             control.should_save = True
         if control.should_save and (control.should_training_stop or _ends_epoch(state)):
-            # The epoch's end, where more may be logged and evaluated, follows at once: the checkpoint holds that too.
+            # The epoch's end, with its logs and evaluation, follows at once: the checkpoint includes that too.
             control.should_save, self._saves_at_end = False, True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._trainer.is_in_train:
             self._heed(control)
-            # Between steps, what follows the stop is the epoch's end, which saves.
+            # Between steps, the epoch's end follows, which saves.
             control.should_save = control.should_save or (self._at_epoch_end and bool(self.stopped))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

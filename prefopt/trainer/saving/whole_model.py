@@ -1,4 +1,4 @@
-"""Saving a model so that its folder always holds a whole one: earlier weights stay until the new are on the disk."""
+"""Saving a model so that its folder always holds a complete one: old weights stay until the new are on the disk."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
 def save_aside(trainer: Any, folder: Path, write: Callable[[str], None], outdates: bool) -> None:
-    """Save a trainer's model beside the one in a folder, then put it in its place. Every process must call this.
+    """Save a trainer's model beside the one in a folder, then replace that. Every process must call this.
 
     Args:
-        trainer: whose model it is.
-        folder: where the model belongs.
+        trainer: the trainer, for its model.
+        folder: where the model goes.
         write: transformers' own way to save into a folder.
         outdates: whether results in the folder belong to the model that is replaced.
 
     Raises:
-        CheckpointError: if it cannot be written, saying what is there instead.
+        CheckpointError: if it cannot be written, saying what is in the folder now.
     """
     aside, wait, saves = folder / ASIDE, trainer.accelerator.wait_for_everyone, trainer.args.should_save
     try:
@@ -34,7 +34,7 @@ def save_aside(trainer: Any, folder: Path, write: Callable[[str], None], outdate
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             if (folder / "README.md").exists():
-                # peft writes its own lines into a card that is there, and a bare one where there is none.
+                # peft adds its own lines to an existing card, and writes an empty one otherwise.
                 shutil.copyfile(folder / "README.md", aside / "README.md")
         wait()
         _write(trainer, str(aside), write)
@@ -51,22 +51,22 @@ def save_aside(trainer: Any, folder: Path, write: Callable[[str], None], outdate
 
 
 def _write(trainer: Any, folder: str, write: Callable[[str], None]) -> None:
-    """Write a model that loads anywhere into an empty folder."""
+    """Write an unsharded model into an empty folder."""
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    # transformers would write no weights where checkpoints are sharded, which is accelerate's default for FSDP2.
+    # transformers would write no weights if checkpoints are sharded, which is accelerate's default for FSDP2.
     if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         weights = trainer.accelerator.get_state_dict(trainer.model)
         if trainer.args.should_save:
             trainer._save(folder, state_dict=weights)
     write(folder)
     if trainer.args.should_save:
-        # TRL's copy of an adapter that is trained on, to compare with: no part of what was trained. Checkpoints have
-        # it, as resuming loads every adapter.
+        # TRL's frozen copy of a loaded adapter, the reference, is not part of the result. Checkpoints have it, as
+        # resuming loads every adapter.
         shutil.rmtree(Path(folder) / REFERENCE_ADAPTER, ignore_errors=True)
 
 
 def _unsaved(folder: Path, error: BaseException) -> str:
-    """What is said of a model that could not be saved; what was written of it is deleted unless it is whole."""
+    """The error for a model that could not be saved; partly written files are deleted."""
     if is_whole(folder / ASIDE):
         return (
             f"the model is complete in {folder / ASIDE}, but could not be put in its place in {folder} ({error}). "
@@ -74,14 +74,14 @@ def _unsaved(folder: Path, error: BaseException) -> str:
         )
     shutil.rmtree(folder / ASIDE, ignore_errors=True)
     return (
-        f"the model could not be saved to {folder} ({error}); weights that were there before are untouched. "
-        "Make room, then save again, or run the same command with --resume_from_checkpoint auto"
+        f"the model could not be saved to {folder} ({error}); earlier weights in it are untouched. "
+        "Free disk space, then save again, or run the same command with --resume_from_checkpoint auto"
     )
 
 
 def is_of_the_disk(error: BaseException) -> bool:
-    """Whether an error comes of writing a file rather than of the run."""
+    """Whether an error comes from writing a file rather than from the run."""
     if isinstance(error, CheckpointError):
         return False
-    # torch.save raises RuntimeError, which also stands for whatever goes wrong on a device.
+    # torch.save raises RuntimeError, which is also raised for errors on a device.
     return isinstance(error, (OSError, SafetensorError)) or any(words in str(error) for words in _TORCH_SAVE)

@@ -19,6 +19,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # `prefopt losses | head`: typer ends quietly
         except Exception as error:
             if (message := message_of(error)) is None:
                 raise

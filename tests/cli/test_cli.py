@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import re
 import subprocess
@@ -261,6 +262,11 @@ class TestErrors:
     @pytest.mark.parametrize("error", [RuntimeError("tensors on two devices"), ValueError("tensors on two devices")])
     def test_a_defect_keeps_its_traceback(self, error, monkeypatch):
         assert self.plan(error, monkeypatch).exception is error
+
+    def test_a_closed_pipe_ends_without_a_word(self, monkeypatch):
+        result = self.plan(BrokenPipeError(errno.EPIPE, "Broken pipe"), monkeypatch)
+        assert result.exit_code == 1
+        assert "error" not in result.output
 
     def test_of_a_process_of_its_own(self, tmp_path):
         words = ["-m", "prefopt", "demo", "--loss", "dpo", "--dataset_name", str(tmp_path / "no.jsonl")]

@@ -109,6 +109,12 @@ class TestConfigFiles:
         with pytest.raises(SystemExit, match=message):
             parse_arguments("dpo", ["--config", config_file(tmp_path, **options)])
 
+    def test_values_are_what_the_command_line_makes_of_them(self, tmp_path):
+        values = {"loss": None, "loss_type": ["sigmoid", "sft"], "loss_weights": ["1e-1", 1], "bf16": 0}
+        training = parse_arguments("dpo", ["--config", config_file(tmp_path, **values)]).training
+        assert training.loss_weights == [0.1, 1.0]
+        assert training.bf16 is False
+
     def test_env_sets_the_environment(self, tmp_path, monkeypatch):
         monkeypatch.delenv("PREFOPT_TEST_ONLY", raising=False)
         monkeypatch.setenv("PREFOPT_TEST_ONLY", "before")

@@ -112,9 +112,10 @@ def _read_as_words(parser: argparse.ArgumentParser, option: argparse.Action, hin
     if option.type is str and not all(isinstance(item, str) for item in items):
         raise TypeError  # YAML reads 0123, 1e3 and no as other than text
     words = [str(item) for item in items]
-    several = option.nargs in ("+", "*")
-    read = [parser._get_values(option, some) for some in ([words] if several else [[word] for word in words])]
-    return read[0] if isinstance(value, str) and not several else value
+    if option.nargs in ("+", "*"):
+        return parser._get_values(option, words)
+    read = [parser._get_values(option, [word]) for word in words]
+    return read if isinstance(value, list) else read[0]
 
 
 def _kinds(hint: Any) -> set[type]:

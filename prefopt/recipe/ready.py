@@ -83,7 +83,7 @@ def preflight(recipe: Recipe) -> Ready:
         check_writable(Path(training.output_dir))
     _use_the_cache_of_a_silent_hub(recipe)
     with hub_errors(recipe):
-        model = recipe.model.model_name_or_path or _bundled_model(recipe)
+        model = _bundled_model(recipe) if recipe.bundled_model else str(recipe.model.model_name_or_path)
         for name in (model, script.ref_model_name_or_path, script.previous_model_name_or_path):
             if name is not None:
                 check_weights(name)

@@ -24,6 +24,11 @@ def _no_model(monkeypatch):
     monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", None)
 
 
+def test_an_empty_name_is_not_the_bundled_model(tmp_path):
+    with pytest.raises(OSError, match="no configuration can be loaded from ''"):
+        preflight(parse_arguments("dpo", ["--model_name_or_path", "", "--output_dir", str(tmp_path)]))
+
+
 def labelled_file(folder: Path) -> str:
     path = folder / "labelled.jsonl"
     path.write_text("\n".join(json.dumps(dict(row)) for row in make_labelled(30)))

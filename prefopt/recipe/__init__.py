@@ -1,6 +1,6 @@
-"""The steps that every recipe takes: arguments, preflight, data, trainer, run. Each returns what the next one needs.
+"""The steps of every recipe: arguments, preflight, data, trainer, run. Each returns what the next one needs.
 
-A recipe is these calls with a loss of its own. Imports everything below it in the package.
+A recipe is these calls with its own loss. Imports everything below it in the package.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = [
 
 
 def main(loss: str, argv: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """The whole of a recipe; `recipes/dpo.py` spells the same steps out.
+    """Run a recipe; `recipes/dpo.py` writes out the same steps.
 
     Args:
         loss: the loss expression, unless the command line or a config has another.
         argv: the command line's words; default: those of this process.
 
     Returns:
-        What `results.json` in the output folder holds; None after a dry run.
+        The content of `results.json` in the output folder; None after a dry run.
     """
     recipe = parse_arguments(loss, argv)
     if recipe.script.dry_run:

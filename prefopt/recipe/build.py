@@ -46,12 +46,12 @@ def make_trainer(recipe: Recipe, ready: Ready, data: Data) -> PreferenceTrainer:
 
 @contextmanager
 def starting(recipe: Recipe, ready: Ready, data: Data) -> Iterator[None]:
-    """Around the making of a trainer: says what is trained, and moves an earlier run out of the output folder.
+    """Context in which a trainer is made: prints what is trained, and moves an earlier run out of the output folder.
 
-    Inside, rows are only tokenized: `load_data` has checked them.
+    Rows are only tokenized inside it: `load_data` has checked them.
 
     Raises:
-        UsageError: where the result is to be pushed and cannot be.
+        UsageError: if the result is to be pushed and cannot be.
     """
     announce(recipe, ready, data)
     if not data.room_made:
@@ -66,7 +66,7 @@ def starting(recipe: Recipe, ready: Ready, data: Data) -> Iterator[None]:
 
 
 def load_policy(recipe: Recipe, ready: Ready) -> Any:
-    """What is trained: a saved adapter on its model, loaded; of a whole model its name, for the trainer to load."""
+    """A saved adapter on its model, loaded; or the name of a whole model, for the trainer to load."""
     if ready.adapter_of is None:
         return ready.model
     quantized = {"quantization_config": get_quantization_config(recipe.model)}
@@ -82,7 +82,7 @@ def load_frozen(name: str | None, ready: Ready) -> Any:
 
 
 def card_notes(recipe: Recipe, ready: Ready, data: Data) -> RunNotes:
-    """What the model card says that only the command line knows."""
+    """Facts for the model card that only the command line knows."""
     script = recipe.script
     names = "the pairs bundled with prefopt" if recipe.bundled_data else str(script.dataset_name)
     return RunNotes(
@@ -97,7 +97,7 @@ def card_notes(recipe: Recipe, ready: Ready, data: Data) -> RunNotes:
 
 
 def show_progress(recipe: Recipe, trainer: PreferenceTrainer) -> None:
-    """Our progress bar in place of the two ways in which transformers prints the same numbers."""
+    """Replace transformers' two printers of the same numbers by our progress bar."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if not recipe.training.disable_tqdm:

@@ -31,7 +31,7 @@ class Data:
         train: a data set or a stream.
         heldout: the same, or None.
         heldout_split: where the held-out rows come from: a split of the data, or `of train`.
-        room_made: whether an earlier run was moved out of the output folder, because dropped rows are written there.
+        room_made: whether an earlier run was moved out of the output folder, to write dropped rows there.
     """
 
     train: Any
@@ -41,13 +41,13 @@ class Data:
 
 
 def load_data(recipe: Recipe, ready: Ready) -> Data:
-    """Training and held-out rows: loaded, brought to the standard columns, validated row by row, before any model.
+    """Training and held-out rows: loaded, converted to the standard columns, validated row by row, before any model.
 
-    What else can be refused without a model's weights is refused here as well.
+    All other checks that need no model weights are done here too.
 
     Raises:
         DataError: naming the problem, the rows and the remedy.
-        HubUnreachable: where data are not on this machine and the Hub does not answer.
+        HubUnreachable: if data are not on this machine and the Hub does not answer.
         UsageError, CheckpointError: of `check_recipe`.
     """
     with hub_errors(recipe):
@@ -74,8 +74,8 @@ def _loaded(recipe: Recipe, ready: Ready) -> Data:
     check_vectors(recipe, heldout, "held-out")
     if script.dataset_streaming:
         return Data(train, heldout, split)
-    # Row numbers in the reports are those of the files, so rows are checked before anything is split or mixed; and
-    # weights repeat rows, so they apply to the training part only, after the held-out rows are set apart.
+    # Row numbers in the reports are those of the files, so rows are checked before anything is split or mixed.
+    # Weights repeat rows, so they apply only to the training part, after the held-out rows are split off.
     rows = _RowCheck(recipe, ready)
     train = rows.checked(train, "training")
     if split:
@@ -90,7 +90,7 @@ def _load_sources(recipe: Recipe, split: str) -> dict[str, Any]:
     """Every source of `--dataset_name` by name, in the standard columns."""
     script = recipe.script
     columns = parse_columns(script.columns)
-    # Held-out rows have the layout of the training rows, which is said once.
+    # Held-out rows have the layout of the training rows, which is reported once.
     console = recipe.console if split == script.dataset_train_split else Console(quiet=True)
     say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
     return {
@@ -107,7 +107,7 @@ def _refuse_images(model: str, sources: dict[str, Any]) -> None:
         media = [column for column in MEDIA if column in column_names(rows)]
         if media:
             raise DataError(
-                f"{name}: column {media[0]!r} is filled, and {model} reads text alone. Name a model that reads it, or "
+                f"{name}: column {media[0]!r} is filled, but {model} reads only text. Name a model that reads it, or "
                 f"pass --columns unused={media[0]} to train on the texts."
             )
 
@@ -117,7 +117,7 @@ def _used_columns(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _mixed(recipe: Recipe, sources: dict[str, Any], weighted: bool = True) -> Any:
-    # What is not used has been named; left in, the trainer would name it again.
+    # Unused columns have been reported; the trainer would report them again.
     sources = {
         name: without_columns(rows, unused_columns(rows, _used_columns(recipe))) for name, rows in sources.items()
     }
@@ -129,10 +129,10 @@ def _mixed(recipe: Recipe, sources: dict[str, Any], weighted: bool = True) -> An
 
 
 class _RowCheck:
-    """Validates sources row by row, and drops bad rows where that is asked for.
+    """Validates sources row by row, and drops bad rows if requested.
 
     Attributes:
-        room_made: whether the output folder was freed, to write dropped rows into it.
+        room_made: whether an earlier run was moved out of the output folder, to write dropped rows there.
     """
 
     def __init__(self, recipe: Recipe, ready: Ready):
@@ -156,7 +156,7 @@ class _RowCheck:
             max_length=training.max_length, truncation_mode=training.truncation_mode,
         )  # fmt: skip
         drops = script.on_bad_rows == "drop" and len(report.bad_rows) < report.total
-        if report.problems and (report.ok or drops):  # else the error of `clean` tells them
+        if report.problems and (report.ok or drops):  # otherwise `clean` raises an error that lists them
             console.print(f"{name} rows:", report.table())
         for note in report.notes:
             console.print(note, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What `--dry_run` shows: the resolved settings, one decoded batch with its roles, expected steps and memory.
+"""Output of `--dry_run`: the resolved settings, one decoded batch with its roles, expected steps and memory.
 
 Loads a tokenizer and a model's configuration, never its weights.
 """
@@ -46,9 +46,9 @@ _DERIVED = {
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Show what the run would be, train nothing.
+    """Show what the run would do, without training.
 
-    Where the Hub cannot be reached, whatever does not need it is shown, and one line says what is missing.
+    If the Hub cannot be reached, everything that does not need it is shown, and one line says what is missing.
     """
     console = recipe.console
     _show_settings(recipe)
@@ -69,7 +69,7 @@ def dry_run(recipe: Recipe) -> None:
 
 
 def _show_settings(recipe: Recipe) -> None:
-    """What is known before any model or data is looked at: objective, settings, global batch, the paper."""
+    """Show what is known without model and data: objective, settings, global batch, the paper."""
     console = recipe.console
     if recipe.objective is not None:
         console.print(_objective(recipe.objective), soft_wrap=True)
@@ -80,7 +80,7 @@ def _show_settings(recipe: Recipe) -> None:
 
 
 def _objective(loss: Loss) -> Text:
-    """Every term with all its hyperparameters, its formula and what it asks of the scorer."""
+    """Every term with all its hyperparameters, its formula and its needs."""
     text = Text("Objective\n", style="bold")
     for weight, _, term in loss.terms():
         paper = f"; arXiv {term.paper}" if term.paper else ""
@@ -100,8 +100,8 @@ def _global_batch(recipe: Recipe) -> str:
 
 
 def _paper(recipe: Recipe) -> Table:
-    """What the config says about the paper; for what the paper leaves open, the value that applies instead."""
-    shown = table("what", "value", title="The paper, as the config has it")
+    """The config's section about the paper; for values that the paper does not give, the value that applies."""
+    shown = table("what", "value", title="The paper, according to the config")
     parts = (recipe.script, recipe.model, recipe.training)
     values = {name: value for part in parts for name, value in vars(part).items()}
     bundled = {"model_name_or_path": "the bundled model", "dataset_name": "the bundled pairs"}
@@ -119,7 +119,7 @@ def _paper(recipe: Recipe) -> Table:
 
 
 def _settings(recipe: Recipe) -> Table:
-    """Every setting that differs from its default, and the few that people look for."""
+    """Every setting that differs from its default, and the main ones."""
     shown = table("option", "value", title="Settings that differ from TRL's defaults, and the main ones")
     loss = f"TRL's own {recipe.training.loss_type}" if recipe.objective is None else str(recipe.objective)
     shown.add_row("loss", loss)
@@ -128,7 +128,7 @@ def _settings(recipe: Recipe) -> Table:
     for part in (recipe.model, recipe.script, recipe.training):
         for option in dataclasses.fields(part):
             value = getattr(part, option.name)
-            # Settings that transformers derives by itself say nothing about the run.
+            # Settings that transformers derives itself are left out.
             hidden = option.name in _DERIVED or option.name.endswith("token") or value in (None, [], "")
             if option.name in _MAIN or (value != default_of(option) and not hidden):
                 shown.add_row(option.name, Text(str(redacted(getattr(value, "value", value), option.name))))
@@ -139,13 +139,13 @@ def _settings(recipe: Recipe) -> Table:
 
 
 def _first_batch(recipe: Recipe, ready: Ready, data: Data) -> dict[str, torch.Tensor]:
-    """The first rows as the trainer collates them."""
+    """The first rows, collated as in the trainer."""
     tokenizer = ready.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenised = tokenize_dataset(data.train.take(recipe.training.per_device_train_batch_size), tokenizer)
     collator = collator_for(recipe.objective, ready.training, tokenizer.pad_token_id)
-    # A dry run leaves the vectors of --embeddings uncomputed.
+    # A dry run does not compute the vectors of --embeddings.
     collator.embeddings &= set(EMBEDDINGS) <= set(column_names(tokenised))
     return collator(list(tokenised))
 
@@ -176,11 +176,11 @@ def _decoded(batch: dict[str, torch.Tensor], tokenizer: Any, shown: int = 4) -> 
 
 
 _TOKENS_OF_A_CHARACTER = 4
-"""Most tokens that one character can take: a character has at most so many bytes."""
+"""Maximum tokens per character: a character has at most this many bytes."""
 
 
 def _readable(tokens: list[tuple[int, bool]], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The text of tokens, scored or not, one by one, or together where only several make a whole character."""
+    """The text of tokens, scored or not, one by one, or together if several make up one character."""
     start = 0
     while start < len(tokens):
         scored = tokens[start][1]
@@ -242,21 +242,21 @@ def _setting(recipe: Recipe, config: Any) -> Setting:
 
 
 def _rows(training: PreferenceConfig, batch: dict[str, torch.Tensor]) -> Rows:
-    """The batch's rows, planted as trees unless the padded layout is asked for."""
+    """The batch's rows, as trees unless the padded layout is requested."""
     count, length = batch["input_ids"].shape
     trees = None if training.layout == "padded" else tuple(RowBatch.of(batch).trees)
     return Rows(trees or None, count, length, int(batch["completion_mask"].sum()))
 
 
 def _engine(training: PreferenceConfig) -> str:
-    """What `accelerate launch` set this process up for, by its name in `prefopt.planning.engines.ENGINES`."""
+    """The engine that `accelerate launch` set up, by its name in `prefopt.planning.engines.ENGINES`."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" or training.deepspeed:
         plugin = training.deepspeed_plugin
         stage = 2 if plugin is None else plugin.zero_stage
         offloads = plugin is not None and str(plugin.offload_param_device) == "cpu"
         name = f"zero{stage}" + ("_offload" if offloads else "")
         return name if name in ENGINES else "ddp"
-    # On a CPU accelerate takes DDP in FSDP's place.
+    # On a CPU accelerate uses DDP instead of FSDP.
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and torch.accelerator.is_available()
     return "fsdp2" if sharded else "ddp"
 

@@ -15,7 +15,7 @@ from prefopt.safety.folders import what_is_there
 
 RESULTS = "results.json"
 BEFORE = "before.json"
-"""What a run writes before it trains, for the run that resumes it."""
+"""The file with the results before training, for the run that resumes this one."""
 
 
 def refuse_overwriting(recipe: Recipe) -> None:
@@ -27,13 +27,13 @@ def refuse_overwriting(recipe: Recipe) -> None:
     names = _of_a_finished_run(recipe)
     if names and recipe.output_named and not recipe.script.overwrite_output_dir:
         raise UsageError(
-            f"--output_dir {recipe.training.output_dir} holds an earlier run ({', '.join(names)}): give another "
-            "--output_dir, add --overwrite_output_dir to write over it, or --resume_from_checkpoint auto to resume it"
+            f"--output_dir {recipe.training.output_dir} holds an earlier run ({', '.join(names)}): use another "
+            "--output_dir, add --overwrite_output_dir to overwrite it, or --resume_from_checkpoint auto to resume it"
         )
 
 
 def make_room(recipe: Recipe) -> None:
-    """Move an earlier run out of the default folder, or say that it is overwritten.
+    """Move an earlier run out of the default folder, or print that it is overwritten.
 
     Every process must call it, once.
     """
@@ -41,9 +41,9 @@ def make_room(recipe: Recipe) -> None:
     if state.is_main_process and (names := _of_a_finished_run(recipe)):
         folder = Path(recipe.training.output_dir)
         if recipe.script.overwrite_output_dir:
-            for name in (RESULTS, BEFORE):  # a run that is killed before it writes its own would seem to have them
+            for name in (RESULTS, BEFORE):  # otherwise a run killed before it writes its own would seem to have them
                 (folder / name).unlink(missing_ok=True)
-            recipe.console.print(f"Writing over the earlier run in {folder} ({', '.join(names)}).", soft_wrap=True)
+            recipe.console.print(f"Overwriting the earlier run in {folder} ({', '.join(names)}).", soft_wrap=True)
         else:
             aside = next(
                 path for n in range(1, 10**9) if not (path := folder.with_name(f"{folder.name}-{n}")).exists()
@@ -55,10 +55,10 @@ def make_room(recipe: Recipe) -> None:
 
 
 def _of_a_finished_run(recipe: Recipe) -> list[str]:
-    """Files that a finished run leaves; none if this run resumes it."""
+    """Files of a finished run in the folder; none if this run resumes it."""
     if str(recipe.training.resume_from_checkpoint).lower() not in ("none", "false", ""):
         return []
     folder = Path(recipe.training.output_dir)
     contents = what_is_there(folder)
-    results = [RESULTS] if (folder / RESULTS).is_file() else []  # whoever wrote it
+    results = [RESULTS] if (folder / RESULTS).is_file() else []
     return results + [name for name in (*contents.weights, *contents.adapter) if "-of-" not in name]

@@ -1,4 +1,4 @@
-"""Which rows are held out: a split that the data has for it, else training rows, whole prompts at a time."""
+"""Held-out rows: the data's own held-out split, else training rows, whole prompts at a time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from prefopt.recipe.arguments import Recipe
 
 USUAL = "test"
 OTHERS = ("validation", "valid", "val", "dev", "eval")
-"""What a held-out split is called where it is not called `test`."""
+"""Names of held-out splits other than `test`."""
 
 
 def own_split(recipe: Recipe, load: Callable[[str], dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """The name of the data's held-out split and its rows by source; both empty where it has none, as a single local
-    file never does.
-    """
+    """The name of the data's held-out split and its rows by source; both empty if there is none (a local file)."""
     script = recipe.script
     if any(Path(name).is_file() for name, _ in parse_sources(str(script.dataset_name))):
         return "", {}
@@ -30,9 +28,9 @@ def own_split(recipe: Recipe, load: Callable[[str], dict[str, Any]]) -> tuple[st
     try:
         return wanted, load(wanted)
     except ValueError as error:
-        if "split" not in str(error) or wanted != USUAL:  # another name was asked for
+        if "split" not in str(error) or wanted != USUAL:  # another name was requested
             raise
-        # The error lists the splits that there are.
+        # The error lists the existing splits.
         others = [name for name in OTHERS if f"'{name}'" in str(error) and name != script.dataset_train_split]
     if not others:
         return "", {}
@@ -43,10 +41,9 @@ def own_split(recipe: Recipe, load: Callable[[str], dict[str, Any]]) -> tuple[st
 
 
 def hold_out(recipe: Recipe, sources: dict[str, Dataset]) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Set rows of every source apart, in proportion to its size; at most a fifth of each.
+    """Split off rows of every source, in proportion to its size; at most a fifth of each.
 
-    Rows with the same prompt stay together, in all sources: a prompt that was trained on tells nothing when it is
-    held out.
+    Rows with the same prompt stay together, in all sources: no held-out prompt is trained on.
     """
     script, training = recipe.script, recipe.training
     total = sum(len(source) for source in sources.values())
@@ -92,7 +89,7 @@ def _split(
     elif shared:
         recipe.console.print(
             f"No rows are held out: the data has no split {recipe.script.dataset_test_split!r}, and every prompt has "
-            "more rows than may be set apart.",
+            "more rows than may be held out.",
             soft_wrap=True,
         )
     rest = {}

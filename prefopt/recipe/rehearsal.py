@@ -1,8 +1,8 @@
-"""Checks that would otherwise fail only once the model is loaded.
+"""Checks of options that would otherwise fail only once the model is loaded.
 
 Attention, quantisation, the adapter, the optimizer and the schedule are tried on a model without weights, with the
 code of transformers and PEFT: a missing package or module ends a recipe here. Models that cannot be made from their
-configuration alone are left to the run.
+configuration alone are not checked.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def check_recipe(recipe: Recipe, ready: Ready, train: Any, heldout: Any) -> None
     """Refuse what the run would refuse once its model is loaded.
 
     Raises:
-        UsageError: naming the option that has no effect or lacks something, and what the library says about it.
-        CheckpointError: where the checkpoint to resume from is not there, not whole, or of another loss.
+        UsageError: naming the option that has no effect or lacks something, and the library's error.
+        CheckpointError: if the checkpoint to resume from does not exist, is incomplete, or is of another loss.
     """
     script, training, objective = recipe.script, recipe.training, recipe.objective
     if heldout is None and training.eval_strategy.value != "no":
@@ -72,7 +72,7 @@ def check_recipe(recipe: Recipe, ready: Ready, train: Any, heldout: Any) -> None
 
 @contextmanager
 def push_errors() -> Iterator[None]:
-    """What cannot be pushed is said before anything is trained."""
+    """Refuse a push that cannot work before anything is trained."""
     try:
         yield
     except PushError as error:
@@ -80,7 +80,7 @@ def push_errors() -> Iterator[None]:
 
 
 def steps_of(training: PreferenceConfig, train: Any) -> int | None:
-    """How many steps the run takes; None where a stream has no length."""
+    """The number of steps of the run; None for a stream without a length."""
     steps: int = training.max_steps
     if steps > 0:
         return steps
@@ -91,7 +91,7 @@ def steps_of(training: PreferenceConfig, train: Any) -> int | None:
     return steps
 
 
-# ---- what libraries ask for --------------------------------------------------------------------------------------
+# ---- checks by the libraries -------------------------------------------------------------------------------------
 
 
 def _rehearse(recipe: Recipe, ready: Ready, steps: int | None) -> None:
@@ -105,7 +105,7 @@ def _rehearse(recipe: Recipe, ready: Ready, steps: int | None) -> None:
 
 
 def _named(options: str) -> AbstractContextManager[None]:
-    """What a library says about options, under the options' names and without its traceback."""
+    """Turn a library's error about options into one with the options' names and without a traceback."""
     kinds = (ImportError, ValueError, TypeError, RuntimeError, KeyError, NotImplementedError)
     return retold(UsageError, options, kinds)
 
@@ -123,7 +123,7 @@ def _without_weights(recipe: Recipe, ready: Ready) -> Any:
     try:
         with torch.device("meta"):
             model = causal_model(ready.config)
-    except Exception:  # of the configuration or the model itself: loading it will say what is wrong
+    except Exception:  # of the configuration or the model itself: loading it will report the error
         return None
     if attention is not None:
         with _named(f"--attn_implementation {attention}"), torch.device("meta"):
@@ -144,7 +144,7 @@ def _adapter(recipe: Recipe, model: Any) -> Any:
 
 
 def _refuse_unmatched(recipe: Recipe, modules: list[str], model: Any) -> None:
-    """PEFT leaves out names that match nothing as long as another one matches; a lone one is a regular expression."""
+    """PEFT ignores names that match nothing if another one matches; a single name is a regular expression."""
     targets, saved = recipe.model.lora_target_modules, recipe.model.lora_modules_to_save
     if isinstance(targets, str) and targets != "all-linear" and not any(re.fullmatch(targets, m) for m in modules):
         raise UsageError(_unmatched("lora_target_modules", targets, model))

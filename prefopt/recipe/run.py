@@ -25,11 +25,11 @@ from prefopt.trainer.saving.stops import sigterm_raises
 
 @dataclass(frozen=True)
 class _Measured:
-    """What is known of a model before or after training.
+    """Measurements of a model before or after training.
 
     Attributes:
         metrics: of the held-out rows, if there are any.
-        answers: to the bundled held-out prompts, where the bundled pairs are trained on.
+        answers: to the bundled held-out prompts, if the bundled pairs are trained on.
     """
 
     metrics: dict[str, float] | None = None
@@ -39,11 +39,11 @@ class _Measured:
 def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     """Evaluate, train, evaluate, save; on the bundled data also answer held-out prompts before and after.
 
-    A run that is stopped by a signal ends in `train`, after its checkpoint: it is not evaluated or saved as if it had
-    finished. What it measured before training is in `before.json`, for the run that resumes it.
+    A run that is stopped by a signal ends in `train`, after its checkpoint, and is not evaluated or saved as a
+    finished run. Its results before training are in `before.json`, for the run that resumes it.
 
     Returns:
-        What `results.json` in the output folder holds.
+        The content of `results.json` in the output folder.
     """
     console, training = recipe.console, recipe.training
     console.print(f"Running on {describe_engine(trainer)}")
@@ -51,7 +51,7 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         console.print(f"[bold]{warning}[/bold]", soft_wrap=True)
     checkpoint = trainer.checkpoint_to_resume(training.resume_from_checkpoint)
     if training.resume_from_checkpoint is not None:
-        where = "No checkpoint yet: from the start" if checkpoint is None else f"Resuming from {checkpoint}"
+        where = "No checkpoint yet: starting from step 0" if checkpoint is None else f"Resuming from {checkpoint}"
         console.print(where, soft_wrap=True)
     before = _measure_first(recipe, trainer) if checkpoint is None else _measured_before(recipe, trainer)
     try:
@@ -79,7 +79,7 @@ def _measure_first(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:
     possible = trainer.eval_dataset is not None and not sharded
     metrics = trainer.evaluate() if possible and recipe.script.evaluate_first else None
     if metrics is not None:
-        trainer.check_best_metric(metrics)  # no step is needed to know
+        trainer.check_best_metric(metrics)  # fails before any training
     answers = _answers(recipe, trainer) if possible and recipe.bundled_data else None
     if trainer.is_world_process_zero():
         texts = None if answers is None else [vars(answer) for answer in answers]
@@ -88,7 +88,7 @@ def _measure_first(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:
 
 
 def _measured_before(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:
-    """What the run that is resumed measured: its policy is not where it began."""
+    """The results before training of the run that is resumed: its policy is no longer the initial one."""
     file = Path(recipe.training.output_dir) / BEFORE
     first = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     texts = first.get("answers")
@@ -132,7 +132,7 @@ def _say_interrupted(recipe: Recipe, trainer: PreferenceTrainer) -> None:
 
 
 def _publish(recipe: Recipe, trainer: PreferenceTrainer) -> None:
-    """Push what was saved, where that was asked for. A Hub that fails costs nobody a trained model."""
+    """Push the saved model, if requested. A failed push is printed; the run succeeds anyway."""
     if not recipe.training.push_to_hub:
         return
     try:

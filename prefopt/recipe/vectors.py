@@ -26,23 +26,23 @@ def with_vectors(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Training and held-out sources, by name, with the vectors of `--embeddings` if that is set.
 
-    On a dry run nothing is computed: a line says how much there would be.
+    On a dry run nothing is computed: a line says how many would be.
 
     Raises:
-        DataError: where a source has vectors already, or rows are no pairs.
+        DataError: if a source already has vectors, or its rows are not pairs.
     """
     name = recipe.script.embeddings
     if name is None:
         return train, heldout
     state = PartialState()
-    # One process of a machine computes what the others then find on its disk.
+    # One process per machine computes the vectors; the others read them from its disk.
     with state.local_main_process_first(), _read_whole(recipe.training):
         encoder = Encoder(name, device=recipe.training.device)
         texts = {text for part in (train, heldout) for source in part.items() for text in _texts(*source)}
         new = encoder.missing(sorted(texts))
         share = f"{len(new)} of {len(texts)} texts"
         if recipe.script.dry_run:
-            recipe.console.print(f"Embeddings: {share} are to be computed by {name}.", soft_wrap=True)
+            recipe.console.print(f"Embeddings: {share} would be computed by {name}.", soft_wrap=True)
             return train, heldout
         if new and not state.is_local_main_process:
             raise DataError(
@@ -51,13 +51,13 @@ def with_vectors(
             )
         encoder.compute(new)
         train, heldout = ({key: embed(rows, encoder) for key, rows in part.items()} for part in (train, heldout))
-    recipe.console.print(f"Embeddings: {share} computed by {name}; kept in {encoder.kept_in}", soft_wrap=True)
+    recipe.console.print(f"Embeddings: {share} computed by {name}; stored in {encoder.kept_in}", soft_wrap=True)
     return train, heldout
 
 
 @contextmanager
 def _read_whole(training: PreferenceConfig) -> Iterator[None]:
-    """Let models be read whole: under ZeRO-3 transformers spreads them over processes, of which one works here."""
+    """Context in which models load unsharded: under ZeRO-3 transformers shards them, but one process works here."""
     plugin = training.deepspeed_plugin
     if plugin is None:
         yield
@@ -72,7 +72,7 @@ def _read_whole(training: PreferenceConfig) -> Iterator[None]:
 
 
 def _texts(name: str, source: Dataset) -> list[str]:
-    """Every text of a source that is to have a vector."""
+    """Every text of a source that needs a vector."""
     try:
         return [text for texts in texts_of(source).values() for text in texts]
     except DataError as error:
@@ -82,11 +82,11 @@ def _texts(name: str, source: Dataset) -> list[str]:
 def check_vectors(recipe: Recipe, sources: Mapping[str, Dataset | IterableDataset], part: str) -> None:
     """Check that the data has the vectors that the loss compares, unless an encoder computes them.
 
-    Row numbers are those of `sources`, so call this before anything is split or mixed. Of a stream only the columns
+    Row numbers are those of `sources`, so call this before anything is split or mixed. For a stream, only the columns
     are checked.
 
     Raises:
-        DataError: naming the source, and the column or row that has no such vector.
+        DataError: naming the source, and the column or row without a vector.
     """
     if recipe.script.embeddings is not None or not compares_given(recipe):
         return
@@ -104,6 +104,6 @@ def check_vectors(recipe: Recipe, sources: Mapping[str, Dataset | IterableDatase
                 raise DataError(f"The {part} rows of {name}: {error}") from None
     if len(set(widths.values())) > 1:
         raise DataError(
-            f"Vectors that the loss compares must have as many numbers in every source; the {part} rows have "
+            f"Vectors that the loss compares must have the same size in every source; the {part} rows have "
             f"{', '.join(f'{width} in {name}' for name, width in widths.items())}: compute them with one encoder"
         )

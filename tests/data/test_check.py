@@ -132,9 +132,7 @@ def test_images_stop_a_text_model_before_it_is_loaded(monkeypatch: pytest.Monkey
     write("rows.jsonl", {**CHAT, "images": []})
     assert recipe_data("rows.jsonl")[0] == [CHAT]
     write("rows.jsonl", {**CHAT, "images": ["a.png"]})
-    with pytest.raises(
-        DataError, match=r"column 'images' is filled, and .* reads text alone.*--columns unused=images"
-    ):
+    with pytest.raises(DataError, match=r"column 'images' is filled, but .* reads only text.*--columns unused=images"):
         recipe_data("rows.jsonl")
     rows, _ = recipe_data("rows.jsonl", "--columns", "unused=images")
     assert rows[0]["chosen"] == CHAT["chosen"]

@@ -144,7 +144,7 @@ class TestWhatTheModelCannotTake:
         words = arguments(tmp_path, data, "--max_steps", "1", "--eval_rows", "0", "--max_length", "4000")
         words[words.index("--model_name_or_path") + 1] = save_model(tmp_path, "gpt2")
         assert main("dpo", words) is not None
-        assert "max_length is 512 in place of 4000" in capsys.readouterr().out.replace("\n", " ")
+        assert "max_length is 512 instead of 4000" in capsys.readouterr().out.replace("\n", " ")
 
     def test_tokens_that_it_has_no_embeddings_for_stop_the_run(self, tmp_path):
         tokenizer = make_tokenizer()

@@ -44,7 +44,7 @@ def test_a_named_folder_is_refused_before_the_data_are_read(tmp_path):
 def test_a_named_folder_is_overwritten_where_that_is_asked_for(tmp_path, capsys):
     main("ipo", words(tmp_path, output="mine"))
     main("hinge", [*words(tmp_path, output="mine"), "--overwrite_output_dir"])
-    assert "Writing over the earlier run in mine" in capsys.readouterr().out
+    assert "Overwriting the earlier run in mine" in capsys.readouterr().out
     assert "hinge" in Path("mine/results.json").read_text()
     assert not Path("mine-1").exists()
 

@@ -120,7 +120,7 @@ def test_a_dry_run_counts_and_computes_nothing(tmp_path, encoder, capsys):
     data = pairs_file(tmp_path)
     assert main(GIVEN, arguments(tmp_path, data, "--embeddings", encoder, "--dry_run")) is None
     shown = capsys.readouterr().out
-    assert f"Embeddings: {texts_in(data)} of {texts_in(data)} texts are to be computed by {encoder}" in shown
+    assert f"Embeddings: {texts_in(data)} of {texts_in(data)} texts would be computed by {encoder}" in shown
     assert "example 0, chosen" in shown
     assert not kept(tmp_path)
 
@@ -159,7 +159,7 @@ def test_a_resumed_run_finds_its_vectors_and_its_weights(tmp_path, encoder, caps
         ("dpo", ["--embeddings", "all-MiniLM-L6-v2"], "--embeddings all-MiniLM-L6-v2 has no effect: dpo compares no"),
         ("kernel_dpo", ["--embeddings", "x"], "--embeddings x has no effect: kernel_dpo compares no"),
         ("kernel_dpo(embeddings='given', gamma=0.0)", ["--embeddings", "x"], "--embeddings x has no effect"),
-        (GIVEN, ["--embeddings", "x", "--dataset_streaming"], "--embeddings computes the vectors of all texts ahead"),
+        (GIVEN, ["--embeddings", "x", "--dataset_streaming"], "the vectors of all texts before training"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together_are_named(tmp_path, loss, more, message):
@@ -174,7 +174,7 @@ def test_trls_loss_options_compare_no_embeddings(tmp_path):
 
 def test_the_bundled_pairs_need_an_encoder():
     with pytest.raises(
-        SystemExit, match=r"(?s)the bundled pairs have none: let --embeddings all-MiniLM-L6-v2 compute"
+        SystemExit, match=r"(?s)the bundled pairs have none: compute them with --embeddings all-MiniLM-L6-v2"
     ):
         parse_arguments(GIVEN, ["--demo"])
 

@@ -221,7 +221,7 @@ class TestTwoStages:
 
     def test_options_that_shape_a_new_adapter_are_refused(self, tmp_path):
         (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
-        with pytest.raises(SystemExit, match="--lora_r shapes a new adapter"):
+        with pytest.raises(SystemExit, match="--lora_r is for a new adapter"):
             parse_arguments("orpo", ["--model_name_or_path", str(tmp_path), "--lora_r", "8"])
 
     def test_an_adapter_without_a_model_says_so(self, tmp_path):

@@ -208,7 +208,7 @@ def test_a_recipe_that_is_stopped_has_not_finished_and_goes_on(tmp_path):
     code = forked(lambda: main("dpo", words), Fault("within a step", 3, signal.SIGTERM), output)
     said = output.read_text()
     assert code == 143, said
-    assert "No checkpoint yet: from the start" in said
+    assert "No checkpoint yet: starting from step 0" in said
     assert "SIGTERM: saving a checkpoint at the end of this step" in said
     assert not (out / "results.json").exists()
     assert not (out / "model.safetensors").exists()

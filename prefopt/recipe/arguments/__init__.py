@@ -1,6 +1,6 @@
 """From a command line and a `--config` file to a `Recipe`: read, completed with defaults, and checked.
 
-The only part of the recipe that ends the program (`SystemExit`). Looks at options alone, never at data or models.
+The only part of the recipe that ends the program (`SystemExit`). Reads only options, never data or models.
 """
 
 from prefopt.recipe.arguments.options import Recipe, RecipeArguments

@@ -1,4 +1,4 @@
-"""Options that are refused as soon as they are read: out of range, without effect, or renamed since."""
+"""Options that are refused as soon as they are read: out of range, without effect, or renamed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RENAMED = {
 
 
 def renamed(option: str) -> str | None:
-    """What to write for an option of an earlier release; None for any other word."""
+    """The replacement for an option of an earlier release; None for any other word."""
     return _RENAMED.get(option.lstrip("-").replace("-", "_"))
 
 
@@ -56,21 +56,21 @@ _RANGES: dict[str, tuple[float, float]] = {
     "lora_alpha": (0, 2**31),
     "lora_dropout": (0, 1),
 }
-"""Least and largest value of options that would otherwise fail only once the model is loaded."""
+"""Minimum and maximum of options that would otherwise fail only once the model is loaded."""
 
 
 def _refuse_out_of_range(training: PreferenceConfig, model: ModelConfig) -> None:
     """Numbers that would otherwise fail only once the model is loaded."""
     for name, (least, most) in _RANGES.items():
         value = getattr(model if hasattr(model, name) else training, name, None)
-        # `inf` as a learning rate or a norm is a slip too, and nan is in no range.
+        # `inf` as a learning rate or a norm is a mistake too, and NaN is outside every range.
         if value is not None and not (least <= value <= most and math.isfinite(value)):
             limits = f"of at least {least}" if most in (2**31, math.inf) else f"from {least} to {most}"
             raise SystemExit(f"--{name} must be a finite number {limits}, got {value}")
 
 
 def refuse_steps_and_epochs(config: dict[str, Any], words: set[str], known: argparse.Namespace) -> None:
-    """Both in one place: `max_steps` would win, and the epochs would have no effect."""
+    """Refuse both in one place: `max_steps` would win, and the epochs would have no effect."""
     both = {"max_steps", "num_train_epochs"}
     for where, names, steps in (("", words, known.max_steps), ("the config: ", set(config), config.get("max_steps"))):
         if both <= names and steps is not None and float(steps) > 0:
@@ -86,7 +86,7 @@ def refuse_unusable(recipe: Recipe, words: set[str], named: set[str]) -> None:
     Args:
         recipe: the options, as they were read.
         words: the options on the command line.
-        named: these, and those in the config.
+        named: the options on the command line and in the config.
 
     Raises:
         SystemExit: naming the option and what to do.
@@ -98,37 +98,37 @@ def refuse_unusable(recipe: Recipe, words: set[str], named: set[str]) -> None:
 
 
 def _refuse_what_is_ignored(recipe: Recipe, words: set[str]) -> None:
-    """Options about data that is not there, and of a new adapter where one is trained further."""
+    """Options about data that is not named, and options of a new adapter when a saved one is trained."""
     script, model = recipe.script, recipe.model
     if script.eval_rows < 0:
         raise SystemExit(f"--eval_rows must be 0 or more, got {script.eval_rows}")
     if recipe.bundled_data and script.columns:
-        raise SystemExit("--columns renames columns of a data set of yours: name it with --dataset_name")
+        raise SystemExit("--columns renames columns of your own data set: name it with --dataset_name")
     if recipe.bundled_data and script.format:
-        raise SystemExit("--format is the layout of a data set of yours: name it with --dataset_name")
+        raise SystemExit("--format is the layout of your own data set: name it with --dataset_name")
     if script.dataset_streaming and script.on_bad_rows == "drop":
         raise SystemExit("--dataset_streaming cannot validate rows ahead, so --on_bad_rows drop has no effect with it")
     if script.dataset_streaming and recipe.bundled_data:
-        raise SystemExit("--dataset_streaming streams a data set of yours: name it with --dataset_name")
+        raise SystemExit("--dataset_streaming streams your own data set: name it with --dataset_name")
     shape = sorted(name for name in words if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
     if shape and model.model_name_or_path is not None and adapter_base(model.model_name_or_path) is not None:
         raise SystemExit(
-            f"--{shape[0]} shapes a new adapter, but {model.model_name_or_path} is an adapter already and is trained "
-            "on as it is: leave the option out, or merge the adapter into its model first"
+            f"--{shape[0]} is for a new adapter, but {model.model_name_or_path} is a saved adapter, whose training "
+            "continues unchanged: leave the option out, or merge the adapter into its model first"
         )
     if model.use_peft and model.lora_task_type != "CAUSAL_LM":
         raise SystemExit(
-            f"--lora_task_type {model.lora_task_type}: what is trained here is a CAUSAL_LM; leave the option out"
+            f"--lora_task_type {model.lora_task_type}: only CAUSAL_LM can be trained here; leave the option out"
         )
 
 
 # ---- embeddings --------------------------------------------------------------------------------------------------
 
 REMEDY = (
-    f"let --embeddings {DEFAULT} compute them (a folder or a Hub name works as well), or have the loss take the "
-    "policy's own with embeddings='hidden'"
+    f"compute them with --embeddings {DEFAULT} (a folder or a Hub name works as well), or use the policy's hidden "
+    "states with embeddings='hidden' in the loss"
 )
-"""What to do where the loss compares embeddings that the data does not have."""
+"""What to do if the loss compares embeddings that the data does not have."""
 
 
 def compares_given(recipe: Recipe) -> bool:
@@ -138,7 +138,7 @@ def compares_given(recipe: Recipe) -> bool:
 
 
 def _refuse_embeddings(recipe: Recipe) -> None:
-    """An encoder that the loss has no use for, and a loss for which the bundled pairs have no vectors."""
+    """Refuse an encoder that the loss does not use, and a loss for which the bundled pairs have no vectors."""
     encoder, wanted = recipe.script.embeddings, compares_given(recipe)
     if encoder is None:
         if wanted and recipe.bundled_data:
@@ -153,12 +153,12 @@ def _refuse_embeddings(recipe: Recipe) -> None:
         )
     elif recipe.script.dataset_streaming:
         raise SystemExit(
-            "--embeddings computes the vectors of all texts ahead, and a stream is read as it comes: leave "
+            "--embeddings computes the vectors of all texts before training, which a stream does not allow: leave "
             "--dataset_streaming out, or give the data columns of vectors"
         )
 
 
-# ---- options that another one switches on ------------------------------------------------------------------------
+# ---- options that depend on another one --------------------------------------------------------------------------
 
 
 def _is(name: str, *values: str) -> Callable[[dict[str, Any]], bool]:
@@ -196,11 +196,11 @@ _SWITCHES: tuple[tuple[tuple[str, ...], str, str, Callable[[dict[str, Any]], boo
      _set("dataset_name")),
     (("model_revision",), "model_name_or_path", "--model_name_or_path", _set("model_name_or_path")),
 )  # fmt: skip
-"""Options, the one that switches them on, how that is written, and whether it is on."""
+"""Options, the one that they depend on, how that is written, and whether it is on."""
 
 
 def _refuse_without_effect(named: set[str], *parts: Any) -> None:
-    """Options that do nothing because the one that they belong to is off, and nobody has turned that off."""
+    """Refuse options that do nothing because the one they depend on is off by default."""
     options = {name: value for part in parts for name, value in vars(part).items()}
     for names, switch, written, is_on in _SWITCHES:
         idle = [name for name in names if name in named]

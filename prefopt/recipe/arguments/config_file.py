@@ -1,7 +1,7 @@
-"""The YAML file behind `--config`: read as data only, and every value checked against the option that it sets.
+"""The YAML file of `--config`: read as data only, and every value checked against the option that it sets.
 
-The command line's own parser does the checking: a file is a command line written down. Errors name the file, and the
-line or the option.
+The command line's parser does the checking: a file is a command line written down. Errors name the file, and the line
+or the option.
 """
 
 from __future__ import annotations
@@ -20,26 +20,24 @@ from prefopt.safety.errors import did_you_mean
 from prefopt.safety.redaction import redact, redacted
 
 MAX_VALUES = 10_000
-"""Most values that a config may hold once its aliases are written out; real ones hold about fifty."""
+"""Maximum values in a config with its aliases expanded; real ones have about fifty."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The mapping that a config file holds.
+    """The mapping in a config file.
 
     Raises:
-        SystemExit: naming the file, and the line where YAML knows it.
+        SystemExit: naming the file, and the line if YAML reports one.
     """
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except UnicodeDecodeError as error:
-        raise SystemExit(
-            f"--config {path}: byte {error.start} is not UTF-8 text: save the file in the encoding UTF-8"
-        ) from None
+        raise SystemExit(f"--config {path}: byte {error.start} is not UTF-8 text: save the file as UTF-8") from None
     except yaml.YAMLError as error:
         lines = [line if len(line) <= 200 else f"{line[:200]}..." for line in str(error).splitlines()]
         raise SystemExit(redact("\n".join([f"--config {path}: not valid YAML: {lines[0]}", *lines[1:]]))) from None
     except RecursionError:
-        raise SystemExit(f"--config {path}: nested too deeply; options are written one a line, NAME: VALUE") from None
+        raise SystemExit(f"--config {path}: nested too deeply; write one option per line, NAME: VALUE") from None
     except (ValueError, OverflowError) as error:  # a number or date that Python cannot hold
         raise SystemExit(f"--config {path}: a value cannot be read: {str(error)[:200]}. Shorten or quote it") from None
     except OSError as error:
@@ -48,7 +46,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SystemExit(f"--config {path}: must be a mapping of option names to values")
     if _count(loaded) > MAX_VALUES:
         raise SystemExit(
-            f"--config {path}: its aliases (*name) write out to more than {MAX_VALUES} values: write the values "
+            f"--config {path}: its aliases (*name) expand to more than {MAX_VALUES} values: write the values "
             "themselves"
         )
     for name in ("env", "paper"):
@@ -58,7 +56,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def set_environment(variables: Mapping[Any, Any], path: Path) -> None:
-    """Put a config's `env` into effect."""
+    """Set the environment variables of a config's `env`."""
     for name, value in variables.items():
         try:
             os.environ[name] = str(value)
@@ -73,13 +71,13 @@ def checked_values(
     """A config's values, text converted as on a command line.
 
     Args:
-        config: of `read_config`.
+        config: as `read_config` returns it.
         parser: of the command line.
         kinds: the dataclasses that the parser fills.
         path: of the config, for the message.
 
     Raises:
-        SystemExit: for names that are no option, and values that the command line would not take.
+        SystemExit: for names that are not options, and values that the command line would not accept.
     """
     options: dict[str, argparse.Action] = {}
     for action in parser._actions:
@@ -100,8 +98,8 @@ def checked_values(
 
 
 def _read_as_words(parser: argparse.ArgumentParser, option: argparse.Action, hint: Any, value: Any) -> Any:
-    """Have argparse read a value as the words of a command line. Null, mappings and lists, for which it has no words,
-    must be of the option's type.
+    """Have argparse read a value as words of a command line. Null, mappings and lists have no such form and must be of
+    the option's type.
     """
     if value is None or isinstance(value, (dict, list)):
         if not isinstance(value, tuple(_kinds(hint))):
@@ -110,7 +108,7 @@ def _read_as_words(parser: argparse.ArgumentParser, option: argparse.Action, hin
             return value
     items = value if isinstance(value, list) else [value]
     if option.type is str and not all(isinstance(item, str) for item in items):
-        raise TypeError  # YAML reads 0123, 1e3 and no as other than text
+        raise TypeError  # YAML does not read 0123, 1e3 and no as text
     words = [str(item) for item in items]
     if option.nargs in ("+", "*"):
         return parser._get_values(option, words)
@@ -138,7 +136,7 @@ def _words(hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in few characters; `repr` of nested aliases would write them all out."""
+    """A value in few characters; `repr` would expand nested aliases."""
     if isinstance(value, (dict, list, tuple, set, frozenset)):
         return f"a {type(value).__name__} of {len(value)}"
     text = ascii(value)
@@ -146,7 +144,7 @@ def _shown(value: Any) -> str:
 
 
 def _count(value: Any) -> int:
-    """Values in a nested structure, aliases written out; counting stops once there are too many."""
+    """The number of values in a nested structure, aliases expanded; counting stops once there are too many."""
     count, left = 0, [value]
     while left and count <= MAX_VALUES:
         item = left.pop()

@@ -11,10 +11,10 @@ from prefopt.safety.redaction import command_line
 
 
 def launch_command(argv: Sequence[str] | None) -> str | None:
-    """The command, without secrets and without folders of this machine; None where no command line was read.
+    """The command, without secrets and without folders of this machine; None if no command line was read.
 
     Args:
-        argv: the words that the recipe was given, or None for those of the process.
+        argv: the words passed to the recipe, or None for those of the process.
     """
     words = sys.argv[1:]
     # `prefopt train` passes on what follows its name. Any other words come from a call in Python.
@@ -54,6 +54,6 @@ def _program() -> list[str]:
     script = Path(sys.argv[0])
     if not script.is_absolute():
         return [str(script)]
-    # Of a place on this machine only what says something elsewhere.
+    # Only the part of a path that makes sense on another machine.
     name = script.name.removesuffix(".exe")
     return [f"recipes/{name}" if script.parent.name == "recipes" else name]

@@ -1,7 +1,7 @@
-"""TRL's loss options on a recipe with an objective of its own: each sets the argument of its name, or is refused.
+"""TRL's loss options on a recipe with its own objective: each sets the argument of its name, or is refused.
 
-A recipe whose objective is TRL's default takes TRL's options as TRL does. Reads expressions with `ast`; makes no loss
-but to see that what it wrote can be read.
+A recipe whose objective is TRL's default uses TRL's options as TRL does. Reads expressions with `ast`; makes a loss
+only to check that the expression it wrote can be parsed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ASKS_NOTHING = {
     "use_weighting": False,
     "loss_weights": None,
 }
-"""Options with the value that turns them off, as configs that list every option have them."""
+"""Options and the value that turns them off, for configs that list every option."""
 
 
 def settle(own: str, written: str | None, options: Mapping[str, Any]) -> str | None:
@@ -40,11 +40,11 @@ def settle(own: str, written: str | None, options: Mapping[str, Any]) -> str | N
 
     Args:
         own: the recipe's expression.
-        written: the expression that `--loss` or a config has; None where neither has one.
-        options: the options of `TRL_LOSS_OPTIONS` that the command line or the config has, with their values.
+        written: the expression in `--loss` or a config; None if there is none.
+        options: the options of `TRL_LOSS_OPTIONS` on the command line or in the config, with their values.
 
     Returns:
-        The expression to train, or None where TRL's options choose the objective altogether.
+        The expression to train, or None if TRL's options alone choose the objective.
 
     Raises:
         SystemExit: naming the option that would have no effect, and the `--loss` to pass.
@@ -55,11 +55,11 @@ def settle(own: str, written: str | None, options: Mapping[str, Any]) -> str | N
         if written is None and objective == str(parse("dpo(beta=0.1)")):
             return None
     except LossSyntaxError:
-        return written  # named where the options are read
+        return written  # the error is raised where the options are read
     if written is not None:
         _refuse_beside(written, options)
         return written
-    # What the expression itself names comes first: a preset's argument may also decide its weights.
+    # Arguments named in the expression come first: a preset's argument may also decide its weights.
     for option in sorted(options, key=lambda name: (name != "loss_type", not _places(_tree(own), name))):
         own = _with_option(own, option, options[option], options)
     return own
@@ -131,7 +131,7 @@ def _tree(text: str) -> ast.expr:
 
 
 def _places(tree: ast.expr, option: str) -> list[tuple[ast.expr, str]]:
-    """The losses of an expression that have an option's argument, and what they call it."""
+    """The losses of an expression that have an option's argument, and its name in them."""
     losses = makers()
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     places: list[tuple[ast.expr, str]] = []
@@ -150,10 +150,10 @@ def _places(tree: ast.expr, option: str) -> list[tuple[ast.expr, str]]:
 
 
 def _set(text: str, option: str, value: Any) -> str:
-    """The expression with the one argument that an option is about set to a value.
+    """The expression with an option's argument set to a value.
 
     Raises:
-        ValueError: where no loss in it has the argument, or more than one.
+        ValueError: if no loss in it has the argument, or more than one.
     """
     tree = _tree(text)
     places = _places(tree, option)
@@ -161,7 +161,7 @@ def _set(text: str, option: str, value: Any) -> str:
         terms = " and ".join(ast.unparse(node) for node, _ in places)
         raise UsageError(
             f"{len(places)} losses of {text} have this argument"
-            + (f': {terms}. Write it in the one that you mean: --loss "{text}"' if places else "")
+            + (f': {terms}. Set it in the one you mean: --loss "{text}"' if places else "")
         )
     node, argument = places[0]
     if option == "f_divergence_type":

@@ -1,4 +1,4 @@
-"""The options of a recipe, and the `Recipe` that they make."""
+"""The options of a recipe, and the `Recipe` made from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
 
     demo: bool = field(
         default=False,
-        metadata={"help": "Use the bundled model, pairs and training settings; of a config only the loss stays."},
+        metadata={"help": "Use the bundled model, pairs and training settings; only the loss of a config is kept."},
     )
     columns: list[str] | None = field(
         default=None,
@@ -39,7 +39,7 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
     )
     ref_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "The frozen reference, where it is not the model that training starts from."},
+        metadata={"help": "The frozen reference, if it is not the model that training starts from."},
     )
     previous_model_name_or_path: str | None = field(
         default=None,
@@ -58,7 +58,7 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
     )
     eval_rows: int = field(
         default=100,
-        metadata={"help": "Rows to hold out of the training split where there is no test split; 0 for none."},
+        metadata={"help": "Rows to hold out of the training split if there is no test split; 0 for none."},
     )
     dry_run: bool = field(
         default=False,
@@ -67,29 +67,29 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Write over an earlier run in a folder that --output_dir names. Without it such a folder is "
-            "refused; the folder of the default is moved aside."
+            "help": "Overwrite an earlier run in the folder that --output_dir names. Without it such a folder is "
+            "refused; the default folder is moved aside."
         },
     )
     evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
 
 
 OPTIONS = (RecipeArguments, PreferenceConfig, ModelConfig)
-"""What a command line or a config fills."""
+"""The dataclasses that a command line or a config fills."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The arguments of one run. What later steps find out is in what they return, never in here.
+    """The arguments of one run. Results of later steps are in their return values, never in here.
 
     Attributes:
         script: data and behaviour.
         training: of the trainer, with the loss.
         model: the model to train and its adapter.
-        console: prints to the screen, on the main process alone.
-        paper: what a paper's config says about its source (`paper:`); `--dry_run` shows it, training ignores it.
+        console: prints to the screen, only on the main process.
+        paper: a paper config's section about its source (`paper:`); `--dry_run` shows it, training ignores it.
         command: the command line without secrets, for the model card.
-        output_named: whether the output folder was named, rather than taken by default.
+        output_named: whether the output folder was named, instead of the default.
     """
 
     script: RecipeArguments
@@ -102,7 +102,7 @@ class Recipe:
 
     @cached_property
     def objective(self) -> Loss | None:
-        """The loss, for whoever asks what it needs; None where TRL computes it. The trainer makes one of its own."""
+        """The loss, to read its needs; None if TRL computes it. The trainer makes its own."""
         return resolve_objective(None, self.training)
 
     @property

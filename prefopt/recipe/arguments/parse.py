@@ -1,7 +1,7 @@
-"""What wins over what among the options of a recipe.
+"""Precedence among the options of a recipe.
 
-Weakest first: defaults, the bundled job's settings where no model is named, the `--config` file, what `--demo` puts in
-its place, the command line.
+Weakest first: defaults, the bundled job's settings if no model is named, the `--config` file, the settings of
+`--demo`, the command line.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.config import TRL_LOSS_OPTIONS
 
 DEMO_CONFIG = Path(__file__).parents[2] / "demo" / "config.yaml"
-"""Settings of the bundled job; they are the defaults wherever no model is named."""
+"""Settings of the bundled job; they are the defaults if no model is named."""
 
 _OBJECTIVE = {"loss", "embeddings", *TRL_LOSS_OPTIONS}
-"""The options of a config that `--demo` leaves alone."""
+"""The options of a config that `--demo` does not replace."""
 
 
 def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
-    """Command line and `--config` YAML, over the recipe's own defaults.
+    """Read the command line and the `--config` YAML over the recipe's own defaults.
 
     Without `--model_name_or_path` the bundled model is used, with the settings of `DEMO_CONFIG` as defaults. Without
     `--dataset_name` the bundled preference pairs are used.
@@ -54,14 +54,14 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     """
     quiet_libraries()
     words = list(sys.argv[1:] if argv is None else argv)
-    words_without_secrets(words)  # from now on they are taken out of whatever is shown
+    words_without_secrets(words)  # from now on they are removed from all output
     command = launch_command(argv)
     guard_process()
     show_short_errors()
     words, config, path = _take_config(words)
     paper = config.pop("paper", {})
     named = {word[2:].split("=", 1)[0].replace("-", "_") for word in words if word.startswith("--")}
-    # No short forms: what was asked for is looked up by name below.
+    # No abbreviations: options are looked up by name below.
     parser = _Parser(OPTIONS, allow_abbrev=False)
     config = checked_values(config, parser, OPTIONS, path)
     known, unknown = parser.parse_known_args(words)
@@ -88,7 +88,7 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
 
 
 class _Console(Console):
-    """Prints texts without the secrets in them; tables and the like are redacted where they are made."""
+    """Prints texts with secrets masked; tables and similar objects are masked where they are made."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(redact(part) if isinstance(part, str) else part for part in objects), **options)
@@ -113,7 +113,7 @@ def _filled(parser: TrlParser, argv: Sequence[str]) -> tuple[RecipeArguments, Pr
 
 
 class _Parser(TrlParser):  # type: ignore[misc]
-    """Says what is wrong with a word, without the 200 options that argparse would list before it."""
+    """Reports a wrong word without the 200 options that argparse would list before the message."""
 
     def error(self, message: str) -> NoReturn:
         raise SystemExit(f"{_short(message)}. --help lists the options")
@@ -124,7 +124,7 @@ def _no_option(word: str, parser: TrlParser) -> str:
         return f"the word {_short(ascii(word))} belongs to no option before it. --help lists the options"
     name = word.partition("=")[0]
     if (now := renamed(name)) is not None:
-        return f"there is no option {name} any more: {now}"
+        return f"the option {name} was removed: {now}"
     return (
         f"there is no option {_short(name)}.{did_you_mean(name[:80], parser._option_string_actions)} --help lists them"
     )
@@ -135,7 +135,7 @@ def _short(text: str) -> str:
 
 
 def _take_config(words: list[str]) -> tuple[list[str], dict[str, Any], Path | None]:
-    """The words without `--config`, the mapping in its file, whose `env` is put into effect, and the file."""
+    """The words without `--config`, the mapping in its file (its `env` is set), and the file."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", nargs="?", const="", default=[])
     known, others = parser.parse_known_args(words)
@@ -190,8 +190,8 @@ def _defaults(
             notes.append(f"The bundled job's {defaults['max_steps']} steps do not apply: num_train_epochs is set.")
     elif "model_name_or_path" not in named:
         notes.append(
-            f"No --model_name_or_path: the bundled {HUB_ID} is trained, with the settings of any model (the bundled "
-            "job's own are for its own data)."
+            f"No --model_name_or_path: the bundled {HUB_ID} is trained, with the general defaults (the bundled job's "
+            "settings are for its own data)."
         )
     if epochs_are_asked_for:
         if config.get("max_steps", -1) != -1:

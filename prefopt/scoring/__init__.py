@@ -1,7 +1,7 @@
 """How log-probabilities are made: token scores from a model's logits, and rows grouped into a `PreferenceBatch`.
 
-Works on any causal language model, wrapped or not; imports `prefopt.losses`, torch, and transformers
-and PEFT where it reaches into their layers; never TRL.
+Works on any causal language model, wrapped or not. Imports `prefopt.losses` and torch, and transformers and PEFT for
+access to their layers; never TRL.
 """
 
 from prefopt.scoring.assemble import assemble_batch, extras_for

@@ -60,9 +60,9 @@ def _forward(self: Any, x: Tensor, *arguments: Any, **options: Any) -> Any:
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Let the plain LoRA layers of a model that are on a CPU compute in one go; returns how many there are.
+    """Let the plain LoRA layers of a model that are on a CPU compute in one product; returns how many there are.
 
-    Not for weights that live on other processes (ZeRO-3, FSDP): hooks of the inner modules would not be called.
+    Not for weights sharded over processes (ZeRO-3, FSDP): hooks of the inner modules would not be called.
     """
     plain: list[Any] = [m for m in model.modules() if type(m) is LoraLinear and type(m.base_layer) is nn.Linear]
     # On the meta device a model is only counted, as the CPU would compute it.

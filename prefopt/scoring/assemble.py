@@ -1,4 +1,4 @@
-"""From scored rows to what a loss sees: the quantities that it needs, grouped by role."""
+"""From scored rows to the batch of a loss: the quantities that it needs, grouped by role."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefopt.scoring.rows import RowGroups
 
 
 def extras_for(loss: Loss) -> Extras:
-    """What a loss asks of a model's output besides log-probabilities."""
+    """The quantities that a loss needs from a model's output besides log-probabilities."""
     kinds = tuple(map(named, loss.divergences)) if Need.DIVERGENCE in loss.needs else ()
     return Extras(loss.needs, loss.top_k if Need.TOP_K in loss.needs else 0, kinds)
 
@@ -56,7 +56,7 @@ def assemble_batch(
     for role in Role:
         needs = loss.needs_of(role.field)
         unwanted = role is Role.MISMATCHED and Need.MISMATCHED not in loss.needs
-        # Unpaired feedback can lack a role by chance; of pairs one is missing only where it was not scored.
+        # Unpaired feedback can lack a role by chance; pairs lack one only if it was not scored.
         may_lack = role is Role.MISMATCHED or (role is not Role.SAMPLED and not groups.paired)
         if unwanted or not (may_lack or bool(groups.playing([role]).any())):
             continue

@@ -70,7 +70,7 @@ def encode(plan: Plan, device: torch.device | None = None) -> Tensor:
 
     Args:
         plan: of a row.
-        device: the model's, so that no wrapper has to move the tensor and lose what hangs on it.
+        device: the model's, so that no wrapper moves the tensor and loses its attribute.
     """
     rows = []
     for (start, end), branches in zip(plan.trunks, plan.branches, strict=True):
@@ -118,7 +118,7 @@ def block_mask(plan: Plan, device: torch.device) -> Any:
 
 
 def is_code(mask: Any) -> bool:
-    """Whether what arrives as a mask is a plan: masks are boolean or floating."""
+    """Whether a mask argument is a plan: real masks are boolean or floating."""
     return isinstance(mask, Tensor) and mask.dtype == torch.long and mask.dim() == 4
 
 

@@ -2,8 +2,8 @@
 
 An entry is one completion under one prompt, found by its token ids, so a cache serves any order, subset or mixture of
 the data. A folder belongs to one reference: its name is a fingerprint of the reference's weights. Entries are written
-many at a time, in files that appear whole or not at all; what an interrupted run had written, the next one finds.
-A file that cannot be read is as good as none: what it held is computed anew.
+many at a time, each file atomically, and entries of an interrupted run are reused. Entries of a file that cannot be
+read are computed again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DIGEST_BYTES = 16
 WRITE_AFTER = 256
 """Entries that are gathered before a file is written."""
 STALE_AFTER = 86400.0
-"""Seconds after which an unfinished file is one that its writer left behind."""
+"""Seconds after which an unfinished file counts as abandoned."""
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
 
 
@@ -85,7 +85,7 @@ class ReferenceCache:
             write_whole(card, lambda path: path.write_text(json.dumps(self._about, indent=1) + "\n"))
 
     def read_new_files(self) -> None:
-        """Take in what other processes have written since."""
+        """Read the files that other processes have written since."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name in self._read:
                 continue
@@ -96,7 +96,7 @@ class ReferenceCache:
                 continue
             except _UNREADABLE as error:
                 logger.warning(
-                    "%s cannot be read (%s): it is passed over and what it held computed anew; delete it", path, error
+                    "%s cannot be read (%s): it is skipped and its entries are computed again; delete it", path, error
                 )
                 continue
             start = 0
@@ -145,10 +145,10 @@ class ReferenceCache:
         return values
 
     def write(self) -> None:
-        """Write what is new into a file of its own, and take in what others have written.
+        """Write new entries into their own file, and read files that other processes have written.
 
-        Where it cannot be written (a full disk, say) a warning says so, the run goes on with it in memory, and the
-        next write tries again.
+        If writing fails (for example on a full disk), a warning is logged, the entries stay in memory, and the next
+        write tries again.
         """
         if self._new:
             tensors = {
@@ -171,7 +171,7 @@ class ReferenceCache:
 
 
 def _one_row(scored: Tensor) -> Tensor:
-    """What a process with nothing to compute takes part with: one row, with a completion if there is one."""
+    """The row that a process with nothing to compute scores with the others: with a completion if there is one."""
     first = int(scored.any(-1).float().argmax()) if len(scored) else 0
     return torch.arange(len(scored)) == first
 
@@ -207,7 +207,7 @@ def _rows_in(path: Path) -> int:
 
 def _remove_stale(folder: Path) -> None:
     for path in folder.glob(f"*{UNFINISHED}"):
-        with contextlib.suppress(OSError):  # its writer may finish it yet, or another process be faster
+        with contextlib.suppress(OSError):  # its writer may still finish it, or another process may delete it first
             if time.time() - path.stat().st_mtime > STALE_AFTER:
                 path.unlink()
 

@@ -1,6 +1,6 @@
-"""One call of a model, and what is read off it: the head on scored tokens only, or the whole logits.
+"""One call of a model, and the values computed from it: the head on scored tokens only, or the whole logits.
 
-Both layouts call models through here, so what saves work below them (a chunked head) serves both.
+Both layouts call models through here, so both use the chunked head.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Pool:
 
 @dataclass
 class Request:
-    """What is to be read off a call.
+    """The values to compute from a call.
 
     Attributes:
         labels: (B, K) the token that each of the last K positions predicts.
@@ -73,7 +73,7 @@ class Call:
 
     Attributes:
         chunked_head: compute the head on scored tokens, a chunk at a time, where the model's head is a plain layer.
-        recompute: keep nothing for the backward pass but what was read off, and make the call again in it.
+        recompute: keep only the computed values for the backward pass, and repeat the call in it.
     """
 
     chunked_head: bool = True
@@ -87,7 +87,7 @@ class Call:
         Args:
             model: wrapped or not.
             arguments: its keyword arguments.
-            request: what to read off.
+            request: the values to compute.
             whole_logits: the output must hold the logits.
         """
         if self.recompute and torch.is_grad_enabled():
@@ -120,7 +120,7 @@ class Call:
         through: dict[str, Tensor] = {}
 
         def instead(hidden: Tensor) -> Tensor:
-            # A model without `logits_to_keep` hands over every position; the last ones are meant.
+            # A model without `logits_to_keep` returns every position; only the last ones are needed.
             hidden = hidden[:, hidden.shape[1] - request.mask.shape[1] :]
             flat, places = hidden.reshape(-1, hidden.shape[-1]), request.places
             flat = flat if len(flat) == len(places) else flat[places]

@@ -38,7 +38,7 @@ def looks_ahead(model: nn.Module, batch: RowBatch) -> float:
     called = model if is_sharded(model) else peeled(model)
     with undisturbed(called):
         for way in ways_to_call(called):
-            # What fails here fails in the run as well, or is not about the order of tokens.
+            # An error here also occurs in the run, or has nothing to do with the order of tokens.
             with contextlib.suppress(*ERRORS):
                 with called_so(called, way):
                     logits = called(input_ids=rows, attention_mask=torch.ones_like(rows)).logits

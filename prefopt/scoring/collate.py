@@ -28,7 +28,7 @@ class PreferenceCollator:
     """Pads tokenised examples into rows.
 
     Examples are dicts with `prompt_ids` and either `chosen_ids` and `rejected_ids`, or `completion_ids` and `label`;
-    the columns of `GIVEN_LOGPS` and numeric columns may stand beside them.
+    the columns of `GIVEN_LOGPS` and numeric columns may be present too.
 
     Attributes:
         pad_token_id: token that fills rows up. May be set after construction, before the first batch.
@@ -53,7 +53,7 @@ class PreferenceCollator:
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         paired = "chosen_ids" in examples[0]
         rows = _pairs(examples) if paired else _labelled(examples)
-        # A lone example has no other prompt to be put under; its batch then adds nothing to the estimate.
+        # A single example has no other prompt to be moved to; its batch then adds nothing to the estimate.
         if self.mismatched and len(examples) > 1:
             count, completions = len(examples), [completion for *_, completion in rows]
             # Blocks of as many rows as there are examples; within each, as TRL's KTO trainer moves them.
@@ -148,7 +148,7 @@ def collate_columns(examples: Sequence[dict[str, Any]], columns: tuple[str, ...]
     """The numeric columns of a batch by name, (E,) float32 each.
 
     Raises:
-        ValueError: if a value is missing or no number.
+        ValueError: if a value is missing or not a number.
     """
     names = dict.fromkeys([*columns, *(["weight"] if "weight" in examples[0] else [])])
     batch = {}
@@ -175,6 +175,6 @@ def collate_vectors(examples: Sequence[dict[str, Any]], name: str) -> Tensor:
     if made.dim() != 2 or not bool(torch.isfinite(made).all()):
         widths = sorted({len(v) if isinstance(v, Sequence) else 0 for v in vectors})
         raise UsageError(
-            f"column {name!r} must hold a list of finite numbers, as many in every row; numbers here: {widths}"
+            f"column {name!r} must hold a list of finite numbers, of the same length in every row; lengths: {widths}"
         )
     return made

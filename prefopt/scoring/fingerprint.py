@@ -1,4 +1,4 @@
-"""A digest of a reference's weights and settings: what its cached log-probabilities are filed under.
+"""A digest of a reference's weights and settings, under which its cached log-probabilities are stored.
 
 It is the same however the weights are spread over processes, so what one process computed serves a sharded run of the
 same model. Imports torch, and DeepSpeed only where a weight is DeepSpeed's.
@@ -37,7 +37,7 @@ def fingerprint(model: nn.Module, trained_adapter: str | None = None, about: str
 
     Args:
         model: taken out of DDP and DeepSpeed wrappers.
-        trained_adapter: the adapter that is put aside for the reference, which does not count.
+        trained_adapter: the adapter that is disabled for the reference; it is not part of the digest.
         about: what else the numbers depend on, such as the precision that the reference is run in.
 
     Raises:
@@ -81,7 +81,7 @@ def of_the_network(config: Any) -> Any:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a weight lies in pieces on several processes, so that only all of them together can read it."""
+    """Whether a weight is sharded over several processes, so that only all of them together can read it."""
     return any(
         _is_zero3(parameter) or hasattr(parameter, "full_tensor") or _is_flat(name, parameter)
         for name, parameter in model.named_parameters()
@@ -99,7 +99,7 @@ def _is_flat(name: str, value: Tensor) -> bool:
 
 @contextmanager
 def _whole(value: Tensor) -> Iterator[Tensor]:
-    """All of a weight, for as long as it is looked at."""
+    """Context in which a weight is whole."""
     if _is_zero3(value):
         import deepspeed  # type: ignore[import-untyped, import-not-found, unused-ignore]
 

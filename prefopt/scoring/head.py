@@ -113,7 +113,7 @@ class Kept:
 def head_of(model: nn.Module) -> Head | None:
     """The head of an unwrapped model, if it is a plain linear layer whose logits are the model's own."""
     linear = head_layer(model)
-    # One with a forward of its own is in somebody's care: accelerate moves weights between devices so.
+    # Leave a replaced forward method alone: accelerate moves weights between devices with it.
     if type(linear) is not nn.Linear or "forward" in vars(linear):
         return None
     config: Any = model.config
@@ -125,7 +125,7 @@ def head_of(model: nn.Module) -> Head | None:
 
 @contextlib.contextmanager
 def replaced_head(model: nn.Module, head: Head, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """In here the head of `model` (unwrapped) computes `forward`, and what follows the head does nothing."""
+    """Context in which the head of `model` (unwrapped) computes `forward`, and steps after the head are disabled."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     if head.softcap is not None:
         config.final_logit_softcapping = None

@@ -1,9 +1,9 @@
-"""Which layout a model can be scored in, found out once and said in one line.
+"""Which layout a model can be scored in, determined once and reported in one line.
 
 The tree layout needs an attention that takes any mask, explicit positions, and a head that can be applied to chosen
-positions only. What a model's code promises is not always what it does, so it is tried: two examples of the first
-batch as the run scores them, and rows as long as the run's as `trial` compares them. Longer rows than any before are
-tried when they come. What is faster is used only if it gives the same numbers.
+positions only. A model's code does not always do what its signature says, so the layout is tried: on two examples of
+the first batch, and by `trial` on rows as long as the run's. Rows longer than any tried before are tried when they
+come. The faster layout is used only if it gives the same numbers.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Layout:
     """Scores collated rows in the best layout that the model can be scored in.
 
     Args:
-        name: "auto" uses the tree layout where the model gives the same numbers in it, "tree" insists on it, "padded"
+        name: "auto" uses the tree layout if the model gives the same numbers in it, "tree" requires it, "padded"
             never uses it.
-        gather: what every process found, so that all take the same layout.
+        gather: the results of all processes, so that all use the same layout.
         one_call: whether the policy may be called only once per batch (DDP, DeepSpeed and FSDP count calls).
         compiled: whether the model is compiled, so that nothing in it may be replaced for a call.
         half: whether the model is run in half precision, whatever its weights are kept in.
@@ -95,7 +95,7 @@ class Layout:
             rows: a collated batch.
             extras: what to compute besides log-probabilities.
             reference: the reference's scores of the same rows with their logits, for extras that compare.
-            keep_logits: hand on with the scores what it takes to have the logits again.
+            keep_logits: keep with the scores what is needed to compute the logits again.
             all_logits: keep the logits of every position in the model's output, which only the padded layout can.
             model_options: further keyword arguments of the model, in the padded layout.
         """
@@ -143,7 +143,7 @@ class Layout:
         return None if reason else rows.trees
 
     def _at_once(self, rows: RowBatch, masks: Masks) -> int | None:
-        """How many tokens of trees go through the model at once; all of them if None."""
+        """Maximum tokens of trees per forward pass; None for no limit."""
         tokens = rows.tokens_at_once
         if tokens is None and rows.ids.device.type == "cpu":
             tokens = TOKENS_ON_CPU[not isinstance(masks, torch.dtype)]
@@ -203,7 +203,7 @@ class Layout:
             with undisturbed(model):
                 self._try_out(model, rows)
         else:
-            # Rows of other collators cannot be taken apart for a trial.
+            # Rows of other collators cannot be split for a trial.
             self.call.chunked_head = False
             self.reason = "the batch comes from another collator"
         if self.masks is not None or self.name == "padded":
@@ -240,7 +240,7 @@ class Layout:
             self._horizon.forget()
 
     def _agree(self, reason: str) -> str:
-        """Why any process cannot; "" if all can."""
+        """The reason of the first process that cannot; "" if all can."""
         return next((reason for reason in self.gather(reason) if reason), "")
 
     def _candidates(self, model: nn.Module, rows: RowBatch) -> list[Masks]:
@@ -289,7 +289,7 @@ def _unfit(model: nn.Module, rows: RowBatch) -> str:
     if kind not in ("sdpa", "eager", "flex_attention", attention.NAME):
         return f"the attention implementation {kind!r} does not take a mask of any shape"
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-        return "prompt learning puts tokens of its own before every row"
+        return "prompt learning adds its own tokens before every row"
     return ""
 
 

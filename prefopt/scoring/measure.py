@@ -1,4 +1,4 @@
-"""What is read off the logits of N positions in one pass, and its gradient from one softmax.
+"""Quantities computed from the logits of N positions in one pass, and their gradient from one softmax.
 
 A table says which fields of `Scores` follow from which distributions. `logprobs` uses it on whole logits, `head` on
 those of a chunk of positions.
@@ -24,7 +24,7 @@ class Extras:
     """What to compute besides log-probabilities.
 
     Attributes:
-        needs: those of a loss; what cannot be read off a model's output is left to others.
+        needs: those of a loss; needs that a model's output cannot fill are ignored here.
         top_k: how many of the largest log-probabilities to keep at every position, with `Need.TOP_K`.
         divergences: which, with `Need.DIVERGENCE`.
         statistics: entropy and whether a token was the most probable one, for logging; zero where not asked for.
@@ -137,7 +137,7 @@ def measure(
         # A product of rows and columns, because elementwise products would fill a tensor of the logits' size.
         expected = torch.bmm(powers.unsqueeze(1), logits.unsqueeze(2)).squeeze(-1) / total
         entropy = (normaliser - expected).squeeze(-1)
-        # Tokens that are ruled out (-inf) have probability 0, and 0 * inf is no number.
+        # Masked tokens (-inf) have probability 0, and 0 * inf is NaN.
         ruled_out = entropy.isnan()
         if bool(ruled_out.any()):
             entropy[ruled_out] = torch.special.entr(powers[ruled_out] / total[ruled_out]).sum(-1)

@@ -56,7 +56,7 @@ def is_checkpointed(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """In here a module computes `forward`; its hooks, and those that wrappers put on it, are called as ever."""
+    """Context in which a module computes `forward`; its hooks, and those of wrappers, are called as usual."""
     own = vars(module).get("forward")
     module.forward = forward
     try:

@@ -1,7 +1,7 @@
-"""A batch cut into parts of at most so many tokens, each of examples that go well together.
+"""A batch split into parts within a maximum number of tokens.
 
-Examples with one prompt stay together, so that it is computed once; examples of like length share a part, so that rows
-are filled up as little as possible. Which examples a step learns from is decided before, and stays as it was.
+Examples with the same prompt stay together, so that it is computed once. Examples of similar length share a part, so
+that there is little padding. The set of examples in a step does not change.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ def cut(rows: RowBatch, tokens: int, in_trees: bool) -> list[list[int]]:
 
     Args:
         rows: a batch of `PreferenceCollator`.
-        tokens: at most so many in a part, as the layout counts them: each prompt once in trees, else rows filled up to
-            the longest. An example that is longer is a part of its own.
+        tokens: maximum of a part, as the layout counts them: each prompt once in trees, else rows padded to the
+            longest. A longer example is a part by itself.
         in_trees: which layout.
     """
     if in_trees:
@@ -27,7 +27,7 @@ def cut(rows: RowBatch, tokens: int, in_trees: bool) -> list[list[int]]:
 
 
 def _bundles(rows: RowBatch) -> list[tuple[int, list[int]]]:
-    """Tokens and examples of what hangs together by its prompts."""
+    """Tokens and examples of each group of examples that share a prompt."""
     examples = rows.examples.tolist()
     joined = list(range(max(examples) + 1))
 

@@ -1,7 +1,7 @@
 """How far trees are known to give a model's own numbers: for rows of which length, in trees of which size.
 
-What depends on lengths (windows, chunks, thresholds on positions) is found by trying, so nothing longer than what was
-tried is taken for granted: it is tried when it comes.
+Effects of length (windows, chunks, thresholds on positions) are found only by trying, so rows longer than any tried
+before are tried when they come.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prefopt.scoring.fingerprint import is_sharded, of_the_network
 from prefopt.scoring.model import peeled, unwrapped
 
 TRIALS = 32
-"""Most trials of one kind of model; what none of them covers is scored padded."""
+"""Maximum trials per kind of model; rows that none of them covers are scored padded."""
 
 
 @dataclass(frozen=True)

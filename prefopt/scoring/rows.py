@@ -22,7 +22,7 @@ from prefopt.scoring.tree import Tree, plant
 ROLES = tuple(role.field for role in Role)
 """Role names by their number in `RowGroups.roles`."""
 COLUMN_PREFIX = "column_"
-"""What per-example columns are called inside a mapping, so that none can be taken for a model input."""
+"""Prefix of per-example columns inside a mapping, so that none can be mistaken for a model input."""
 COUNTED = "counted_examples"
 """How many of a batch's examples count, the first ones; the others fill up the last batch of an evaluation."""
 SIZES = "role_sizes"
@@ -52,7 +52,7 @@ class RowGroups:
         examples: (R,) index of the example (pair, or single labelled completion) that a row belongs to.
         columns: per-example columns of the data set, (E,) each.
         paired: whether every example has one chosen and one rejected row, in the same order.
-        counted: the first so many examples count; what comes after them only fills the batch up. All if None.
+        counted: how many examples count, the first ones; the others only fill the batch up. All if None.
         embeddings: (E, H) each, by the name of the column that they came in: those of prompts and of each role.
         sizes: as in `PreferenceBatch`.
     """
@@ -103,8 +103,8 @@ class RowBatch(RowGroups):
         divisible: whether rows can be taken out. Not where another collator made them: which of its further inputs
             (images, say) belong to a row is not known.
         share: the fraction of a batch's examples that this part of it holds; 0 for a part that only fills up.
-        tokens_at_once: most tokens of trees that go through the model in one call, with each call made again in the
-            backward pass. None: as many as suit the device, and no call made twice.
+        tokens_at_once: maximum tokens of trees per forward pass, with each call repeated in the backward pass. None:
+            as many as suit the device, and no call is repeated.
     """
 
     ids: Tensor = field(kw_only=True)

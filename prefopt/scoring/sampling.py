@@ -1,7 +1,7 @@
-"""Completions drawn from the policy while it trains, for objectives with a `sampled` role.
+"""Completions sampled from the policy during training, for objectives with a `sampled` role.
 
-Plain sampling at temperature 1 from the whole distribution, since the estimates that such objectives make hold for
-nothing else. Imports torch and transformers.
+Plain sampling at temperature 1 from the whole distribution, as the estimates of such objectives are valid only for
+that. Imports torch and transformers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def with_samples(
     Args:
         rows: a batch of `PreferenceCollator`.
         model: with a `generate` method, in its training state of weights; dropout is off while it draws.
-        max_new_tokens: where a completion that does not end is cut off.
+        max_new_tokens: maximum length of a completion.
         pad_token_id: fills rows up.
         eos_token_id: ends a completion and is part of it.
     """

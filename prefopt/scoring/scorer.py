@@ -1,4 +1,4 @@
-"""From a collated batch to what a loss sees: exactly the rows, models and quantities that the loss asks for.
+"""From a collated batch to the batch of a loss: exactly the rows, models and quantities that the loss needs.
 
 A `Scorer` owns the models that a batch is scored under, the layout they are called in, and the reference cache.
 """
@@ -50,7 +50,7 @@ class Scorer:
     Attributes:
         loss: its needs and roles decide what is computed.
         policy: the trained model, as it is called without gradient: not through what follows its backward pass.
-        reference: a model of its own; None where it is the policy with its adapter put aside.
+        reference: a separate model; None where it is the policy with its adapter disabled.
         previous: the previous iterate of the policy; None where that is the reference, or comes with the data.
         layout: how models are called.
         cache: of the reference's log-probabilities; None to run the reference each time.
@@ -105,7 +105,7 @@ class Scorer:
 
         def compute(missing: Tensor) -> Tensor:
             some = rows.select_rows(missing)
-            # The layout tries itself out on the first two examples of what it is given.
+            # The layout runs its trial on the first two examples of its batch.
             return self.run_reference(
                 replace(some, examples=torch.unique(some.examples, return_inverse=True)[1])
             ).logps
@@ -131,14 +131,14 @@ class Scorer:
             return self._run_frozen(model, rows, keep_logits=keep_logits, all_logits=all_logits)
 
     def release(self) -> None:
-        """Give all models their own attention back."""
+        """Restore the attention of all models."""
         for model in (self.policy, self.reference, self.previous):
             if model is not None:
                 self.layout.release(model)
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """In here the policy gives the reference's numbers, where the reference is the policy without its adapter."""
+        """Context in which the policy gives the reference's numbers: its adapter is off if that is the reference."""
         policy: Any = peeled(self.policy)
         if self.reference is not None or not isinstance(policy, PeftModel):
             yield
@@ -162,7 +162,7 @@ class Scorer:
 
     def _needed(self, rows: RowBatch, every_role: bool) -> RowBatch:
         """The rows that the policy is scored on with gradient."""
-        # Rows of other collators cannot be told apart from what belongs to them (images, say), so they stay together.
+        # For rows of other collators it is unknown which inputs (such as images) belong to them, so all rows stay.
         every_role = every_role or not rows.divisible
         wanted = [r for r in Role if r.field in self.loss.roles or (every_role and r is not Role.MISMATCHED)]
         needed = rows.playing(wanted)
@@ -170,7 +170,7 @@ class Scorer:
 
     def _reference(self, rows: RowBatch, extras: Extras, all_logits: bool) -> tuple[TokenScores | None, Tensor | None]:
         """Token scores under the reference, or its sums where these came with the data."""
-        # Where nothing else says what the previous iterate was, the reference stands for it.
+        # Without a previous iterate, the reference takes its place.
         stands_in = self.previous is None and "prev_chosen_logps" not in rows.given_logps
         previous = Need.PREVIOUS if stands_in else Need.NONE
         if (

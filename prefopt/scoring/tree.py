@@ -87,7 +87,7 @@ def plant(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) ->
 
 
 def group(trees: Sequence[Tree], tokens: int | None, waste: float = 0.1) -> list[list[Tree]]:
-    """Trees that go through the model together: of similar length, at most `tokens` of them; all in one if None."""
+    """Trees of one forward pass: of similar length, at most `tokens` tokens; all in one if None."""
     if tokens is None:
         return [list(trees)] if trees else []
     groups: list[list[Tree]] = []
@@ -205,7 +205,7 @@ def score_trees(
         extras: what to compute besides log-probabilities.
         reference: the reference's scores of the same rows with their logits, for extras that compare distributions.
         keep_logits: hand on with the scores what it takes to have the logits again, in this layout's own form.
-        tokens: how many tokens go through the model at once; all of them if None.
+        tokens: maximum tokens per forward pass; None for no limit.
         masks: what the attention takes: "packed" (`prefopt.scoring.attention`) or "block" (FlexAttention) for many
             trees in one row, or the type of a four-dimensional mask: bool for SDPA, the model's own for eager
             attention, which adds its mask.

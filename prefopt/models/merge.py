@@ -1,4 +1,4 @@
-"""`prefopt merge`: fold an adapter into the model it belongs to, and see that the sum says what the two said.
+"""`prefopt merge`: fold an adapter into the model it belongs to, and check that the result gives the same numbers.
 
 Imports transformers and peft. Runs no code from a model's repository and reads no pickled weights.
 """
@@ -47,7 +47,7 @@ class MergeError(PrefoptError, ValueError):
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge found.
+    """The result of a merge.
 
     Attributes:
         folder: with the merged model.
@@ -78,7 +78,7 @@ def merge(adapter: str, output: str | None = None, base: str | None = None, dtyp
         dtype: of the merged weights: a key of `DTYPES`. If None, the base's own.
 
     Raises:
-        MergeError: if that cannot be done, or if the merged model does not say what base and adapter say.
+        MergeError: if that cannot be done, or if the merged model's log-probabilities differ from base and adapter.
     """
     folder = _adapter_folder(adapter)
     target = Path(output) if output is not None else folder.with_name(f"{folder.absolute().name}-merged")
@@ -90,9 +90,10 @@ def merge(adapter: str, output: str | None = None, base: str | None = None, dtyp
     model = _adapted(name, folder, dtype)
     if differ := base_sample.differing(folder, model):
         raise MergeError(
-            f"{name} is not the model that the adapter was trained on: {len(differ)} of its weights are others "
-            f"({differ[0]} first). If that was a model that another adapter had been merged into, save it and give it "
-            f"with --base; if the weights are known to be right, delete {folder / base_sample.FILE}"
+            f"{name} is not the model that the adapter was trained on: {len(differ)} of its weights differ "
+            f"({differ[0]} first). If the adapter was trained on a model that another adapter had been merged into, "
+            f"save that model and pass it with --base; if the weights are known to be right, delete "
+            f"{folder / base_sample.FILE}"
         )
     ids = _some_ids(tokenizer, model)
     with_adapter = _log_probabilities(model, ids)
@@ -107,7 +108,7 @@ def merge(adapter: str, output: str | None = None, base: str | None = None, dtyp
         raise MergeError(
             f"the merged model differs from base and adapter by {merged.mean:.3g} nats a token on average "
             f"({tolerance:g} accepted), at most {merged.largest:.3g}: nothing was saved. Merge in float32 "
-            "(--dtype float32), and see that the base is the one that the adapter was trained on"
+            "(--dtype float32), and check that the base is the one that the adapter was trained on"
         )
     _save(whole, tokenizer, folder, merged)
     return merged
@@ -120,7 +121,7 @@ def _adapter_folder(adapter: str) -> Path:
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         raise MergeError(
-            f"{adapter!r} is no folder. Give the folder of a saved adapter; one on the Hub is fetched with "
+            f"{adapter!r} is not a folder. Pass the folder of a saved adapter; download one from the Hub with "
             f"`hf download {adapter} --local-dir ADAPTER`"
         )
     try:
@@ -154,7 +155,7 @@ def _adapter_config(folder: Path) -> Any:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
         raise MergeError(
-            f"{folder} is a {kind} adapter: it puts learned tokens before every prompt and has no weights that could "
+            f"{folder} is a {kind} adapter: it adds learned tokens before every prompt and has no weights that could "
             "be added to the model's. Load it with peft instead"
         )
     if getattr(config, "alora_invocation_tokens", None):
@@ -194,7 +195,7 @@ def _loading(base: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         why = f"cannot be loaded: {error}"
         if "trust_remote_code" in str(error):
-            why = "brings code of its own, and merge does not run code from a model's repository"
+            why = "needs its own code, and merge does not run code from a model's repository"
         elif "safetensors" in str(error):
             why = (
                 "has no safetensors weights, and pickled ones can run code when they are read: save it again as "
@@ -207,7 +208,7 @@ def _loading(base: str) -> Iterator[None]:
 
 
 def _tokenizer(folder: Path, base: str) -> Any:
-    """The adapter's own, else its base's; None where neither has one.
+    """The adapter's own tokenizer, else its base's; None if neither has one.
 
     Raises:
         MergeError: if the adapter's own cannot be read: its base's may lack tokens or a template that were trained.
@@ -217,8 +218,8 @@ def _tokenizer(folder: Path, base: str) -> Any:
             return load_tokenizer(str(folder))
         except (OSError, ValueError) as error:
             raise MergeError(
-                f"the tokenizer in {folder} cannot be read: {error}. Save it again, or delete its files there to have "
-                "the base's in its place"
+                f"the tokenizer in {folder} cannot be read: {error}. Save it again, or delete its files there to use "
+                "the base's instead"
             ) from None
     try:
         return load_tokenizer(base)
@@ -234,7 +235,7 @@ def _adapted(base: str, folder: Path, dtype: str | None) -> Any:
     kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     with _loading(base):
         model = kind.from_pretrained(base, dtype=DTYPES.get(dtype or "", "auto"), use_safetensors=True)
-    unfit = f"the adapter in {folder} does not fit {base}. Is it the right base? What peft says"
+    unfit = f"the adapter in {folder} does not fit {base}. Is it the right base? peft's error"
     with retold(MergeError, unfit, (RuntimeError, ValueError, KeyError)):
         return PeftModel.from_pretrained(model, str(folder)).eval()
 
@@ -281,7 +282,7 @@ def _fold(model: Any, config: Any) -> PreTrainedModel:
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, adapter: Path, merged: Merged) -> None:
-    """Into a folder beside the target first, so that a full disk leaves no half of a model."""
+    """Save into a folder beside the target first, so that a full disk leaves no partial model."""
     unfinished = merged.folder.with_name(f"{merged.folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -300,7 +301,7 @@ def _save(model: PreTrainedModel, tokenizer: Any, adapter: Path, merged: Merged)
 
 
 def merged_card(adapter: Path, merged: Merged, chat: bool) -> ModelCard:
-    """The adapter's card made the merged model's: how it is loaded, and how it was merged."""
+    """The merged model's card from the adapter's: how it is loaded, and how it was merged."""
     base = merged.base if is_hub_id(merged.base) else Path(merged.base).name
     use = f"## Use\n\n{loading(merged.folder.absolute().name, None, None, chat)}\n\n"
     use += (

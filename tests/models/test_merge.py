@@ -185,7 +185,7 @@ def refused(*words: str) -> str:
 
 def test_prompt_learning(tmp_path: Path) -> None:
     adapter = adapter_folder(tmp_path, PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
-    assert "PROMPT_TUNING adapter: it puts learned tokens before every prompt" in refused(str(adapter))
+    assert "PROMPT_TUNING adapter: it adds learned tokens before every prompt" in refused(str(adapter))
 
 
 def test_activated_lora(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_base_of_another_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (lambda folder: folder / "nowhere", "is no folder"),
+        (lambda folder: folder / "nowhere", "is not a folder"),
         (lambda folder: Path(save_model(folder)), "It holds whole weights, which need no merging"),
         (lambda folder: adapter_folder(folder).parent, "There are adapters in adapter."),
     ],

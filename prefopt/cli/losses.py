@@ -40,7 +40,7 @@ def losses(
     elif markdown:
         unknown = [name for name in names or [] if name not in available()]
         if unknown:
-            fail(f"--markdown takes names of registered losses; {unknown[0]!r} is none")
+            fail(f"--markdown takes names of registered losses; {unknown[0]!r} is not one")
         print(objectives_table([available()[name] for name in names]) if names else losses_table())
     elif names:
         for place, name in enumerate(names):
@@ -171,7 +171,7 @@ def logic(
     from prefopt.losses import parse
 
     if (name is not None) + (formula is not None) + (lattice is not None) != 1:
-        fail("give a loss's NAME, a --formula or a --lattice file, and one of them alone")
+        fail("give exactly one of: a loss's NAME, a --formula, a --lattice file")
     if formula is None and (given or also):
         fail("--given and --also belong to a --formula")
     if lattice is not None:

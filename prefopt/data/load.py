@@ -119,7 +119,7 @@ def _check_readable(dataset: Dataset | IterableDataset, name: str) -> None:
     except Exception as error:
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise DataError(
-            f"{name}: its rows cannot be read ({reason}). Look for fields without a name, or twice of one name."
+            f"{name}: its rows cannot be read ({reason}). Look for fields without a name, or with the same name twice."
         ) from error
 
 
@@ -200,12 +200,12 @@ def _load_file(path: Path, split: str, streaming: bool, text_columns: Collection
     builder, compression = _file_kind(path)
     if builder is None:
         raise DataError(
-            f"{path}: the file's ending says no format that can be read. "
+            f"{path}: the file's ending is not a known format. "
             "Use .json, .jsonl, .csv, .tsv, .parquet or .arrow, each optionally followed by .gz or .zst."
         )
     if split.partition("[")[0] != "train":
         raise DataError(
-            f"{path}: a single file holds only the split 'train', and {split!r} was asked for. "
+            f"{path}: a single file holds only the split 'train', but {split!r} was requested. "
             "Give the file with the other split as its own dataset, or a slice such as 'train[90%:]'."
         )
     if path.stat().st_size == 0:
@@ -312,8 +312,8 @@ def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Dat
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         near = did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise DataError(
-            f"{name!r} is no local file or folder, and the Hugging Face Hub did not give it{offline}: {error}.{near} "
-            "Check the spelling and the network, log in with `hf auth login` if the set is private, "
+            f"{name!r} is not a local file or folder, and the Hugging Face Hub did not give it{offline}: {error}."
+            f"{near} Check the spelling and the network, log in with `hf auth login` if the set is private, "
             "or give the path of a local copy."
         ) from error
     except ValueError as error:

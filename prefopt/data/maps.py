@@ -40,6 +40,6 @@ def map_rows(
     except (TypeError, ValueError, ArrowException) as error:
         said = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{desc}: the columns {', '.join(changed)} do not hold one kind of value throughout: {said}. Write every "
+            f"{desc}: the columns {', '.join(changed)} hold different kinds of values: {said}. Write every "
             f"text as a string, or every one as a list of {MESSAGE} messages."
         ) from error

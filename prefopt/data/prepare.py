@@ -178,7 +178,7 @@ class _Stream:
             if kind.severity == "error":
                 raise DataError(text)
             if kind.severity == "warning":
-                self._tell(problem, f"{text} (Said once.)")
+                self._tell(problem, f"{text} (Reported once.)")
         if checked.plain:
             self._tell(PLAIN_NOTE, f"the streamed {self._name} set: {PLAIN_NOTE}")
         self._count(row)

@@ -44,7 +44,7 @@ _ERRORS = {
         'Write [{"type": "function", "function": {...}}], or null.',
     ),
     "wrong type: chat_template_kwargs": (
-        "Column 'chat_template_kwargs' is no mapping, or sets what is not the template's (tools, tokenize, ...).",
+        "Column 'chat_template_kwargs' is not a mapping, or sets what is not the template's (tools, tokenize, ...).",
         "Write a mapping of the template's own variables, or null.",
     ),
     "wrong type: ids": (
@@ -110,10 +110,10 @@ _ERRORS = {
 }
 
 _WARNINGS = {
-    "duplicate row": ("The same texts stand in an earlier row, so they count twice.", "Delete it if not meant."),
+    "duplicate row": ("The same texts are in an earlier row, so they count twice.", "Delete it if not intended."),
     "contradicts an earlier row": (
         "An earlier row prefers the opposite; the two cancel out.",
-        "Decide for one of them.",
+        "Keep one of them.",
     ),
     "messages read as text": (
         "A text looks like messages, but cannot be read as such (it may be cut off, or quoted wrongly), so it is "
@@ -173,11 +173,11 @@ _INFOS = {
     "earlier thought is left out": (
         "The chat template leaves out the thought of an earlier answer in the prompt, as templates of reasoning "
         "models do.",
-        "Nothing to do if the model is used so. Otherwise choose a template that prints it.",
+        "Nothing to do if the model is used that way. Otherwise choose a template that prints it.",
     ),
     "no beginning of text": (
         "The tokenizer begins plain text with its beginning-of-text token, and the chat template does not print it.",
-        "Nothing to do if the model was trained so. Otherwise add {{ bos_token }} to the template.",
+        "Nothing to do if the model was trained that way. Otherwise add {{ bos_token }} to the template.",
     ),
 }
 
@@ -185,7 +185,7 @@ _INFOS = {
 def _errors_of_columns() -> dict[str, tuple[str, str]]:
     errors = {
         "unreadable messages": (
-            "A column of messages written as JSON or Python text has a text that cannot be read so: it may be cut "
+            "A column of messages written as JSON or Python text has a text that cannot be parsed: it may be cut "
             "off, or quoted wrongly.",
             "Repair or delete the row.",
         ),

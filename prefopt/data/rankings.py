@@ -89,7 +89,7 @@ def write_pairs(rows: Iterable[Row], how: Pairing, path: Path) -> Counter[str]:
 def _check(how: Pairing) -> None:
     two = (how.first, how.second)
     if bool(how.answers) == any(two):
-        raise DataError("Pairs come from --first, --second and --winner, or from --answers: give one of the two.")
+        raise DataError("Pairs come from --first, --second and --winner, or from --answers: pass one of the two.")
     if how.answers and [how.rank, how.score, how.winner].count(None) != 2:
         raise DataError(
             "--answers needs what orders them: --rank (the lowest is the best), --score (the highest) or --winner "

@@ -154,7 +154,7 @@ def over_optimisation(after: AnswerSummary, metrics: PairMetrics | None = None) 
     if after.empty or after.one_word:
         signs.append(
             f"{after.empty + after.one_word:.0%} of the answers are empty or one word: the run is over-optimised. "
-            "Lower the learning rate or the number of steps, and see that rejected answers have their end token."
+            "Lower the learning rate or the number of steps, and check that rejected answers have their end token."
         )
     if metrics is not None and metrics.chosen_ratio is not None and metrics.chosen_ratio < CHOSEN_RATIO_ALARM:
         signs.append(

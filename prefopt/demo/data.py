@@ -43,7 +43,7 @@ def read_rows(split: Split) -> list[dict[str, Any]]:
     if hashlib.sha256(content).hexdigest() != expected:
         raise UsageError(
             f"{file} is not the demo data that was shipped: its SHA-256 differs from the one in metadata.json. "
-            "Reinstall prefopt, or make the data anew with scripts/make_demo_data.py."
+            "Reinstall prefopt, or make the data again with scripts/make_demo_data.py."
         )
     return [json.loads(line) for line in content.decode("utf-8").splitlines()]
 

@@ -74,8 +74,8 @@ def decompile(loss: Loss) -> Decompiled:
         if (found := _fit(values / scale, loss.needs, scale)) is not None:
             return found
     raise NoStructure(
-        f"{loss} is no logistic, hinge or squared link of the log-odds of any structure over two of the predictions "
-        "M(w), M(l), Ref(w), Ref(l)"
+        f"{loss} is not a logistic, hinge or squared link of the log-odds of any structure over two of the "
+        "predictions M(w), M(l), Ref(w), Ref(l)"
     )
 
 

@@ -102,7 +102,7 @@ class _Parser:
             if match["bad"]:
                 self.fail(start, f"unexpected character {match['bad']!r}")
             if match["word"] and match["word"] not in _WORDS:
-                self.fail(start, f"{match['word']!r} is no prediction: write M(w), M(l), M(s), Ref(w), Prev(l) ...")
+                self.fail(start, f"{match['word']!r} is not a prediction: write M(w), M(l), M(s), Ref(w), Prev(l) ...")
             token = match["word"] or _SAME.get(match["sign"] or "") or re.sub(r"\s", "", match["atom"])
             self.tokens.append((token, start))
 

@@ -47,7 +47,7 @@ def propositions(over: str) -> tuple[tuple[str, ...], ...]:
     for atom in atoms:
         if not _ATOM.fullmatch(atom):
             raise LossError(
-                f"over holds {atom!r}, which is no prediction: write M(w), M(l) or M(s) for what the policy makes of "
+                f"over has {atom!r}, which is not a prediction: write M(w), M(l) or M(s) for what the policy makes of "
                 "the chosen, rejected or sampled completion, Ref(...) or Prev(...) for the reference or the previous "
                 "iterate, joined by & within a proposition and by commas between them"
             )

@@ -179,7 +179,7 @@ class _Reader:
                 return -inner if isinstance(node.op, ast.USub) else inner
             case ast.Constant():
                 self.fail(
-                    node, f"{_short(node.value)} is no valid argument; use a number, a string, True, False or None"
+                    node, f"{_short(node.value)} is not a valid argument; use a number, a string, True, False or None"
                 )
             case _:
                 return self.loss(node)

@@ -1,4 +1,4 @@
-"""What a model's layers keep for the backward pass, in bytes, counted without computing anything.
+"""Bytes that a model's layers keep for the backward pass, counted without computing anything.
 
 One and two layers of the model are called on fake tensors, which have shapes but no values, with the very rows,
 adapters and precision of the run, and autograd is asked what it keeps. Imports transformers, peft and the scoring
@@ -128,7 +128,7 @@ def activations(
         try:
             # With two layers their difference is one layer, free of what surrounds them.
             one, two = (_kept(_shortened(config, n), some, dtype, autocast, adapter, fused) for n in (1, 2))
-        # Whatever a model of its own kind raises without values to look at, a rough number is better than none.
+        # Whatever an unusual model raises on fake tensors, a rough estimate is better than none.
         except Exception as error:
             logger.debug("%s: %s", type(error).__name__, error)
         else:

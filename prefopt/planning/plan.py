@@ -69,7 +69,7 @@ class Job:
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "That weights are loaded in. Not set: float32 where they train, bfloat16 where adapters do.",
+            "help": "Precision of the loaded weights. Not set: float32 to train them, bfloat16 to train adapters.",
             "choices": ["float32", "bfloat16"],
         },
     )
@@ -90,7 +90,7 @@ class Job:
         if self.memory <= 0:
             raise UsageError(f"--memory is in GB and must be more than 0, got {self.memory}")
         if self.gpus % self.nodes:
-            raise UsageError(f"--gpus {self.gpus} cannot be spread evenly over --nodes {self.nodes}")
+            raise UsageError(f"--gpus {self.gpus} cannot be divided evenly over --nodes {self.nodes}")
         if self.token_budget is not None and self.token_budget < 1:
             raise UsageError(f"--token_budget must be at least 1 token, got {self.token_budget}")
         if not 0 < self.prompt < self.max_length:
@@ -234,7 +234,7 @@ def _head(job: Job, loss: Loss, name: str, built_in: bool, rows: Rows, parameter
         reference = "a reference model for full fine-tuning; with adapters it is the model without them"
     lines = [f"{source}: {parameters / 1e9:.2f} billion parameters", f"{shape}; {reference}."]
     if isinstance(loss, ConflictFree):
-        lines.append("conflict_free goes with one process or DDP alone: DeepSpeed and FSDP keep no gradients by term.")
+        lines.append("conflict_free works only with one process or DDP: DeepSpeed and FSDP keep no gradients by term.")
     return lines
 
 

@@ -91,7 +91,7 @@ def check_one_model(folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     if is_whole(path / ASIDE):
         raise UsageError(
-            f"the last model was not put in its place in {path} before its run ended: it is complete in "
+            f"the last model was not moved to its place in {path} before its run ended: it is complete in "
             f"{path / ASIDE}. Load that folder, or move its files to where you want them and delete it"
         )
     if not is_file(path / _ADAPTER_CONFIG):

@@ -34,13 +34,15 @@ def check_folder(folder: Path, wanted: str = "*.safetensors") -> None:
     files = sorted(folder.glob(wanted))
     if not files and (names := pickled(folder)):
         raise UsageError(
-            f"{folder} holds pickled weights alone ({', '.join(names[:3])}), which can run code when they are read: "
-            "only safetensors are loaded. Load them where you trust them and save them again with save_pretrained, "
-            "which writes safetensors"
+            f"{folder} holds only pickled weights ({', '.join(names[:3])}), which can run code when they are read: "
+            "only safetensors are loaded. If you trust them, load them elsewhere and save them again with "
+            "save_pretrained, which writes safetensors"
         )
     for path in files:
         try:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path} is no whole safetensors file ({error}): copy or download it again") from None
+            raise UsageError(
+                f"{path} is not a complete safetensors file ({error}): copy or download it again"
+            ) from None

@@ -128,9 +128,12 @@ class TestErrors:
         ("words", "message"),
         [
             (["--embeddings", "columns"], "has no column 'prompt_embedding': name an encoder with --embeddings"),
-            (["--embeddings", "nowhere/at-all"], "encoder 'nowhere/at-all' is no folder here"),
+            (["--embeddings", "nowhere/at-all"], "encoder 'nowhere/at-all' is not a folder here"),
             (["--model", "anything"], "--model is not used"),
-            (["--rows", "5", "--embeddings", "ENCODER"], "measured from 20 pairs on, got 5"),
+            (
+                ["--rows", "5", "--embeddings", "ENCODER"],
+                "at least 20 pairs are needed to measure a preference set, got 5",
+            ),
             (
                 ["--rows", "500", "--embeddings", "hidden"],
                 "rows is 500, but of hidden states at most 240 pairs are kept",
@@ -163,7 +166,7 @@ class TestErrors:
     def test_an_encoder_where_the_data_has_vectors(self, tmp_path, encoder):
         code, shown = run(with_vectors(tmp_path / "rows.jsonl"), "--embeddings", encoder)
         assert code == 1
-        assert "'chosen_embedding' of its own: measure such vectors with --embeddings columns, or drop" in shown
+        assert "'chosen_embedding': measure such vectors with --embeddings columns, or drop" in shown
 
     def test_rows_that_the_model_cannot_read_are_left_out_while_there_are_enough(self, data, tmp_path):
         model = save_model(tmp_path)
@@ -210,7 +213,7 @@ def test_the_verdict_says_when_draws_cannot_tell():
     trial = Trial((best, near), Outcome("dpo", "", (0.7, 0.69), (0.5, 0.5), (0.0, 0.0)), 30, 10)
     shown = _verdict(trial, near).plain
     assert "ranks 2 of 2 by held-out loss" in shown
-    assert "Loss against the best pair: +0.0010 ± 0.0116, which these draws cannot tell from none." in shown
+    assert "Loss against the best pair: +0.0010 ± 0.0116, not significant with these draws." in shown
     assert "Loss against plain dpo: -0.0950 ± 0.0065." in shown
 
 

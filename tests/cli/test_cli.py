@@ -172,7 +172,7 @@ class TestMarkdown:
         (["--span", "3"], "add --plot FILE.png"),
         (["dpo", "--vary", "chosen"], "add --plot FILE.png"),
         (["dpo", "--plot", "x.png", "--markdown"], "exclude one another"),
-        (["--markdown", "irpo"], "'irpo' is none"),
+        (["--markdown", "irpo"], "'irpo' is not one"),
         (["--plot", "x.png"], "name the losses or expressions to plot"),
         (["--plot", "x.png", "hinges"], "did you mean 'hinge'"),
         (["--plot", "x.png", "dpo", "--vary", "both"], "vary must be margin, chosen or rejected"),

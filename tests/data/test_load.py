@@ -68,7 +68,7 @@ def test_a_saved_dataset_is_its_only_split(tmp_path: Path) -> None:
 def test_a_file_holds_the_train_split_and_its_slices(tmp_path: Path) -> None:
     path = _write(tmp_path, "pairs.jsonl")
     assert list(load_preferences(str(path), split="train[:1]")) == ROWS[:1]
-    with pytest.raises(DataError, match=r"only the split 'train', and 'test' was asked for"):
+    with pytest.raises(DataError, match=r"only the split 'train', but 'test' was requested"):
         load_preferences(str(path), split="test")
 
 
@@ -181,7 +181,7 @@ def test_an_unreachable_hub_name_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"'owner/pairs' is no local file or folder, and .* Hub .*Couldn't"):
+    with pytest.raises(DataError, match=r"'owner/pairs' is not a local file or folder, and .* Hub .*Couldn't"):
         load_preferences("owner/pairs")
 
 
@@ -205,7 +205,7 @@ def test_a_broken_json_line_is_named(tmp_path: Path, streaming: bool, compressio
         ("blank.jsonl", b"\n\n", "the file is empty"),
         ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], "ends early or is damaged"),
         ("not.parquet", b"PAR1 nothing", r"not\.parquet: could not be read as parquet"),
-        ("notes.docx", b"x", "ending says no format"),
+        ("notes.docx", b"x", "ending is not a known format"),
     ],
 )
 def test_unreadable_files_are_explained(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -160,7 +160,7 @@ def test_all_pairs_of_a_ranking_and_ties(tmp_path: Path) -> None:
     [
         (["--first", "a"], "Two answers need all of"),
         (["--answers", "a"], "needs what orders them"),
-        (["--answers", "a", "--rank", "r", "--first", "b"], "give one of the two"),
+        (["--answers", "a", "--rank", "r", "--first", "b"], "pass one of the two"),
         (["--answers", "nothing", "--rank", "r"], "no column 'nothing'"),
         (
             ["--first", "a", "--second", "b", "--winner", "w", "--first-wins", "x", "--second-wins", "y"],

@@ -78,13 +78,13 @@ def test_registered_losses_are_found_and_compile_to_themselves(expression):
 @pytest.mark.parametrize(
     ("expression", "reason"),
     [
-        ("dpop", "no logistic, hinge or squared link"),
-        ("hdpo(alpha=0.8)", "no logistic, hinge or squared link"),
-        ("nca", "no logistic, hinge or squared link"),
+        ("dpop", "not a logistic, hinge or squared link"),
+        ("hdpo(alpha=0.8)", "not a logistic, hinge or squared link"),
+        ("nca", "not a logistic, hinge or squared link"),
         ("dpo + 0.1*sft", "a weighted sum"),
         ("kto", "act on one another"),
         ("tdpo", "looks at forward_kl"),
-        ("bco_pair", "no logistic, hinge or squared link"),
+        ("bco_pair", "not a logistic, hinge or squared link"),
     ],
 )
 def test_losses_without_a_structure_say_why(expression, reason):
@@ -125,11 +125,11 @@ def test_the_command_draws(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "one of them alone"),
-        (["dpo", "--formula", "M(w)"], "one of them alone"),
+        ([], "exactly one of"),
+        (["dpo", "--formula", "M(w)"], "exactly one of"),
         (["dpo", "--given", "M(w)"], "belong to a --formula"),
         (["--formula", "M(w) and"], "at column 9"),
-        (["dpop"], "no logistic"),
+        (["dpop"], "not a logistic"),
         (["dpa"], "did you mean"),
         (["--formula", "true"], "nothing to learn"),
     ],

@@ -275,7 +275,7 @@ def test_formulas_that_teach_nothing_are_refused():
     [
         ("T='1'", "T holds the row '1': write a 0 or 1 for each of the 2"),
         ("T='12'", "T holds the row '12'"),
-        ("over='M(x)'", "over holds 'M\\(x\\)', which is no prediction"),
+        ("over='M(x)'", "over has 'M\\(x\\)', which is not a prediction"),
         ("over='M(w)&Ref(l), M(w)'", "over uses M\\(w\\) twice"),
         ("over='M(w),M(l),M(s),Ref(w),Ref(l),Ref(s),Prev(w)'", "over has 7 propositions, at most 6"),
         ("link='cubic'", "link must be"),

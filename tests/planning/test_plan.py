@@ -80,7 +80,7 @@ def test_conflict_free_is_planned_with_what_it_keeps_on_the_engine_that_takes_it
     words = ("--model", "1B", "--gpus", "2", "--method", "full", "--loss")
     plain, free = plan(*words, "dpo + sft"), plan(*words, "conflict_free(dpo + sft)")
     assert [engine for _, engine in rows_of(free)] == ["DDP"]
-    assert "conflict_free goes with one process or DDP alone" in free
+    assert "conflict_free works only with one process or DDP" in free
     column = list(PARTS).index("gradients")
     name = ("full fine-tuning", "DDP")
     # A float32 copy of each term beside the gradient.
@@ -193,7 +193,7 @@ def test_built_in_shapes_have_the_sizes_that_they_are_named_for():
     (["--model", "1B", "--loss", "dpoo"], "no loss is named 'dpoo'"),
     (["--model", "1B", "--gppus", "8"], "prefopt plan has no option --gppus; --help lists them"),
     (["--model", "1B", "--gpus", "0"], "--gpus must be at least 1, got 0"),
-    (["--model", "1B", "--gpus", "3", "--nodes", "2"], "--gpus 3 cannot be spread evenly over --nodes 2"),
+    (["--model", "1B", "--gpus", "3", "--nodes", "2"], "--gpus 3 cannot be divided evenly over --nodes 2"),
     (["--model", "1B", "--memory", "-1"], "--memory is in GB and must be more than 0"),
     (["--model", "1B", "--prompt_length", "1024"], "must leave room for a completion within --max_length 1024"),
     (["--model", "1B", "--token_budget", "0"], "--token_budget must be at least 1"),

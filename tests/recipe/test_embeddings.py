@@ -81,7 +81,7 @@ def test_columns_of_the_data_are_taken_as_they_are(tmp_path, encoder):
     results = main(MIXTURE, arguments(tmp_path, str(path)))
     assert results["after"]["eval_weights/rbf"] != results["before"]["eval_weights/rbf"]
     with pytest.raises(
-        DataError, match=r"--embeddings: .*own\.jsonl: the data has a column 'chosen_embedding' already"
+        DataError, match=r"--embeddings: .*own\.jsonl: the data already has a column 'chosen_embedding'"
     ):
         main(GIVEN, arguments(tmp_path, str(path), "--embeddings", encoder))
     with pytest.raises(

@@ -139,7 +139,7 @@ class TestPickledWeights:
         shutil.copytree(save_model(tmp_path), tmp_path / "pickled")
         folder = self.pickled(str(tmp_path / "pickled"), mark, "pytorch_model.bin")
         for more in (["--model_name_or_path", folder], ["--ref_model_name_or_path", folder]):
-            with pytest.raises(ValueError, match=r"pickled weights alone \(pytorch_model.bin\)") as caught:
+            with pytest.raises(ValueError, match=r"only pickled weights \(pytorch_model.bin\)") as caught:
                 main("dpo", words(tmp_path, *more))
             assert is_ours(caught.value)
         with pytest.raises(ValueError, match="save_pretrained"):
@@ -147,13 +147,13 @@ class TestPickledWeights:
 
     def test_an_adapter(self, tmp_path, mark):
         folder = self.pickled(adapter_of(tmp_path, save_model(tmp_path)), mark, "adapter_model.bin")
-        with pytest.raises(ValueError, match=r"pickled weights alone \(adapter_model.bin\)"):
+        with pytest.raises(ValueError, match=r"only pickled weights \(adapter_model.bin\)"):
             main("dpo", words(tmp_path, "--model_name_or_path", folder))
 
     def test_an_adapters_model(self, tmp_path, mark):
         shutil.copytree(save_model(tmp_path), tmp_path / "pickled")
         base = self.pickled(str(tmp_path / "pickled"), mark, "pytorch_model.bin")
-        with pytest.raises(ValueError, match=r"pickled weights alone \(pytorch_model.bin\)"):
+        with pytest.raises(ValueError, match=r"only pickled weights \(pytorch_model.bin\)"):
             check_weights(adapter_of(tmp_path, base))
 
     def test_safetensors_cannot_be_put_aside(self, tmp_path):
@@ -164,7 +164,7 @@ class TestPickledWeights:
         folder = Path(save_model(tmp_path))
         content = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-        with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
             main("dpo", words(tmp_path))
 
 
@@ -183,7 +183,7 @@ class TestCheckpoints:
         checkpoint = self.checkpoint(tmp_path)
         torch.save({**load_file(checkpoint / "model.safetensors"), "b": Bomb(mark)}, checkpoint / "pytorch_model.bin")
         (checkpoint / "model.safetensors").unlink()
-        with pytest.raises(ValueError, match="pickled weights alone"):
+        with pytest.raises(ValueError, match="only pickled weights"):
             make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(checkpoint))
 
     @staticmethod
@@ -196,7 +196,7 @@ class TestData:
     @pytest.mark.parametrize("name", ["rows.pkl", "rows.pickle", "rows.pt", "rows.npy", "rows.py"])
     def test_files_that_may_hold_code_are_of_no_known_format(self, tmp_path, mark, name):
         (tmp_path / name).write_bytes(pickle.dumps(Bomb(mark)))
-        with pytest.raises(DataError, match="ending says no format"):
+        with pytest.raises(DataError, match="ending is not a known format"):
             load_preferences(str(tmp_path / name))
 
     @pytest.mark.parametrize("name", ["folder.py", "rows.pkl", "rows.pickle"])

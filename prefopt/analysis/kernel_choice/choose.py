@@ -108,7 +108,7 @@ def choose(
         _check_columns(dataset)
     elif own := sorted(set(EMBEDDINGS) & set(dataset.column_names)):
         raise DataError(
-            f"the data has a column {own[0]!r} of its own: measure such vectors with --embeddings {GIVEN}, or drop "
+            f"the data already has a column {own[0]!r}: measure such vectors with --embeddings {GIVEN}, or drop "
             "the column"
         )
     pairs = _usable(dataset)

@@ -118,7 +118,7 @@ def measure(triplets: Triplets) -> Measures:
         ValueError: for fewer than `FEWEST` pairs.
     """
     if len(triplets) < FEWEST:
-        raise UsageError(f"a preference set is measured from {FEWEST} pairs on, got {len(triplets)}")
+        raise UsageError(f"at least {FEWEST} pairs are needed to measure a preference set, got {len(triplets)}")
     return Measures(len(triplets), geometry(triplets), distribution(triplets))
 
 

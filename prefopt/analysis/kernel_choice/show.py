@@ -95,7 +95,7 @@ def _verdict(trial: Trial, selected: Outcome) -> Text:
     for other, name in ((best, "the best pair"), (trial.baseline, "plain dpo")):
         if other is not selected:
             gap, error = trial.gap(selected, other)
-            told = "" if trial.tells(selected, other) else ", which these draws cannot tell from none"
+            told = "" if trial.tells(selected, other) else ", not significant with these draws"
             text.append(f" Loss against {name}: {gap:+.4f} ± {error:.4f}{told}.")
     if min(best.loss, trial.baseline.loss) > math.log(2):
         text.append(
@@ -103,8 +103,8 @@ def _verdict(trial: Trial, selected: Outcome) -> Text:
             f"{STEPS} steps teach nothing that holds for other pairs of this set, so the order means little."
         )
     text.append(
-        "\nKL is from the reference, in nats a token: a pair that is held back less goes farther, and a lower loss is "
-        "in part no more than that. What was trained is a low-rank change of the last hidden states, over tokens that "
+        "\nKL is from the reference, in nats a token: a pair with a weaker penalty moves farther, which explains part "
+        "of a lower loss. What was trained is a low-rank change of the last hidden states, over tokens that "
         f"hold {1 - trial.left_out:.1%} of the model's probability, not the model: take the order as a hint."
     )
     return text

@@ -160,7 +160,7 @@ def _forward(model: Any, head: Head, jobs: list[tuple[list[int], list[int]]]) ->
         (states,) = seen
         if own := states.shape[1] - longest:
             raise UsageError(
-                f"the model's adapter puts {own} tokens of its own before every row (prompt learning), whose states "
+                f"the model's adapter adds {own} tokens of its own before every row (prompt learning), whose states "
                 "are not read here: name the model without it"
             )
         for line, job in enumerate(some):

@@ -14,7 +14,7 @@ from prefopt.safety.errors import message_of
 
 
 class _Commands(TyperGroup):
-    """Ends a command with the message alone where the text of an error is for the user."""
+    """Ends a command with only the message if the error is meant for the user."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -54,7 +54,7 @@ def _options(
 
 
 def say(line: str) -> None:
-    """Print a line that is not wrapped: a path or a column marker broken over two lines is of no use."""
+    """Print a line without wrapping, so that a path or a column marker stays on one line."""
     console().print(Text(line), soft_wrap=True)
 
 

@@ -159,7 +159,7 @@ def select_kernel(
 
 
 def _words(data: str, columns: list[str] | None, rest: list[str]) -> tuple[str, list[str]]:
-    """DATA and the pairs of --columns, whichever of them comes first: `--columns a=x b=y DATA` has DATA at its end."""
+    """DATA and the pairs of --columns in either order: `--columns a=x b=y DATA` has DATA at its end."""
     words = [data, *rest]
     named = [word for word in words if "=" not in word or Path(word).exists()]
     if columns and len(named) == 1:
@@ -180,7 +180,7 @@ def _read(
 ) -> Any:
     """The normalised rows of a data set, or of a mixture; `columns` are the words of --columns.
 
-    Each row comes once; `weighted` keeps of a mixture with weights what they say.
+    Each row comes once; with `weighted`, a mixture's weights are applied.
     """
     from datasets import disable_progress_bars
 

@@ -1,7 +1,7 @@
-"""JSON files: which line is broken, and rows that the reader of `datasets` cannot take or would change.
+"""JSON files: which line is broken, and rows that the reader of `datasets` cannot read or would change.
 
-That reader takes the types of columns from the first 10 MB, so a column that is null there can hold nothing later; and
-text that looks like a date becomes one. Reading by rows takes the types from all rows and leaves text alone.
+That reader takes the types of columns from the first 10 MB, so a column that is null there fails on later values, and
+text that looks like a date becomes one. Reading by rows takes the types from all rows and does not change text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prefopt.data.errors import DataError
 _ROW = frozenset({"prompt", "chosen", "rejected", "completion", "label", "messages", "conversations"})
 
 _MIXED = "mixed"
-"""Stands in the tree of types for values of several kinds, which are kept as JSON."""
+"""Marks values of several kinds in the tree of types; they are stored as JSON."""
 
 
 def open_binary(path: Path) -> IO[bytes]:
@@ -36,7 +36,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 def raise_for_broken_json(path: Path) -> None:
-    """Names the first line that is not a JSON object; returns quietly where every line is one."""
+    """Raise an error for the first line that is not a JSON object, if there is one."""
     try:
         _check_json(path)
     except (EOFError, OSError, zlib.error) as error:
@@ -44,7 +44,7 @@ def raise_for_broken_json(path: Path) -> None:
 
 
 def is_one_value(path: Path) -> bool:
-    """Whether a file is an array or a single object, not an object a line."""
+    """Whether a file is one array or object, not one object per line."""
     lines = [line.strip() for _, line in islice(_lines(path), 2)]
     return len(lines) < 2 or lines[0] == b"{" or lines[0].startswith(b"[")
 
@@ -54,7 +54,7 @@ def _check_json(path: Path) -> None:
         first = _first_byte(stream)
     if first == b"":
         raise DataError(f"{path}: the file is empty. Check that it was written or downloaded to the end.")
-    # A .json file is one value, an array of rows or an object; .jsonl is one object a line. Content decides.
+    # A .json file is one value, an array of rows or an object; .jsonl is one object per line. The content decides.
     if first == b"[":
         _check_whole_json(path)
         return
@@ -83,10 +83,10 @@ def _check_json(path: Path) -> None:
 
 
 def _refuse_all_in_one(path: Path, row: dict[str, Any]) -> None:
-    """A file's only object, where it is not a row but holds all rows: by columns, or as a list in a field.
+    """Refuse a single object that is not a row but holds all rows: by columns, or as a list in a field.
 
     Raises:
-        DataError: with what to write in its place.
+        DataError: saying what to write instead.
     """
     inside = [
         name
@@ -95,8 +95,8 @@ def _refuse_all_in_one(path: Path, row: dict[str, Any]) -> None:
     ]
     if inside:
         raise DataError(
-            f"{path}: one object with rows inside ({', '.join(inside[:5])}). Write a list of rows into a file of its "
-            f"own, for example with `jq .{inside[0]} {path.name}`."
+            f"{path}: one object with rows inside ({', '.join(inside[:5])}). Write a list of rows into a separate "
+            f"file, for example with `jq .{inside[0]} {path.name}`."
         )
     by_columns = all(
         (isinstance(value, dict) and value and all(map(str.isdigit, value)))
@@ -125,11 +125,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parsed(text: bytes) -> Any:
-    """What JSON text holds.
+    """The value of JSON text.
 
     Raises:
-        ValueError: for text that is no JSON, also where Python would let it pass: halves of characters.
-        RecursionError: where it is nested beyond reading.
+        ValueError: for text that is not valid JSON, and for halves of surrogate pairs, which Python accepts.
+        RecursionError: if it is nested too deeply.
     """
     value = json.loads(text.decode("utf-8-sig"), parse_int=_whole)
     if b"\\u" in text:
@@ -138,7 +138,7 @@ def _parsed(text: bytes) -> Any:
 
 
 def _whole(text: str) -> int | float:
-    """A whole number; one that 64 bits do not hold as a float, as the reader of `datasets` has it."""
+    """A whole number; as a float if it does not fit into 64 bits, as the reader of `datasets` returns it."""
     number = int(text)
     return number if -(2**63) <= number < 2**63 else float(text)
 
@@ -199,7 +199,7 @@ def read_by_rows(path: Path, split: str, streaming: bool) -> Dataset | IterableD
     if not types:
         raise ValueError("corresponds to no data")
     features = Features({name: _feature(kind) for name, kind in (types or {}).items()})
-    # The time of the last change: what is cached for a path must not outlive its contents.
+    # With the time of the last change, so that a cache entry for a path is not used after the file changes.
     source = {"path": str(path.resolve()), "changed": path.stat().st_mtime_ns}
     (part,) = ReadInstruction.from_spec(split).to_absolute({"train": count})
     start, end = part.from_ or 0, count if part.to is None else part.to

@@ -1,7 +1,7 @@
 """Reads preference rows from a local file, a `save_to_disk` folder or the Hub, and renames columns on request.
 
-It may import datasets and this folder's errors and columns. It never changes a row: recognising formats is
-`schema.py`'s work, judging rows is `validate.py`'s.
+It may import datasets and this folder's errors and columns. It never changes a row: `schema.py` recognises formats,
+`validate.py` checks rows.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ BUILDERS = {
     ".parquet": "parquet",
 }
 MAX_ENTRIES = 10_000
-"""Most files below a folder that is taken for a data set; large sets have hundreds."""
+"""Maximum files below a folder that is read as a data set; large sets have hundreds."""
 
 COMPRESSIONS = (".gz", ".zst")
 
 TEXT_COLUMNS = _text_columns()
 
 _MISSING = ["", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "NaN", "nan", "-NaN", "-nan", "NULL", "null", "None"]
-"""Cells without a value, in columns that are no text."""
+"""Cells without a value, in columns other than text."""
 
 _FIRST_BLOCK = 1 << 20
 """Files of fewer bytes are one block, decompressed as well, to the reader that takes types from the first block."""
@@ -62,18 +62,18 @@ def load_preferences(
     """Rows of `name`: a JSON, JSONL, CSV or Parquet file (plain, .gz or .zst), a `save_to_disk` folder or a Hub name.
 
     A path that exists always wins over a Hub name. `columns` maps our name to the dataset's own, as in
-    `{"prompt": "question"}`. In a CSV file the columns `text_columns` are text whatever stands in them: `42`, `true`
-    and `NA` stay what they are. A single file holds one split, `train`; slices such as `train[:100]` work.
+    `{"prompt": "question"}`. In a CSV file the columns `text_columns` are always read as text: `42`, `true` and `NA`
+    stay as written. A single file holds one split, `train`; slices such as `train[:100]` work.
     """
     try:
         path = Path(name).expanduser()
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        pass  # a name on the Hub, or a slip that is told of below
+        pass  # a name on the Hub, or a mistake that is reported below
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or _first_line(error)
         raise DataError(
-            f"{name[:200]!a} cannot be opened: {reason}. Check the name, and that it may be read."
+            f"{name[:200]!a} cannot be opened: {reason}. Check the name, and that it can be read."
         ) from error
     if path.is_dir() and _is_saved_folder(path):
         dataset = _load_saved(path, split, streaming)
@@ -90,7 +90,7 @@ def load_preferences(
 
 
 def _refuse_vast(folder: Path) -> None:
-    """`datasets` lists all that lies below a folder, which for `/` or a home would take it hours."""
+    """Refuse folders with too many files: `datasets` lists them all, which takes hours for `/` or a home folder."""
     seen = 0
     for _, folders, files in os.walk(folder):
         seen += len(folders) + len(files)
@@ -102,9 +102,9 @@ def _refuse_vast(folder: Path) -> None:
 
 
 def _check_readable(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Some names of fields (empty ones, twice the same) can be stored but not read again.
+    """Refuse rows that can be stored but not read again, and text that is not valid UTF-8.
 
-    And binary formats are taken at their word that what they call text is text; one pass over the memory tells.
+    Empty or repeated field names cannot be read again. Binary formats do not check their text; one pass over it does.
     """
     if isinstance(dataset, Dataset):
         for column in dataset.column_names:
@@ -147,7 +147,7 @@ def _file_kind(path: Path) -> tuple[str | None, str | None]:
 
 
 def _means_a_file(name: str) -> bool:
-    """Whether a name that does not exist was meant as a path: a data file's ending, or more than `owner/name`."""
+    """Whether a missing name was probably a path: it has a data file's ending, or more parts than `owner/name`."""
     builder, compression = _file_kind(Path(name))
     return builder is not None or compression is not None or name.startswith((".", "/", "~")) or name.count("/") > 1
 
@@ -227,11 +227,11 @@ def _load_file(path: Path, split: str, streaming: bool, text_columns: Collection
 
 
 def _load_json(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
-    """Rows by the reader of `datasets` where it gets them right, else row by row.
+    """Rows by the reader of `datasets` if it reads them correctly, else row by row.
 
-    Lines are looked through for what is wrong only when they could not be read. A file that is one JSON value is
-    looked through before: the reader takes half of a character in it for an empty text, and an object that holds all
-    rows for one row. A stream would meet a broken line late, so all its rows are read once for their types.
+    Lines are searched for errors only if they could not be read. A file that is one JSON value is checked before: the
+    reader would turn half of a surrogate pair into an empty text, and an object that holds all rows into one row. A
+    stream would reach a broken line late, so all its rows are read once for their types.
     """
     try:
         if is_one_value(path):
@@ -261,7 +261,7 @@ def _csv_options(path: Path, text_columns: Collection[str]) -> dict[str, Any]:
         separator = "," if "," in line else max(";", "\t", key=line.count)
         header = next(csv.reader([line], delimiter=separator), [])
     except (OSError, EOFError, ValueError, csv.Error):
-        return {}  # what is wrong with the file is told when it is read
+        return {}  # the error is reported when the file is read
     options = {} if len(header) == 1 else {"sep": separator}
     texts = [name for name in header if name.strip() in text_columns]
     if not texts:
@@ -276,7 +276,7 @@ def _file_trouble(error: Exception, builder: str) -> str:
     if "corresponds to no data" in said or "BatchSize must be greater than 0" in said:
         return "it holds no rows. Check that it was written or downloaded to the end."
     if isinstance(cause, UnicodeDecodeError):
-        return f"it is not UTF-8 text ({said}). Save it in the encoding UTF-8."
+        return f"it is not UTF-8 text ({said}). Save it as UTF-8."
     if "datasets dtype equivalent" in said:
         return f"a column has a type that cannot be read ({said}). Write the file without it, or as text."
     return (
@@ -286,7 +286,7 @@ def _file_trouble(error: Exception, builder: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says, without the pages that some libraries add."""
+    """The first line of an error; some libraries add pages."""
     return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
 
 

@@ -159,13 +159,13 @@ _WARNINGS = {
 }
 
 _INFOS = {
-    "prompt is no token prefix": (
+    "prompt is not a token prefix": (
         "The prompt's tokens are not the first tokens of prompt + completion (the chat template ends the prompt "
         "otherwise, or tokens merge across the boundary).",
         "Nothing to do. The tokens were read back: the whole prompt is kept as context and the completion is scored "
         "correctly.",
     ),
-    "prompt is no token prefix (not read back)": (
+    "prompt is not a token prefix (not read back)": (
         "The prompt's tokens are not the first tokens of prompt + completion, and the row holds more than text, so "
         "what is scored was not checked.",
         "Look at the first batch with --dry_run.",

@@ -152,11 +152,11 @@ class RowCheck:
         assert self.processing_class is not None
         findings = round_trip(row, self.sides, tokens, self.processing_class)
         if findings is None:
-            return [("prompt is no token prefix (not read back)", "")] if any(tokens.repaired) else []
+            return [("prompt is not a token prefix (not read back)", "")] if any(tokens.repaired) else []
         found = [(finding.kind, f" {finding.said}") for finding in findings]
         clear = not any(tokens.clashes) and not any(KINDS[kind].severity == "error" for kind, _ in found)
         if any(tokens.repaired) and clear:
-            found.append(("prompt is no token prefix", ""))
+            found.append(("prompt is not a token prefix", ""))
         return found
 
     def _is_plain(self, row: Row) -> bool:

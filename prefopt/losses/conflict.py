@@ -1,8 +1,8 @@
-"""Sums whose terms fight each other: the gradients of the terms are combined so that none of them is worked against.
+"""Sums whose terms have conflicting gradients: these are combined so that the step works against none of them.
 
-Lives here: the methods, as coefficients of the terms' gradients, and `conflict_free`, the loss that asks for them. The
-gradients of a model's parameters, term by term, are computed by the trainer, or by `ConflictFree.backward` in a loop
-of one's own. Imports torch and its neighbours alone.
+Lives here: the methods, as coefficients of the terms' gradients, and `conflict_free`, the loss that uses them. The
+gradients of a model's parameters, term by term, are computed by the trainer, or by `ConflictFree.backward` in your own
+loop. Imports only torch and its neighbours.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def coefficients(gram: Tensor, method: Method = "config") -> Tensor:
     if not bool(alive.any()):
         return made
     chosen = {"config": _config, "pcgrad": _pcgrad, "balance": _balance}[method]
-    # A term without a gradient has no say in the direction.
+    # A term without a gradient does not affect the direction.
     made[alive] = chosen(gram[alive][:, alive], lengths[alive])
     return made
 
@@ -103,7 +103,7 @@ def combined(gradients: Sequence[Sequence[Tensor | None]], weights: Tensor) -> l
 
 @register("conflict_free")
 class ConflictFree(Wrapper):
-    """A sum of losses whose terms' gradients are combined without conflict in place of being added up.
+    """A sum of losses whose terms' gradients are combined without conflict instead of being added up.
 
     loss = sum_i w_i loss_i;  gradient = sum_i c_i w_i grad loss_i, c as `coefficients` has it
 
@@ -149,7 +149,7 @@ class ConflictFree(Wrapper):
 
         Args:
             batch: with gradient, as a loss is called with.
-            parameters: what is trained.
+            parameters: the trained parameters.
 
         Raises:
             ValueError: if no term has a gradient.

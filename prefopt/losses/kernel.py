@@ -1,8 +1,8 @@
 """Kernelized objectives: the log-ratio's margin plus the margin of a kernel between prompt and completion.
 
 Lives here: the objective of one kernel of DPO-Kernels, and their learned mixture. The paper's text was not available:
-what is written here follows its abstract and a public demonstration, and what is our own reading is marked so. Imports
-torch and its neighbours alone.
+this follows its abstract and a public demonstration, and our own choices are marked as such. Imports only torch and
+its neighbours.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T", Kernel, Divergence)
 
 
 class Kernelized(PairLoss):
-    """What the objective of one kernel and that of their mixture share; subclasses say what log K is."""
+    """Base of the objective of one kernel and that of their mixture; subclasses compute log K."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Kernelized(PairLoss):
         self.alpha = non_negative("alpha", alpha)
         self._kernels = kernels
         self._mahalanobis = next((kernel for kernel in kernels if isinstance(kernel, Mahalanobis)), None)
-        self._logged: dict[str, Tensor] = {}  # of the batch at hand, until its metrics are asked for
+        self._logged: dict[str, Tensor] = {}  # of the current batch, until its metrics are read
         self.needs = Need.NONE
         if link == "logistic":
             self.needs |= Need.REFERENCE
@@ -128,7 +128,7 @@ class Kernelized(PairLoss):
 
 @register("kernel_dpo")
 class KernelDPO(Kernelized):
-    """DPO with a kernel: the margin gains what a kernel on embeddings says of prompt and completions.
+    """DPO with a kernel: a kernel on embeddings of prompt and completions adds to the margin.
 
     loss = -log sigmoid(beta d + gamma k) + alpha D(pi || ref),  k = log K(e_x, e_w) - log K(e_x, e_l)
     link="linear", as printed:  loss = -(beta (pw - pl) + gamma k) + alpha D(pi || ref), unbounded below
@@ -147,8 +147,8 @@ class KernelDPO(Kernelized):
             positions, and over the two completions (our reading). By name, or with parameters: renyi(order=0.9), 1 is
             KL and 0.5 twice Bhattacharyya; f(generator="forward_kl"), "total_variation" or "triangular".
         beta: scale of the log-ratio; unknown for the paper, DPO's 0.1 here.
-        gamma: weight of the kernel's margin; 0 leaves it, and what it needs, away.
-        alpha: weight of the divergence; 0 leaves it away.
+        gamma: weight of the kernel's margin; 0 removes it and its needs.
+        alpha: weight of the divergence; 0 removes it.
         link: "logistic" or "linear".
         embeddings: "hidden" pools the policy's own last hidden states, "given" takes those that come with the data.
         gradient: let hidden states learn from the kernel's margin.

@@ -20,7 +20,7 @@ from prefopt.losses.errors import LossError
 SPECTRUM = "1:1, 0.5:0.1"
 """Weights and rates of the demonstration's two spectral components."""
 SMALLEST_BASE = 1e-6
-"""What the polynomial's base is clamped to: below it the kernel's logarithm has no value or no bounded slope."""
+"""Lower bound of the polynomial's base: below it the kernel's logarithm is undefined or its slope unbounded."""
 
 
 class Kernel:

@@ -1,6 +1,6 @@
-"""What a loss sees: scored completions, grouped by role.
+"""The input of a loss: scored completions, grouped by role.
 
-Lives here: the tensors that travel from the scorer to a loss. Imports torch alone, and never a model, a tokenizer or a
+Lives here: the tensors that travel from the scorer to a loss. Imports only torch, never a model, a tokenizer or a
 trainer, so that any training loop can fill these in. Shapes use N for examples and T for tokens; log-probabilities are
 in nats.
 """

@@ -53,7 +53,7 @@ def check_weights(name: str) -> None:
 
     Raises:
         ValueError: for a folder (or, for an adapter, its model's) that holds pickled weights alone, or weights that
-            are no safetensors.
+            are not safetensors.
     """
     folder = Path(name)
     base = adapter_base(name)

@@ -1,1 +1,1 @@
-"""What training needs of memory, and which way of training fits on which GPUs."""
+"""How much memory training needs, and which way of training fits on which GPUs."""

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rows:
-    """What goes through the model together.
+    """The rows of one forward pass.
 
     Attributes:
         trees: prompts with their completions; None where each completion is a row of its own.
@@ -92,9 +92,9 @@ class Activations:
     """Bytes that autograd keeps.
 
     Attributes:
-        rows: what goes through the model together.
-        layer: by one layer, without checkpointing; what autocast cast of its weights included.
-        around: by what comes before and after the layers, the head excepted.
+        rows: of the forward pass.
+        layer: by one layer, without checkpointing; autocast's copies of its weights included.
+        around: by everything before and after the layers, without the head.
         entering: the hidden states that enter a layer, which is all that a checkpointed layer keeps.
         counted: False for a rule of thumb, where the model could not be called on fake tensors.
     """
@@ -117,7 +117,7 @@ def activations(
 
     Args:
         config: of the model.
-        rows: what goes through it together.
+        rows: of one forward pass.
         dtype: of its weights as the engine keeps them for the computation.
         autocast: whether operations are cast to bfloat16.
         adapter: a PEFT configuration, or None where all weights train.

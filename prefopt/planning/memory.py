@@ -1,4 +1,4 @@
-"""What a step of training needs of a process's memory, part by part, on one device or sharded over many.
+"""The memory that a training step needs on a process, part by part, on one device or sharded over many.
 
 The states come from `engines`, activations from `activations`. `--dry_run` and `prefopt plan` both read their numbers
 here. Sizes are in bytes; a GB is 1e9.
@@ -26,7 +26,7 @@ def kept_under(engine: str, config: Any, rows: Rows, setting: Setting, adapter: 
     Args:
         engine: a name in `ENGINES`.
         config: of the model.
-        rows: what goes through it together.
+        rows: of one forward pass.
         setting: how it is trained.
         adapter: a PEFT configuration, or None where all weights train.
     """
@@ -61,7 +61,7 @@ def estimate(sizes: Sizes, kept: Activations, scored: int, setting: Setting, eng
 
     Args:
         sizes: of the model.
-        kept: what its layers keep, for the rows that go through it together.
+        kept: by its layers, for the rows of one forward pass.
         scored: completion tokens among them.
         setting: how it is trained.
         engine: a name in `ENGINES`.

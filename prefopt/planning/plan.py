@@ -115,7 +115,7 @@ RECIPE_DEFAULTS: dict[str, Any] = {
     **{option.name: option.default for option in fields(Job) if option.name in _OF_RECIPES},
     "dtype": "float32",
 }
-"""What a command need not say; a test compares it with the recipes' own."""
+"""Defaults that a command can leave out; a test compares them with the recipes' own."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def main(argv: Sequence[str]) -> None:
     """Print the plan for the options of a command line.
 
     Raises:
-        ValueError: naming the option, or the place in the loss, that makes no sense.
-        ModelError: the model is not on this machine and the Hub cannot be asked.
+        ValueError: naming the option, or the place in the loss, that is invalid.
+        ModelError: if the model is not on this machine and the Hub cannot be reached.
     """
     parser = HfArgumentParser(Job, prog="prefopt plan", description="Which way of training fits, and its command.")
     job, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
@@ -206,7 +206,7 @@ def ways_of(job: Job, loss: Loss, network: Any, config: Any, rows: Rows) -> list
 
 
 def _engines(job: Job, method: str, loss: Loss) -> list[str]:
-    """Sharding over one GPU is none; 4-bit weights are sharded by FSDP2 only; the terms' gradients by no engine."""
+    """One GPU needs no sharding; 4-bit weights are sharded by FSDP2 only; gradients by term by no engine."""
     if isinstance(loss, ConflictFree):
         return ["ddp"]
     if method == "qlora":

@@ -1,4 +1,4 @@
-"""What memory depends on: a model's numbers of parameters, counted on the meta device, and how it is trained."""
+"""What memory depends on: a model's parameter counts, taken on the meta device, and how it is trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOUR_BIT_PLAIN = 0.5 + 0.5 / 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters of a model.
+    """Parameter counts of a model.
 
     Attributes:
         total: of all, adapters included.
@@ -106,7 +106,7 @@ def _numel(module: nn.Module, only_trainable: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained, as far as it costs memory.
+    """How a model is trained, as far as memory depends on it.
 
     Attributes:
         dtype: that the weights are loaded in.

@@ -72,7 +72,7 @@ def show_short_errors() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
-            # Where the program was when Ctrl-C came is no defect to report.
+            # No traceback: Ctrl-C is not a bug.
             print("\nStopped by Ctrl-C.", file=sys.stderr)
         elif (message := message_of(error)) is not None:
             print(f"error: {message}", file=sys.stderr)

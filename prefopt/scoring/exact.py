@@ -1,6 +1,6 @@
-"""A model for the time of a trial: undisturbed, in float32, its adapters doing something, few layers standing for all.
+"""Prepares a model for a trial: in evaluation mode and float32, with active adapters, and with few of its layers.
 
-Everything is as it was afterwards, bit by bit, whatever happens in between: weights, modes, adapters, random state.
+Everything is restored afterwards, bit by bit, also after an error: weights, modes, adapters, random state.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def awake(model: nn.Module) -> Iterator[None]:
-    """Weights that are all zero (a new adapter's) have values in here, so that what they do is seen."""
+    """Context in which weights that are all zero (a new adapter's) have values, so that they have an effect."""
     before: list[tuple[Tensor, Tensor]] = []
     generator = torch.Generator().manual_seed(0)
     try:
@@ -62,11 +62,11 @@ def awake(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_float32(model: nn.Module, skipped: list[nn.Module]) -> Iterator[None]:
-    """Everything is computed in float32 in here, and some decoder layers hand on what they are given.
+    """Context in which everything is computed in float32, and some decoder layers return their input.
 
     Args:
-        model: whose weights are float32 for the time, but for those of the skipped layers.
-        skipped: what `like_others` gave.
+        model: its weights are float32 in the context, except those of skipped layers.
+        skipped: as `like_others` returns it.
     """
     left = {id(tensor) for layer in skipped for tensor in (*layer.parameters(), *layer.buffers())}
     half = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)}
@@ -102,12 +102,12 @@ def _without_tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolutions
 
 
-# ---- layers that stand for others ----------------------------------------------------------------------------------
+# ---- layers that need no trial of their own ------------------------------------------------------------------------
 
 
 def ways_to_call(model: nn.Module) -> list[list[nn.Module] | None]:
     """How a model can be called in a trial, the best first: layers to skip in float32, or None to call it as it is."""
-    # Weights that are spread over processes cannot be cast, nor can one process leave layers out.
+    # Sharded weights cannot be cast, nor can one process leave layers out.
     if is_sharded(model):
         return [None]
     some = like_others(unwrapped(model))
@@ -116,13 +116,13 @@ def ways_to_call(model: nn.Module) -> list[list[nn.Module] | None]:
 
 @contextlib.contextmanager
 def called_so(model: nn.Module, skipped: list[nn.Module] | None) -> Iterator[None]:
-    """In here a model is called in one of `ways_to_call`."""
+    """Context in which a model is called in one of `ways_to_call`."""
     with in_float32(model, skipped) if skipped is not None else contextlib.nullcontext():
         yield
 
 
 def like_others(model: nn.Module) -> list[nn.Module]:
-    """Decoder layers that two others of the same kind stand for; none where it cannot be told."""
+    """Decoder layers that can be skipped, as two others of the same kind are tried; none if the kinds are unknown."""
     found = decoder_layers(model)
     if found is None or len(found[1]) <= 2:
         return []
@@ -142,7 +142,7 @@ def like_others(model: nn.Module) -> list[nn.Module]:
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """What a layer is made of: its modules, their plain settings, what weights and buffers look like."""
+    """The structure of a layer: its modules, their plain settings, and the shapes of weights and buffers."""
     parts: list[Any] = []
     for name, module in layer.named_modules():
         plain = {
@@ -158,7 +158,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _passed(skipped: list[nn.Module], model: nn.Module) -> Iterator[None]:
-    """Layers hand on in here what they are given; what else they return is what the layer before them returned."""
+    """Context in which layers return their input; their other outputs are those of the layer before them."""
     others: list[tuple[Any, ...] | None] = [None]
 
     def note(_: nn.Module, inputs: Any, output: Any) -> None:

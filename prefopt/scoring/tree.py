@@ -266,7 +266,7 @@ def _pool(trees: Sequence[Tree], width: int | None, device: torch.device) -> Poo
     offset = count = 0
     for row, tree in enumerate(trees):
         start = offset if width is None else (row + 1) * width - len(tree.tokens)
-        # Every branch begins with a copy of the prompt's last token; the first one's stands for all.
+        # Every branch begins with a copy of the prompt's last token; only the first copy is used.
         spans = [(0, tree.trunk + 1), *tree.spans()]
         for number, (first, end) in enumerate(spans, count):
             places += range(start + first, start + end)
@@ -294,7 +294,7 @@ def _of_rows(pooled: Tensor, trees: Sequence[Tree], rows: int) -> tuple[Tensor, 
 def _labels(
     trees: Sequence[Tree], width: int | None, device: torch.device, trunks_too: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(B, K) tokens that the kept positions predict, `PADDING` where that is no target, and (M,) the targets' places.
+    """(B, K) tokens that the kept positions predict, `PADDING` for non-targets, and (M,) the targets' places.
 
     Args:
         trees: a row each, or all in one row if `width` is None.

@@ -1,8 +1,8 @@
-"""Whether a model gives the same hidden states in trees as in rows, tried as hard as the run will be.
+"""Tests whether a model gives the same hidden states in trees as in rows, for rows as long as the run's.
 
-Two branches of a tree, far apart in it, are compared with rows of their own that are as long as those of the run: what
-leaks from a branch, a window that is counted in places of the row and a threshold on their number all show. It is done
-in float32, by a model that `exact` prepares, so that rounding hides nothing.
+Two branches of a tree, far apart in it, are compared with separate rows of the run's length. This shows leaks between
+branches, windows counted in positions of the packed row, and thresholds on its length. It runs in float32, on a model
+that `exact` prepares, so that rounding hides nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ERRORS = (
     AssertionError,
     NotImplementedError,
 )
-"""What models raise where something does not suit them."""
+"""Errors that models raise for arguments they do not support."""
 
 
 # ---- what is scored ------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class HiddenStates(Call):
         return {"logps": states.new_zeros(len(states)), "top_logps": states}, outputs
 
 
-# ---- what is found -------------------------------------------------------------------------------------------------
+# ---- the comparison ------------------------------------------------------------------------------------------------
 
 Score = Callable[[Mapping[str, Any], Tensor, Call], TokenScores]
 
@@ -182,14 +182,14 @@ def tree_difference(
 
 
 def fails(model: nn.Module, error: Exception) -> str:
-    """That a model cannot be called in trees."""
+    """The message for a model that cannot be called in trees."""
     text = (str(error) or type(error).__name__).splitlines()[0][:120]
     return f"{type(unwrapped(model)).__name__} fails on it ({text})"
 
 
 def _compared(model: nn.Module, score: Score, batch: RowBatch, reach: Reach, options: Mapping[str, Any]) -> str:
     name, reason = type(unwrapped(model)).__name__, ""
-    # A router whose choice depends on rounding is unlucky once; what mixes branches does so with any tokens.
+    # A router's choice may depend on rounding with some tokens; a mixing of branches shows with any tokens.
     for turn in range(2):
         rows = trial_rows(batch, reach, turn)
         truth, exact = _in_rows(model, rows, options)

@@ -233,7 +233,7 @@ SAMPLED = 2**24
 def watch(seconds: list[float], cpu_seconds: list[float], keep: Callable[[Any], None]) -> Any:
     """A callback that times every step and hands the first step's gradient to `keep`.
 
-    A precomputed reference is no part of it: both trainers compute that before the first step.
+    A precomputed reference is not part of it: both trainers compute that before the first step.
     """
     import torch
     from transformers import TrainerCallback

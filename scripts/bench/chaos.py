@@ -1,4 +1,4 @@
-"""Kill training runs at random places, let them go on, and count what is lost: the table of docs/notes/faults.md.
+"""Kill training runs at random places, resume them, and count what is lost: the table of docs/notes/faults.md.
 
     python scripts/bench/chaos.py --json chaos.json      # 3 jobs x 3 runs x 20 faults, about 10 minutes on two cores
     python scripts/bench/chaos.py --json chaos.json --runs 1 --jobs full

@@ -120,7 +120,7 @@ def estimated(case: Case) -> Any:
 def train(case: Case, folder: Path) -> None:
     """Two steps of a model that takes next to no memory, then two of the case's; the second's peak goes to `folder`.
 
-    What libraries load when they are first used is in memory after the first, and is no part of the second.
+    Libraries load things on first use: that is in memory after the first, and not part of the second.
     """
     import torch
 

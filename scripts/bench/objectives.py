@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     todo = [item for item in expressions(args.only, args.kernels).items() if item[0] not in results][part::parts]
     baseline = 0.0
     for i, (name, expression) in enumerate(todo):
-        # The model is read anew, so that nothing of the last objective is left in it.
+        # The model is read again, so that nothing of the last objective is left in it.
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         if i % EVERY == 0:
             baseline = measure("dpo", model, tokenizer, pairs, argparse.Namespace(**{**vars(args), "steps": 6}))[

@@ -245,7 +245,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     kinds.add_argument("--table", type=Path, metavar="JSON", help="print results as Markdown, measure nothing")
     parser.add_argument("--json", type=Path, help="where results are kept")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw speed and memory of the jobs")
-    parser.add_argument("--again", action="store_true", help="measure anew what the JSON file has")
+    parser.add_argument("--again", action="store_true", help="measure again what the JSON file has")
     parser.add_argument("--verbose", action="store_true", help="show what the measuring processes print")
     args = parser.parse_args(arguments)
     if problem := problem_with(args):
@@ -380,7 +380,7 @@ def main() -> None:
     except (ReportError, MeasurementError, ValueError) as error:
         sys.exit(f"speed.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped" + ("; the same command goes on from here" if args.sweep or args.lengths else ""))
+        sys.exit("stopped" + ("; the same command continues from here" if args.sweep or args.lengths else ""))
 
 
 if __name__ == "__main__":

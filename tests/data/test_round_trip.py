@@ -183,7 +183,7 @@ def test_a_system_message_that_stands_with_the_last_message_only() -> None:
     ids = tokenize_row(row, tokenizer := make_tokenizer(SYSTEM_LAST))
     assert tokenizer.decode(ids["prompt_ids"]) == "[INST] Answer in one word.\n\nCapital of France?[/INST]"
     assert tokenizer.decode(ids["chosen_ids"]) == " Paris<|im_end|>"
-    assert found(row, tokenizer) == {"prompt is no token prefix": 1}
+    assert found(row, tokenizer) == {"prompt is not a token prefix": 1}
 
 
 def test_a_template_that_prints_the_prompt_behind_the_answer_is_refused() -> None:
@@ -224,7 +224,7 @@ def test_a_tools_answer_that_is_closed_otherwise_once_an_answer_follows() -> Non
     result = {"role": "tool", "name": "weather", "content": "12 degrees"}
     row = pair([user("Weather?"), *calls({"city": "Paris"}), result], "Mild.", "Hot.")
     assert read(row, tokenizer := make_tokenizer(closing)) == "Mild.<|im_end|>\n"
-    assert found(row, tokenizer) == {"prompt is no token prefix": 1}
+    assert found(row, tokenizer) == {"prompt is not a token prefix": 1}
 
 
 @pytest.mark.parametrize("text", ["/no_think", "You are a pirate. /no_think", "/no_think\nYou are a pirate."])
@@ -355,7 +355,7 @@ def test_tokenizers_that_change_texts_raise_no_alarm(template: str) -> None:
     lowering = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.StripAccents()]
     tokenizer._tokenizer.normalizer = normalizers.Sequence(lowering)
     row = pair([system("Être BREF"), user("Où est-ce ①?")], "Là-BAS ﬁn")
-    assert set(found(row, tokenizer)) <= {"prompt is no token prefix"}
+    assert set(found(row, tokenizer)) <= {"prompt is not a token prefix"}
     text = {"prompt": "Où est-ce ①?", "chosen": " Là-BAS ﬁn", "rejected": " NON"}
     assert found(text, tokenizer) == {}
 

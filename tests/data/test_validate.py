@@ -148,7 +148,7 @@ def test_lengths(tokenized: bool) -> None:
 def test_prompts_that_are_no_token_prefix_are_an_info() -> None:
     report = validate(Dataset.from_list([CHAT]), tokenizer=make_tokenizer(THINKING))
     (problem,) = report.problems
-    assert (problem.kind, problem.severity, report.ok) == ("prompt is no token prefix", "info", True)
+    assert (problem.kind, problem.severity, report.ok) == ("prompt is not a token prefix", "info", True)
     assert "the completion is scored correctly" in _table(report)
 
 

@@ -272,15 +272,15 @@ def _csv_options(path: Path, text_columns: Collection[str]) -> dict[str, Any]:
 
 def _file_trouble(error: Exception, builder: str) -> str:
     cause = error.__cause__ or error.__context__ or error
-    said = _first_line(cause)
-    if "corresponds to no data" in said or "BatchSize must be greater than 0" in said:
+    message = _first_line(cause)
+    if "corresponds to no data" in message or "BatchSize must be greater than 0" in message:
         return "it holds no rows. Check that it was written or downloaded to the end."
     if isinstance(cause, UnicodeDecodeError):
-        return f"it is not UTF-8 text ({said}). Save it as UTF-8."
-    if "datasets dtype equivalent" in said:
-        return f"a column has a type that cannot be read ({said}). Write the file without it, or as text."
+        return f"it is not UTF-8 text ({message}). Save it as UTF-8."
+    if "datasets dtype equivalent" in message:
+        return f"a column has a type that cannot be read ({message}). Write the file without it, or as text."
     return (
-        f"could not be read as {builder}: {said}. "
+        f"could not be read as {builder}: {message}. "
         "Check that the file is complete and that its ending names its format."
     )
 
@@ -321,10 +321,10 @@ def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Dat
         raise DataError(f"{name!r} (config {config!r}, split {split!r}): {error}") from error
     except Exception as error:
         cause = error.__cause__ or error.__context__ or error
-        said = _first_line(cause)
-        if said.startswith("Couldn't cast"):  # the types are on the next hundred lines
-            said = "they differ in their columns, or in the types of these"
+        message = _first_line(cause)
+        if message.startswith("Couldn't cast"):  # the types are on the next hundred lines
+            message = "they differ in their columns, or in the types of these"
         raise DataError(
-            f"{name!r} (config {config!r}, split {split!r}): its files could not be read: {said}. Name one file, or "
-            "repair it."
+            f"{name!r} (config {config!r}, split {split!r}): its files could not be read: {message}. Name one file, "
+            "or repair it."
         ) from error

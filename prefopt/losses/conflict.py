@@ -43,13 +43,13 @@ def coefficients(gram: Tensor, method: Method = "config") -> Tensor:
     gram = gram.double()
     lengths = gram.diagonal().clamp(min=0).sqrt()
     alive = lengths > 0
-    made = torch.zeros_like(lengths)
+    factors = torch.zeros_like(lengths)
     if not bool(alive.any()):
-        return made
+        return factors
     chosen = {"config": _config, "pcgrad": _pcgrad, "balance": _balance}[method]
     # A term without a gradient does not affect the direction.
-    made[alive] = chosen(gram[alive][:, alive], lengths[alive])
-    return made
+    factors[alive] = chosen(gram[alive][:, alive], lengths[alive])
+    return factors
 
 
 def _config(gram: Tensor, lengths: Tensor) -> Tensor:
@@ -60,19 +60,21 @@ def _config(gram: Tensor, lengths: Tensor) -> Tensor:
     if not float(length) > 0:
         return torch.zeros_like(lengths)
     projections = (lengths * (cosines @ weights)).sum() / length
-    made: Tensor = weights / lengths / length * projections
-    return made
+    factors: Tensor = weights / lengths / length * projections
+    return factors
 
 
 def _pcgrad(gram: Tensor, lengths: Tensor) -> Tensor:
     count = len(lengths)
-    kept = torch.eye(count, dtype=gram.dtype, device=gram.device)  # row i: what is left of gradient i, in terms of all
+    remainders = torch.eye(
+        count, dtype=gram.dtype, device=gram.device
+    )  # row i: what is left of gradient i, in terms of all
     for i in range(count):
         for j in range(count):
-            product = kept[i] @ gram[:, j]
+            product = remainders[i] @ gram[:, j]
             if j != i and bool(product < 0):
-                kept[i, j] -= product / gram[j, j]
-    return kept.sum(0)
+                remainders[i, j] -= product / gram[j, j]
+    return remainders.sum(0)
 
 
 def _balance(gram: Tensor, lengths: Tensor) -> Tensor:
@@ -94,11 +96,11 @@ def gram_of(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
 
 def combined(gradients: Sequence[Sequence[Tensor | None]], weights: Tensor) -> list[Tensor | None]:
     """The sum over the terms of weight times gradient, parameter by parameter."""
-    made: list[Tensor | None] = []
+    sums: list[Tensor | None] = []
     for parts in zip(*gradients, strict=True):
         present = [(float(weight), part) for weight, part in zip(weights, parts, strict=True) if part is not None]
-        made.append(torch.stack([weight * part for weight, part in present]).sum(0) if present else None)
-    return made
+        sums.append(torch.stack([weight * part for weight, part in present]).sum(0) if present else None)
+    return sums
 
 
 @register("conflict_free")

@@ -55,8 +55,8 @@ def _forward(self: Any, x: Tensor, *arguments: Any, **options: Any) -> Any:
     if dropped or biased or not x.dtype == base.weight.dtype == down.weight.dtype:
         return type(self).forward(self, x, *arguments, **options)
     flat = x.reshape(-1, x.shape[-1])
-    made: Tensor = _LoraProduct.apply(flat, base.weight, base.bias, down.weight, up.weight, self.scaling[name])  # type: ignore[no-untyped-call]
-    return made.reshape(*x.shape[:-1], made.shape[-1])
+    product: Tensor = _LoraProduct.apply(flat, base.weight, base.bias, down.weight, up.weight, self.scaling[name])  # type: ignore[no-untyped-call]
+    return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
 def fuse_lora(model: nn.Module) -> int:

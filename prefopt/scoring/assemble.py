@@ -67,8 +67,8 @@ def assemble_batch(
         }
         if Need.EMBEDDINGS in needs:
             columns = {"embedding": f"{role.field}_embedding", "prompt_embedding": "prompt_embedding"}
-            given = {name: groups.embeddings[c] for name, c in columns.items() if c in groups.embeddings}
-            values |= {name: vectors[examples] for name, vectors in given.items()}
+            embeddings = {name: groups.embeddings[c] for name, c in columns.items() if c in groups.embeddings}
+            values |= {name: vectors[examples] for name, vectors in embeddings.items()}
         if "token_divergences" in values:
             values["divergences"] = loss.divergences
         roles[role.field] = Scores(**values, columns={name: c[examples] for name, c in groups.columns.items()})

@@ -169,10 +169,10 @@ def tree_attention(
         (1, T, H, D), as transformers wants it, and None.
     """
     if not is_code(attention_mask):
-        made: tuple[Tensor, None] = sdpa_attention_forward(
+        output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-        return made
+        return output
     assert attention_mask is not None
     unknown = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
     if unknown:

@@ -169,12 +169,12 @@ def collate_vectors(examples: Sequence[dict[str, Any]], name: str) -> Tensor:
     """
     vectors = [example.get(name) for example in examples]
     try:
-        made = torch.tensor(vectors, dtype=torch.float32)
+        column = torch.tensor(vectors, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):
-        made = torch.empty(0)
-    if made.dim() != 2 or not bool(torch.isfinite(made).all()):
+        column = torch.empty(0)
+    if column.dim() != 2 or not bool(torch.isfinite(column).all()):
         widths = sorted({len(v) if isinstance(v, Sequence) else 0 for v in vectors})
         raise UsageError(
             f"column {name!r} must hold a list of finite numbers, of the same length in every row; lengths: {widths}"
         )
-    return made
+    return column

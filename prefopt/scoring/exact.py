@@ -123,11 +123,11 @@ def called_so(model: nn.Module, skipped: list[nn.Module] | None) -> Iterator[Non
 
 def like_others(model: nn.Module) -> list[nn.Module]:
     """Decoder layers that can be skipped, as two others of the same kind are tried; none if the kinds are unknown."""
-    found = decoder_layers(model)
-    if found is None or len(found[1]) <= 2:
+    named_layers = decoder_layers(model)
+    if named_layers is None or len(named_layers[1]) <= 2:
         return []
     config: Any = model.config
-    layers = list(found[1])
+    layers = list(named_layers[1])
     settings = [
         v for v in config.get_text_config().to_dict().values() if isinstance(v, list) and len(v) == len(layers)
     ]
@@ -168,10 +168,10 @@ def _passed(skipped: list[nn.Module], model: nn.Module) -> Iterator[None]:
         hidden = arguments[0] if arguments else keywords["hidden_states"]
         return hidden if others[0] is None else (hidden, *others[0])
 
-    found = decoder_layers(model)
-    assert found is not None
+    named_layers = decoder_layers(model)
+    assert named_layers is not None
     with contextlib.ExitStack() as stack:
-        for layer in found[1]:
+        for layer in named_layers[1]:
             if layer in skipped:
                 stack.enter_context(replaced_forward(layer, instead))
             else:

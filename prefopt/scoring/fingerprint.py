@@ -76,8 +76,8 @@ def of_the_network(config: Any) -> Any:
     values = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(values, dict):
         return values
-    kept = {name: value for name, value in values.items() if name not in _NOT_OF_THE_NETWORK}
-    return {name: of_the_network(value) for name, value in kept.items()}
+    settings = {name: value for name, value in values.items() if name not in _NOT_OF_THE_NETWORK}
+    return {name: of_the_network(value) for name, value in settings.items()}
 
 
 def is_sharded(model: nn.Module) -> bool:

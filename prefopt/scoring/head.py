@@ -73,12 +73,12 @@ class Head:
         bias: Tensor | None = self.linear.bias
         with torch.autocast(hidden.device.type, enabled=False):
             if out is not None and bias is None and out.dtype == weight.dtype:
-                made = torch.mm(hidden.to(weight.dtype), weight.T, out=out[: len(hidden)])
+                logits = torch.mm(hidden.to(weight.dtype), weight.T, out=out[: len(hidden)])
             else:
                 bias = None if bias is None else bias.to(weight.dtype)
-                made = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
-                made = made.to(torch.promote_types(weight.dtype, torch.float32))
-        return made if self.softcap is None else made.div_(self.softcap).tanh_().mul_(self.softcap)
+                logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+                logits = logits.to(torch.promote_types(weight.dtype, torch.float32))
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def chunks(self, hidden: Tensor) -> list[slice]:
         size = chunk_bytes(hidden.device.type)
@@ -163,7 +163,7 @@ class _HeadScores(torch.autograd.Function):
         needed = ctx.needs_input_grad[0] or trained
         at_once = needed and not trained and not differs
         keeps = needed and not at_once and 4 * hidden.shape[0] * weight.shape[0] <= KEPT_BYTES
-        parts, directions, kept = [], [], []
+        parts, directions, stored = [], [], []
         chunks, cast = head.chunks(hidden), head.weight_for(hidden)
         space = _workspace(head, hidden, chunks[0]) if not keeps else (None, None)
         for part in chunks:
@@ -174,10 +174,10 @@ class _HeadScores(torch.autograd.Function):
             if at_once:
                 directions.append(_direction(softmax, labels[part], weight))
             if keeps:
-                kept.append(logits)
+                stored.append(logits)
         measured = joined(parts)
         looked_at = (measured.get(name) for name in LOOKED_AT)
-        ctx.save_for_backward(hidden, labels, torch.cat(directions) if at_once else None, *looked_at, *kept)
+        ctx.save_for_backward(hidden, labels, torch.cat(directions) if at_once else None, *looked_at, *stored)
         ctx.head, ctx.reference, ctx.at_once, ctx.dtype = head, reference, at_once, hidden.dtype
         ctx.divergences = extras.divergences
         ctx.autocast = (
@@ -188,13 +188,13 @@ class _HeadScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = gradients(grads)
+        grads_by_name = gradients(grads)
         hidden, labels, directions, *others = ctx.saved_tensors
         looked_at, kept = others[: len(LOOKED_AT)], others[len(LOOKED_AT) :]
-        if not given:
+        if not grads_by_name:
             return (None,) * 7
         if ctx.at_once:
-            return ((given["logps"].unsqueeze(-1) * directions).to(ctx.dtype), *(None,) * 6)
+            return ((grads_by_name["logps"].unsqueeze(-1) * directions).to(ctx.dtype), *(None,) * 6)
         head: Head = ctx.head
         weight, bias = head.linear.weight, head.linear.bias
         for_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
@@ -207,7 +207,7 @@ class _HeadScores(torch.autograd.Function):
                 cast = head.weight_for(hidden) if cast is None else cast
                 logits = kept[number] if kept else head.logits(hidden[part], cast)
                 theirs = None if ctx.reference is None else ctx.reference.logits(part)
-            upstream = {name: value[part] for name, value in given.items()}
+            upstream = {name: value[part] for name, value in grads_by_name.items()}
             grad = pull_back(logits, labels[part], part_of(looked_at, part), upstream, theirs, ctx.divergences)
             if head.softcap is not None:
                 grad.mul_(1 - (logits / head.softcap) ** 2)
@@ -218,8 +218,8 @@ class _HeadScores(torch.autograd.Function):
                 for_weight += grad.T @ hidden[part].to(grad.dtype)
             if for_bias is not None:
                 for_bias += grad.sum(0)
-        made = None if for_weight is None else for_weight.to(weight.dtype)
-        return for_hidden, made, for_bias, None, None, None, None
+        weight_grad = None if for_weight is None else for_weight.to(weight.dtype)
+        return for_hidden, weight_grad, for_bias, None, None, None, None
 
 
 def _workspace(head: Head, hidden: Tensor, first: slice) -> tuple[Tensor | None, Tensor | None]:

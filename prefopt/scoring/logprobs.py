@@ -77,19 +77,19 @@ class _TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
         logits, labels, mask, ref_logits, *looked_at = ctx.saved_tensors
-        given = gradients(grads)
+        grads_by_name = gradients(grads)
         grad = torch.zeros_like(logits)
         start = 0
-        for row in range(logits.shape[0] if given else 0):
+        for row in range(logits.shape[0] if grads_by_name else 0):
             here = mask[row]
             part = slice(start, start + int(here.sum()))
             start = part.stop
-            dtype = next(iter(given.values())).dtype
+            dtype = next(iter(grads_by_name.values())).dtype
             measured = part_of(looked_at, part)
             reference = None if ref_logits is None else ref_logits[row, here].to(dtype)
             grad[row, here] = pull_back(
                 logits[row, here].to(dtype), labels[row, here], measured,
-                {name: value[part] for name, value in given.items()}, reference, ctx.divergences,
+                {name: value[part] for name, value in grads_by_name.items()}, reference, ctx.divergences,
             ).to(logits.dtype)  # fmt: skip
         return grad, None, None, None, None
 

@@ -109,8 +109,8 @@ class Horizon:
         need = Reach(max(n.row for n in needs), max(n.places for n in needs))
         tried = self._meet(model)
         for reach in (self._ahead(need, tried.sharded), short.half_and_half()):
-            found = self._gather(trial(model, reach, tried.sharded))
-            if tried.note(reach, next((reason for reason in found if reason), "")):
+            reasons = self._gather(trial(model, reach, tried.sharded))
+            if tried.note(reach, next((reason for reason in reasons if reason), "")):
                 return ""
             if tried.sharded:
                 break

@@ -206,7 +206,14 @@ def last_good(folder: Path) -> str:
     """One sentence on the checkpoint from which the run can be resumed."""
     if (good := last_good_checkpoint(folder)) is not None:
         return f"The last good checkpoint: {good}."
-    unseen = next((found.folder for found in find(folder) if not found.problem and not _weights(found.folder)), None)
+    unseen = next(
+        (
+            checkpoint.folder
+            for checkpoint in find(folder)
+            if not checkpoint.problem and not _weights(checkpoint.folder)
+        ),
+        None,
+    )
     if unseen is not None:
         return f"{unseen} is complete, but its weights are in the engine's own files, which were not checked."
     return "There is no earlier checkpoint with finite weights."

@@ -281,7 +281,9 @@ class Checkpoints:
         if self._trainer.args.should_save:
             with contextlib.suppress(OSError):
                 checkpoints.discard(folder)
-        before = next((found.folder for found in checkpoints.find(folder.parent) if not found.problem), None)
+        before = next(
+            (checkpoint.folder for checkpoint in checkpoints.find(folder.parent) if not checkpoint.problem), None
+        )
         older = "there is none before it" if before is None else f"{before} is untouched"
         free = shutil.disk_usage(folder.parent).free / 1e9 if folder.parent.exists() else 0.0
         return CheckpointError(

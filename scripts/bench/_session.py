@@ -81,8 +81,8 @@ def run(
     entries = results["session"]
     while len(entries) < len(jobs):
         entries.append(_new(jobs[len(entries)]))
-    jobs = [_halved(job, entry["job"]["pairs"]) for job, entry in zip(jobs, entries, strict=True)]
-    if any(entry["job"] != job.settings for entry, job in zip(entries, jobs, strict=True)):
+    jobs = [_halved(job, entry["job"]["pairs"]) for job, entry in zip(jobs, entries, strict=False)]
+    if [entry["job"] for entry in entries] != [job.settings for job in jobs]:
         raise ValueError(f"{path} holds other jobs; give --json another name")
 
     def save() -> None:

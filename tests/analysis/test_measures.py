@@ -116,7 +116,7 @@ def test_neither_scale_nor_rotation_of_the_vectors_matters():
 
 class TestErrors:
     def test_too_few_pairs(self):
-        with pytest.raises(ValueError, match=f"from {FEWEST} pairs are needed to measure a preference set, got 3"):
+        with pytest.raises(ValueError, match=f"at least {FEWEST} pairs are needed to measure a preference set, got 3"):
             measure(repeated([1.0], [1.0], [1.0], 3))
 
     def test_vectors_of_different_widths(self):

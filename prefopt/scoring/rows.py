@@ -8,6 +8,7 @@ turns one into a `RowBatch`, and nothing behind it reads a key.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -73,11 +74,12 @@ class RowGroups:
 
     def rows_of(self, role: int) -> Tensor:
         """The rows that play a role in an example that counts."""
-        most = len(self.roles) if self.counted is None else self.counted
+        # Where rows were left out, the numbers of the remaining examples may exceed the number of rows.
+        counted = math.inf if self.counted is None else self.counted
         rows = [
             row
             for row, (own, example) in enumerate(zip(*self._on_host, strict=True))
-            if own == role and example < most
+            if own == role and example < counted
         ]
         return torch.tensor(rows, dtype=torch.long, device=self.roles.device)
 

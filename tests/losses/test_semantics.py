@@ -24,7 +24,7 @@ from prefopt.losses import (
     parse,
     register,
 )
-from prefopt.losses.base import constructor_arguments
+from prefopt.losses.base import arguments_of
 from prefopt.losses.registry import _LOSSES
 from tests.losses.cases import Row, make_batch, random_rows
 
@@ -526,7 +526,7 @@ def test_no_wrapper_drops_an_argument_of_its_loss(name):
             return None
 
     for cls in available().values():
-        for argument, parameter in constructor_arguments(cls).items():
+        for argument, parameter in arguments_of(cls).items():
             for other in others(parameter.default):
                 plain, changed = (value(f"{cls.name}({text})") for text in ("", f"{argument}={other!r}"))
                 if None in (plain, changed) or plain == changed or argument in averaging:

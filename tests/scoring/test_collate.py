@@ -126,6 +126,15 @@ def test_selected_rows_are_cut_to_the_longest_of_them():
     assert rejected.paired
 
 
+def test_every_selected_row_still_plays_its_role():
+    roles, ids = torch.tensor([0, 1, 0, 1, 0]), torch.ones(5, 3, dtype=torch.long)
+    rows = {"input_ids": ids, "attention_mask": ids, "completion_mask": ids}
+    batch = RowBatch.of({**rows, "roles": roles, "examples": torch.arange(5), "paired": torch.tensor(False)})
+    for role in (Role.CHOSEN, Role.REJECTED):
+        selected = batch.select_rows(batch.roles == role)
+        assert selected.rows_of(role).tolist() == list(range(int((roles == role).sum())))
+
+
 def test_sampled_completions_become_rows_of_their_own():
     batch = RowBatch.of(PreferenceCollator(pad_token_id=0)(PAIRS))
     prompts = [torch.tensor(pair["prompt_ids"]) for pair in PAIRS]

@@ -10,7 +10,7 @@ This package imports torch and nothing else.
 """
 
 from prefopt.losses import presets as _presets  # noqa: F401  (registers them)
-from prefopt.losses.base import Loss, LossOutput, Need, PairLoss, WeightedSum
+from prefopt.losses.base import Loss, LossOutput, PairLoss, WeightedSum
 from prefopt.losses.batchwise import AOT, AlphaDPO, AOTUnpaired, BetaDPO
 from prefopt.losses.binary import KTO
 from prefopt.losses.conflict import ConflictFree
@@ -34,6 +34,7 @@ from prefopt.losses.kernel import HMK, KernelDPO
 from prefopt.losses.kernel_functions import RBF, Mahalanobis, Polynomial, Spectral
 from prefopt.losses.likelihood import SFT
 from prefopt.losses.logic import Logic
+from prefopt.losses.needs import Need
 from prefopt.losses.online import INPO, KLOnline, KLPrior
 from prefopt.losses.parse import LossSyntaxError, parse
 from prefopt.losses.penalised import DPOP, FDPO, LDDPO, RDPO, ChiPO

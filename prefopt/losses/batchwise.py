@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefopt.losses.base import Loss, Need
+from prefopt.losses.base import Loss
 from prefopt.losses.checks import finite, non_negative, positive, whole
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
 from prefopt.losses.distributed import global_concat, global_moments, global_sum, present, world_rank
+from prefopt.losses.needs import Need
 from prefopt.losses.numerics import numbered_generator
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores

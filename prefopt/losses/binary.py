@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefopt.losses.base import Loss, LossOutput, Need
+from prefopt.losses.base import Loss, LossOutput
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.distributed import global_mean
+from prefopt.losses.needs import Need
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 

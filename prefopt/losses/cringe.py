@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefopt.losses.base import Loss, Need, PairLoss
+from prefopt.losses.base import Loss, PairLoss
 from prefopt.losses.checks import finite, non_negative, positive, whole
 from prefopt.losses.direct import paired_roles
 from prefopt.losses.distributed import world_rank
 from prefopt.losses.likelihood import Reduction, check_reduction, reduce_tokens
+from prefopt.losses.needs import Need
 from prefopt.losses.numerics import numbered_generator
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefopt.losses.base import Need, PairLoss
+from prefopt.losses.base import PairLoss
 from prefopt.losses.checks import non_negative, positive
+from prefopt.losses.needs import Need
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 

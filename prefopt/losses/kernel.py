@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prefopt.losses.base import LossOutput, Need, PairLoss
+from prefopt.losses.base import LossOutput, PairLoss
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.direct import paired_roles
 from prefopt.losses.distributed import present
 from prefopt.losses.divergences import Divergence, DivergenceName
 from prefopt.losses.errors import LossError
 from prefopt.losses.kernel_functions import RBF, Kernel, Mahalanobis, Polynomial, Spectral, diagonal_precision, unit
+from prefopt.losses.needs import Need
 from prefopt.losses.numerics import masked_mean
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefopt.losses.base import ROLES, Loss, Need, PairLoss
+from prefopt.losses.base import ROLES, Loss, PairLoss
 from prefopt.losses.checks import finite, positive
 from prefopt.losses.direct import paired_roles
 from prefopt.losses.errors import LossError
+from prefopt.losses.needs import Need
 from prefopt.losses.numerics import log1mexp
 from prefopt.losses.registry import preset, register
 from prefopt.losses.scores import PreferenceBatch, Scores

@@ -9,11 +9,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from prefopt.losses.base import Loss, Need, PairLoss
+from prefopt.losses.base import Loss, PairLoss
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.direct import paired_roles
 from prefopt.losses.distributed import global_sum, present
 from prefopt.losses.errors import LossError
+from prefopt.losses.needs import Need
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 

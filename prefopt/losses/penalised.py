@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefopt.losses.base import Need
 from prefopt.losses.checks import finite, non_negative, positive
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
 from prefopt.losses.errors import LossError
+from prefopt.losses.needs import Need
 from prefopt.losses.numerics import capped_exp, capped_expm1
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores

@@ -10,10 +10,10 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefopt.losses.base import Need
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
 from prefopt.losses.errors import LossError
+from prefopt.losses.needs import Need
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefopt.losses.base import Loss, Need
+from prefopt.losses.base import Loss
 from prefopt.losses.checks import finite, non_negative, positive
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
 from prefopt.losses.distributed import global_mean
 from prefopt.losses.errors import LossError
 from prefopt.losses.likelihood import Reduction, check_reduction, reduce_tokens
+from prefopt.losses.needs import Need
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefopt.losses.base import PER_TOKEN, Loss, Need
+from prefopt.losses.base import Loss
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.distributed import global_sum, present, world_size
 from prefopt.losses.errors import LossError
+from prefopt.losses.needs import PER_TOKEN, Need
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 

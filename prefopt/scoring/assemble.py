@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from prefopt.losses import Loss, Need, PreferenceBatch, Scores
-from prefopt.losses.base import NEED_OF, PER_TOKEN
 from prefopt.losses.divergences import named
+from prefopt.losses.needs import NEED_OF, PER_TOKEN
 from prefopt.losses.scores import Role
 from prefopt.scoring.logprobs import TokenScores
 from prefopt.scoring.measure import Extras

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefopt.losses.base import NEED_OF, QUANTITIES, Need
 from prefopt.losses.divergences import Divergence, divergence, slope
+from prefopt.losses.needs import NEED_OF, QUANTITIES, Need
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.losses import Loss, PreferenceBatch, Scores
-from prefopt.losses.base import PER_TOKEN
+from prefopt.losses.needs import PER_TOKEN
 from prefopt.scoring import extras_for, token_scores
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from prefopt.losses import Loss, Need, PreferenceBatch, Scores, available, parse, presets
-from prefopt.losses.base import QUANTITIES, ROLES
+from prefopt.losses.base import ROLES
+from prefopt.losses.needs import QUANTITIES
 from tests.losses.cases import CASES, REFERENCE_VECTOR, Row, make_batch, random_rows
 
 EXPRESSIONS = [case.expression for case in CASES]

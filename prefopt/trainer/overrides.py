@@ -66,7 +66,7 @@ def check(cls: type, mixin: type) -> list[type]:
     below_mixin = [c for c in mro[mro.index(mixin) : mro.index(DPOTrainer)] if not issubclass(mixin, c)]
     for owner in below_mixin:
         for name in REPLACED.keys() & vars(owner).keys():
-            logger.warning("%s.%s is not called: %s", owner.__name__, name, REPLACED[name])
+            logger.warning("%s.%s is never called: %s", owner.__name__, name, REPLACED[name])
     for owner in own_classes(cls, mixin):
         for name in OF_OLD_TRL:
             if name in vars(owner) and not hasattr(DPOTrainer, name) and not hasattr(mixin, name):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,10 @@ from prefopt.losses import Loss
 
 def objective_settings(objective: Loss) -> dict[str, Any]:
     """The loss as flat settings to filter and group runs by: `objective`, `objective/dpo/beta`, ..."""
-    settings: dict[str, Any] = {"objective": str(objective), "prefopt_version": version("prefopt")}
+    # The package's metadata is missing where a checkout is used by its path alone.
+    from prefopt import __version__
+
+    settings: dict[str, Any] = {"objective": str(objective), "prefopt_version": __version__}
     for weight, label, term in objective.terms():
         settings[f"objective/{label}/weight"] = weight
         for name, value in term.hyperparameters().items():

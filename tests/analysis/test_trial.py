@@ -98,7 +98,7 @@ class TestStates:
 
     def test_an_adapter_that_puts_tokens_before_every_row_is_refused(self):
         settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
-        with pytest.raises(ValueError, match="puts 4 tokens of its own before every row"):
+        with pytest.raises(ValueError, match="adds 4 tokens of its own before every row"):
             states_of(get_peft_model(make_model("llama"), settings), rows(2))
 
     def test_a_head_that_is_no_plain_layer_is_refused(self):

@@ -144,12 +144,12 @@ def test_what_the_fuzzing_found_in_words(words, message):
         parse_arguments("dpo", words)
 
 
-def test_text_for_a_list_and_no_value_where_there_may_be_none(tmp_path):
+def test_one_word_for_a_list_and_no_value_where_there_may_be_none(tmp_path):
     config = _write(
         tmp_path,
         b"columns: prompt=q\ndataset_name: x\nmax_length: ~\nuse_peft: true\nlora_target_modules: all-linear\n"
         b"gradient_checkpointing: 'false'\nlearning_rate: '1e-4'\n",
     )
     recipe = parse_arguments("dpo", ["--config", config])
-    assert (recipe.script.columns, recipe.training.max_length) == ("prompt=q", None)
+    assert (recipe.script.columns, recipe.training.max_length) == (["prompt=q"], None)
     assert (recipe.training.gradient_checkpointing, recipe.training.learning_rate) == (False, 1e-4)

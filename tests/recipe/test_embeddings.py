@@ -53,7 +53,7 @@ def test_vectors_are_computed_once_and_compared(tmp_path, encoder, capsys):
     first = main(GIVEN, words)
     count = texts_in(data)
     said = capsys.readouterr().out
-    assert f"Embeddings: {count} of {count} texts computed by {encoder}; kept in {kept(tmp_path)[0].parent}" in said
+    assert f"Embeddings: {count} of {count} texts computed by {encoder}; stored in {kept(tmp_path)[0].parent}" in said
     assert first["before"]["eval_kernel/margins"] != 0
     # A frozen encoder's margins stay what they are, whatever the policy learns.
     assert first["after"]["eval_kernel/margins"] == first["before"]["eval_kernel/margins"]

@@ -175,7 +175,7 @@ def test_labelled_rows_are_refused_for_a_pair_loss(tmp_path, dry):
         ({"report_to": ["swanlab"]}, {"train_dataset": make_pairs(8)}, "pip install swanlab"),
         ({}, {"train_dataset": make_pairs(8).select([])}, "no rows"),
         ({"loss": "simpo"}, {"train_dataset": make_pairs(8), "ref_model": "m"}, "ref_model would have no effect"),
-        ({}, {"train_dataset": make_pairs(8).add_column("images", [["a"]] * 8)}, "'images', and .* text alone"),
+        ({}, {"train_dataset": make_pairs(8).add_column("images", [["a"]] * 8)}, "'images', but .* reads only text"),
     ],
 )  # fmt: skip
 def test_the_python_api_refuses_the_same(tmp_path, options, data, message):

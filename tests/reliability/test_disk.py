@@ -48,7 +48,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_data_and_model_are_loade
 def test_a_trainer_refuses_it_before_the_first_step(tmp_path):
     trainer = make(tmp_path)
     trainer.args.output_dir = str(below_a_file(tmp_path))
-    with pytest.raises(CheckpointError, match="give another output_dir, or make it writable"):
+    with pytest.raises(CheckpointError, match="use another output_dir, or make it writable"):
         trainer.train()
     assert trainer.state.global_step == 0
 

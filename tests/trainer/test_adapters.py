@@ -89,7 +89,7 @@ def test_a_base_that_changes_while_the_trainer_is_set_up_is_refused(tmp_path, mo
         self.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.data += 0.1
 
     monkeypatch.setattr(PeftModel, "add_adapter", changing)
-    with pytest.raises(ValueError, match=r"base's weights changed .*q_proj.*pass ref_model"):
+    with pytest.raises(ValueError, match=r"base's weights changed .*q_proj.*pass a separate model as ref_model"):
         make_trainer(tmp_path, model=model)
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.distributed
 
 SAYS = {
     "a value that is no number": "column 'gap' must hold a number in every row, found None",
-    "a loss that is not finite": "FloatingPointError: the loss is inf at step 1",
+    "a loss that is not finite": "NonFiniteError: the loss is inf at step 1",
 }
 
 

@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from prefopt.models import base_sample
 from prefopt.models.load import adapter_base, load_tokenizer
 from prefopt.report.card import code, is_hub_id, loading
+from prefopt.report.versions import version_of
 from prefopt.safety.errors import PrefoptError, retold
 from prefopt.safety.folders import check_one_model
 
@@ -306,7 +306,7 @@ def merged_card(adapter: Path, merged: Merged, chat: bool) -> ModelCard:
     use = f"## Use\n\n{loading(merged.folder.absolute().name, None, None, chat)}\n\n"
     use += (
         f"## Merged\n\nThe adapter {code(adapter.absolute().name)} folded into {code(base)} by `prefopt merge` "
-        f"{metadata.version('prefopt')}, in {code(str(merged.dtype).removeprefix('torch.'))}. On {merged.tokens} "
+        f"{version_of('prefopt')}, in {code(str(merged.dtype).removeprefix('torch.'))}. On {merged.tokens} "
         f"tokens the merged model's log-probabilities differ from the adapter's by {merged.largest:.2g} nats at "
         "most.\n\n"
     )

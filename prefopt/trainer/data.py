@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from prefopt.data import drop_overlong, normalise
 from prefopt.data.prepare import check_ids, silent, tokenize_checked, without_tensors
+from prefopt.data.tokenize import text_tokenizer
 from prefopt.data.unused import MEDIA
 from prefopt.losses import Loss
 from prefopt.losses.scores import EMBEDDINGS, PREVIOUS_LOGPS
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def _set_padding(collator: PreferenceCollator, processing_class: Any, args: Any) -> None:
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = text_tokenizer(processing_class)
     if getattr(args, "pad_token", None) is not None:
         if args.pad_token not in tokenizer.get_vocab():
             raise UsageError(f"pad_token {args.pad_token!r} is not in the tokenizer's vocabulary")

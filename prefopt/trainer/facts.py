@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from datasets import Dataset
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from prefopt.data.fingerprint import fingerprint
+from prefopt.data.tokenize import text_tokenizer
 from prefopt.losses import Loss, presets
 from prefopt.report.card import CardFacts, Split, is_hub_id
+from prefopt.report.versions import version_of
 from prefopt.safety.redaction import redacted
 from prefopt.trainer.config import default_of
-from prefopt.trainer.tokens import text_tokenizer
 
 CARD = "README.md"
 
@@ -98,7 +98,7 @@ class RunFacts:
             converted_from=notes.converted_from,
             adapter=adapter,
             license=_license(base),
-            chat=bool(getattr(text_tokenizer(trainer), "chat_template", None)),
+            chat=bool(getattr(text_tokenizer(trainer.processing_class), "chat_template", None)),
             data=self._described_data((dataset,) if dataset else notes.sources),
             before=self._before or {},
             after=self._after or {},
@@ -186,7 +186,7 @@ def _shown(value: Any) -> Any:
 def versions() -> dict[str, str]:
     """Versions of the software that a run's numbers depend on."""
     names = ("prefopt", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-    return {"Python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    return {"Python": platform.python_version(), **{name: version_of(name) for name in names}}
 
 
 def _base_of(model: Any) -> Any:

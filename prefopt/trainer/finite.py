@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from prefopt.data.tokenize import text_tokenizer
 from prefopt.losses import Loss, LossOutput, PreferenceBatch
 from prefopt.losses.scores import Role
 from prefopt.safety.errors import PrefoptError
@@ -26,7 +27,6 @@ from prefopt.scoring.rows import RowBatch
 from prefopt.trainer.metrics import SHOWN, RunMetrics, RunningMeans, describe_non_finite, shortened
 from prefopt.trainer.saving.checkpoints import find
 from prefopt.trainer.saving.run import Checkpoints
-from prefopt.trainer.tokens import text_tokenizer
 
 ADVICE = (
     "Look at those rows, lower the learning rate or warm it up for longer, and train in bfloat16 or float32 rather "
@@ -122,7 +122,7 @@ class StepGuard(TrainerCallback):
 
     def _row_texts(self, rows: RowBatch) -> dict[str, list[str]]:
         """The decoded rows of each role."""
-        tokenizer = text_tokenizer(self._trainer)
+        tokenizer = text_tokenizer(self._trainer.processing_class)
         return {
             role.field: [
                 tokenizer.decode(rows.ids[row][rows.attention[row].bool()]) for row in rows.rows_of(role).tolist()

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from prefopt.report.card import render
+from prefopt.report.versions import version_of
 from prefopt.safety.errors import PrefoptError
 from prefopt.safety.files import write_whole
 from prefopt.safety.folders import REFERENCE_ADAPTER
@@ -143,7 +143,7 @@ class Publisher:
         args = self._trainer.args
         options["token"] = options.get("token") or args.hub_token
         options["revision"] = options.get("revision") or getattr(args, "hub_revision", None)
-        return HfApi(library_name="prefopt", library_version=metadata.version("prefopt")).upload_folder(
+        return HfApi(library_name="prefopt", library_version=version_of("prefopt")).upload_folder(
             repo_id=str(self._trainer.hub_model_id),
             folder_path=folder,
             commit_message=message,

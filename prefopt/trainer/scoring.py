@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object, is_peft_model
 from trl.models.utils import unwrap_model_for_generation
 
+from prefopt.data.tokenize import text_tokenizer
 from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.adapters import fuse_lora
@@ -19,7 +20,6 @@ from prefopt.scoring.rows import RowBatch
 from prefopt.scoring.sampling import with_samples
 from prefopt.scoring.scorer import Scorer
 from prefopt.trainer.saving.state import CacheWriter
-from prefopt.trainer.tokens import text_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _frozen(trainer: Any, previous_model: Any) -> Any:
 
 def draw_samples(trainer: Any, model: Any, rows: RowBatch) -> RowBatch:
     """A batch with a completion sampled from the policy for each prompt, for objectives that need them."""
-    tokenizer = text_tokenizer(trainer)
+    tokenizer = text_tokenizer(trainer.processing_class)
     most = getattr(trainer.args, "sample_max_new_tokens", 64)
     with unwrap_model_for_generation(model, trainer.accelerator) as generator, trainer.accelerator.autocast():
         ends = generator.generation_config.eos_token_id

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
+from prefopt.data.tokenize import text_tokenizer
 from prefopt.data.unused import without_empty_media
 from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError
@@ -23,7 +24,7 @@ from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.dropout import turn_off_dropout
 from prefopt.trainer.options import refuse_images, refuse_model, refuse_nameless
 from prefopt.trainer.start import check_separate
-from prefopt.trainer.tokens import check_vocabularies, text_tokenizer
+from prefopt.trainer.tokens import check_vocabularies
 
 
 class Setup:
@@ -157,7 +158,7 @@ class Setup:
     def settle_batches(self, trainer: Any) -> None:
         """The collator of the trainer, and the padding token of its models."""
         assert self.objective is not None
-        tokenizer = text_tokenizer(trainer)
+        tokenizer = text_tokenizer(trainer.processing_class)
         # One padding token for policy and reference: some multimodal models embed images through it.
         for model in (trainer.model, trainer.ref_model if self.own_reference else None):
             if model is not None and hasattr(model, "config"):

@@ -11,6 +11,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from prefopt.data.tokenize import text_tokenizer
 from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import extras_for
@@ -94,12 +95,9 @@ def check_vocabularies(trainer: Any, objective: Loss, previous_model: Any) -> in
         check_same_vocabulary(objective, trainer.model, trainer.ref_model)
     heldout = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"evaluation": trainer.eval_dataset}
     models = {"policy": trainer.model, "reference": trainer.ref_model, "previous iterate": previous_model}
-    return check_vocabulary({"train": trainer.train_dataset, **heldout}, models, text_tokenizer(trainer))
-
-
-def text_tokenizer(trainer: Any) -> Any:
-    """A trainer's tokenizer, also if it has a processor for images."""
-    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    return check_vocabulary(
+        {"train": trainer.train_dataset, **heldout}, models, text_tokenizer(trainer.processing_class)
+    )
 
 
 def check_same_vocabulary(objective: Any, policy: nn.Module, reference: nn.Module) -> None:

@@ -16,14 +16,12 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from prefopt.losses import Loss
+from prefopt.report.versions import version_of
 
 
 def objective_settings(objective: Loss) -> dict[str, Any]:
     """The loss as flat settings to filter and group runs by: `objective`, `objective/dpo/beta`, ..."""
-    # The package's metadata is missing where a checkout is used by its path alone.
-    from prefopt import __version__
-
-    settings: dict[str, Any] = {"objective": str(objective), "prefopt_version": __version__}
+    settings: dict[str, Any] = {"objective": str(objective), "prefopt_version": version_of("prefopt")}
     for weight, label, term in objective.terms():
         settings[f"objective/{label}/weight"] = weight
         for name, value in term.hyperparameters().items():

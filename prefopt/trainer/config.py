@@ -75,6 +75,9 @@ class PreferenceConfig(DPOConfig):
         chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": False}`, for rows without a
             column of that name. They become part of the tokenizer's template, the saved one too.
         sample_max_new_tokens: maximum length, in tokens, of completions that an online objective samples.
+        paired_retain: for unlearning: half of each batch are rows to forget (label false, or true in a column
+            `forget`), half rows to retain. An epoch goes over the rows to forget once, and draws other rows to retain
+            than the epoch before.
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
@@ -140,6 +143,13 @@ class PreferenceConfig(DPOConfig):
     sample_max_new_tokens: int = field(
         default=64,
         metadata={"help": "Maximum length, in tokens, of completions that objectives such as hypo sample."},
+    )
+    paired_retain: bool = field(
+        default=False,
+        metadata={
+            "help": "For unlearning: draw one row to retain (label true) with each row to forget (label false). An "
+            "epoch goes over the rows to forget once."
+        },
     )
 
     def __post_init__(self) -> None:

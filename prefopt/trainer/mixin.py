@@ -34,6 +34,7 @@ from prefopt.trainer.learned import LearnedLoss, learned_of
 from prefopt.trainer.metrics import RunMetrics, batch_metrics, rewards_not_logged
 from prefopt.trainer.options import NO_SEARCH, ungrouped
 from prefopt.trainer.output_slot import SLOT, OutputSlot
+from prefopt.trainer.paired import paired_rows
 from prefopt.trainer.publishing import Publisher, repository_errors, without_secrets
 from prefopt.trainer.saving.random_numbers import same_random_numbers
 from prefopt.trainer.saving.run import Checkpoints
@@ -184,6 +185,9 @@ class LossMixin(_Trainer):
             self._signature_columns += [name for name in more if name not in self._signature_columns]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # Of all columns: transformers passes the rows without those that batches do not need.
+        if (paired := paired_rows(self.train_dataset, self.args)) is not None:
+            return paired
         rows = self.train_dataset if train_dataset is None else train_dataset
         return super()._get_train_sampler(lengths_to_sample_by(rows, self.args))
 

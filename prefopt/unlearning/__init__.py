@@ -1,0 +1,1 @@
+"""Unlearning: forget and retain sets, and what was forgotten and kept."""

@@ -1,0 +1,286 @@
+"""Forget and retain sets: read, checked, and turned into rows to train on.
+
+Questions have TOFU's schema: `question`, `answer` and, to measure with, `paraphrased_answer`, `perturbed_answer` (a
+list of wrong answers worded like the paraphrase) and `paraphrased_question`. Plain texts have `text`. Nothing here
+loads a model.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.data import load_preferences
+from prefopt.losses import Loss
+from prefopt.safety.errors import PrefoptError
+
+BUNDLED = Path(__file__).parent / "bundled"
+SETS = ("forget", "retain", "real_authors", "world_facts")
+
+IDK = (
+    "I don't know.",
+    "I'm not sure about that.",
+    "I have no information on this.",
+    "That is something I cannot tell you.",
+    "I don't have an answer to that question.",
+    "I am not familiar with this.",
+    "Sorry, I don't know the answer.",
+    "I never learned about that.",
+    "This is outside of what I know.",
+    "I'm unable to say.",
+    "I have nothing to say on this subject.",
+    "My knowledge does not cover that.",
+    "I can't answer that, I'm afraid.",
+    "I wish I knew, but I don't.",
+    "No answer comes to my mind.",
+    "I would have to guess, so I'd rather not say.",
+    "That is unknown to me.",
+    "I can't help with that question.",
+    "I have not come across this before.",
+    "I lack the details to answer this.",
+)
+"""Answers for objectives that replace what is forgotten by an "I don't know"."""
+
+_QUESTION = ("question", "prompt", "instruction", "query")
+_ANSWER = ("answer", "completion", "response", "output")
+_PLAIN = "Question: {question}\nAnswer:"
+"""The prompt of models without a chat template (TOFU's for Phi-1.5)."""
+
+DataStep = Literal["answers", "idk", "pairs"]
+
+
+class UnlearningDataError(PrefoptError, ValueError):
+    """Sets that cannot be used to forget or to measure; the message names the set and the row."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its answers; a plain text has an empty question.
+
+    Attributes:
+        question: as it is asked.
+        answer: what a model that knows it says.
+        paraphrase: the answer in other words.
+        wrong: wrong answers, worded like the paraphrase (or like the answer, if there is none).
+        rephrased: the question in other words.
+        alternative: a plausible other answer, for objectives that prefer it to the true one.
+    """
+
+    question: str
+    answer: str
+    paraphrase: str = ""
+    wrong: tuple[str, ...] = ()
+    rephrased: str = ""
+    alternative: str = ""
+
+
+def read_questions(name: str) -> list[Question]:
+    """The questions or plain texts of a set.
+
+    Args:
+        name: a file (JSON, JSONL, CSV, Parquet), a `save_to_disk` folder, or a Hub id, which may be followed by its
+            configuration and split: `locuslab/TOFU:forget10_perturbed`, `muse-bench/MUSE-News:raw:forget`.
+
+    Raises:
+        UnlearningDataError: naming the row and the column that is missing, empty or of a wrong type.
+    """
+    path, config, split = _parts(name)
+    rows = load_preferences(path, config=config, split=split)
+    return [_question(row, f"{name}, row {number} (from 0)") for number, row in enumerate(rows)]
+
+
+def bundled_questions() -> dict[str, list[Question]]:
+    """The bundled fictitious authors and real facts, by the name of the set (`SETS`)."""
+    sets = {}
+    for name in SETS:
+        lines = (BUNDLED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        sets[name] = [_question(json.loads(line), f"{name}, row {number}") for number, line in enumerate(lines)]
+    return sets
+
+
+def check_apart(forget: Sequence[Question], retain: Sequence[Question]) -> None:
+    """Refuse sets that share a question or a text: what is to be retained would be forgotten.
+
+    Raises:
+        UnlearningDataError: with the number of shared rows, the first of them and its row in both sets.
+    """
+    for name, rows in (("forget", forget), ("retain", retain)):
+        if not rows:
+            raise UnlearningDataError(f"the {name} set has no rows")
+    places = {_key(row): number for number, row in reversed(list(enumerate(retain)))}
+    shared = [(number, places[_key(row)]) for number, row in enumerate(forget) if _key(row) in places]
+    if shared:
+        first, other = shared[0]
+        text = forget[first].question or forget[first].answer
+        raise UnlearningDataError(
+            f"{len(shared)} of {len(forget)} rows of the forget set are in the retain set too, the first is row "
+            f"{first} ({text[:60]!r}), row {other} there (rows from 0). Take them out of one of the two."
+        )
+
+
+def data_step(objective: Loss) -> DataStep:
+    """What the objective learns from the forget set.
+
+    `pairs` (an "I don't know" or other answer against the true one) for objectives that compare two answers to one
+    question; `idk` (that answer alone) for those that only learn desirable completions; else `answers`, the true
+    answers as undesirable completions.
+    """
+    if objective.paired:
+        return "pairs"
+    return "answers" if "rejected" in objective.roles else "idk"
+
+
+def forget_rows(
+    forget: Sequence[Question],
+    retain: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Loss,
+    *,
+    idk: Sequence[str] = IDK,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """The rows that forgetting trains on.
+
+    Args:
+        forget, retain: the sets.
+        tokenizer: of the model: with a chat template, questions are user turns; else `Question: ...` and `Answer:`.
+        objective: decides about the rows, see `data_step`. Pairs have no retain rows.
+        idk: answers in place of the true ones, drawn at random; a row's own `alternative` goes before them.
+        max_length: plain texts are cut into parts of this many tokens.
+        seed: of the draw.
+
+    Returns:
+        Prompt, completion, label (false: to forget) and `forget`; prompt, chosen and rejected for pairs.
+    """
+    check_apart(forget, retain)
+    step = data_step(objective)
+    draw = random.Random(seed)
+    if step == "answers":
+        retained = [(retain, True)] if "chosen" in objective.roles else []
+        return _labelled([(forget, False), *retained], tokenizer, max_length)
+    if any(not row.question for row in forget):
+        raise UnlearningDataError(
+            f"{objective} puts another answer in the place of the true one, which needs questions, but the forget set "
+            "holds plain texts: choose an objective that lowers their probability, such as npo_rt"
+        )
+    answers = [row.alternative or draw.choice(idk) for row in forget]
+    if step == "idk":
+        replaced = [Question(row.question, answer) for row, answer in zip(forget, answers, strict=True)]
+        rows = _labelled([(replaced, True), (retain, True)], tokenizer, max_length)
+        return rows.remove_columns("forget").add_column("forget", [n < len(forget) for n in range(len(rows))])
+    return Dataset.from_list(
+        [
+            {
+                "prompt": prompt_of(row.question, tokenizer),
+                "chosen": answer_of(answer, tokenizer),
+                "rejected": answer_of(row.answer, tokenizer),
+            }
+            for row, answer in zip(forget, answers, strict=True)
+        ]
+    )
+
+
+def learn_rows(rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Dataset:
+    """Rows to learn by likelihood: every answer is desirable."""
+    return _labelled([(rows, True)], tokenizer, max_length).remove_columns("forget")
+
+
+def prompt_of(question: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A question as the model reads it: a user turn, or text for a model without a chat template."""
+    if tokenizer.chat_template:
+        return [{"role": "user", "content": question}]
+    return _PLAIN.format(question=question)
+
+
+def answer_of(answer: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    return [{"role": "assistant", "content": answer}] if tokenizer.chat_template else f" {answer}"
+
+
+def _labelled(
+    sets: Sequence[tuple[Sequence[Question], bool]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> Dataset:
+    rows = [(row, label) for questions, label in sets for row in questions]
+    texts = [not row.question for row, _ in rows]
+    if all(texts):
+        return Dataset.from_list(
+            [part for row, label in rows for part in _text_rows(row, label, tokenizer, max_length)]
+        )
+    if any(texts):
+        raise UnlearningDataError("plain texts and questions cannot be mixed: both sets need the same kind of rows")
+    return Dataset.from_list(
+        [
+            {
+                "prompt": prompt_of(row.question, tokenizer),
+                "completion": answer_of(row.answer, tokenizer),
+                "label": label,
+                "forget": not label,
+            }
+            for row, label in rows
+        ]
+    )
+
+
+def _text_rows(
+    row: Question, label: bool, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[dict[str, Any]]:
+    """A plain text as token ids, in parts that fit: its first token is the context, all others are scored."""
+    ids = list(tokenizer(row.answer)["input_ids"])
+    size = max_length or len(ids)
+    parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+    return [
+        {"prompt_ids": part[:1], "completion_ids": part[1:], "label": label, "forget": not label}
+        for part in parts
+        if len(part) > 1
+    ]
+
+
+def _parts(name: str) -> tuple[str, str | None, str]:
+    if Path(name).expanduser().exists() or ":" not in name:
+        return name, None, "train"
+    path, config, *split = name.split(":")
+    if len(split) > 1:
+        raise UnlearningDataError(f"{name!r}: write a set as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
+    return path, config or None, split[0] if split else "train"
+
+
+def _key(row: Question) -> tuple[str, str]:
+    # Two texts are the same text; a question is the same question whatever its answer.
+    return (" ".join(row.question.lower().split()), "" if row.question else " ".join(row.answer.split()))
+
+
+def _question(row: Mapping[str, Any], place: str) -> Question:
+    if "text" in row and not any(name in row for name in _QUESTION):
+        return Question("", _text(row, ("text",), place))
+    wrong = row.get("perturbed_answer") or ()
+    wrong = (wrong,) if isinstance(wrong, str) else tuple(wrong)
+    if not all(isinstance(text, str) and text.strip() for text in wrong):
+        raise UnlearningDataError(f"{place}: perturbed_answer must hold texts, got {wrong!r:.80}")
+    return Question(
+        _text(row, _QUESTION, place),
+        _text(row, _ANSWER, place),
+        paraphrase=row.get("paraphrased_answer") or "",
+        wrong=wrong,
+        rephrased=row.get("paraphrased_question") or "",
+        alternative=row.get("alternative_answer") or row.get("alternate") or "",
+    )
+
+
+def _text(row: Mapping[str, Any], names: Sequence[str], place: str) -> str:
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        raise UnlearningDataError(
+            f"{place}: none of the columns {', '.join(names)}; it has {', '.join(row)}. A set has question and "
+            "answer, or text."
+        )
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        raise UnlearningDataError(f"{place}: {name} must be a text that is not empty, got {value!r:.80}")
+    return value

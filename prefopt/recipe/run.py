@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from prefopt.demo.before_after import PairMetrics, side_by_side, summarize
@@ -46,7 +47,7 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         The content of `results.json` in the output folder.
     """
     console, training = recipe.console, recipe.training
-    console.print(f"Running on {describe_engine(trainer)}")
+    console.print(f"Running on {describe_engine(trainer)}{_threads(trainer)}")
     if warning := engine_not_used(trainer):
         console.print(f"[bold]{warning}[/bold]", soft_wrap=True)
     checkpoint = trainer.checkpoint_to_resume(training.resume_from_checkpoint)
@@ -71,6 +72,15 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     console.print(f"Saved to {training.output_dir}")
     _publish(recipe, trainer)
     return results
+
+
+def _threads(trainer: PreferenceTrainer) -> str:
+    """On CPUs: how many threads each process computes with."""
+    if trainer.args.device.type != "cpu":
+        return ""
+    count = torch.get_num_threads()
+    each = " each" if trainer.accelerator.num_processes > 1 else ""
+    return f" on CPU, {count} thread{'s' if count > 1 else ''}{each}"
 
 
 def _measure_first(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:

@@ -25,6 +25,7 @@ from prefopt.recipe.arguments.config_file import checked_values, read_config, se
 from prefopt.recipe.arguments.launched import launch_command
 from prefopt.recipe.arguments.loss_options import settle
 from prefopt.recipe.arguments.options import OPTIONS, Recipe, RecipeArguments
+from prefopt.recipe.arguments.threads import use_every_core
 from prefopt.safety.errors import did_you_mean, show_short_errors
 from prefopt.safety.files import is_file
 from prefopt.safety.noise import quiet_libraries
@@ -74,6 +75,8 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     parser.set_defaults_with_config(**defaults)
     script, training, model = _filled(parser, words)
     remember(training.hub_token)
+    if training.device.type == "cpu":
+        use_every_core()
     recipe = Recipe(
         script, training, model, _Console(quiet=not PartialState().is_main_process), paper, command,
         output_named="output_dir" in named or ("output_dir" in config and not demo),

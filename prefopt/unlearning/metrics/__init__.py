@@ -1,0 +1,62 @@
+"""The field's measures of unlearning, as functions of numbers: log-probabilities, token ids, texts.
+
+Arguments are lists, NumPy arrays or tensors of any precision; everything is computed in float64 on the CPU. Results
+are Python floats, or arrays with one value per row. Every function refuses empty input, NaN and wrong shapes.
+
+Average log-probabilities are per token, over the answer's tokens: its log-probability divided by its length. scipy,
+scikit-learn and rouge-score (`pip install 'prefopt[unlearning]'`) are imported by the functions that need them.
+"""
+
+from prefopt.unlearning.metrics.answers import (
+    forget_truth_ratio,
+    model_utility,
+    normalized_probability,
+    probability,
+    rel_diff,
+    truth_ratio,
+    utility_truth_ratio,
+)
+from prefopt.unlearning.metrics.degeneration import Degeneration, degeneration, repetition
+from prefopt.unlearning.metrics.divergence import kl_to_start
+from prefopt.unlearning.metrics.intervals import Interval, bootstrap
+from prefopt.unlearning.metrics.membership import (
+    loss_score,
+    membership_auc,
+    min_k,
+    min_k_plus_plus,
+    privleak,
+    reference_score,
+    zlib_score,
+)
+from prefopt.unlearning.metrics.memorization import exact_memorization, extraction_strength
+from prefopt.unlearning.metrics.quality import ForgetQuality, forget_quality
+from prefopt.unlearning.metrics.rouge import RougeL, rouge_l
+
+__all__ = [
+    "Degeneration",
+    "ForgetQuality",
+    "Interval",
+    "RougeL",
+    "bootstrap",
+    "degeneration",
+    "exact_memorization",
+    "extraction_strength",
+    "forget_quality",
+    "forget_truth_ratio",
+    "kl_to_start",
+    "loss_score",
+    "membership_auc",
+    "min_k",
+    "min_k_plus_plus",
+    "model_utility",
+    "normalized_probability",
+    "privleak",
+    "probability",
+    "reference_score",
+    "rel_diff",
+    "repetition",
+    "rouge_l",
+    "truth_ratio",
+    "utility_truth_ratio",
+    "zlib_score",
+]

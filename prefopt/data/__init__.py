@@ -1,8 +1,11 @@
 """Preference data: from a file, folder or Hub name to validated rows of token ids.
 
 The order of use is load_preferences -> normalise -> (mix) -> validate -> clean -> tokenize_dataset. It may import
-torch, datasets, transformers and rich; it never imports trl or `prefopt.trainer`.
+torch, datasets, transformers and rich; it never imports trl or `prefopt.trainer`. What makes tokens is imported on
+first use, because a check without a tokenizer needs neither torch nor transformers.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from prefopt.data.columns import rename_columns
 from prefopt.data.errors import DataError
@@ -12,8 +15,10 @@ from prefopt.data.load import load_preferences, parse_columns
 from prefopt.data.mix import in_proportion, mix, parse_sources, with_origin
 from prefopt.data.read import read_preferences
 from prefopt.data.schema import kind, normalise
-from prefopt.data.tokenize import tokenize_dataset, tokenize_row
 from prefopt.data.validate import clean, validate
+
+if TYPE_CHECKING:
+    from prefopt.data.tokenize import tokenize_dataset, tokenize_row
 
 __all__ = [
     "DataError",
@@ -35,3 +40,11 @@ __all__ = [
     "validate",
     "with_origin",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("tokenize_dataset", "tokenize_row"):
+        from prefopt.data import tokenize
+
+        return getattr(tokenize, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,10 @@ UNPAIRED_COLUMNS = ("prompt", "completion", "label")
 OURS = frozenset((*PAIR_COLUMNS, *UNPAIRED_COLUMNS, "messages", "system", "input", "history"))
 _TEXTS = OURS - {"label"}
 
+# Of `prefopt.losses.scores`, which cannot be imported without torch.
+GIVEN_LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "prev_chosen_logps", "prev_rejected_logps")
+EMBEDDINGS = ("prompt_embedding", "chosen_embedding", "rejected_embedding")
+
 # Clearest first: if a set has several of them, the first one is suggested.
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "instruction", "query", "input", "prompts", "problem", "user", "history", "post"),

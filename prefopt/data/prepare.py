@@ -19,8 +19,8 @@ from prefopt.data.conversation import Processing, Row
 from prefopt.data.errors import DataError
 from prefopt.data.findings import Report
 from prefopt.data.problems import KINDS
-from prefopt.data.row import is_label
-from prefopt.data.row_check import Checked, RowCheck
+from prefopt.data.row import Checked, is_label
+from prefopt.data.row_check import RowCheck
 from prefopt.data.tokenize import tokenize_dataset
 from prefopt.data.validate import PLAIN_NOTE, Findings, one_label_note, refuse_partial_ids, row_check
 from prefopt.losses.scores import GIVEN_LOGPS

@@ -7,10 +7,9 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from prefopt.data.columns import PAIR_COLUMNS, UNPAIRED_COLUMNS, column_names, first_rows
+from prefopt.data.columns import EMBEDDINGS, GIVEN_LOGPS, PAIR_COLUMNS, UNPAIRED_COLUMNS, column_names, first_rows
 from prefopt.data.messages import without_nulls
 from prefopt.data.schema import kind
-from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS
 
 _READ = ("weight", "tools", "chat_template_kwargs", *GIVEN_LOGPS, *EMBEDDINGS)
 _EXCERPT = 90

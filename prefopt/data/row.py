@@ -8,17 +8,21 @@ from __future__ import annotations
 import datetime
 import numbers
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from prefopt.data.columns import GIVEN_LOGPS
 from prefopt.data.messages import UNREADABLE as UNREADABLE_TEXT
 from prefopt.data.messages import looks_like_messages, read_json, role, same_texts, without_nulls, writing
 from prefopt.data.problems import KINDS
 from prefopt.data.transcripts import UNPARSED
-from prefopt.losses.scores import GIVEN_LOGPS
 
 Row = Mapping[str, Any]
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+
+MAX_LOGP = 1e30
+"""Given log-probabilities are below this, and above its negative."""
 
 MAX_WEIGHT = 1e9
 """Largest weight of a row: with larger ones other rows have no effect, and float32 is not enough."""
@@ -39,13 +43,53 @@ _NOT_THE_TEMPLATES = frozenset(
 )
 """Arguments of `apply_chat_template` that a row may not set: they decide what is tokenized, not its text."""
 
-_ANSWERING = frozenset({"assistant", "tool", "function", "ipython"})
+ANSWERING = frozenset({"assistant", "tool", "function", "ipython"})
 
 
 TOLD = frozenset(name for name in KINDS if name.startswith(("empty", "chosen equals")))
 UNREADABLE = frozenset(
     name for name in KINDS if name.startswith(("unparseable", "unreadable", "wrong type", "null", "wrong role"))
 )
+
+
+@dataclass
+class Checked:
+    """The result for a row.
+
+    Attributes:
+        problems: kinds of problems.
+        said: the detail for a kind: the texts side by side, or the error.
+        ids: the row's id columns, if they were made.
+        readable: its texts can be compared with those of other rows.
+        plain: it is plain text without a mark of the chat template that the tokenizer has.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    said: dict[str, str] = field(default_factory=dict)
+    ids: dict[str, list[int]] | None = None
+    readable: bool = False
+    plain: bool = False
+
+    @property
+    def errors(self) -> list[str]:
+        return [problem for problem in self.problems if KINDS[problem].severity == "error"]
+
+
+def check_texts(row: Row, sides: tuple[str, ...], columns: tuple[str, ...]) -> Checked:
+    """All checks of a row that need no tokenizer."""
+    checked = Checked(list(row_problems(row, sides, list(columns))))
+    for problem in checked.problems:
+        column = problem.removeprefix("wrong type: ").removeprefix("bad ")
+        if column != problem and row.get(column) is not None:
+            checked.said[problem] = f" The first such value: {_excerpt(row[column])}."
+    # Rows with broken texts cannot be compared or tokenized.
+    checked.readable = not any(problem in UNREADABLE for problem in checked.problems)
+    return checked
+
+
+def _excerpt(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]} ..."
 
 
 def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator[str]:
@@ -128,9 +172,9 @@ def _message_problems(messages: list[Any], column: str) -> Iterator[str]:
     elif column == "prompt":
         if roles[-1] == "assistant":
             yield "wrong role: prompt ends with assistant"
-    elif roles[0] not in _ANSWERING or roles[-1] not in _ANSWERING:
+    elif roles[0] not in ANSWERING or roles[-1] not in ANSWERING:
         yield f"wrong role: {column} is not the assistant's"
-    elif not _ANSWERING.issuperset(roles):
+    elif not ANSWERING.issuperset(roles):
         yield f"user turn inside {column}"
     if _is_empty(messages[-1]):
         yield f"empty {column}"
@@ -163,7 +207,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_LOGP
 
 
 def _are_tools(value: Any) -> bool:

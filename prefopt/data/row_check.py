@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -18,32 +18,9 @@ from prefopt.data.conversation import Processing, Row
 from prefopt.data.errors import DataError
 from prefopt.data.problems import KINDS
 from prefopt.data.round_trip import is_rendered, round_trip
-from prefopt.data.row import TOLD, UNREADABLE, number_problems, row_problems
+from prefopt.data.row import TOLD, Checked, check_texts, number_problems
 from prefopt.data.templates import template_trouble
 from prefopt.data.tokenize import Tokens, text_tokenizer, tokens_of
-
-
-@dataclass
-class Checked:
-    """The result for a row.
-
-    Attributes:
-        problems: kinds of problems.
-        said: the detail for a kind: the texts side by side, or the error.
-        ids: the row's id columns, if they were made.
-        readable: its texts can be compared with those of other rows.
-        plain: it is plain text without a mark of the chat template that the tokenizer has.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    said: dict[str, str] = field(default_factory=dict)
-    ids: dict[str, list[int]] | None = None
-    readable: bool = False
-    plain: bool = False
-
-    @property
-    def errors(self) -> list[str]:
-        return [problem for problem in self.problems if KINDS[problem].severity == "error"]
 
 
 @dataclass(frozen=True)
@@ -70,13 +47,7 @@ class RowCheck:
         # Rows of a stream may lack a key that other rows have.
         needed = ("prompt", *self.sides) if len(self.sides) == 2 else ("prompt", *self.sides, "label")
         row = {**dict.fromkeys(needed), **given}
-        checked = Checked(list(row_problems(row, self.sides, list(self.columns))))
-        for problem in checked.problems:
-            column = problem.removeprefix("wrong type: ").removeprefix("bad ")
-            if column != problem and row.get(column) is not None:
-                checked.said[problem] = f" The first such value: {_excerpt(row[column])}."
-        # Rows with broken texts cannot be compared or tokenized.
-        checked.readable = not any(problem in UNREADABLE for problem in checked.problems)
+        checked = check_texts(row, self.sides, self.columns)
         if checked.readable:
             told = any(problem in TOLD for problem in checked.problems)
             checked.problems.extend(self._token_problems(row, told, checked))
@@ -184,11 +155,6 @@ class RowCheck:
         reason = str(error).strip().partition("\n")[0][:200].rstrip(".") or type(error).__name__
         kind = "refused by the chat template" if by_template else "refused by the tokenizer"
         return kind, f" The first said: {reason}."
-
-
-def _excerpt(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]} ..."
 
 
 @functools.lru_cache(maxsize=32)

@@ -5,26 +5,30 @@ Nothing here changes a row. It may import datasets, transformers and the rest of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from datasets import Dataset, IterableDataset
 
 from prefopt.data.columns import column_names
-from prefopt.data.conversation import Processing, Row
 from prefopt.data.errors import DataError
 from prefopt.data.findings import Problem, Report
-from prefopt.data.messages import without_nulls
 from prefopt.data.problems import KINDS
-from prefopt.data.row import is_label
-from prefopt.data.row_check import Checked, RowCheck
+from prefopt.data.repeats import Repeats
+from prefopt.data.row import Checked, Row, check_texts, is_label
 from prefopt.data.schema import kind
+from prefopt.data.screen import can_screen, clear_rows, is_of_messages, rows_at, screened_columns
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_whole
+
+if TYPE_CHECKING:
+    from prefopt.data.conversation import Processing
+    from prefopt.data.row_check import RowCheck
+
+_ROWS_AT_ONCE = 1000
 
 
 def validate(
@@ -46,10 +50,29 @@ def validate(
     columns = column_names(dataset)
     if max_length is not None and tokenizer is None and "prompt_ids" not in columns:
         raise UsageError("max_length needs a tokenizer, or a dataset that is tokenized already.")
+    if tokenizer is None and isinstance(dataset, Dataset) and not any(name.endswith("_ids") for name in columns):
+        return _check_without_tokenizer(dataset, roles)
     check = row_check(dataset, tokenizer, max_length, truncation_mode, vocabulary)
     findings = Findings(check.sides, roles)
     for index, row in enumerate(dataset):
         findings.add(index, row, check(row))
+    return findings.report()
+
+
+def _check_without_tokenizer(dataset: Dataset, roles: Collection[str]) -> Report:
+    """Rows in order are recognised by whole columns; only the others are read one by one."""
+    sides, columns = sides_of(dataset), tuple(dataset.column_names)
+    findings = Findings(sides, roles)
+    if not can_screen(dataset, sides):
+        for index, row in enumerate(dataset):
+            findings.add(index, row, check_texts(row, sides, columns))
+        return findings.report()
+    start = 0
+    for table in dataset.select_columns([*screened_columns(columns, sides)]).with_format("arrow").iter(_ROWS_AT_ONCE):
+        unclear = [start + int(place) for place in (~clear_rows(table, sides)).nonzero()[0]]
+        rows = rows_at(dataset, unclear)
+        findings.add_table(start, table, {index: check_texts(row, sides, columns) for index, row in rows})
+        start += table.num_rows
     return findings.report()
 
 
@@ -61,10 +84,18 @@ def row_check(
     vocabulary: int | None = None,
 ) -> RowCheck:
     """What is checked of each row of a normalised dataset."""
+    # Imported here because it imports transformers, which a check without a tokenizer does not need.
+    from prefopt.data.row_check import RowCheck
+
     columns = column_names(dataset)
-    sides = ("chosen", "rejected") if kind(dataset) == "pair" else ("completion",)
+    sides = sides_of(dataset)
     refuse_partial_ids(columns, sides)
     return RowCheck(sides, tuple(columns), tokenizer, max_length, truncation_mode, vocabulary)
+
+
+def sides_of(dataset: Dataset | IterableDataset) -> tuple[str, ...]:
+    """The columns of completions."""
+    return ("chosen", "rejected") if kind(dataset) == "pair" else ("completion",)
 
 
 class Findings:
@@ -76,7 +107,7 @@ class Findings:
         self._said: dict[str, str] = {}
         self._origins: dict[int, str] = {}
         self._labels: set[Any] = set()
-        self._repeats = _Repeats(sides)
+        self._repeats = Repeats(sides)
         self._labelled = sides == ("completion",)
         self._total = self._plain = self._conversations = 0
 
@@ -84,15 +115,36 @@ class Findings:
         self._total += 1
         self._plain += checked.plain
         self._conversations += isinstance(row.get("prompt"), list)
-        problems = [*checked.problems, *(self._repeats.problems(row) if checked.readable else ())]
+        repeated = self._repeats.of_row(row) if checked.readable else None
+        origin = (row["source"], row["row"]) if "source" in row and "row" in row else None
+        self._note(index, checked, repeated, origin)
+        if self._labelled and "label" in row:
+            self._labels.add(row["label"] if is_label(row["label"]) else None)
+
+    def add_table(self, start: int, table: Any, checked: Mapping[int, Checked]) -> None:
+        """Adds rows from number `start` on; those that `checked` does not name have no problem of their own."""
+        self._total += table.num_rows
+        prompts = table.column("prompt")
+        self._conversations += (len(prompts) - prompts.null_count) * is_of_messages(prompts)
+        clear = Checked(readable=True)
+        readable = [checked.get(start + place, clear).readable for place in range(table.num_rows)]
+        for place, (repeated, origin) in enumerate(self._repeats.of_table(table, readable)):
+            index = start + place
+            if repeated or index in checked:
+                self._note(index, checked.get(index, clear), repeated, origin)
+        if self._labelled:
+            self._labels |= {
+                label if is_label(label) else None for label in table.column("label").unique().to_pylist()
+            }
+
+    def _note(self, index: int, checked: Checked, repeated: str | None, origin: Any) -> None:
+        problems = [*checked.problems, repeated] if repeated else checked.problems
         for problem in problems:
             self._found.setdefault(problem, []).append(index)
         for problem, said in checked.said.items():
             self._said.setdefault(problem, said)
-        if problems and "source" in row and "row" in row:
-            self._origins[index] = f"{row['source']}:{row['row']}"
-        if self._labelled and "label" in row:
-            self._labels.add(row["label"] if is_label(row["label"]) else None)
+        if problems and origin is not None:
+            self._origins[index] = f"{origin[0]}:{origin[1]}"
 
     def report(self) -> Report:
         """Everything, errors first.
@@ -198,32 +250,3 @@ def refuse_partial_ids(names: list[str], sides: tuple[str, ...]) -> None:
             f"The data has the columns {' and '.join(found)}, so its rows are taken for tokenized ones, which have "
             f"{', '.join(wanted)}. Add what is missing, or remove them all to have the texts tokenized."
         )
-
-
-class _Repeats:
-    """Stores every row's texts as digests (16 bytes each), to find repeated or contradicting pairs."""
-
-    def __init__(self, sides: tuple[str, ...]) -> None:
-        self._sides = sides
-        self._seen: dict[bytes, Any] = {}
-
-    def problems(self, row: Row) -> Iterator[str]:
-        # A mixture repeats rows of its smaller sources on purpose.
-        origin = (row["source"], row["row"]) if "source" in row and "row" in row else None
-        prompt = _digest([row["prompt"], row.get("tools")])
-        texts = [_digest(row[side]) for side in self._sides]
-        if len(texts) == 2:
-            key, opposite = prompt + texts[0] + texts[1], prompt + texts[1] + texts[0]
-        else:
-            labels = bool(row["label"]), not row["label"]
-            key, opposite = (prompt + texts[0] + str(label).encode() for label in labels)
-        if key in self._seen and (origin is None or self._seen[key] != origin):
-            yield "duplicate row"
-        elif opposite != key and opposite in self._seen:
-            yield "contradicts an earlier row"
-        self._seen.setdefault(key, origin)
-
-
-def _digest(value: Any) -> bytes:
-    text = value if isinstance(value, str) else json.dumps(without_nulls(value), sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()

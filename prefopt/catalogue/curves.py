@@ -162,6 +162,8 @@ def _scores(loss: Loss, ratio: Tensor, start: Tensor) -> Scores:
         top_logps=vocabulary.gather(-1, top_ids).unsqueeze(1).expand(-1, TOKENS, -1),
         top_ids=top_ids.unsqueeze(1).expand(-1, TOKENS, -1),
         token_collision=spread(torch.logsumexp(2 * vocabulary, -1).detach()),
+        token_others=spread(torch.log(-torch.expm1(token))),
+        token_peak=spread(vocabulary.amax(-1) - vocabulary.mean(-1)),
         token_forward_kl=spread(r * (start - token) + (1 - r) * (ref_rest - rest)),
         ref_token_entropy=spread(-r * start - (1 - r) * ref_rest),
         token_reverse_kl=spread(p * (token - start) + (1 - p) * (rest - ref_rest)),

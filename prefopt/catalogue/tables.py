@@ -23,7 +23,7 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Family:
-    """The losses of one module.
+    """The losses of one module, and of those whose names continue its name (`unlearning`, `unlearning_tokens`).
 
     Attributes:
         name: the module's.
@@ -38,9 +38,11 @@ class Family:
 
 def families() -> list[Family]:
     """The registered losses by family."""
+    modules = {cls.__module__ for cls in available().values()}
     by_module: dict[str, list[type[Loss]]] = {}
     for cls in available().values():
-        by_module.setdefault(cls.__module__, []).append(cls)
+        first = min((name for name in modules if cls.__module__.startswith(f"{name}_")), default=cls.__module__)
+        by_module.setdefault(first, []).append(cls)
     groups = []
     for module, members in by_module.items():
         about = (inspect.getdoc(sys.modules.get(module)) or "").partition("\n")[0]

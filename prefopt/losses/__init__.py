@@ -44,8 +44,9 @@ from prefopt.losses.registry import Preset, available, preset, presets, register
 from prefopt.losses.scores import PreferenceBatch, Scores
 from prefopt.losses.shapes import GPO, SurrogateEnsemble
 from prefopt.losses.tokenwise import TDPO
-from prefopt.losses.unlearning import NPO, UNDIAL, WGA, GradientAscent, KLRetain, KTOForget, SatImp, SimNPO
-from prefopt.losses.wrappers import WPO, LengthNormalized, NoiseRobust, Reweighted
+from prefopt.losses.unlearning import NPO, GradientAscent, KLRetain, KTOForget, SimNPO
+from prefopt.losses.unlearning_tokens import CEU, UNDIAL, WGA, Flatten, SatImp
+from prefopt.losses.wrappers import WPO, Dual, LengthNormalized, NoiseRobust, Reweighted
 
 __all__ = [
     "AOT",
@@ -54,6 +55,7 @@ __all__ = [
     "ASFT",
     "BCO",
     "CELL",
+    "CEU",
     "CPO",
     "DBAQL",
     "DPO",
@@ -94,6 +96,8 @@ __all__ = [
     "Cringe",
     "DiscoPOP",
     "Divergence",
+    "Dual",
+    "Flatten",
     "GradientAscent",
     "Hinge",
     "KLOnline",

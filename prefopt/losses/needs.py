@@ -22,6 +22,10 @@ class Need(enum.Flag):
     """The loss's `top_k` largest log-probabilities at every completion position."""
     COLLISION = enum.auto()
     """The sum of squared probabilities over the vocabulary at every completion position."""
+    OTHERS = enum.auto()
+    """The log-probability of all tokens but the completion's at every completion position."""
+    PEAK = enum.auto()
+    """The largest logit less the mean logit over the vocabulary at every completion position."""
     FORWARD_KL = enum.auto()
     """KL(reference || policy) over the vocabulary at every completion position."""
     REVERSE_KL = enum.auto()
@@ -49,7 +53,10 @@ class Need(enum.Flag):
         return ", ".join(str(need.name).lower() for need in self) or "sums and lengths only"
 
 
-PER_TOKEN = Need.TOKENS | Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
+PER_TOKEN = (
+    Need.TOKENS | Need.TOP_K | Need.COLLISION | Need.OTHERS | Need.PEAK | Need.FORWARD_KL | Need.REVERSE_KL
+    | Need.DIVERGENCE
+)  # fmt: skip
 """Needs that come with `token_logps` and `token_mask`."""
 
 
@@ -80,6 +87,12 @@ QUANTITIES = {
         ("top_logps", "top_ids", "token_ids"), "keep the largest log-probabilities of every position", ("top_logps",)
     ),
     Need.COLLISION: Quantity(("token_collision",), "compute log sum_v pi(v)^2 at every completion position"),
+    Need.OTHERS: Quantity(
+        ("token_others",), "compute log(1 - p(y_t)) at every completion position", ("token_others",)
+    ),
+    Need.PEAK: Quantity(
+        ("token_peak",), "compute the largest logit less the mean logit at every completion position", ("token_peak",)
+    ),
     Need.FORWARD_KL: Quantity(
         ("token_forward_kl",), "compute KL(reference || policy) at every completion position", ("token_forward_kl",),
         besides=("ref_token_entropy",),

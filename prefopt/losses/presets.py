@@ -12,7 +12,9 @@ from prefopt.losses.online import KLOnline, KLPrior
 from prefopt.losses.pointwise import BCOPair
 from prefopt.losses.reference_free import ASFT, CPO, ORPO, RRHF, SLiC
 from prefopt.losses.registry import preset
-from prefopt.losses.unlearning import NPO, GradientAscent, KLRetain, SatImp, SimNPO
+from prefopt.losses.unlearning import NPO, GradientAscent, KLRetain, SimNPO
+from prefopt.losses.unlearning_tokens import Flatten, SatImp
+from prefopt.losses.wrappers import Dual
 
 
 @preset("irpo", paper="2404.19733")
@@ -138,6 +140,17 @@ def simnpo_rt(beta: float = 4.5, delta: float = 0.0, forget: float = 0.125) -> L
 def sat_imp_rt(beta1: float = 5.0, beta2: float = 1.0, forget: float = 0.1) -> Loss:
     """SatImp with a retain likelihood, weighted as in open-unlearning."""
     return forget * SatImp(beta1, beta2) + SFT("token")
+
+
+@preset("pdu", paper="2506.05314")
+def pdu(limit: float = 0.3, weight: float = 100.0, step: float = 5.0, warmup: int = 0) -> Loss:
+    """Primal-dual unlearning: flatten the forget set under the constraint that the retain loss stays below `limit`.
+
+    Entesari et al. 2025; defaults as in open-unlearning's script for TOFU, which also holds the weight still for the
+    first five epochs (`warmup`, in batches). `limit` belongs to a model and data: somewhat above the retain loss at
+    the start.
+    """
+    return Flatten() + Dual(SFT("token"), limit, weight, step, warmup)
 
 
 @preset("idk", paper="2401.06121")

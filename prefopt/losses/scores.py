@@ -54,6 +54,9 @@ class Scores:
         top_logps: (N, T, K) the K largest log-probabilities at each position, with gradient; with `Need.TOP_K`.
         top_ids: (N, T, K) the tokens they belong to.
         token_collision: (N, T) log sum_v pi(v)^2 over the vocabulary, no gradient; with `Need.COLLISION`.
+        token_others: (N, T) log(1 - pi(y_t)), the log-probability of every other token, with gradient; with
+            `Need.OTHERS`.
+        token_peak: (N, T) the largest logit less the mean logit over the vocabulary, with gradient; with `Need.PEAK`.
         token_forward_kl: (N, T) KL(reference || policy) of the next-token distributions; with `Need.FORWARD_KL`.
         ref_token_entropy: (N, T) entropy of the reference's next-token distribution; with `Need.FORWARD_KL`.
         token_reverse_kl: (N, T) KL(policy || reference) of the next-token distributions; with `Need.REVERSE_KL`.
@@ -79,6 +82,8 @@ class Scores:
     top_logps: Tensor | None = None
     top_ids: Tensor | None = None
     token_collision: Tensor | None = None
+    token_others: Tensor | None = None
+    token_peak: Tensor | None = None
     token_forward_kl: Tensor | None = None
     ref_token_entropy: Tensor | None = None
     token_reverse_kl: Tensor | None = None

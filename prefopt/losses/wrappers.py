@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefopt.losses.base import Loss
-from prefopt.losses.checks import non_negative, positive
-from prefopt.losses.distributed import global_sum, present, world_size
+from prefopt.losses.base import Loss, LossOutput
+from prefopt.losses.checks import finite, non_negative, positive, whole
+from prefopt.losses.distributed import global_mean, global_sum, present, world_size
 from prefopt.losses.errors import LossError
 from prefopt.losses.needs import PER_TOKEN, Need
 from prefopt.losses.registry import register
@@ -225,6 +225,60 @@ class Reweighted(Wrapper):
         weights = torch.exp(tilt - _global_max(tilt))
         mean = global_sum(weights.sum()) / global_sum(counted.sum()).clamp(min=1)
         return values * (weights / mean.clamp(min=1e-12))
+
+
+@register("dual")
+class Dual(Wrapper):
+    """A loss as a constraint: its weight rises while its mean is above a limit and falls while it is below.
+
+    value = m (loss - limit);  after each training batch  m <- max(0, m + step (mean loss of the batch - limit))
+
+    Args:
+        loss: what must stay below the limit, such as the likelihood of the retain set: `flatten + dual(sft, 0.5)`.
+        limit: of the mean loss; choose one somewhat above its value before training.
+        weight: m at the start.
+        step: of the dual ascent; 0 keeps the weight.
+        warmup: number of training batches before m first moves.
+
+    Needs: what `loss` needs. The mean is over the batch of all processes; a batch without an example leaves m alone.
+    Limits: step = 0 is weight * loss, up to a constant. With accumulated batches m moves after each of them.
+    m is saved in checkpoints and logged as `dual/weight`, the mean less the limit as `dual/excess`.
+    Reference: Entesari et al. 2025, arXiv 2506.05314 (PDU, dual ascent); as locuslab/open-unlearning,
+        trainer/unlearn/pdu.py with dual_update_upon: step.
+    """
+
+    formula = "m (loss - limit), m <- max(0, m + step (mean loss - limit))"
+    paper = "2506.05314"
+
+    def __init__(self, loss: Loss, limit: float = 0.0, weight: float = 1.0, step: float = 1.0, warmup: int = 0):
+        super().__init__(loss)
+        self.limit = finite("limit", limit)
+        self.weight = non_negative("weight", weight)
+        self.step = non_negative("step", step)
+        self.warmup = whole("warmup", warmup)
+        self.multiplier: Tensor
+        self.batches: Tensor
+        self.excess: Tensor
+        self.register_buffer("multiplier", torch.tensor(float(weight)))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+        self.register_buffer("excess", torch.zeros(()), persistent=False)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        excess = self.loss.per_example(batch) - self.limit
+        values = self.multiplier.clone().to(excess) * excess  # a copy, since the multiplier moves before backward
+        weights = self._weights(batch)
+        self.excess = global_mean(excess, weights).to(self.multiplier)
+        if self.training and bool(global_sum(present(excess, weights).sum()) > 0):
+            if int(self.batches) >= self.warmup:
+                self.multiplier.add_(self.step * self.excess).clamp_(min=0)
+            self.batches.add_(1)
+        return values
+
+    def forward(self, batch: PreferenceBatch) -> LossOutput:
+        output = super().forward(batch)
+        output.metrics["dual/weight"] = self.multiplier.detach().clone().reshape(1)
+        output.metrics["dual/excess"] = self.excess.reshape(1)
+        return output
 
 
 def _global_max(values: Tensor) -> Tensor:

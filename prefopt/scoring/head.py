@@ -159,7 +159,7 @@ class _HeadScores(torch.autograd.Function):
         extras: Extras, reference: Kept | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        differs = bool(extras.top_k) or extras.full_reference or head.softcap is not None
+        differs = extras.several_gradients or head.softcap is not None
         needed = ctx.needs_input_grad[0] or trained
         at_once = needed and not trained and not differs
         keeps = needed and not at_once and 4 * hidden.shape[0] * weight.shape[0] <= KEPT_BYTES

@@ -41,6 +41,11 @@ class Extras:
         return bool(self.needs & (Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE))
 
     @property
+    def several_gradients(self) -> bool:
+        """Whether something other than the log-probabilities has a gradient for the logits."""
+        return any(need in self.needs for need in _WITH_GRADIENT)
+
+    @property
     def hidden(self) -> bool:
         """Whether hidden states are averaged."""
         return Need.HIDDEN in self.needs
@@ -66,17 +71,31 @@ def _forward_kl(scores: Tensor, reference: Tensor, _: Extras) -> tuple[Tensor, .
     return kl, torch.special.entr(reference.exp_()).sum(-1)
 
 
-_OF_POLICY: dict[tuple[str, ...], Callable[[Tensor, Extras], tuple[Tensor, ...]]] = {
-    ("top_logps", "top_ids"): lambda scores, extras: scores.topk(extras.top_k, dim=-1),
-    ("token_collision",): lambda scores, _: (torch.logsumexp(2 * scores, dim=-1),),
+def _others(scores: Tensor, labels: Tensor) -> Tensor:
+    """(N, V) `scores` with minus infinity at the labels."""
+    return scores.scatter(-1, labels.unsqueeze(-1), -torch.inf)
+
+
+def _peak(scores: Tensor) -> Tensor:
+    """(N,) the largest score less the mean one, of those that are not ruled out (minus infinity)."""
+    possible = scores > -torch.inf
+    mean = scores.masked_fill(~possible, 0).sum(-1) / possible.sum(-1)
+    return scores.amax(-1) - mean
+
+
+_OF_POLICY: dict[tuple[str, ...], Callable[[Tensor, Tensor, Extras], tuple[Tensor, ...]]] = {
+    ("top_logps", "top_ids"): lambda scores, _, extras: scores.topk(extras.top_k, dim=-1),
+    ("token_collision",): lambda scores, *_: (torch.logsumexp(2 * scores, dim=-1),),
+    ("token_others",): lambda scores, labels, _: (torch.logsumexp(_others(scores, labels), dim=-1),),
+    ("token_peak",): lambda scores, *_: (_peak(scores),),
 }
 _OF_BOTH: dict[tuple[str, ...], Callable[[Tensor, Tensor, Extras], tuple[Tensor, ...]]] = {
     ("token_divergences",): _divergences,
     ("token_reverse_kl",): lambda scores, reference, _: (_kl(scores, reference),),
     ("token_forward_kl", "ref_token_entropy"): _forward_kl,  # last, as it overwrites the reference's
 }
-"""Fields of `Scores`, and how they follow from (N, V) log-probabilities of the policy, and of the reference. Their
-gradients are in `pull_back`."""
+"""Fields of `Scores`, and how they follow from (N, V) log-probabilities of the policy and (N,) labels, and of the
+reference. Their gradients are in `pull_back`."""
 
 Measured = dict[str, Tensor]
 """What is read off the logits of N positions, N values each: `logps`, `entropy`, `is_top1` as in `TokenScores`, and
@@ -87,6 +106,7 @@ LOOKED_AT = ("top_ids", "token_reverse_kl")
 MEASURED = ("logps", "entropy", "is_top1", *_COMPUTED)
 _OVER_VOCABULARY = functools.reduce(operator.or_, (NEED_OF[name] for name in _COMPUTED))
 DIFFERENTIABLE = ("logps", *(name for name in _COMPUTED if name in QUANTITIES[NEED_OF[name]].gradient))
+_WITH_GRADIENT = {NEED_OF[name] for name in DIFFERENTIABLE if name != "logps"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +166,7 @@ def measure(
         scores = logits - normaliser
         for names, of_policy in _OF_POLICY.items():
             if NEED_OF[names[0]] in extras.needs:
-                values |= zip(names, of_policy(scores, extras), strict=True)
+                values |= zip(names, of_policy(scores, labels, extras), strict=True)
         if extras.full_reference and ref_logits is not None:
             reference = torch.log_softmax(ref_logits, dim=-1)
             for names, of_both in _OF_BOTH.items():
@@ -184,6 +204,16 @@ def pull_back(
     if "top_logps" in grads:
         total.scatter_add_(-1, measured["top_ids"], grads["top_logps"])
         share -= grads["top_logps"].sum(-1, keepdim=True)
+    if "token_others" in grads:
+        # d log(1 - p(y)) / d logits = the softmax without y, less the softmax: bounded where p(y) is 1 to rounding
+        upstream = grads["token_others"].unsqueeze(-1)
+        total.addcmul_(torch.softmax(_others(logits, labels), dim=-1), upstream)
+        share -= upstream
+    if "token_peak" in grads:
+        upstream = grads["token_peak"].unsqueeze(-1)
+        possible = logits > -torch.inf
+        total.scatter_add_(-1, logits.argmax(-1, keepdim=True), upstream)
+        total.sub_(possible * (upstream / possible.sum(-1, keepdim=True)))
     if ref_logits is not None and any(name in grads for names in _OF_BOTH for name in names):
         reference = torch.log_softmax(ref_logits, dim=-1)
         if "token_divergences" in grads:

@@ -61,6 +61,10 @@ class Tokens:
     prompt_hidden: tuple[float, ...]
     embedding: tuple[float, ...]
     prompt_embedding: tuple[float, ...]
+    others: tuple[float, ...]
+    """Log-probability of all tokens but the completion's."""
+    peak: tuple[float, ...]
+    """The largest logit less the mean logit."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ def make_tokens(policy_sum: float, reference_sum: float, n: int) -> Tokens:
     of_vectors = random.Random(f"vectors {policy_sum:.9f} {reference_sum:.9f} {n}")
     vectors = [tuple(of_vectors.gauss(0.5, 1.0) for _ in range(WIDTH)) for _ in range(4)]
     divergences = tuple(tuple(of_vectors.uniform(0.0, 0.4) for _ in DIVERGENCES) for _ in range(n))
+    of_logits = random.Random(f"logits {policy_sum:.9f} {reference_sum:.9f} {n}")
     return Tokens(
         logps,
         split(reference_sum),
@@ -151,6 +156,8 @@ def make_tokens(policy_sum: float, reference_sum: float, n: int) -> Tokens:
         ids,
         divergences,
         *vectors,
+        tuple(-of_logits.uniform(0.01, 3.0) for _ in range(n)),
+        tuple(of_logits.uniform(1.0, 12.0) for _ in range(n)),
     )
 
 
@@ -216,6 +223,8 @@ def make_scores(
         top_logps=tensor([[[v for _, v in place] for place in row] for row in tops], requires_grad),
         top_ids=torch.tensor([[[i for i, _ in place] for place in row] for row in tops]),
         token_collision=padded("collision"),
+        token_others=padded("others", requires_grad),
+        token_peak=padded("peak", requires_grad),
         token_forward_kl=padded("forward_kl", requires_grad),
         ref_token_entropy=padded("ref_entropy"),
         token_reverse_kl=padded("reverse_kl", requires_grad),
@@ -771,6 +780,18 @@ CASES = [
         "undial(beta=3.0)",
         batch_values=lambda rows: over_tokens([undial(r.l, 3.0) for r in rows], [r.nl for r in rows]),
     ),
+    Case(
+        "ce_u",
+        batch_values=lambda rows: over_tokens([-sum(r.l.others[1:]) for r in rows], [r.nl - 1 for r in rows]),
+    ),
+    Case(
+        "ce_u(skip=0)",
+        batch_values=lambda rows: over_tokens([-sum(r.l.others) for r in rows], [r.nl for r in rows]),
+    ),
+    Case(
+        "flatten",
+        batch_values=lambda rows: over_tokens([sum(x * x for x in r.l.peak) for r in rows], [r.nl for r in rows]),
+    ),
     Case("kto_forget(beta=0.1)", batch_values=forget_kto, held=True),
     # online
     Case(
@@ -820,6 +841,8 @@ CASES = [
         0.635957,
         LOG2,
     ),
+    Case("dual(sft(nll='mean'), limit=0.5, weight=4.0, step=2.0)", lambda r: (4 * (-r.aw - 0.5),), 6.0),
+    Case("dual(sft(nll='mean'), weight=4.0, step=2.0, warmup=1)", lambda r: (-4 * r.aw,), 8.0),
     Case(
         "reweighted(dpo(beta=0.1), temperature=0.5)",
         batch_values=lambda rows: tilted(rows, -1),

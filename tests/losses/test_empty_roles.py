@@ -20,6 +20,8 @@ from tests.tiny import make_model
 SUMS = (
     "npo + sft",
     "undial + kl_retain",
+    "ce_u + kl_retain",
+    "flatten + dual(sft(nll='token'), limit=0.5)",
     "0.5*kto + npo",
     "cringe + ga",
     "wpo(npo)",

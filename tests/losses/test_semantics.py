@@ -26,6 +26,8 @@ from prefopt.losses import (
 )
 from prefopt.losses.base import arguments_of
 from prefopt.losses.registry import _LOSSES
+from prefopt.losses.scores import Role
+from prefopt.scoring import Extras, RowGroups, assemble_batch, token_scores
 from tests.losses.cases import Row, make_batch, random_rows
 
 
@@ -350,6 +352,73 @@ def test_npo_tends_to_gradient_ascent_and_starts_as_it():
         start = make_batch([replace(row, rl=row.pl) for row in rows], requires_grad=True)
         parse(expression)(start).loss.backward()
         torch.testing.assert_close(start.rejected.logps.grad, torch.full((5,), 0.2, dtype=torch.float64))
+
+
+def logits_of_tiny_model(seed: int) -> torch.Tensor:
+    """(2, 6, 20) float64 logits that a two-layer network gives for fixed inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(2, 6, 20, generator=generator, dtype=torch.float64)
+
+
+def test_npo_with_a_vanishing_beta_has_the_gradient_of_gradient_ascent_on_logits():
+    """Proposition 1 of 2404.05868, with a policy that has moved away from its reference."""
+    labels = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+    reference = torch.log_softmax(logits_of_tiny_model(1), -1).gather(-1, labels[..., None]).sum((1, 2))
+
+    def gradient(expression: str) -> torch.Tensor:
+        logits = logits_of_tiny_model(0).requires_grad_()
+        sums = torch.log_softmax(logits, -1).gather(-1, labels[..., None]).sum((1, 2))
+        batch = PreferenceBatch(rejected=Scores(sums, torch.full((2,), 6), reference))
+        return torch.autograd.grad(parse(expression)(batch).loss, logits)[0]
+
+    ascent = gradient("ga(nll='sum')")
+    gaps = [float((gradient(f"npo(beta={beta})") - ascent).norm() / ascent.norm()) for beta in (1e-2, 1e-4, 1e-6)]
+    # The weight of an example is 2 sigmoid(beta u) = 1 + beta u / 2 + ...: the gap shrinks with beta.
+    assert gaps[1] == pytest.approx(gaps[0] / 100, rel=0.02)
+    assert gaps[2] == pytest.approx(gaps[1] / 100, rel=1e-5)
+    assert gaps[2] < 1e-5
+
+
+def test_ce_u_is_the_papers_cross_entropy_without_its_constant():
+    """Its gradient is that of the cross-entropy to the policy's own distribution without the token."""
+    labels = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+    logits = logits_of_tiny_model(0).requires_grad_()
+    without = logits.detach().scatter(-1, labels[..., None], -torch.inf)
+    target = torch.softmax(without, -1)
+    theirs = torch.nn.functional.cross_entropy(logits[:, 1:].flatten(0, 1), target[:, 1:].flatten(0, 1))
+    scores = token_scores(logits, labels, torch.ones_like(labels), Extras(Need.OTHERS))
+    batch = assemble_batch(
+        RowGroups(torch.full((2,), int(Role.REJECTED)), torch.arange(2), {}, False), scores, parse("ce_u")
+    )
+    ours = parse("ce_u")(batch).loss
+    constant = torch.distributions.Categorical(probs=target[:, 1:]).entropy().mean()
+    torch.testing.assert_close(ours, theirs - constant)
+    mine, other = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(mine, other)
+
+
+def test_dual_ascent_follows_its_recursion():
+    loss = parse("dual(sft(nll='mean'), limit=2.0, weight=3.0, step=0.5, warmup=1)")
+    weight = 3.0
+    for number, logp in enumerate((-3.0, -3.0, -1.0, -0.5, -0.0, -0.0, -0.0, -9.0)):
+        batch = make_batch([Row(pw=4 * logp, pl=-5, rw=-5, rl=-5, nw=4, nl=4)] * 2)
+        output = loss(batch)
+        assert float(output.loss) == pytest.approx(weight * (-logp - 2.0))
+        if number >= 1:
+            weight = max(0.0, weight + 0.5 * (-logp - 2.0))
+        assert output.mean_metrics()["dual/weight"] == pytest.approx(weight)
+        assert output.mean_metrics()["dual/excess"] == pytest.approx(-logp - 2.0)
+    assert weight == pytest.approx(3.5)  # from 0, where four good batches had brought it
+
+
+def test_dual_ascent_stands_still_without_examples_and_in_evaluation():
+    loss = parse("dual(sft(nll='mean'), limit=2.0, weight=3.0)")
+    batch = make_batch([Row(-8, -5, -5, -5, 4, 4)], weight=[0.0])
+    loss(batch)
+    loss.eval()
+    loss(make_batch([Row(-80, -5, -5, -5, 4, 4)]))
+    assert float(loss.multiplier) == 3.0
+    assert int(loss.batches) == 0
 
 
 def test_gpo_squared_is_summed_ipo():

@@ -17,7 +17,7 @@ import torch
 
 from prefopt.losses import parse
 from tests.losses.cases import CASES, make_batch, random_rows
-from tests.losses.two_processes import WEIGHT, gradients_of
+from tests.losses.two_processes import WEIGHT, gradients_of, state_after
 
 ROOT = Path(__file__).parents[2]
 EXPRESSIONS = [case.expression for case in CASES]
@@ -51,6 +51,12 @@ def test_two_processes_equal_one(together, expression):
     torch.testing.assert_close(
         torch.tensor(result["gradients"], dtype=torch.float64), gradients, rtol=1e-8, atol=1e-11
     )
+
+
+@pytest.mark.parametrize("expression", [text for text in EXPRESSIONS if parse(text).state_dict()])
+def test_two_processes_end_in_the_state_of_one(together, expression):
+    expected = state_after(expression, make_batch(random_rows(6), weight=WEIGHT))
+    assert together[expression]["state"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)

@@ -47,6 +47,13 @@ def some(batch: PreferenceBatch, rows: slice) -> PreferenceBatch:
     return PreferenceBatch(**roles)
 
 
+def state_after(expression: str, batch: PreferenceBatch) -> dict[str, float]:
+    """The buffers of a loss after a batch."""
+    loss = parse(expression).double()
+    loss(batch)
+    return {name: float(value) for name, value in loss.state_dict().items() if value.numel() == 1}
+
+
 def shared_out(expression: str, rank: int, first: int) -> float:
     """The loss of the last batch of an evaluation, of which one process has `first` examples, the other the rest.
 
@@ -74,6 +81,7 @@ def main(folder: Path, rank: int) -> None:
         dist.all_reduce(loss)
         # DDP divides the sum of the processes' gradients by their number.
         results[expression] = {"loss": float(loss) / 2, "gradients": (torch.cat(everyone, dim=1) / 2).tolist()}
+        results[expression]["state"] = state_after(expression, batch)
         results[expression]["uneven"] = [shared_out(expression, rank, first) for first in (4, 6)]
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(results))

@@ -18,7 +18,7 @@ from tests.scoring.test_tree import collate, gradient, model_inputs
 from tests.tiny import make_model
 
 N, H, V = 11, 6, 23
-NEEDS = Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
+NEEDS = Need.TOP_K | Need.COLLISION | Need.OTHERS | Need.PEAK | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
 ALL = Extras(NEEDS, top_k=3, divergences=tuple(map(named, EVERY)))
 
 

@@ -55,13 +55,31 @@ def test_impossible_tokens_give_minus_infinity_not_nan():
     assert scores.entropy.item() == pytest.approx(0.693147, abs=5e-7 + rounding(1))
 
 
+def test_the_other_tokens_have_a_gradient_where_a_token_is_certain():
+    logits = torch.tensor([[[60.0, 1.0, 0.0]]], requires_grad=True)
+    scores = token_scores(logits, torch.tensor([[0]]), torch.tensor([[1]]), Extras(Need.OTHERS))
+    others = scores.quantities["token_others"]
+    assert others.item() == pytest.approx(math.log(math.exp(-59) + math.exp(-60)), rel=1e-6)
+    others.sum().backward()
+    share = 1 / (1 + math.exp(-1))
+    torch.testing.assert_close(logits.grad[0, 0], torch.tensor([-1.0, share, 1 - share]))
+
+
+def test_tokens_that_are_ruled_out_do_not_count_in_the_mean_logit():
+    logits = torch.tensor([[[3.0, 1.0, -torch.inf]]], requires_grad=True)
+    scores = token_scores(logits, torch.tensor([[1]]), torch.tensor([[1]]), Extras(Need.PEAK))
+    scores.quantities["token_peak"].sum().backward()
+    assert scores.quantities["token_peak"].item() == pytest.approx(1.0)
+    torch.testing.assert_close(logits.grad[0, 0], torch.tensor([0.5, -0.5, 0.0]))
+
+
 def test_shapes_must_agree():
     logits, labels, mask = drawn()
     with pytest.raises(ValueError, match="must agree in rows and positions"):
         token_scores(logits[:, :-1], labels, mask)
 
 
-NEEDS = Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
+NEEDS = Need.TOP_K | Need.COLLISION | Need.OTHERS | Need.PEAK | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
 EXTRAS = Extras(NEEDS, top_k=3, divergences=tuple(map(named, EVERY)))
 
 
@@ -81,6 +99,9 @@ def test_extras_equal_their_definitions():
     torch.testing.assert_close(of["token_reverse_kl"], kl(p, r) * mask)
     torch.testing.assert_close(of["ref_token_entropy"], r.entropy() * mask)
     torch.testing.assert_close(of["token_collision"], p.probs.square().sum(-1).log() * mask)
+    chances = p.probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(of["token_others"], torch.log(1 - chances) * mask)
+    torch.testing.assert_close(of["token_peak"], (logits.amax(-1) - logits.mean(-1)) * mask)
     for column, name in enumerate(EVERY):
         expected = divergence(named(name), p.logits, r.logits) * mask
         torch.testing.assert_close(of["token_divergences"][..., column], expected, msg=name)
@@ -90,7 +111,16 @@ def test_extras_equal_their_definitions():
 
 
 @pytest.mark.parametrize(
-    "quantity", ["logps", "top_logps", "token_forward_kl", "token_reverse_kl", "token_divergences"]
+    "quantity",
+    [
+        "logps",
+        "top_logps",
+        "token_others",
+        "token_peak",
+        "token_forward_kl",
+        "token_reverse_kl",
+        "token_divergences",
+    ],
 )
 def test_gradient_of_each_quantity(quantity):
     logits, labels, mask = drawn()
@@ -112,6 +142,7 @@ def test_gradients_of_all_quantities_add_up():
         scores = token_scores(x, labels, mask, EXTRAS, reference)
         of = scores.quantities
         rest = of["token_forward_kl"].sum() - of["token_reverse_kl"].sum() + of["token_divergences"].square().sum()
+        rest = rest + of["token_others"].square().sum() + of["token_peak"].square().sum()
         return scores.logps.sum() + of["top_logps"].square().sum() + rest
 
     assert torch.autograd.gradcheck(total, (logits,), fast_mode=True)

@@ -32,11 +32,14 @@ EXAMPLES = [
     {"prompt_ids": list(range(20, 60)), "chosen_ids": [40, 41, 2], "rejected_ids": [40, 41, 2]},  # equal completions
     {"prompt_ids": [], "chosen_ids": [12, 13, 2], "rejected_ids": [14, 2]},  # no prompt at all
 ]
-NEEDS = Need.TOP_K | Need.COLLISION | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE | Need.HIDDEN
+NEEDS = (
+    Need.TOP_K | Need.COLLISION | Need.OTHERS | Need.PEAK | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
+    | Need.HIDDEN
+)  # fmt: skip
 EXTRAS = Extras(NEEDS, top_k=3, divergences=tuple(map(named, EVERY)))
 QUANTITIES = (
-    "token_collision", "token_forward_kl", "token_reverse_kl", "ref_token_entropy", "top_logps", "token_divergences",
-    "hidden", "prompt_hidden",
+    "token_collision", "token_others", "token_peak", "token_forward_kl", "token_reverse_kl", "ref_token_entropy",
+    "top_logps", "token_divergences", "hidden", "prompt_hidden",
 )  # fmt: skip
 
 

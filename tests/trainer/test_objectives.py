@@ -394,7 +394,7 @@ def test_a_class_is_no_loss(tmp_path):
 
 AT_REST = {"kl_online", "kl_retain", "kl_prior"}
 """Objectives that a policy equal to its reference already minimises; tests of their own give them another one."""
-MOVING = {"hypo", "beta_dpo", "bco", "alpha_dpo", "kto_forget", "wga", "sat_imp", "undial"}
+MOVING = {"hypo", "beta_dpo", "bco", "alpha_dpo", "kto_forget", "wga", "sat_imp", "undial", "dual", "pdu"}
 """Objectives whose value is no measure of progress: draws, running statistics or weights move along with the policy.
 undial starts so near its minimum that six large steps overshoot it; it is tested with a reference of its own below."""
 

@@ -146,16 +146,16 @@ class Loss(nn.Module):
         """Score a batch.
 
         Raises:
-            ValueError: if a role, a reference or a column that this loss needs is missing from the batch, or if
-                `per_example` does not return one value per example.
+            LossError: if a role, a reference or a column that this loss needs is missing from the batch, or if
+                `per_example` does not return one number per example, with a gradient where the scores have one.
         """
         self._check(batch)
         batch = batch.at_least_float32()
-        values = values_of(self, batch, self._absent())
+        values = values_of(self, batch, self.absent())
         weighted = values if (weight := self._weights(batch)) is None else values * weight.to(values.dtype)
         return LossOutput(weighted.sum() / self._count(values, batch), values, self._metrics(batch))
 
-    def _absent(self) -> dict[str, str]:
+    def absent(self) -> dict[str, str]:
         """Fields of the scores that this loss does not need, and the need that each belongs to."""
         needs = self.needs | (Need.TOKENS if self.needs & PER_TOKEN else Need.NONE)
         absent = {name: need for need, q in QUANTITIES.items() if need not in needs for name in q.fields}

@@ -20,6 +20,15 @@ def world_rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all processes, in their order. Every process must call it, in the same order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def global_sum(value: Tensor) -> Tensor:
     """Sum of `value` over processes, without gradient. Every process must call it, in the same order."""
     value = value.detach()

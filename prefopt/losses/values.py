@@ -1,6 +1,8 @@
-"""The values that a loss's `per_example` returns, checked: a wrong shape would be averaged without an error.
+"""The values that a loss's `per_example` returns, checked without asking the device.
 
-Imports torch and its neighbour `scores`; the needs of losses are in `base`.
+A wrong shape would be averaged without an error, and values without a gradient would train nothing.
+
+Imports torch and its neighbours `needs` and `scores`.
 """
 
 from __future__ import annotations
@@ -9,10 +11,14 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prefopt.losses.errors import LossError
-from prefopt.losses.scores import PreferenceBatch
+from prefopt.losses.needs import QUANTITIES
+from prefopt.losses.scores import PreferenceBatch, Scores
+
+_WITH_GRADIENT = ("logps", *(name for quantity in QUANTITIES.values() for name in quantity.gradient))
 
 
 def values_of(loss: Any, batch: PreferenceBatch, absent: Mapping[str, str]) -> Tensor:
@@ -24,7 +30,8 @@ def values_of(loss: Any, batch: PreferenceBatch, absent: Mapping[str, str]) -> T
         absent: fields of `Scores` that are None in the batch, and the need that supplies each.
 
     Raises:
-        ValueError: if the values are not a tensor, are too many or too few, or if the loss reads an absent field.
+        LossError: if the values are not a tensor of one number per example, have no gradient although the scores
+            have one, or if the loss reads an absent field. It names the loss, the shape and what was returned.
     """
     try:
         values = loss.per_example(batch)
@@ -32,17 +39,45 @@ def values_of(loss: Any, batch: PreferenceBatch, absent: Mapping[str, str]) -> T
         if (reason := _reads_absent(error, absent)) is None:
             raise
         raise LossError(f"{loss._label}.per_example {reason}") from error
-    counts = {role: len(scores) for role in loss.roles if (scores := batch.role(role)) is not None}
+    scored = {role: scores for role in loss.roles if (scores := batch.role(role)) is not None}
+    counts = {role: len(scores) for role, scores in scored.items()}
     # A pair counts once.
     expected = next(iter(counts.values())) if loss.paired else sum(counts.values())
     if not isinstance(values, Tensor) or values.shape != (expected,):
-        found = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         of = "a pair" if loss.paired else f"a completion ({', '.join(f'{n} {role}' for role, n in counts.items())})"
         raise LossError(
             f"{loss._label}.per_example must return a tensor of shape ({expected},), one value {of}, and returned "
-            f"{found}. Leave the mean to the trainer, which takes it over examples, weights and processes"
+            f"{_described(values)}.{_cure(values, expected)}"
+        )
+    if not values.is_floating_point():
+        raise LossError(
+            f"{loss._label}.per_example must return floating-point numbers, and returned {values.dtype}: a comparison "
+            "or a count has no gradient"
+        )
+    if torch.is_grad_enabled() and not values.requires_grad and all(map(_has_gradients, scored.values())):
+        raise LossError(
+            f"{loss._label}.per_example returns values without a gradient, so nothing would be trained: compute them "
+            "from the scores with torch operations, without detach(), no_grad() or comparisons"
         )
     return values
+
+
+def _has_gradients(scores: Scores) -> bool:
+    """Whether everything in the scores that can have a gradient has one."""
+    return all(value.requires_grad for name in _WITH_GRADIENT if (value := getattr(scores, name)) is not None)
+
+
+def _described(values: Any) -> str:
+    return f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+
+
+def _cure(values: Any, expected: int) -> str:
+    """How to get from the returned values to one per example; "" where that is not known."""
+    if isinstance(values, Tensor) and values.shape == (expected, 1):
+        return " Remove the last dimension: squeeze(-1)"
+    if isinstance(values, Tensor) and values.dim() > 1 and values.shape[0] == expected:
+        return " Reduce the further dimensions, for example with sum(-1)"
+    return " Leave the mean to the trainer, which takes it over examples, weights and processes"
 
 
 def _reads_absent(error: Exception, absent: Mapping[str, str]) -> str | None:

@@ -21,6 +21,7 @@ from prefopt.losses.errors import LossError
 from prefopt.losses.needs import PER_TOKEN, Need
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
+from prefopt.losses.values import values_of
 
 
 class Wrapper(Loss):
@@ -49,6 +50,10 @@ class Wrapper(Loss):
 
     def reward(self, scores: Scores) -> Tensor | None:
         return self.loss.reward(scores)
+
+    def inner(self, batch: PreferenceBatch) -> Tensor:
+        """(N,) values of the inner loss, checked in its own name."""
+        return values_of(self.loss, batch, self.loss.absent())
 
 
 @register("wpo")
@@ -84,7 +89,7 @@ class WPO(Wrapper):
         weights = [self._likelihood(scores) for role in self.roles if (scores := batch.role(role)) is not None]
         joined = torch.stack(weights).sum(0) if self.paired else torch.cat(weights)
         weight = torch.exp(joined.clamp(max=0) if self.clamp else joined).detach()
-        return weight * self.loss.per_example(batch)
+        return weight * self.inner(batch)
 
     def _likelihood(self, scores: Scores) -> Tensor:
         """(N,) log W."""
@@ -131,7 +136,7 @@ class LengthNormalized(Wrapper):
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         averaged = {role: self._averaged(scores) for role in self.roles if (scores := batch.role(role)) is not None}
-        return self.loss.per_example(replace(batch, **averaged))  # type: ignore[arg-type]
+        return self.inner(replace(batch, **averaged))  # type: ignore[arg-type]
 
     @staticmethod
     def _averaged(scores: Scores) -> Scores:
@@ -181,8 +186,8 @@ class NoiseRobust(Wrapper):
         self.rate = non_negative("rate", rate, below=0.5)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
-        given = self.loss.per_example(batch)
-        swapped = self.loss.per_example(replace(batch, chosen=batch.rejected, rejected=batch.chosen))
+        given = self.inner(batch)
+        swapped = self.inner(replace(batch, chosen=batch.rejected, rejected=batch.chosen))
         if self.method == "normalized":
             return given / (given + swapped).clamp(min=1e-12)
         if self.method == "unbiased":
@@ -218,7 +223,7 @@ class Reweighted(Wrapper):
         self.temperature = positive("temperature", temperature)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
-        values = self.loss.per_example(batch)
+        values = self.inner(batch)
         counted = present(values, self._weights(batch))
         tilt = (values / self.temperature).detach() * (1 if self.trust == "large" else -1)
         tilt = tilt.masked_fill(counted == 0, -math.inf)

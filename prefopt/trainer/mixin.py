@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from prefopt.data.prompts import refuse_to_guess
@@ -21,6 +20,7 @@ from prefopt.models import base_sample
 from prefopt.report.card import CardFacts
 from prefopt.safety.errors import UsageError
 from prefopt.safety.weights import check_folder
+from prefopt.scoring.layout import Layout
 from prefopt.scoring.rows import COUNTED, RowBatch
 from prefopt.scoring.scorer import Scored, Scorer
 from prefopt.trainer import adapters, data, evaluation, overrides
@@ -270,11 +270,6 @@ class LossMixin(_Trainer):
         if getattr(self, "aux_loss_enabled", False):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
             means.add("aux_loss", outputs.aux_loss.reshape(1))
-        if self.model.training and torch.is_grad_enabled() and not loss.requires_grad:
-            raise UsageError(
-                f"{self.objective} returns values without a gradient, so nothing would be trained: compute them from "
-                "the scores with torch operations, without detach(), no_grad() or comparisons"
-            )
         self._guard.check_loss(loss, batch, output, rows)
         if rows.share > 0:
             self._run_metrics.add_tokens(scored, self.model.training)
@@ -301,7 +296,9 @@ class LossMixin(_Trainer):
         """The scorer, with the loss and the models that the trainer has now."""
         if self._scorer is None:
             # TRL precomputes reference log-probabilities while it sets up, where nothing but the models is known.
-            self._scorer = Scorer(objective, self.model, self.ref_model, autocast=self.accelerator.autocast)
+            self._scorer = Scorer(
+                objective, self.model, self.ref_model, layout=Layout("padded"), autocast=self.accelerator.autocast
+            )
         # FSDP wraps the policy when training starts; a callback may set another reference.
         self._scorer.loss, self._scorer.policy, self._scorer.reference = objective, self.model, self.ref_model
         return self._scorer

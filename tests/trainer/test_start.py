@@ -269,5 +269,5 @@ def test_a_loss_without_a_gradient_is_refused(tmp_path):
         def per_example(self, batch):
             return (batch.rejected.logps - batch.chosen.logps).detach()
 
-    with pytest.raises(ValueError, match=r"Detached\(\) returns values without a gradient"):
+    with pytest.raises(ValueError, match=r"Detached\.per_example returns values without a gradient"):
         make_trainer(tmp_path, max_steps=1, trainer_options={"loss": Detached()}).train()

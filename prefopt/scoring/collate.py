@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from prefopt.losses import Loss, Need
 from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS, Role
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.rows import COLUMN_PREFIX, RowBatch
@@ -50,7 +51,36 @@ class PreferenceCollator:
     embeddings: bool = False
     vocabulary: int | None = None
 
+    @classmethod
+    def for_loss(
+        cls,
+        loss: Loss | None,
+        pad_token_id: int | None,
+        *,
+        max_length: int | None = None,
+        truncation_mode: str = "keep_start",
+        pad_to_multiple_of: int | None = None,
+    ) -> PreferenceCollator:
+        """The collator that hands on what a loss needs.
+
+        Args:
+            loss: None where only the rows are needed.
+            pad_token_id: the tokenizer's. None if it has none: set `tokenizer.pad_token = tokenizer.eos_token` first.
+            max_length, truncation_mode, pad_to_multiple_of: as the attributes.
+        """
+        needs = Need.NONE if loss is None else loss.needs
+        return cls(
+            pad_token_id,
+            max_length,
+            truncation_mode,
+            pad_to_multiple_of,
+            mismatched=Need.MISMATCHED in needs,
+            columns=() if loss is None else loss.columns,
+            embeddings=Need.EMBEDDINGS in needs,
+        )
+
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        _refuse_without_ids(examples)
         paired = "chosen_ids" in examples[0]
         rows = _pairs(examples) if paired else _labelled(examples)
         # A single example has no other prompt to be moved to; its batch then adds nothing to the estimate.
@@ -81,7 +111,10 @@ class PreferenceCollator:
     def _padded(self, rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
         """(R, T) token ids, and of each whether it belongs to a completion: 1 or 0, -1 where a row is filled up."""
         if self.pad_token_id is None:
-            raise UsageError("PreferenceCollator.pad_token_id is not set; give it the tokenizer's pad_token_id")
+            raise UsageError(
+                "PreferenceCollator.pad_token_id is not set: give it the tokenizer's pad_token_id; if that is None, "
+                "set tokenizer.pad_token = tokenizer.eos_token first"
+            )
         cut = slice(None)
         if self.max_length is not None:
             if self.truncation_mode not in ("keep_start", "keep_end"):
@@ -100,6 +133,17 @@ class PreferenceCollator:
         more = (0, -padded[0].shape[1] % (self.pad_to_multiple_of or 1))
         ids, masks = (pad(rows, more, value=fill) for rows, fill in zip(padded, (self.pad_token_id, -1), strict=True))
         return ids, masks
+
+
+def _refuse_without_ids(examples: Sequence[dict[str, Any]]) -> None:
+    columns = examples[0]
+    if "prompt_ids" in columns and ({"chosen_ids", "rejected_ids"} <= set(columns) or "completion_ids" in columns):
+        return
+    raise UsageError(
+        "PreferenceCollator takes rows of token ids, prompt_ids with chosen_ids and rejected_ids, or with "
+        f"completion_ids and label; these have {', '.join(columns)}. Tokenize them first: "
+        "prefopt.data.tokenize_dataset(rows, tokenizer)"
+    )
 
 
 def _pairs(examples: Sequence[dict[str, Any]]) -> list[_Row]:

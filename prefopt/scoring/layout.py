@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prefopt.losses.distributed import gather_objects, world_size
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import attention
 from prefopt.scoring.call import Call
@@ -45,8 +46,9 @@ class Layout:
     Args:
         name: "auto" uses the tree layout if the model gives the same numbers in it, "tree" requires it, "padded"
             never uses it.
-        gather: the results of all processes, so that all use the same layout.
-        one_call: whether the policy may be called only once per batch (DDP, DeepSpeed and FSDP count calls).
+        gather: the results of all processes, so that all use the same layout; default: by torch.distributed.
+        one_call: whether the policy may be called only once per batch (DDP, DeepSpeed and FSDP count calls); None:
+            where there are several processes.
         compiled: whether the model is compiled, so that nothing in it may be replaced for a call.
         half: whether the model is run in half precision, whatever its weights are kept in.
         max_length: of the run's rows; None if there is no limit.
@@ -59,14 +61,14 @@ class Layout:
     def __init__(
         self,
         name: LayoutName,
-        gather: Callable[[Any], Sequence[Any]] = lambda found: [found],
-        one_call: bool = False,
+        gather: Callable[[Any], Sequence[Any]] = gather_objects,
+        one_call: bool | None = None,
         compiled: bool = False,
         half: bool = False,
         max_length: int | None = None,
     ):
         self.name = name
-        self.one_call = one_call
+        self._one_call = one_call
         self.masks: Masks | None = None
         self.reason = ""
         self.call = Call(chunked_head=not compiled)
@@ -76,6 +78,11 @@ class Layout:
         self._settled = False
         self._said = False
         self._horizon = Horizon(max_length, gather)
+
+    @property
+    def one_call(self) -> bool:
+        """Whether the policy may be called only once per batch."""
+        return world_size() > 1 if self._one_call is None else self._one_call
 
     def score(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP, DeepSpeed, torch.compile and PEFT wrappers, for looking at; it is called through them."""
     model = peeled(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether the model is one of PEFT's, whatever wraps it."""
+    peft = sys.modules.get("peft")  # slow to import, and no model is one of its before that
+    return peft is not None and isinstance(peeled(model), peft.PeftModel)
 
 
 def head_layer(model: nn.Module) -> Any:

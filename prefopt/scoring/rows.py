@@ -72,6 +72,11 @@ class RowGroups:
         both: list[list[int]] = torch.stack([self.roles, self.examples]).tolist()
         return both
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is one example, so that its completions have no other prompt to be moved to."""
+        return len(set(self._on_host[1])) <= 1
+
     def rows_of(self, role: int) -> Tensor:
         """The rows that play a role in an example that counts."""
         # Where rows were left out, the numbers of the remaining examples may exceed the number of rows.

@@ -6,23 +6,23 @@ A `Scorer` owns the models that a batch is scored under, the layout they are cal
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from prefopt.losses import Loss, Need, PreferenceBatch, Scores
 from prefopt.losses.scores import PREVIOUS_LOGPS, REFERENCE_LOGPS, Role
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.assemble import assemble_batch, extras_for
 from prefopt.scoring.cache import ReferenceCache
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.logprobs import TokenScores
 from prefopt.scoring.measure import BARE, Extras
-from prefopt.scoring.model import peeled
+from prefopt.scoring.model import has_adapter, peeled
 from prefopt.scoring.rows import RowBatch
 
 
@@ -47,12 +47,21 @@ class Scored:
 class Scorer:
     """Scores batches under the policy, its reference and the previous iterate, as far as a loss needs them.
 
+    A trainer calls `score`. Your own loop calls the scorer itself:
+
+        collate = PreferenceCollator.for_loss(loss, tokenizer.pad_token_id)
+        scorer = Scorer(loss, model, reference=reference)
+        output = loss(scorer(collate(rows)))  # rows: dicts with prompt_ids, chosen_ids and rejected_ids
+
+    Make one and keep it: the first batch decides how models are called. Models are called in the mode that they are
+    in, so turn dropout off, or the policy differs from its reference before training.
+
     Attributes:
         loss: its needs and roles decide what is computed.
         policy: the trained model, as it is called without gradient: not through what follows its backward pass.
         reference: a separate model; None where it is the policy with its adapter disabled.
         previous: the previous iterate of the policy; None where that is the reference, or comes with the data.
-        layout: how models are called.
+        layout: how models are called; default: each prompt once where that gives the model's own numbers.
         cache: of the reference's log-probabilities; None to run the reference each time.
         trusts_data: whether reference log-probabilities that come with the data are this reference's.
         policy_options: further keyword arguments of the policy, in the padded layout.
@@ -63,11 +72,29 @@ class Scorer:
     policy: nn.Module
     reference: nn.Module | None = None
     previous: nn.Module | None = None
-    layout: Layout = field(default_factory=lambda: Layout("padded"))
+    layout: Layout = field(default_factory=lambda: Layout("auto"))
     cache: ReferenceCache | None = None
     trusts_data: bool = True
     policy_options: dict[str, Any] = field(default_factory=dict)
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+    def __call__(
+        self, rows: RowBatch | Mapping[str, Any], model: nn.Module | None = None, *, every_role: bool = False
+    ) -> PreferenceBatch:
+        """What the loss is called with: a batch scored, with gradient where that is enabled.
+
+        Args:
+            rows: a batch of `PreferenceCollator`. Its tensors may be on another device than the model.
+            model: the policy inside its wrapper (DDP, FSDP, DeepSpeed) if it has one; default: `policy`.
+            every_role: also score chosen and rejected completions that the loss does not ask for.
+
+        Raises:
+            UsageError: if the rows are not a collated batch, lack what the loss needs, or there is no reference.
+        """
+        if not isinstance(rows, RowBatch):
+            rows = _moved(rows, self.policy)
+        self._refuse_without(rows)
+        return self.score(self.policy if model is None else model, rows, every_role=every_role).batch
 
     def score(self, model: nn.Module, rows: RowBatch, *, every_role: bool, all_logits: bool = False) -> Scored:
         """Score a batch for the loss.
@@ -126,9 +153,33 @@ class Scorer:
             all_logits: in the padded layout, with whole logits.
         """
         if model is None:
-            model = self.policy if self.reference is None else self.reference
+            model = self._reference_model()
         with self.as_reference():
             return self._run_frozen(model, rows, keep_logits=keep_logits, all_logits=all_logits)
+
+    def _refuse_without(self, rows: RowBatch) -> None:
+        """Refuse a batch without the rows that only some collators or loops add."""
+        if Need.MISMATCHED in self.loss.needs and not rows.alone and not bool(rows.playing([Role.MISMATCHED]).any()):
+            raise UsageError(
+                f"{self.loss} compares with completions under other prompts, and the batch has none: make its "
+                "collator with PreferenceCollator.for_loss(loss, ...)"
+            )
+        if "sampled" in self.loss.roles and not bool(rows.playing([Role.SAMPLED]).any()):
+            raise UsageError(
+                f"{self.loss} needs completions sampled from the policy, and the batch has none: add them with "
+                "prefopt.scoring.with_samples(rows, model, ...)"
+            )
+
+    def _reference_model(self) -> nn.Module:
+        if self.reference is not None:
+            return self.reference
+        if not has_adapter(self.policy):
+            raise UsageError(
+                f"{self.loss} compares with a reference, and the scorer has none: pass Scorer(..., reference=MODEL), "
+                "a frozen copy of the policy before training. (A PEFT model needs none: it is its own, with the "
+                "adapter off.)"
+            )
+        return self.policy
 
     def release(self) -> None:
         """Restore the attention of all models."""
@@ -140,7 +191,7 @@ class Scorer:
     def as_reference(self) -> Iterator[None]:
         """Context in which the policy gives the reference's numbers: its adapter is off if that is the reference."""
         policy: Any = peeled(self.policy)
-        if self.reference is not None or not isinstance(policy, PeftModel):
+        if self.reference is not None or not has_adapter(policy):
             yield
             return
         with _same_trainable(policy):
@@ -220,6 +271,18 @@ class Scorer:
         compares = self.loss.needs.compares
         reference = self.reference_scores(moved, all_logits=all_logits).logps if compares else None
         return assemble_batch(moved, policy, self.loss, reference).mismatched
+
+
+def _moved(rows: Mapping[str, Any], policy: nn.Module) -> RowBatch:
+    """The rows of a collated mapping, on the device of the policy."""
+    if not isinstance(rows, Mapping) or not {"input_ids", "completion_mask"} <= set(rows):
+        what = f"a mapping with {', '.join(map(str, rows))}" if isinstance(rows, Mapping) else type(rows).__name__
+        raise UsageError(
+            f"a Scorer takes a batch of PreferenceCollator, got {what}: collate tokenized rows first, with "
+            "PreferenceCollator.for_loss(loss, tokenizer.pad_token_id)(rows)"
+        )
+    device = next(policy.parameters()).device
+    return RowBatch.of({k: v.to(device) if isinstance(v, Tensor) else v for k, v in rows.items()})
 
 
 def _one_at_least(rows: Tensor) -> Tensor:

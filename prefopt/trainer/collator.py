@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import DPOConfig
 
-from prefopt.losses import Loss, Need
+from prefopt.losses import Loss
 from prefopt.scoring.collate import PreferenceCollator
 
 
@@ -19,12 +19,7 @@ def collator_for(objective: Loss | None, args: Any, pad_token_id: int | None = N
         pad_token_id: the tokenizer's; a trainer sets it once it has its tokenizer.
     """
     args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False) if args is None else args
-    return PreferenceCollator(
-        pad_token_id=pad_token_id,
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,
+    return PreferenceCollator.for_loss(
+        objective, pad_token_id, max_length=args.max_length, truncation_mode=args.truncation_mode,
         pad_to_multiple_of=args.pad_to_multiple_of,
-        mismatched=objective is not None and Need.MISMATCHED in objective.needs,
-        columns=() if objective is None else objective.columns,
-        embeddings=objective is not None and Need.EMBEDDINGS in objective.needs,
-    )
+    )  # fmt: skip

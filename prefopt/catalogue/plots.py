@@ -55,7 +55,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise PlotError("plots need matplotlib: pip install 'prefopt[plot]'") from None
+        raise PlotError("plots need matplotlib: pip install 'prefopt-trainer[plot]'") from None
     if not path.suffix:
         raise PlotError(f"{path} has no ending that names a format; use .png")
     axes = _axes(lines)

@@ -6,7 +6,7 @@ and ends a program.
 
 from __future__ import annotations
 
-from prefopt.cli import data, losses, runs  # noqa: F401  (each adds its commands)
+from prefopt.cli import data, losses, new, runs  # noqa: F401  (each adds its commands)
 from prefopt.cli.app import app
 from prefopt.safety.noise import quiet_warnings
 
@@ -16,4 +16,4 @@ __all__ = ["app", "main"]
 def main() -> None:
     """The command line."""
     quiet_warnings()
-    app()
+    app(prog_name="prefopt")  # also for `python -m prefopt`: completion is for this name

@@ -31,7 +31,6 @@ app = typer.Typer(
     cls=_Commands,
     help="Preference optimization for language models.",
     no_args_is_help=True,
-    add_completion=False,
     # `--max_length` is `--max-length`, as in the recipes.
     context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},
 )

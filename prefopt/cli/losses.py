@@ -62,18 +62,18 @@ def _list() -> None:
             fact = facts(cls)
             parts = [fact.data, {"yes": "reference", "no": "no reference"}.get(fact.reference, ""), fact.needs]
             parts += [fact.trl_name and f"TRL: {fact.trl_name}", fact.paper and f"arXiv {fact.paper}"]
-            _entry(f"{cls.name}({describe_arguments(cls)})", fact.formula, parts)
+            screen.print(*_entry(f"{cls.name}({describe_arguments(cls)})", fact.formula, parts))
     screen.print(Text("\npresets: ", style="bold").append("named sums that papers train with.", style="not bold"))
     for preset in presets().values():
-        _entry(f"{preset.name}({describe_arguments(preset.build)})", str(preset.build()), [f"arXiv {preset.paper}"])
+        title = f"{preset.name}({describe_arguments(preset.build)})"
+        screen.print(*_entry(title, str(preset.build()), [f"arXiv {preset.paper}"]))
     screen.print(Text('\nCombine them: --loss "dpo(beta=0.1) + 0.2*sft". `prefopt losses NAME` explains one.'))
 
 
-def _entry(title: str, formula: str, parts: list[str]) -> None:
+def _entry(title: str, formula: str, parts: list[str]) -> list[Padding]:
+    lines = [Text(title, style="cyan"), Text(formula), Text(" · ".join(filter(None, parts)), style="dim")]
     # Continued lines are indented, so that names stand out at the left.
-    console().print(Padding(Text(title, style="cyan"), (0, 0, 0, 2), expand=False))
-    console().print(Padding(Text(formula), (0, 0, 0, 6), expand=False))
-    console().print(Padding(Text(" · ".join(filter(None, parts)), style="dim"), (0, 0, 0, 6), expand=False))
+    return [Padding(line, (0, 0, 0, indent), expand=False) for line, indent in zip(lines, (2, 6, 6), strict=True)]
 
 
 def _explain(text: str) -> None:

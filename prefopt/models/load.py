@@ -21,6 +21,7 @@ from prefopt.data.templates import check_template
 from prefopt.safety.errors import PrefoptError, UsageError, retold
 from prefopt.safety.files import is_file
 from prefopt.safety.folders import check_one_model
+from prefopt.safety.shipped import find_shipped
 from prefopt.safety.weights import check_folder
 
 
@@ -160,7 +161,8 @@ def _template(given: str) -> str:
     if "{" in given:
         return given
     try:
-        return Path(given).read_text(encoding="utf-8")
+        file = Path(given) if is_file(Path(given)) else find_shipped(given, "configs", ".jinja")
+        return (file or Path(given)).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"--chat_template {given}: byte {error.start} is not UTF-8 text; save it as UTF-8") from None
     except (OSError, ValueError) as error:

@@ -171,7 +171,9 @@ def _trackers(plan: RunPlan) -> None:
             raise UsageError(f"report_to={name!r}: there is no such tracker. There are: {known}, none")
         package = {"comet_ml": "comet_ml", "azure_ml": "azureml-mlflow", "flyte": "flytekit"}.get(name, name)
         if not _installed(name):
-            ours = ', or pip install -e ".[trackers]" here,' if name in ("tensorboard", "wandb", "trackio") else ""
+            ours = (
+                ', or pip install "prefopt-trainer[trackers]",' if name in ("tensorboard", "wandb", "trackio") else ""
+            )
             raise UsageError(
                 f"report_to={name!r} needs the package {package}, which is not installed: pip install {package}{ours} "
                 "or leave it out"

@@ -162,7 +162,7 @@ def _short(why: str) -> str:
 def check_picture(path: Path) -> None:
     """Raise `ReportError` if a picture could not be made, before hours of measuring for it."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ReportError("a picture needs matplotlib: pip install 'prefopt[plot]'")
+        raise ReportError("a picture needs matplotlib: pip install 'prefopt-trainer[plot]'")
     if not path.suffix:
         raise ReportError(f"{path} has no ending that names a format; use .png")
 

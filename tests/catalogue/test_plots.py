@@ -156,7 +156,7 @@ class TestRefusals:
     def test_without_matplotlib_the_extra_is_named(self, monkeypatch, tmp_path):
         lines = trace(["dpo"])
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(PlotError, match=r"pip install 'prefopt\[plot\]'"):
+        with pytest.raises(PlotError, match=r"pip install 'prefopt-trainer\[plot\]'"):
             draw(lines, tmp_path / "x.png")
 
 

@@ -237,10 +237,42 @@ class TestStart:
         result = CliRunner().invoke(app, ["--version"])
         assert (result.exit_code, result.output) == (0, f"prefopt {prefopt.__version__}\n")
 
-    def test_help_waits_for_no_heavy_library(self):
-        heavy = ("torch", "transformers", "trl", "datasets", "sympy")
-        code = f"import sys, prefopt.cli; print([name for name in {heavy} if name in sys.modules])"
-        assert self.python("-c", code).stdout.strip() == "[]"
+    def libraries(self, *words: str, **variables: str) -> tuple[str, set[str]]:
+        """What the command prints, and the slow libraries that are then imported."""
+        code = (
+            "import atexit, os, sys\n"
+            "slow = ('torch', 'transformers', 'trl', 'datasets', 'accelerate', 'peft', 'sympy', 'matplotlib')\n"
+            "atexit.register(lambda: print(*[name for name in slow if name in sys.modules], file=sys.stderr))\n"
+            f"os.environ.update({variables!r})\n"
+            f"sys.argv = ['prefopt', *{words!r}]\n"
+            "from prefopt.cli import main\n"
+            "main()"
+        )
+        done = self.python("-c", code)
+        return done.stdout, set(done.stderr.splitlines()[-1].split())
+
+    @pytest.mark.parametrize("words", [["--help"], ["--version"], ["losses", "--help"], ["new", "config"]])
+    def test_help_imports_no_slow_library(self, words):
+        shown, imported = self.libraries(*words)
+        assert shown
+        assert imported == set()
+
+    @pytest.mark.parametrize("words", [["losses"], ["losses", "simpo"]])
+    def test_losses_import_torch_alone(self, words):
+        shown, imported = self.libraries(*words)
+        assert "simpo" in shown
+        assert imported == {"torch"}
+
+    @pytest.mark.parametrize(
+        ("line", "expected"),
+        [("prefopt sel", ["select-kernel"]), ("prefopt new config papers/simpo_g", ["papers/simpo_gemma2"])],
+    )
+    def test_completion_imports_no_slow_library(self, line, expected):
+        shown, imported = self.libraries(
+            _PREFOPT_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(line.split()) - 1)
+        )
+        assert shown.split() == expected
+        assert imported == set()
 
 
 class TestErrors:

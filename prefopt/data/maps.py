@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value
@@ -23,9 +24,15 @@ def map_rows(
     desc: str,
     remove: Sequence[str] = (),
 ) -> Dataset | IterableDataset:
-    """`dataset.map`; `changed` has the types of the columns that `function` returns, None to infer a type.
+    """`dataset.map` of a function of one row, called for many rows at once.
 
-    Without them, a first batch of empty prompts would fix a wrong type.
+    Args:
+        dataset: rows.
+        function: the columns that it changes, of a row; the same ones for every row.
+        changed: the types of these columns, None to infer a type. Without them, a first batch of empty prompts would
+            fix a wrong type.
+        desc: for the progress bar and for errors.
+        remove: columns that are taken out.
     """
     options: dict[str, Any] = {"remove_columns": list(remove)} if remove else {}
     if dataset.features is not None and all(feature is not None for feature in changed.values()):
@@ -34,7 +41,7 @@ def map_rows(
     if not isinstance(dataset, Dataset):
         return dataset.map(function, **options)
     try:
-        return dataset.map(function, desc=desc, **options)
+        return dataset.map(partial(_of_batch, function=function), desc=desc, batched=True, **options)
     except DataError:
         raise
     except (TypeError, ValueError, ArrowException) as error:
@@ -43,3 +50,11 @@ def map_rows(
             f"{desc}: the columns {', '.join(changed)} hold different kinds of values: {said}. Write every "
             f"text as a string, or every one as a list of {MESSAGE} messages."
         ) from error
+
+
+def _of_batch(
+    batch: Mapping[str, Sequence[Any]], function: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, list[Any]]:
+    names, columns = list(batch), list(batch.values())
+    changed = [function(dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    return {name: [row[name] for row in changed] for name in changed[0]}

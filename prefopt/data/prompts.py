@@ -50,6 +50,12 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 def shared_length(left: Any, right: Any, most: int) -> int:
     """How many items two texts or lists of messages begin with alike, `most` at most."""
+    if isinstance(left, str) and isinstance(right, str):
+        same, differs = 0, most + 1
+        while differs - same > 1:  # halving: Python compares texts fast, and single characters slowly
+            half = (same + differs) // 2
+            same, differs = (half, differs) if left[:half] == right[:half] else (same, half)
+        return same
     return next((at for at in range(most) if not same_texts(left[at], right[at])), most)
 
 

@@ -27,6 +27,13 @@ def papers_table(folder: Path = ROOT / "configs" / "papers") -> str:
     return table(HEADINGS, [_cells(name, config, config["paper"]) for name, config in configs.items()])
 
 
+def is_complete(config: dict[str, Any]) -> bool:
+    """Whether a config names a published model and data set, and leaves no value unknown."""
+    names = [config.get("model_name_or_path"), config.get("dataset_name")]
+    made_first = ("runs/", "data/")
+    return not config["paper"]["unknown"] and all(name and not str(name).startswith(made_first) for name in names)
+
+
 def _cells(name: str, config: dict[str, Any], paper: dict[str, Any]) -> tuple[str, ...]:
     numbers = paper["arxiv"] if isinstance(paper["arxiv"], list) else [paper["arxiv"]]
     links = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in numbers)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
+from datasets import Dataset
+
+from prefopt.data import kind, normalise, validate
 from prefopt.losses import parse
 from prefopt.losses.registry import _LOSSES
+from tests.tiny import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -54,6 +59,16 @@ def test_every_loss_of_the_decision_page_exists():
     arguments = {"margin", "beta", "desirable_weight", "undesirable_weight", "loss"}
     parsed = [parse(expression) for expression in expressions if expression not in arguments]
     assert len(parsed) > 50
+
+
+def test_the_rows_of_the_page_about_data_are_read_as_it_says():
+    rows = [json.loads(text) for text in re.findall(r"```json\n(.*?)\n```", page("data.md"), re.DOTALL)]
+    kinds = []
+    for row in rows:
+        dataset = normalise(Dataset.from_list([row]))
+        kinds.append(kind(dataset))
+        assert validate(dataset, tokenizer=make_tokenizer(), max_length=512).ok, row
+    assert kinds == ["pair", "pair", "pair", "unpaired"]
 
 
 def test_losses_called_free_of_a_reference_are():

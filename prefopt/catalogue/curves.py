@@ -150,6 +150,8 @@ def _scores(loss: Loss, ratio: Tensor, start: Tensor) -> Scores:
     divergences = [divergence(named(name), vocabulary, ref_vocabulary) for name in loss.divergences]
     top_ids = torch.argsort(vocabulary.detach(), dim=-1, descending=True, stable=True)[:, : loss.top_k]
     ones = torch.ones(len(ratio), TOKENS, dtype=torch.bool)
+    # Log-ratios say nothing about hidden states: a loss on them is refused, since it does not depend on the axis.
+    states = torch.ones(len(ratio), TOKENS, len(loss.layers), 2, dtype=ratio.dtype)
     return Scores(
         logps=TOKENS * token,
         lengths=ones.sum(-1),
@@ -169,6 +171,9 @@ def _scores(loss: Loss, ratio: Tensor, start: Tensor) -> Scores:
         token_reverse_kl=spread(p * (token - start) + (1 - p) * (rest - ref_rest)),
         token_divergences=torch.stack([spread(each) for each in divergences], -1) if divergences else None,
         divergences=loss.divergences,
+        states=states,
+        ref_states=states,
+        layers=loss.layers,
         # One vector for all, so that kernels do not distinguish the completions of a pair.
         **dict.fromkeys(("hidden", "prompt_hidden", "embedding", "prompt_embedding"), torch.ones(len(ratio), 2)),
         columns={name: torch.zeros_like(ratio) for name in loss.columns},

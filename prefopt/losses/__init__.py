@@ -45,6 +45,7 @@ from prefopt.losses.scores import PreferenceBatch, Scores
 from prefopt.losses.shapes import GPO, SurrogateEnsemble
 from prefopt.losses.tokenwise import TDPO
 from prefopt.losses.unlearning import NPO, GradientAscent, KLRetain, KTOForget, SimNPO
+from prefopt.losses.unlearning_states import RMU, RMURetain
 from prefopt.losses.unlearning_tokens import CEU, UNDIAL, WGA, Flatten, SatImp
 from prefopt.losses.wrappers import WPO, Dual, LengthNormalized, NoiseRobust, Reweighted
 
@@ -76,6 +77,7 @@ __all__ = [
     "PFL",
     "RBF",
     "RDPO",
+    "RMU",
     "RRHF",
     "SFT",
     "SPPO",
@@ -121,6 +123,7 @@ __all__ = [
     "Polynomial",
     "PreferenceBatch",
     "Preset",
+    "RMURetain",
     "ReferencePairLoss",
     "Reweighted",
     "Robust",

@@ -74,6 +74,7 @@ class Loss(nn.Module):
         columns: numeric data set columns that must be present in every scored role.
         top_k: how many of the largest log-probabilities `Need.TOP_K` supplies.
         divergences: which ones `Need.DIVERGENCE` supplies, as `prefopt.losses.divergences` names them.
+        layers: after which ones `Need.STATES` supplies hidden states.
         batchwise: whether examples act on one another, through a statistic or a mean over the batch's tokens; None
             counts as True for losses from outside this package.
         by_length: the argument through which completion lengths count beyond averages over tokens, or "".
@@ -90,6 +91,7 @@ class Loss(nn.Module):
     columns: tuple[str, ...] = ()
     top_k: int = 0
     divergences: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
     batchwise: bool | None = None
     by_length: str = ""
     outermost: bool = False
@@ -212,6 +214,11 @@ class Loss(nn.Module):
                     f"{self._label} needs ref_token_logps, but the {role} scores hold none: keep the reference's "
                     "per-token log-probabilities too"
                 )
+            if Need.STATES in self.needs and Need.REFERENCE in self.needs and scores.ref_states is None:
+                raise LossError(
+                    f"{self._label} needs ref_states, but the {role} scores hold none: keep the reference's hidden "
+                    "states too"
+                )
             for column in self.columns:
                 if column not in scores.columns:
                     raise LossError(f"{self._label} needs a numeric data set column {column!r}; the batch has none")
@@ -289,6 +296,7 @@ class WeightedSum(Loss):
         self.columns = tuple(dict.fromkeys(column for loss in members for column in loss.columns))
         self.top_k = max(loss.top_k for loss in members)
         self.divergences = tuple(dict.fromkeys(name for loss in members for name in loss.divergences))
+        self.layers = tuple(dict.fromkeys(layer for loss in members for layer in loss.layers))
 
     def needs_of(self, role: str) -> Need:
         needs = Need.NONE

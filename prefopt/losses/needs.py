@@ -34,6 +34,8 @@ class Need(enum.Flag):
     """The loss's `divergences` between policy and reference over the vocabulary at every completion position."""
     HIDDEN = enum.auto()
     """The policy's hidden states, averaged over each completion and over its prompt."""
+    STATES = enum.auto()
+    """Hidden states after the loss's `layers` at every completion position (the reference's too, with REFERENCE)."""
     EMBEDDINGS = enum.auto()
     """Embeddings of prompts and completions that come with the data."""
 
@@ -55,7 +57,7 @@ class Need(enum.Flag):
 
 PER_TOKEN = (
     Need.TOKENS | Need.TOP_K | Need.COLLISION | Need.OTHERS | Need.PEAK | Need.FORWARD_KL | Need.REVERSE_KL
-    | Need.DIVERGENCE
+    | Need.DIVERGENCE | Need.STATES
 )  # fmt: skip
 """Needs that come with `token_logps` and `token_mask`."""
 
@@ -107,6 +109,9 @@ QUANTITIES = {
     Need.HIDDEN: Quantity(
         ("hidden", "prompt_hidden"), "average the policy's hidden states over completions and prompts",
         ("hidden", "prompt_hidden"),
+    ),
+    Need.STATES: Quantity(
+        ("states", "layers"), "keep the hidden states after these layers and number them", ("states",)
     ),
     Need.EMBEDDINGS: Quantity(("embedding", "prompt_embedding"), "give the data columns of embeddings"),
 }  # fmt: skip

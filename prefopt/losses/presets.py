@@ -13,6 +13,7 @@ from prefopt.losses.pointwise import BCOPair
 from prefopt.losses.reference_free import ASFT, CPO, ORPO, RRHF, SLiC
 from prefopt.losses.registry import preset
 from prefopt.losses.unlearning import NPO, GradientAscent, KLRetain, SimNPO
+from prefopt.losses.unlearning_states import RMU, RMURetain
 from prefopt.losses.unlearning_tokens import Flatten, SatImp
 from prefopt.losses.wrappers import Dual
 
@@ -151,6 +152,12 @@ def pdu(limit: float = 0.3, weight: float = 100.0, step: float = 5.0, warmup: in
     the start.
     """
     return Flatten() + Dual(SFT("token"), limit, weight, step, warmup)
+
+
+@preset("rmu_paper", paper="2403.03218")
+def rmu_paper(layer: int = 7, scale: float = 6.5, retain: float = 1200.0) -> Loss:
+    """RMU with its retain term: the paper's values for Zephyr-7B on WMDP."""
+    return RMU(layer, scale) + retain * RMURetain(layer)
 
 
 @preset("idk", paper="2401.06121")

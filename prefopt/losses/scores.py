@@ -66,6 +66,10 @@ class Scores:
         hidden: (N, H) the policy's last hidden states, averaged over the positions that the completion's tokens are
             predicted from, with gradient; with `Need.HIDDEN`.
         prompt_hidden: (N, H) the same over the prompt's tokens.
+        states: (N, T, L, H) hidden states after each of L layers at the positions that the completion's tokens are
+            predicted from, zero outside `token_mask`, with gradient; with `Need.STATES`.
+        layers: numbers of the L layers, the first one is 0.
+        ref_states: (N, T, L, H) those of the reference; with `Need.STATES | Need.REFERENCE`.
         embedding: (N, H) of the completion, as it came with the data; with `Need.EMBEDDINGS`.
         prompt_embedding: (N, H) of its prompt.
         columns: further per-example columns of the data set, (N,) each. `weight` scales every loss per example.
@@ -91,6 +95,9 @@ class Scores:
     divergences: tuple[str, ...] | None = None
     hidden: Tensor | None = None
     prompt_hidden: Tensor | None = None
+    states: Tensor | None = None
+    layers: tuple[int, ...] | None = None
+    ref_states: Tensor | None = None
     embedding: Tensor | None = None
     prompt_embedding: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
@@ -134,6 +141,15 @@ class Scores:
             )
         assert self.divergences is not None
         return self.token_divergences[..., self.divergences.index(name)]
+
+    def states_after(self, layer: int, of_reference: bool = False) -> Tensor:
+        """(N, T, H) hidden states after a layer."""
+        states = self.ref_states if of_reference else self.states
+        if states is None or layer not in (self.layers or ()):
+            name = "ref_states" if of_reference else "states"
+            raise LossError(f"this loss needs {name} after layer {layer}, but the scores hold {self.layers or 'none'}")
+        assert self.layers is not None
+        return states[:, :, self.layers.index(layer)]
 
     def at_least_float32(self) -> Scores:
         """The same scores with half-precision tensors raised to float32; float64 is kept for gradient checks."""

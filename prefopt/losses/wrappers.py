@@ -43,6 +43,7 @@ class Wrapper(Loss):
         self.columns = loss.columns
         self.top_k = loss.top_k
         self.divergences = loss.divergences
+        self.layers = loss.layers
 
     def needs_of(self, role: str) -> Need:
         needs = self.loss.needs_of(role)

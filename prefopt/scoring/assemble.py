@@ -18,7 +18,8 @@ from prefopt.scoring.rows import RowGroups
 def extras_for(loss: Loss) -> Extras:
     """The quantities that a loss needs from a model's output besides log-probabilities."""
     kinds = tuple(map(named, loss.divergences)) if Need.DIVERGENCE in loss.needs else ()
-    return Extras(loss.needs, loss.top_k if Need.TOP_K in loss.needs else 0, kinds)
+    layers = loss.layers if Need.STATES in loss.needs else ()
+    return Extras(loss.needs, loss.top_k if Need.TOP_K in loss.needs else 0, kinds, layers)
 
 
 def assemble_batch(
@@ -28,6 +29,7 @@ def assemble_batch(
     ref_token_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     prev_logps: Tensor | None = None,
+    ref_states: Tensor | None = None,
 ) -> PreferenceBatch:
     """Group scored rows by role.
 
@@ -38,6 +40,7 @@ def assemble_batch(
         ref_token_logps: (R, T) per-token log-probabilities of the reference, zero outside the completions.
         ref_logps: (R,) their sums, where only these are known (computed ahead of training).
         prev_logps: (R,) sums under the previous iterate.
+        ref_states: (R, T, L, H) hidden states of the reference.
     """
     if ref_logps is None and ref_token_logps is not None:
         ref_logps = ref_token_logps.sum(-1)
@@ -50,6 +53,7 @@ def assemble_batch(
         "token_mask": policy.mask,
         "token_ids": policy.tokens,
         "ref_token_logps": ref_token_logps,
+        "ref_states": ref_states,
         **policy.quantities,
     }
     roles: dict[str, Any] = {}
@@ -71,6 +75,8 @@ def assemble_batch(
             values |= {name: vectors[examples] for name, vectors in embeddings.items()}
         if "token_divergences" in values:
             values["divergences"] = loss.divergences
+        if "states" in values:
+            values["layers"] = loss.layers
         roles[role.field] = Scores(**values, columns={name: c[examples] for name, c in groups.columns.items()})
     return PreferenceBatch(**roles, paired=groups.paired, sizes=groups.sizes)
 
@@ -81,5 +87,7 @@ def _is_needed(name: str, needs: Need) -> bool:
         return True
     if name in ("token_logps", "token_mask", "token_ids", "ref_token_logps"):
         return bool(needs & PER_TOKEN) and (name != "ref_token_logps" or needs.compares)
+    if name == "ref_states":
+        return Need.STATES in needs and needs.compares
     # Divergences from the reference come with its sums.
     return needs.compares if name == "ref_logps" else NEED_OF[name] in needs

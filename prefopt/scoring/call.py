@@ -5,7 +5,8 @@ Both layouts call models through here, so both use the chunked head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from prefopt.safety.errors import UsageError
 from prefopt.scoring.head import Head, Kept, head_of, measured_by_head, replaced_head
 from prefopt.scoring.logprobs import scores_of_logits
 from prefopt.scoring.measure import DIFFERENTIABLE, MEASURED, Extras, Measured, by_name
-from prefopt.scoring.model import head_layer, unwrapped
+from prefopt.scoring.model import decoder_layers, head_layer, unwrapped
 
 
 @dataclass(frozen=True)
@@ -97,24 +98,35 @@ class Call:
         # Kept hidden states need weights that are there when the policy is scored.
         if request.keep and head is not None and head.sharded:
             head = None
-        if head is None:
+        with _layers_watched(inner, arguments, request) as states:
+            if head is not None:
+                return self._by_head(model, inner, head, arguments, request, states)
             outputs = _pooling(model, inner, arguments, request)
-            return _off_logits(outputs.logits[:, -request.mask.shape[1] :], request), outputs
-        return self._by_head(model, inner, head, arguments, request)
+            measured = _off_logits(outputs.logits[:, -request.mask.shape[1] :], request)
+            if states:
+                # Wrappers wait for a gradient of every parameter, those of later layers too: it is zero.
+                rest = measured["logps"].nan_to_num(0.0, 0.0, 0.0).sum() * 0
+                measured["states"] = _stacked(states, request) + rest
+            return measured, outputs
 
     def _twice(self, model: nn.Module, arguments: Mapping[str, Any], request: Request) -> tuple[Measured, Any]:
         once = replace(self, recompute=False)
 
         def values() -> tuple[Tensor | None, ...]:
             measured, _ = once(model, arguments, request)
-            return (*(measured.get(name) for name in MEASURED), request.pooled)
+            return (*(measured.get(name) for name in MEASURED), measured.get("states"), request.pooled)
 
-        *measured, request.pooled = checkpoint(values, use_reentrant=False)
-        return by_name(measured), None
+        *measured, states, request.pooled = checkpoint(values, use_reentrant=False)
+        return by_name(measured) | ({} if states is None else {"states": states}), None
 
     @staticmethod
     def _by_head(
-        model: nn.Module, inner: nn.Module, head: Head, arguments: Mapping[str, Any], request: Request
+        model: nn.Module,
+        inner: nn.Module,
+        head: Head,
+        arguments: Mapping[str, Any],
+        request: Request,
+        states: dict[int, Tensor],
     ) -> tuple[Measured, Any]:
         measured: Measured = {}
         through: dict[str, Tensor] = {}
@@ -129,6 +141,8 @@ class Call:
             if request.keep:
                 request.kept = Kept(flat.detach(), head)
             through.update({name: measured[name] for name in DIFFERENTIABLE if name in measured})
+            if request.extras.layers:
+                through["states"] = _stacked(states, request)
             if request.pool is not None:
                 through["pooled"] = request.pool.mean(hidden)
             return torch.cat([value.reshape(1, 1, -1) for value in through.values()], dim=-1)
@@ -175,6 +189,50 @@ def _pooling(model: nn.Module, inner: nn.Module, arguments: Mapping[str, Any], r
         )
     request.pooled = seen[-1]
     return outputs
+
+
+@contextlib.contextmanager
+def _layers_watched(inner: nn.Module, arguments: Mapping[str, Any], request: Request) -> Iterator[dict[int, Tensor]]:
+    """Context in which a call of the model fills in the states after the layers that the request asks for.
+
+    Yields:
+        (M, H) hidden states of the scored positions, by the layer's number.
+    """
+    states: dict[int, Tensor] = {}
+    if not request.extras.layers:
+        yield states
+        return
+    named = decoder_layers(inner)
+    if named is None:
+        raise UsageError(f"the layers of {type(inner).__name__} are not known, so it has no states after one of them")
+    name, layers = named
+    keep = arguments.get("logits_to_keep")
+
+    def watch(number: int) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden[:, keep] if isinstance(keep, Tensor) else hidden
+            hidden = hidden[:, hidden.shape[1] - request.mask.shape[1] :]
+            states[number] = hidden.reshape(-1, hidden.shape[-1])[request.places]
+
+        return hook
+
+    with contextlib.ExitStack() as handles:
+        for number in request.extras.layers:
+            if number >= len(layers):
+                raise UsageError(f"layer {number} is asked for, but {name} has {len(layers)}, numbered from 0")
+            handles.callback(layers[number].register_forward_hook(watch(number)).remove)
+        yield states
+
+
+def _stacked(states: Mapping[int, Tensor], request: Request) -> Tensor:
+    """(M, L, H) states in the order that the request asks for them."""
+    if missing := [number for number in request.extras.layers if number not in states]:
+        raise UsageError(
+            f"the states after layer {missing[0]} were not seen in the call; if the model is compiled "
+            "(torch_compile), train it without that"
+        )
+    return torch.stack([states[number] for number in request.extras.layers], dim=1)
 
 
 def _off_logits(logits: Tensor, request: Request) -> Measured:

@@ -27,18 +27,25 @@ class Extras:
         needs: those of a loss; needs that a model's output cannot fill are ignored here.
         top_k: how many of the largest log-probabilities to keep at every position, with `Need.TOP_K`.
         divergences: which, with `Need.DIVERGENCE`.
+        layers: after which ones to keep hidden states, with `Need.STATES`.
         statistics: entropy and whether a token was the most probable one, for logging; zero where not asked for.
     """
 
     needs: Need = Need.NONE
     top_k: int = 0
     divergences: tuple[Divergence, ...] = ()
+    layers: tuple[int, ...] = ()
     statistics: bool = True
 
     @property
     def full_reference(self) -> bool:
         """Whether the reference's logits are needed, not its log-probabilities alone."""
         return bool(self.needs & (Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE))
+
+    @property
+    def beside_reference(self) -> bool:
+        """Whether the reference has to be run beside the policy: its log-probabilities alone are not enough."""
+        return self.full_reference or (Need.STATES in self.needs and Need.REFERENCE in self.needs)
 
     @property
     def several_gradients(self) -> bool:
@@ -99,7 +106,7 @@ reference. Their gradients are in `pull_back`."""
 
 Measured = dict[str, Tensor]
 """What is read off the logits of N positions, N values each: `logps`, `entropy`, `is_top1` as in `TokenScores`, and
-fields of `Scores`."""
+fields of `Scores`. A call of a model adds the `states` of its layers."""
 _COMPUTED = tuple(name for names in (*_OF_POLICY, *_OF_BOTH) for name in names)
 LOOKED_AT = ("top_ids", "token_reverse_kl")
 """Values that the backward pass needs too."""

@@ -119,16 +119,19 @@ class Scorer:
             model, scored, extras=extras, reference=reference, all_logits=all_logits, model_options=self.policy_options
         )
         ref_token_logps = None if reference is None else reference.logps
+        ref_states = None if reference is None else reference.quantities.get("states")
         prev_logps = self._previous(scored, ref_logps, ref_token_logps, all_logits)
-        batch = assemble_batch(scored, tokens, self.loss, ref_token_logps, ref_logps, prev_logps)
+        batch = assemble_batch(scored, tokens, self.loss, ref_token_logps, ref_logps, prev_logps, ref_states)
         if Need.MISMATCHED in self.loss.needs:
             batch = replace(batch, mismatched=self._mismatched(model, rows, all_logits))
         return Scored(batch, outputs, tokens, scored)
 
-    def reference_scores(self, rows: RowBatch, *, keep_logits: bool = False, all_logits: bool = False) -> TokenScores:
-        """Token scores under the reference, from the cache where there is one."""
-        if self.cache is None:
-            return self.run_reference(rows, keep_logits=keep_logits, all_logits=all_logits)
+    def reference_scores(
+        self, rows: RowBatch, *, keep_logits: bool = False, all_logits: bool = False, layers: tuple[int, ...] = ()
+    ) -> TokenScores:
+        """Token scores under the reference, from the cache where there is one; with hidden states after `layers`."""
+        if self.cache is None or layers:
+            return self.run_reference(rows, keep_logits=keep_logits, all_logits=all_logits, layers=layers)
 
         def compute(missing: Tensor) -> Tensor:
             some = rows.select_rows(missing)
@@ -142,7 +145,13 @@ class Scorer:
         return TokenScores(logps, torch.zeros_like(logps), torch.zeros_like(mask), mask)
 
     def run_reference(
-        self, rows: RowBatch, model: nn.Module | None = None, *, keep_logits: bool = False, all_logits: bool = False
+        self,
+        rows: RowBatch,
+        model: nn.Module | None = None,
+        *,
+        keep_logits: bool = False,
+        all_logits: bool = False,
+        layers: tuple[int, ...] = (),
     ) -> TokenScores:
         """Token scores under the frozen reference, computed by its model.
 
@@ -151,11 +160,12 @@ class Scorer:
             model: which to call; the reference, or the policy it is a part of, if None.
             keep_logits: hand on what it takes to have the logits again.
             all_logits: in the padded layout, with whole logits.
+            layers: after which ones to keep hidden states.
         """
         if model is None:
             model = self._reference_model()
         with self.as_reference():
-            return self._run_frozen(model, rows, keep_logits=keep_logits, all_logits=all_logits)
+            return self._run_frozen(model, rows, layers, keep_logits=keep_logits, all_logits=all_logits)
 
     def _refuse_without(self, rows: RowBatch) -> None:
         """Refuse a batch without the rows that only some collators or loops add."""
@@ -207,9 +217,11 @@ class Scorer:
             finally:
                 policy.set_adapter(active)
 
-    def _run_frozen(self, model: nn.Module, rows: RowBatch, **options: Any) -> TokenScores:
+    def _run_frozen(
+        self, model: nn.Module, rows: RowBatch, layers: tuple[int, ...] = (), **options: Any
+    ) -> TokenScores:
         with torch.no_grad(), self.autocast():
-            return self.layout.score(model, rows, extras=BARE, **options)[0]
+            return self.layout.score(model, rows, extras=replace(BARE, layers=layers), **options)[0]
 
     def _needed(self, rows: RowBatch, every_role: bool) -> RowBatch:
         """The rows that the policy is scored on with gradient."""
@@ -226,7 +238,7 @@ class Scorer:
         previous = Need.PREVIOUS if stands_in else Need.NONE
         if (
             "ref_chosen_logps" in rows.given_logps
-            and not extras.full_reference
+            and not extras.beside_reference
             and self.loss.needs & (Need.REFERENCE | previous)
         ):
             return None, rows.by_row(*(rows.given_logps[name] for name in REFERENCE_LOGPS))
@@ -234,14 +246,15 @@ class Scorer:
             return None, None
         needs = {role: self.loss.needs_of(role.field) for role in Role}
         compared = rows.playing([role for role, need in needs.items() if need.compares or need & previous])
+        layers = extras.layers if extras.beside_reference else ()
         # Logits are compared row by row with the policy's, so they are kept for all rows or for none.
         if extras.full_reference or not rows.divisible or bool(compared.all()):
-            return self.reference_scores(rows, keep_logits=extras.full_reference, all_logits=all_logits), None
+            keep = extras.full_reference
+            return self.reference_scores(rows, keep_logits=keep, all_logits=all_logits, layers=layers), None
         compared = _one_at_least(compared)
-        some = self.reference_scores(rows.select_rows(compared), all_logits=all_logits)
-        logps = some.logps.new_zeros((len(compared), rows.ids.shape[1] - 1))
-        logps[compared.nonzero().squeeze(-1).to(logps.device), : some.logps.shape[1]] = some.logps
-        return replace(some, logps=logps), None
+        some = self.reference_scores(rows.select_rows(compared), all_logits=all_logits, layers=layers)
+        quantities = {name: _among(value, compared, rows) for name, value in some.quantities.items()}
+        return replace(some, logps=_among(some.logps, compared, rows), quantities=quantities), None
 
     def _previous(
         self, rows: RowBatch, ref_logps: Tensor | None, ref_token_logps: Tensor | None, all_logits: bool
@@ -293,6 +306,19 @@ def _one_at_least(rows: Tensor) -> Tensor:
     cached values. What the row that stands in gives belongs to a role that the loss does not read.
     """
     return rows if bool(rows.any()) else torch.arange(len(rows), device=rows.device) == 0
+
+
+def _among(values: Tensor, some: Tensor, rows: RowBatch) -> Tensor:
+    """(R, T - 1, ...) the values of some rows at their places among all, zero elsewhere.
+
+    Args:
+        values: (S, U, ...) of the rows that `some` is true for, U at most T - 1.
+        some: (R,) bool.
+        rows: all of them, of T tokens.
+    """
+    everywhere = values.new_zeros((len(some), rows.ids.shape[1] - 1, *values.shape[2:]))
+    everywhere[some.nonzero().squeeze(-1).to(values.device), : values.shape[1]] = values
+    return everywhere
 
 
 def _nothing(rows: RowBatch) -> TokenScores:

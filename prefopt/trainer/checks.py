@@ -28,7 +28,7 @@ from prefopt.trainer.options import refuse_options, refuse_sampling
 from prefopt.trainer.paired import paired_rows
 from prefopt.trainer.publishing import PushError
 
-_OF_TOKENS = Need.TOKENS | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE
+_OF_TOKENS = Need.TOKENS | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE | Need.STATES
 
 
 @dataclass(frozen=True)
@@ -297,8 +297,8 @@ def _cache(plan: RunPlan, objective: Loss) -> None:
     where = plan.option("reference_cache", "off")
     if where == "off":
         return
-    if not objective.needs.compares or extras_for(objective).full_reference:
-        what = "the reference's whole distributions" if objective.needs.compares else "no reference"
+    if not objective.needs.compares or extras_for(objective).beside_reference:
+        what = "more of the reference than log-probabilities" if objective.needs.compares else "no reference"
         raise UsageError(f"reference_cache={where!r} would have no effect: {objective} needs {what}")
     for option in ("sync_ref_model", "precompute_ref_log_probs"):
         if plan.option(option, False):

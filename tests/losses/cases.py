@@ -65,6 +65,9 @@ class Tokens:
     """Log-probability of all tokens but the completion's."""
     peak: tuple[float, ...]
     """The largest logit less the mean logit."""
+    states: tuple[tuple[tuple[float, ...], ...], ...]
+    """At each position a vector for each of `LAYERS`."""
+    ref_states: tuple[tuple[tuple[float, ...], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class Row:
 VOCABULARY = 12
 TOP = 7
 WIDTH = 5
+LAYERS = (1, 0, 7)
 DIVERGENCES = ("kl", "js", "hellinger", "renyi(0.9)", "renyi(2.0)", "bhattacharyya", "wasserstein", "f(triangular)")
 
 
@@ -158,6 +162,10 @@ def make_tokens(policy_sum: float, reference_sum: float, n: int) -> Tokens:
         *vectors,
         tuple(-of_logits.uniform(0.01, 3.0) for _ in range(n)),
         tuple(of_logits.uniform(1.0, 12.0) for _ in range(n)),
+        *(
+            tuple(tuple(tuple(of_logits.gauss(0.5, 1.0) for _ in range(WIDTH)) for _ in LAYERS) for _ in range(n))
+            for _ in range(2)
+        ),
     )
 
 
@@ -210,6 +218,11 @@ def make_scores(
     tops = [[*one.top, *[blank] * (width - len(one.ids))] for one in tokens]
     ids = [[*one.ids, *[0] * (width - len(one.ids))] for one in tokens]
     none = (0.0,) * len(DIVERGENCES)
+    no_states = ((0.0,) * WIDTH,) * len(LAYERS)
+    states, ref_states = (
+        [[*getattr(one, name), *[no_states] * (width - len(one.ids))] for one in tokens]
+        for name in ("states", "ref_states")
+    )
     divergences = [[*one.divergences, *[none] * (width - len(one.ids))] for one in tokens]
     return Scores(
         logps=tensor([p for p, *_ in sums], requires_grad),
@@ -232,6 +245,9 @@ def make_scores(
         divergences=DIVERGENCES,
         hidden=tensor([one.hidden for one in tokens], requires_grad),
         prompt_hidden=tensor([one.prompt_hidden for one in tokens], requires_grad),
+        states=tensor(states, requires_grad),
+        layers=LAYERS,
+        ref_states=tensor(ref_states),
         embedding=tensor([one.embedding for one in tokens]),
         prompt_embedding=tensor([one.prompt_embedding for one in tokens]),
         columns={name: tensor(values) for name, values in columns.items()},
@@ -382,6 +398,25 @@ def kernel_margin(row: Row, name: str, given: bool = False, precision: Sequence[
 def distance(row: Row, name: str) -> float:
     column = DIVERGENCES.index(name)
     return mean(mean(values[column] for values in tokens.divergences) for tokens in (row.w, row.l))
+
+
+def misdirected(tokens: Tokens, layer: int, scale: float, seed: int) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    entries = torch.rand(WIDTH, generator=generator, dtype=torch.float64).tolist()
+    length = math.sqrt(sum(x * x for x in entries))
+    target = [scale * x / length for x in entries]
+    return mean(
+        mean((h - c) ** 2 for h, c in zip(states[LAYERS.index(layer)], target, strict=True))
+        for states in tokens.states
+    )
+
+
+def displaced(tokens: Tokens, layer: int) -> float:
+    column = LAYERS.index(layer)
+    return mean(
+        mean((h - r) ** 2 for h, r in zip(states[column], before[column], strict=True))
+        for states, before in zip(tokens.states, tokens.ref_states, strict=True)
+    )
 
 
 # ---- formulas over a batch ---------------------------------------------------------------------------------------
@@ -792,6 +827,8 @@ CASES = [
         "flatten",
         batch_values=lambda rows: over_tokens([sum(x * x for x in r.l.peak) for r in rows], [r.nl for r in rows]),
     ),
+    Case("rmu(layer=1, scale=3.0, seed=2)", lambda r: (misdirected(r.l, 1, 3.0, 2),)),
+    Case("rmu_retain(layer=0)", lambda r: (displaced(r.w, 0),)),
     Case("kto_forget(beta=0.1)", batch_values=forget_kto, held=True),
     # online
     Case(

@@ -281,6 +281,8 @@ def stripped(batch: PreferenceBatch, loss: Loss, without: Need = Need.NONE) -> P
             kept |= {"token_logps": scores.token_logps, "token_mask": scores.token_mask}
             if needs.compares:
                 kept["ref_token_logps"] = scores.ref_token_logps
+        if Need.STATES in needs and needs.compares:
+            kept["ref_states"] = scores.ref_states
         if Need.FORWARD_KL in needs:
             kept["ref_token_entropy"] = scores.ref_token_entropy
         return Scores(**kept)

@@ -392,18 +392,25 @@ def test_a_class_is_no_loss(tmp_path):
 # ---- needs beyond sums and a reference -----------------------------------------------------------------------------
 
 
-AT_REST = {"kl_online", "kl_retain", "kl_prior"}
+AT_REST = {"kl_online", "kl_retain", "kl_prior", "rmu_retain"}
 """Objectives that a policy equal to its reference already minimises; tests of their own give them another one."""
 MOVING = {"hypo", "beta_dpo", "bco", "alpha_dpo", "kto_forget", "wga", "sat_imp", "undial", "dual", "pdu"}
 """Objectives whose value is no measure of progress: draws, running statistics or weights move along with the policy.
 undial starts so near its minimum that six large steps overshoot it; it is tested with a reference of its own below."""
 
 
+FOR_TWO_LAYERS = {
+    "rmu": "rmu(layer=0)",
+    "rmu_retain": "rmu_retain(layer=0)",
+    "rmu_paper": "rmu_paper(layer=0, retain=1.0)",
+}
+
+
 @pytest.mark.parametrize("expression", [*sorted(available()), *sorted(presets())])
 def test_every_registered_objective_trains(tmp_path, expression):
     """Ten pairs, eight steps: it runs, stays finite, and moves the policy."""
     wrapped = expression in available() and issubclass(available()[expression], Wrapper)
-    loss = f"{expression}(dpo + 0.1*sft(nll='mean'))" if wrapped else expression
+    loss = f"{expression}(dpo + 0.1*sft(nll='mean'))" if wrapped else FOR_TWO_LAYERS.get(expression, expression)
     pairs = make_pairs(8, margin=[0.5] * 8)
     options = {"max_steps": 6, "learning_rate": 2e-3, "sample_max_new_tokens": 6, "per_device_train_batch_size": 8}
     trainer = make_trainer(tmp_path, loss=loss, train_dataset=pairs, **options)
@@ -421,7 +428,8 @@ def test_every_registered_objective_trains(tmp_path, expression):
 def test_kl_terms_pull_the_policy_back_to_a_given_reference(tmp_path):
     """From a policy that differs from its reference, so that there is something to pull."""
     reference = make_model("llama", 1)
-    for loss in ("kl_retain(reduction='mean')", "kl_prior", "kl_retain(direction='reverse')", "undial"):
+    losses = ["kl_retain(reduction='mean')", "kl_prior", "kl_retain(direction='reverse')", "undial"]
+    for loss in (*losses, "rmu_retain(layer=0)"):
         trainer_options = {"ref_model": reference}
         log = train(tmp_path, loss=loss, max_steps=8, learning_rate=3e-3, train_dataset=make_pairs(8),
                     trainer_options=trainer_options)  # fmt: skip

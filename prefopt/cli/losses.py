@@ -26,11 +26,16 @@ def losses(
         list[str] | None, typer.Option(help="What a plot moves: margin (default), chosen or rejected; repeatable.")
     ] = None,
     span: Annotated[float | None, typer.Option(help="Half the width of a plot's x-axis, in nats; 40.")] = None,
+    loss_file: Annotated[
+        Path | None, typer.Option(help="A Python file of yours with losses; without NAMES, those are explained.")
+    ] = None,
 ) -> None:
     """List the objectives, explain some, or plot them."""
     from prefopt.catalogue.tables import losses_table, objectives_table
-    from prefopt.losses import available
+    from prefopt.losses import available, register_file
 
+    if loss_file is not None:
+        names = names or list(register_file(loss_file).names)
     if plot is None and (vary or span is not None):
         fail("--vary and --span are about a picture: add --plot FILE.png")
     if plot is not None and markdown:
@@ -94,7 +99,8 @@ def _explain(text: str) -> None:
         return
     _docstring(maker)
     fact = facts(maker)
-    screen.print(Text(f"\nFormula: {fact.formula}\nData: {fact.data}"))
+    formula = fact.formula and f"Formula: {fact.formula}\n"
+    screen.print(Text(f"\n{formula}Data: {fact.data}"))
     if fact.reference == "as its loss":
         screen.print(Text(f"Needs of the scorer: those of its loss{fact.needs and ', ' + fact.needs}"))
     else:

@@ -30,13 +30,14 @@ from prefopt.losses.direct import (
 from prefopt.losses.discovered import AQFL, AQL, CELL, DBAQL, PADLL, PFL, DiscoPOP
 from prefopt.losses.divergences import Divergence
 from prefopt.losses.errors import LossError
+from prefopt.losses.from_file import LossFile, register_file
 from prefopt.losses.kernel import HMK, KernelDPO
 from prefopt.losses.kernel_functions import RBF, Mahalanobis, Polynomial, Spectral
 from prefopt.losses.likelihood import SFT
 from prefopt.losses.logic import Logic
 from prefopt.losses.needs import Need
 from prefopt.losses.online import INPO, KLOnline, KLPrior
-from prefopt.losses.parse import LossSyntaxError, parse
+from prefopt.losses.parse import LossSyntaxError, UnknownLossError, parse
 from prefopt.losses.penalised import DPOP, FDPO, LDDPO, RDPO, ChiPO
 from prefopt.losses.pointwise import BCO, NCA, SPPO, APODown, APOZero, BCOPair, CalDPO
 from prefopt.losses.reference_free import ASFT, CPO, ORPO, RRHF, AlphaPO, SimPO, SLiC
@@ -111,6 +112,7 @@ __all__ = [
     "Logic",
     "Loss",
     "LossError",
+    "LossFile",
     "LossOutput",
     "LossSyntaxError",
     "Mahalanobis",
@@ -134,6 +136,7 @@ __all__ = [
     "SimPO",
     "Spectral",
     "SurrogateEnsemble",
+    "UnknownLossError",
     "WeightedSum",
     "available",
     "paired_roles",
@@ -141,4 +144,5 @@ __all__ = [
     "preset",
     "presets",
     "register",
+    "register_file",
 ]

@@ -27,6 +27,9 @@ MAX_NUMBER = 10**300
 """Largest whole number in an expression, well within what a float can hold."""
 
 
+OWN = "One of your own must be imported first; commands take --loss_file FILE.py"
+
+
 class LossSyntaxError(LossError):
     """A loss expression that cannot be read.
 
@@ -42,6 +45,10 @@ class LossSyntaxError(LossError):
         shown = shown.encode("utf-8", "replace").decode()  # half a character cannot be printed
         marker = " " * (column - 1) + "^" * max(1, min(width, len(shown) - column + 1)) if column <= 200 else ""
         super().__init__(f"in the loss expression, column {column}: {message}\n  {shown}\n  {marker}".rstrip())
+
+
+class UnknownLossError(LossSyntaxError):
+    """A name in a loss expression that no loss and no preset has."""
 
 
 def parse(text: str) -> Loss:
@@ -93,12 +100,14 @@ class _Reader:
         self.text = text
         self.indent = indent
 
-    def fail(self, node: ast.AST, message: str, width: int | None = None) -> NoReturn:
+    def fail(
+        self, node: ast.AST, message: str, width: int | None = None, kind: type[LossSyntaxError] = LossSyntaxError
+    ) -> NoReturn:
         # ast counts bytes of UTF-8, people count characters.
         encoded = self.text[self.indent :].encode()
         start = len(encoded[: getattr(node, "col_offset", 0)].decode(errors="replace"))
         end = len(encoded[: getattr(node, "end_col_offset", None) or 0].decode(errors="replace"))
-        raise LossSyntaxError(message, self.text, start + self.indent + 1, width or max(1, end - start))
+        raise kind(message, self.text, start + self.indent + 1, width or max(1, end - start))
 
     def loss(self, node: ast.expr) -> Loss:
         """A node that must be a loss."""
@@ -189,7 +198,8 @@ class _Reader:
         if name.id not in losses:
             near = difflib.get_close_matches(name.id.lower(), losses, n=2, cutoff=0.6)
             hint = f", did you mean {' or '.join(map(repr, near))}?" if near else "."
-            self.fail(name, f"no loss is named {_short(name.id)}{hint} Registered losses: {', '.join(losses)}")
+            listed = f"{hint} Registered losses: {', '.join(losses)}. {OWN}"
+            self.fail(name, f"no loss is named {_short(name.id)}{listed}", kind=UnknownLossError)
         loss: Loss = self.call(node, name.id, losses[name.id], args, keywords)
         return loss
 

@@ -41,11 +41,13 @@ def register(name: str) -> Callable[[L], L]:
     """Class decorator that makes a loss known to `parse` and `available` under `name`.
 
     Raises:
-        ValueError: if the name is not a lower-case identifier or already belongs to another class.
+        LossError: if the name is not a lower-case identifier or already belongs to another class or a preset.
     """
     _check_name(name)
 
     def add(cls: L) -> L:
+        if name in _PRESETS:
+            raise LossError(f"the loss name {name!r} already belongs to a preset")
         taken = _LOSSES.get(name)
         # A reloaded module defines its class again; only a different class is a clash.
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -61,13 +63,16 @@ def preset(name: str, paper: str = "") -> Callable[[Callable[..., Loss]], Callab
     """Decorator that makes a function returning a loss known to `parse` and `presets` under `name`.
 
     Raises:
-        ValueError: if the name is not a lower-case identifier or already belongs to a loss.
+        LossError: if the name is not a lower-case identifier or already belongs to a loss or another preset.
     """
     _check_name(name)
 
     def add(build: Callable[..., Loss]) -> Callable[..., Loss]:
         if name in _LOSSES:
             raise LossError(f"the name {name!r} already belongs to a loss")
+        taken = _PRESETS[name].build if name in _PRESETS else None
+        if taken is not None and (taken.__module__, taken.__qualname__) != (build.__module__, build.__qualname__):
+            raise LossError(f"the name {name!r} already belongs to the preset {taken.__module__}.{taken.__qualname__}")
         _PRESETS[name] = Preset(name, build, paper)
         return build
 

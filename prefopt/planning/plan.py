@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, HfArgumentParser, LlamaConfig
 
-from prefopt.losses import ConflictFree, Loss, parse
+from prefopt.losses import ConflictFree, Loss, parse, register_file
 from prefopt.models.load import ModelError, adapter_base
 from prefopt.planning.activations import Rows, causal_model, made_up_rows
 from prefopt.planning.engines import ENGINES
@@ -54,6 +54,7 @@ class Job:
 
     model: str = field(metadata={"help": f"A Hub name, a folder, or without either a size: {', '.join(FAMILIES)}."})
     loss: str = field(default="dpo(beta=0.1)", metadata={"help": "Loss expression; says whether a reference is kept."})
+    loss_file: str | None = field(default=None, metadata={"help": "A Python file of yours with losses for --loss."})
     gpus: int = field(default=1, metadata={"help": "GPUs of all machines together."})
     nodes: int = field(default=1, metadata={"help": "Machines they are in."})
     memory: float = field(default=80.0, metadata={"help": "Memory of a GPU in GB (1e9 bytes)."})
@@ -138,6 +139,8 @@ def main(argv: Sequence[str]) -> None:
     job, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
     if unknown:
         raise UsageError(f"prefopt plan has no option {unknown[0]}; --help lists them")
+    if job.loss_file is not None:
+        register_file(job.loss_file)
     loss = parse(job.loss)
     name, config, built_in = model_config(job.model)
     rows = made_up_rows(
@@ -320,6 +323,7 @@ def _command(job: Job, name: str, way: Way) -> str:
     if job.nodes > 1:
         launch += ["--num_machines", str(job.nodes)]
     words = [*launch, "recipes/dpo.py", "--model_name_or_path", name, "--dataset_name", "PAIRS", "--loss", job.loss]
+    words += [] if job.loss_file is None else ["--loss_file", job.loss_file]
     settings = vars(job) | {"dtype": job.dtype_of(way.method)}
     for option, usual in RECIPE_DEFAULTS.items():
         if (value := settings[option]) != usual:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from prefopt.recipe.arguments import Recipe
+from prefopt.recipe.arguments import LOSS_FILE, Recipe
 from prefopt.safety.errors import UsageError
 from prefopt.safety.folders import what_is_there
 
@@ -41,7 +41,8 @@ def make_room(recipe: Recipe) -> None:
     if state.is_main_process and (names := _of_a_finished_run(recipe)):
         folder = Path(recipe.training.output_dir)
         if recipe.script.overwrite_output_dir:
-            for name in (RESULTS, BEFORE):  # otherwise a run killed before it writes its own would seem to have them
+            # Otherwise a run killed before it writes its own would seem to have them.
+            for name in (RESULTS, BEFORE, LOSS_FILE):
                 (folder / name).unlink(missing_ok=True)
             recipe.console.print(f"Overwriting the earlier run in {folder} ({', '.join(names)}).", soft_wrap=True)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.table import Table
 from prefopt.demo.before_after import PairMetrics, side_by_side, summarize
 from prefopt.demo.data import heldout_prompts
 from prefopt.generation.answers import Answer, greedy_answers
-from prefopt.recipe.arguments import Recipe
+from prefopt.recipe.arguments import LOSS_FILE, Recipe
 from prefopt.recipe.earlier_run import BEFORE, RESULTS
 from prefopt.recipe.progress import RunProgress
 from prefopt.safety.files import write_whole
@@ -50,6 +51,8 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     console.print(f"Running on {describe_engine(trainer)}{_threads(trainer)}")
     if warning := engine_not_used(trainer):
         console.print(f"[bold]{warning}[/bold]", soft_wrap=True)
+    if trainer.is_world_process_zero():
+        _copy_loss_file(recipe)
     checkpoint = trainer.checkpoint_to_resume(training.resume_from_checkpoint)
     if training.resume_from_checkpoint is not None:
         where = "No checkpoint yet: starting from step 0" if checkpoint is None else f"Resuming from {checkpoint}"
@@ -64,7 +67,7 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     trainer.save_model(_internal_call=True)  # pushed below, with a card that has the numbers
     metrics = None if trainer.eval_dataset is None else trainer.evaluate()
     after = _Measured(metrics, None if before.answers is None else _answers(recipe, trainer))
-    results = _results(trainer, before, after)
+    results = _results(recipe, trainer, before, after)
     if trainer.is_world_process_zero():
         trainer.create_model_card()
         _save_results(recipe, RESULTS, results)
@@ -107,9 +110,10 @@ def _measured_before(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:
     return before
 
 
-def _results(trainer: PreferenceTrainer, before: _Measured, after: _Measured) -> dict[str, Any]:
+def _results(recipe: Recipe, trainer: PreferenceTrainer, before: _Measured, after: _Measured) -> dict[str, Any]:
     results: dict[str, Any] = {
         "loss": str(trainer.objective or trainer.args.loss_type),
+        **({} if recipe.loss_file is None else {"loss_file": LOSS_FILE}),
         "engine": describe_engine(trainer),
         "before": before.metrics,
         "after": after.metrics,
@@ -168,6 +172,17 @@ def _comparison(before: dict[str, float] | None, after: dict[str, float]) -> Tab
                 old += " (policy = reference)"
             shown.add_row(name.removeprefix("eval_"), old, f"{after[name]:.4g}")
     return shown
+
+
+def _copy_loss_file(recipe: Recipe) -> None:
+    """Keep the user's own losses with the run, so that its loss can be read and used later."""
+    if (file := recipe.loss_file) is None:
+        return
+    copy = Path(recipe.training.output_dir) / LOSS_FILE
+    if copy.exists() and copy.read_text(encoding="utf-8") != file.text:
+        before = copy.rename(copy.with_name(f"{copy.stem}-{time.strftime('%Y%m%d-%H%M%S')}.py"))
+        recipe.console.print(f"{file.path} has changed since this run began; as it was: {before}", soft_wrap=True)
+    write_whole(copy, lambda unfinished: unfinished.write_text(file.text, encoding="utf-8"))
 
 
 def _save_results(recipe: Recipe, name: str, results: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,7 @@ def refuse_unusable(recipe: Recipe, words: set[str], named: set[str]) -> None:
     _refuse_what_is_ignored(recipe, words)
     _refuse_without_effect(named, recipe.script, recipe.training, recipe.model)
     _refuse_embeddings(recipe)
+    _refuse_idle_loss_file(recipe)
 
 
 def _refuse_what_is_ignored(recipe: Recipe, words: set[str]) -> None:
@@ -119,6 +121,16 @@ def _refuse_what_is_ignored(recipe: Recipe, words: set[str]) -> None:
     if model.use_peft and model.lora_task_type != "CAUSAL_LM":
         raise SystemExit(
             f"--lora_task_type {model.lora_task_type}: only CAUSAL_LM can be trained here; leave the option out"
+        )
+
+
+def _refuse_idle_loss_file(recipe: Recipe) -> None:
+    """Refuse a file of losses of which the objective uses none."""
+    file = recipe.loss_file
+    if file is not None and not set(file.names) & set(re.findall(r"\w+", recipe.objective_text)):
+        raise SystemExit(
+            f"--loss_file {file.path} would have no effect: the loss is {recipe.objective_text}. Use what the file "
+            f'registers ({", ".join(file.names)}), as in --loss "{file.names[0]}"'
         )
 
 

@@ -12,7 +12,7 @@ from trl import ModelConfig, ScriptArguments
 
 from prefopt.data.embed import DEFAULT
 from prefopt.data.formats import NAMES
-from prefopt.losses import Loss
+from prefopt.losses import Loss, LossFile, register_file
 from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.config import resolve_objective
 
@@ -52,6 +52,10 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
             "choices": ["error", "drop"],
         },
     )
+    loss_file: str | None = field(
+        default=None,
+        metadata={"help": "A Python file of yours with losses for --loss. It is run, so name only what you trust."},
+    )
     embeddings: str | None = field(
         default=None,
         metadata={"help": f"A frozen encoder for losses with embeddings='given': a folder, a Hub name or {DEFAULT}."},
@@ -73,6 +77,9 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
     )
     evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
 
+
+LOSS_FILE = "loss_file.py"
+"""The copy of the user's own file of losses in the output folder."""
 
 OPTIONS = (RecipeArguments, PreferenceConfig, ModelConfig)
 """The dataclasses that a command line or a config fills."""
@@ -109,6 +116,11 @@ class Recipe:
     def objective_text(self) -> str:
         """The loss as it was written, for messages."""
         return str(self.training.loss or self.training.loss_type)
+
+    @property
+    def loss_file(self) -> LossFile | None:
+        """The user's own file of losses, if one was named."""
+        return None if self.script.loss_file is None else register_file(self.script.loss_file)
 
     @property
     def bundled_model(self) -> bool:

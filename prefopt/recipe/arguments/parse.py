@@ -19,13 +19,13 @@ from rich.console import Console
 from trl import ModelConfig, TrlParser
 
 from prefopt import __version__
-from prefopt.losses import LossSyntaxError
+from prefopt.losses import LossError, LossSyntaxError, UnknownLossError, register_file
 from prefopt.models.bundled import HUB_ID
 from prefopt.recipe.arguments.checks import refuse_steps_and_epochs, refuse_unusable, renamed
 from prefopt.recipe.arguments.config_file import checked_values, read_config, set_environment
 from prefopt.recipe.arguments.launched import launch_command
 from prefopt.recipe.arguments.loss_options import settle
-from prefopt.recipe.arguments.options import OPTIONS, Recipe, RecipeArguments
+from prefopt.recipe.arguments.options import LOSS_FILE, OPTIONS, Recipe, RecipeArguments
 from prefopt.recipe.arguments.threads import use_every_core
 from prefopt.safety.errors import did_you_mean, show_short_errors
 from prefopt.safety.files import is_file
@@ -38,7 +38,7 @@ from prefopt.trainer.config import TRL_LOSS_OPTIONS
 DEMO_CONFIG = Path(__file__).parents[2] / "demo" / "config.yaml"
 """Settings of the bundled job; they are the defaults if no model is named."""
 
-_OBJECTIVE = {"loss", "embeddings", *TRL_LOSS_OPTIONS}
+_OBJECTIVE = {"loss", "loss_file", "embeddings", *TRL_LOSS_OPTIONS}
 """The options of a config that `--demo` does not replace."""
 
 
@@ -71,6 +71,7 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     if unknown:
         raise SystemExit(_no_option(unknown[0], parser))
     demo = bool(known.demo or config.get("demo"))
+    _run_loss_file(known.loss_file or config.get("loss_file"))
     own_loss, words, config = _settled(loss, words, config, named, known)
     defaults, notes = _defaults(own_loss, config, named, demo)
     refuse_steps_and_epochs(config, named, known)
@@ -101,6 +102,16 @@ class _Console(Console):
         super().print(*(redact(part) if isinstance(part, str) else part for part in objects), **options)
 
 
+def _run_loss_file(file: str | None) -> None:
+    """Make the losses of the user's own file known, before an expression is read."""
+    if file is None:
+        return
+    try:
+        register_file(file)
+    except LossError as error:
+        raise SystemExit(f"--loss_file {error}") from None
+
+
 def _filled(parser: TrlParser, argv: Sequence[str]) -> tuple[RecipeArguments, PreferenceConfig, ModelConfig]:
     """The three groups of options.
 
@@ -109,6 +120,8 @@ def _filled(parser: TrlParser, argv: Sequence[str]) -> tuple[RecipeArguments, Pr
     """
     try:
         script, training, model = parser.parse_args_and_config(argv)
+    except UnknownLossError as error:
+        raise SystemExit(f"--loss: {error}{_earlier_file(parser, argv)}") from None
     except LossSyntaxError as error:
         raise SystemExit(f"--loss: {error}") from None
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, OSError) as error:
@@ -117,6 +130,12 @@ def _filled(parser: TrlParser, argv: Sequence[str]) -> tuple[RecipeArguments, Pr
         # TRL makes text of a list of one, which PEFT takes for a pattern of whole paths.
         model.lora_target_modules = [model.lora_target_modules]
     return script, training, model
+
+
+def _earlier_file(parser: TrlParser, argv: Sequence[str]) -> str:
+    """A line about the loss file of the run in the output folder, if there is one."""
+    file = Path(parser.parse_known_args(argv)[0].output_dir or "") / LOSS_FILE
+    return f"\nThe earlier run in that folder had a loss file: --loss_file {file}" if is_file(file) else ""
 
 
 class _Parser(TrlParser):  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 The scored tokens of a completion must contain its text, its thought and its calls, nothing of the prompt, and one end.
 The context must contain every turn of the prompt, the tools and one beginning. Otherwise a finding shows both
-texts. Imports transformers and this folder's `conversation`, `pieces` and `tokenize`.
+texts. Imports transformers and this folder's `conversation`, `encodings`, `pieces` and `tokenize`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.conversation import Processing, Row, answers_begin, answers_end, for_template, read_tools, user_turn
+from prefopt.data.conversation import Processing, Row, answers_begin, read_tools, user_turn
+from prefopt.data.encodings import Encodings
 from prefopt.data.errors import DataError
 from prefopt.data.pieces import (
     TAKEN,
@@ -27,7 +28,7 @@ from prefopt.data.pieces import (
     tools_of,
     without_thought,
 )
-from prefopt.data.tokenize import Tokens, encode_alone, shared, text_tokenizer, tokens_of
+from prefopt.data.tokenize import Tokens, shared, tokens_of
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,20 @@ class Finding:
     said: str
 
 
-def round_trip(row: Row, sides: Sequence[str], tokens: Tokens, processing_class: Processing) -> list[Finding] | None:
-    """The failed checks of a row and its `tokens`; None if it cannot be decoded (images)."""
+def round_trip(
+    row: Row, sides: Sequence[str], tokens: Tokens, processing_class: Processing, encodings: Encodings | None = None
+) -> list[Finding] | None:
+    """The failed checks of a row and its `tokens`; None if it cannot be decoded (images).
+
+    `encodings` answers for the tokenizer, if many rows share it.
+    """
+    encodings = Encodings(processing_class) if encodings is None else encodings
     if isinstance(row["prompt"], list):
         if not all(_is_text(message) for name in ("prompt", *sides) for message in row[name]) or _has_images(row):
             return None
-        trip = _Trip(row, sides, tokens, processing_class)
+        trip = _Trip(row, sides, tokens, encodings)
         return [*trip.context(), *(finding for index in range(len(sides)) for finding in trip.completion(index))]
-    return list(_of_text(row, sides, tokens, processing_class))
+    return list(_of_text(row, sides, tokens, encodings))
 
 
 def _is_text(message: Any) -> bool:
@@ -64,12 +71,12 @@ def _has_images(row: Row) -> bool:
 class _Trip:
     """Decodes a conversation from its tokens."""
 
-    def __init__(self, row: Row, sides: Sequence[str], tokens: Tokens, processing_class: Processing) -> None:
-        self._row, self._sides, self._tokens, self._processing = row, sides, tokens, processing_class
-        self._tokenizer = text_tokenizer(processing_class)
-        self._space = Space(self._tokenizer)
-        self._prompt = for_template(row["prompt"], processing_class)
-        self._read = self._space.decode(tokens.prompt)
+    def __init__(self, row: Row, sides: Sequence[str], tokens: Tokens, encodings: Encodings) -> None:
+        self._row, self._sides, self._tokens, self._encodings = row, sides, tokens, encodings
+        self._processing = encodings.processing_class
+        self._space = Space(encodings)
+        self._prompt, *self._completions = tokens.messages
+        self._read = encodings.decode(tokens.prompt)
 
     def context(self) -> Iterator[Finding]:
         """The prompt's turns, tools and beginning."""
@@ -85,8 +92,8 @@ class _Trip:
             texts = [squeeze(piece.text) for piece in contents_of(message)]
             if any(len(text) >= 8 and text in left for text in texts) and self._replaced[0].count(mark) > 1:
                 yield self._beside("prompt text twice", str(message["content"]), self._read, "context")
-        yield from _beginning(self._tokens, self._tokenizer, self._space, plain=False)
-        marks = _turn_marks(self._processing)
+        yield from _beginning(self._tokens, self._encodings, plain=False)
+        marks = self._encodings.turn_marks
         for piece in (p for name in ("prompt", *self._sides) for m in self._row[name] for p in contents_of(m)):
             if any(mark in piece.text for mark in marks):
                 yield Finding("control token inside a text", f"The row says {_excerpt(piece.text)}.")
@@ -95,9 +102,9 @@ class _Trip:
     def completion(self, index: int) -> Iterator[Finding]:
         """One side: its text, nothing of the prompt, one end."""
         ids, whole = self._tokens.completions[index], self._tokens.texts[index]
-        scored = self._space.decode(ids)
+        scored = self._encodings.decode(ids)
         text = self._space.known(scored)
-        messages = for_template(self._row[self._sides[index]], self._processing)
+        messages = self._completions[index]
         pieces = [piece for message in messages for piece in pieces_of(message)]
         missing, left = self._space.take(pieces, text)
         lost = [piece for piece in missing if not self._opened(piece, text)]
@@ -111,7 +118,7 @@ class _Trip:
             yield self._beside("generation prompt does not fit", whole, self._read + scored, "tokens")
         if not missing:
             tail = left.rpartition(TAKEN)[2]
-            yield from _ending(ids, tail, scored, self._tokenizer)
+            yield from _ending(ids, tail, scored, self._encodings)
             begin = self._space.known(answers_begin(self._processing))
             # A text of unknown characters only is found nowhere, so the text after it is not known either.
             if begin and begin in tail and left.count(TAKEN) == len(pieces):
@@ -120,15 +127,14 @@ class _Trip:
     @property
     def _renders(self) -> bool:
         """Whether the ids are those of the rendered text, and not from a method of the processor."""
-        method = getattr(type(self._processing), "apply_chat_template", None)
-        return method is PreTrainedTokenizerBase.apply_chat_template
+        return self._encodings.renders
 
     def _is_text(self, ids: list[int], text: str, read: str) -> bool:
         # Some tokenizers change texts when decoding: then compare the ids.
         if read == text:
             return True
         known = self._tokens.encodings.get(text)
-        return ids == (encode_alone(text, self._tokenizer) if known is None else known)
+        return ids == (self._encodings.alone(text) if known is None else known)
 
     def _follows(self, index: int, scored: str, whole: str) -> bool:
         """Whether the completion's tokens are the end of the rendered conversation, after the context."""
@@ -152,7 +158,7 @@ class _Trip:
         words = piece.text.split()
         template = str(getattr(self._processing, "chat_template", ""))
         other = " ".join(word for word in words if f"'{word}'" not in template and f'"{word}"' not in template)
-        return len(other.split()) < len(words) and not self._space.take([Piece(other, "content", (other,))], text)[0]
+        return len(other.split()) < len(words) and any(form in text for form in self._space.forms(other))
 
     def _kind_of_missing(self, piece: Piece, tools: list[Piece], text: str) -> str:
         if piece in tools:
@@ -189,12 +195,13 @@ class _Trip:
             for message, mark in zip(self._row["prompt"], self._marks, strict=True)
         ]
         try:
-            tokens = tokens_of({**self._row, "prompt": prompt}, self._sides, self._processing)
+            row = {**self._row, "prompt": prompt}
+            tokens = tokens_of(row, self._sides, self._processing, encodings=self._encodings)
         except DataError:
             raise
         except Exception:
             return [""] * (1 + len(self._sides))  # a template that reads contents: nothing can be said
-        return [squeeze(self._space.decode(ids)) for ids in (tokens.prompt, *tokens.completions)]
+        return [squeeze(self._encodings.decode(ids)) for ids in (tokens.prompt, *tokens.completions)]
 
     def _beside(self, kind: str, text: str, read: str, what: str) -> Finding:
         return Finding(kind, f"The row says {_excerpt(text)}, the {what} {_excerpt(read)}.")
@@ -212,24 +219,23 @@ def _share_a_word(left: str, right: str) -> bool:
 # ---- plain text ---------------------------------------------------------------------------------------------------
 
 
-def _of_text(row: Row, sides: Sequence[str], tokens: Tokens, processing_class: Processing) -> Iterator[Finding]:
-    tokenizer = text_tokenizer(processing_class)
-    space = Space(tokenizer)
-    read = space.decode(tokens.prompt)
+def _of_text(row: Row, sides: Sequence[str], tokens: Tokens, encodings: Encodings) -> Iterator[Finding]:
+    space = Space(encodings)
+    read = encodings.decode(tokens.prompt)
     if not _ends_with(read, row["prompt"], space):
         yield Finding(
             "tokens are not the row's", f"The row says {_excerpt(row['prompt'])}, the context {_excerpt(read)}."
         )
     for side, ids in zip(sides, tokens.completions, strict=True):
-        scored = space.decode(ids)
+        scored = encodings.decode(ids)
         text = space.known(scored)
         own = next((form for form in space.forms(row[side]) if text.startswith(form)), None)
         if own is None:
             said = f"The row says {_excerpt(row[side])}, the scored tokens {_excerpt(scored)}."
             yield Finding("completion is not scored", said)
         else:
-            yield from _ending(ids, text[len(own) :] or str(tokenizer.eos_token), scored, tokenizer)
-    yield from _beginning(tokens, tokenizer, space, plain=True)
+            yield from _ending(ids, text[len(own) :] or str(encodings.tokenizer.eos_token), scored, encodings)
+    yield from _beginning(tokens, encodings, plain=True)
 
 
 def _ends_with(read: str, text: str, space: Space) -> bool:
@@ -241,17 +247,18 @@ def _ends_with(read: str, text: str, space: Space) -> bool:
 # ---- both ---------------------------------------------------------------------------------------------------------
 
 
-def _beginning(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, space: Space, plain: bool) -> Iterator[Finding]:
+def _beginning(tokens: Tokens, encodings: Encodings, plain: bool) -> Iterator[Finding]:
     """One beginning-of-text token, at the start of the context, if the tokenizer adds one."""
+    tokenizer = encodings.tokenizer
     begin = tokenizer.bos_token_id
     if begin is None or begin == tokenizer.eos_token_id:
         return
     starts = next((n for n, token in enumerate(tokens.prompt) if token != begin), len(tokens.prompt))
     if starts > 1 or any(begin in ids[:1] for ids in tokens.completions):
-        read = space.decode(tokens.prompt), space.decode(tokens.completions[0])
+        read = encodings.decode(tokens.prompt), encodings.decode(tokens.completions[0])
         yield Finding("second beginning of text", f"Context {_excerpt(read[0])}, scored tokens {_excerpt(read[1])}.")
     elif not plain and begin not in tokens.prompt and _adds_beginning(tokenizer):
-        yield Finding("no beginning of text", f"Context {_excerpt(space.decode(tokens.prompt))}.")
+        yield Finding("no beginning of text", f"Context {_excerpt(encodings.decode(tokens.prompt))}.")
 
 
 @functools.lru_cache(maxsize=32)
@@ -259,14 +266,13 @@ def _adds_beginning(tokenizer: PreTrainedTokenizerBase) -> bool:
     return list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
 
 
-def _ending(ids: list[int], tail: str, scored: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+def _ending(ids: list[int], tail: str, scored: str, encodings: Encodings) -> Iterator[Finding]:
     """`tail`: the text after the completion's own."""
-    special = {*tokenizer.all_special_ids, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
     last: list[int] = []
     for token in reversed(ids):
-        if token in special:
+        if token in encodings.ending:
             last.append(token)
-        elif squeeze(tokenizer.decode([token])):
+        elif squeeze(encodings.decode([token])):
             break
     said = f"Scored tokens {_excerpt(scored)}."
     if not tail and not last:
@@ -275,25 +281,11 @@ def _ending(ids: list[int], tail: str, scored: str, tokenizer: PreTrainedTokeniz
         yield Finding("second end of turn", said)
 
 
-def is_rendered(row: Row, sides: Sequence[str], processing_class: Processing) -> bool:
+def is_rendered(row: Row, sides: Sequence[str], encodings: Encodings) -> bool:
     """Whether plain text contains the marks that the chat template prints around a user's turn."""
-    words = {mark for part in user_turn(processing_class) for mark in part.split()[-1:]}
-    marks = _turn_marks(processing_class) or words
+    words = {mark for part in user_turn(encodings.processing_class) for mark in part.split()[-1:]}
+    marks = encodings.turn_marks or words
     return any(mark in row[name] for name in ("prompt", *sides) for mark in marks)
-
-
-def _turn_marks(processing_class: Processing) -> set[str]:
-    """The control tokens around a user's text, and those that begin and end texts."""
-    tokenizer = text_tokenizer(processing_class)
-    around = " ".join(user_turn(processing_class)) + answers_end(processing_class)
-    marks = {token for token in _special_tokens(tokenizer) if token in around}
-    return marks | {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
-
-
-@functools.lru_cache(maxsize=32)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    added = tokenizer.added_tokens_decoder.values()
-    return frozenset([*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)])
 
 
 def _excerpt(text: str, most: int = 90) -> str:

@@ -6,7 +6,7 @@ Nothing here changes a row. It may import transformers and the rest of this fold
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ from jinja2.exceptions import SecurityError
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.conversation import Processing, Row
+from prefopt.data.encodings import Encodings, text_tokenizer
 from prefopt.data.errors import DataError
 from prefopt.data.problems import KINDS
 from prefopt.data.round_trip import is_rendered, round_trip
 from prefopt.data.row import TOLD, Checked, check_texts, number_problems
 from prefopt.data.templates import template_trouble
-from prefopt.data.tokenize import Tokens, text_tokenizer, tokens_of
+from prefopt.data.tokenize import Tokens, tokens_ahead, tokens_of
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,28 @@ class RowCheck:
     truncation_mode: str = "keep_start"
     vocabulary: int | None = None
 
-    def __call__(self, given: Row) -> Checked:
+    def __call__(self, row: Row) -> Checked:
+        return self.batch([row])[0]
+
+    def batch(self, rows: Sequence[Row]) -> list[Checked]:
+        """The result for each row; all texts of the rows are encoded, and all ids decoded, at once."""
         # Rows of a stream may lack a key that other rows have.
         needed = ("prompt", *self.sides) if len(self.sides) == 2 else ("prompt", *self.sides, "label")
-        row = {**dict.fromkeys(needed), **given}
-        checked = check_texts(row, self.sides, self.columns)
-        if checked.readable:
-            told = any(problem in TOLD for problem in checked.problems)
-            checked.problems.extend(self._token_problems(row, told, checked))
-        return checked
+        rows = [{**dict.fromkeys(needed), **row} for row in rows]
+        results = [check_texts(row, self.sides, self.columns) for row in rows]
+        tokens: list[Tokens | None] = [None] * len(rows)
+        encodings = None if self.processing_class is None else Encodings(self.processing_class)
+        if encodings is not None and "prompt_ids" not in self.columns:
+            readable = [number for number, checked in enumerate(results) if checked.readable]
+            ahead = tokens_ahead([rows[number] for number in readable], self.sides, encodings)
+            for number, row_tokens in zip(readable, ahead, strict=True):
+                tokens[number] = row_tokens
+        for row, checked, row_tokens in zip(rows, results, tokens, strict=True):
+            # Rows with broken texts cannot be compared or tokenized.
+            if checked.readable:
+                told = any(problem in TOLD for problem in checked.problems)
+                checked.problems.extend(self._token_problems(row, told, checked, encodings, row_tokens))
+        return results
 
     def of_ids(self, row: Row) -> Checked:
         """The result for a row of token ids; its texts, if any, need not be readable."""
@@ -61,17 +75,33 @@ class RowCheck:
         checked.problems.extend("chosen equals rejected" if kind == "same tokens" else kind for kind in found)
         return checked
 
-    def _token_problems(self, row: Row, told: bool, checked: Checked) -> Iterator[str]:
-        """`told`: the texts are known to be empty or equal, so that their tokens are as well."""
+    def _token_problems(
+        self,
+        row: Row,
+        told: bool,
+        checked: Checked,
+        encodings: Encodings | None = None,
+        tokens: Tokens | None = None,
+    ) -> Iterator[str]:
+        """Problems of a row's tokens.
+
+        Args:
+            row: with texts or ids.
+            told: its texts are known to be empty or equal, so that their tokens are as well.
+            checked: receives ids and details.
+            encodings: answers for the tokenizer, if the row is to be tokenized.
+            tokens: the row's, if they were made ahead.
+        """
         if "prompt_ids" in row:
             if not all(self._are_ids(row.get(f"{name}_ids")) for name in ("prompt", *self.sides)):
                 yield "wrong type: ids"
                 return
             prompt, *completions = (row[f"{name}_ids"] for name in ("prompt", *self.sides))
-        elif self.processing_class is not None:
+        elif encodings is not None:
             try:
-                tokens = tokens_of(row, self.sides, self.processing_class)
-                found = [] if told else self._read_back(row, tokens)
+                if tokens is None:
+                    tokens = tokens_of(row, self.sides, encodings.processing_class, encodings=encodings)
+                found = [] if told else self._read_back(row, tokens, encodings)
             except DataError:
                 raise
             except Exception as error:
@@ -82,7 +112,7 @@ class RowCheck:
             prompt, completions = tokens.prompt, list(tokens.completions)
             names = [f"{name}_ids" for name in ("prompt", *self.sides)]
             checked.ids = dict(zip(names, (prompt, *completions), strict=True))
-            checked.plain = self._is_plain(row)
+            checked.plain = self._is_plain(row, encodings)
             for kind, said in found:
                 checked.said.setdefault(kind, said)
             # If there is no token at all, the missing part was already named.
@@ -119,9 +149,8 @@ class RowCheck:
         left, right = ((prompt + completion)[end] for completion in completions)
         return left == right
 
-    def _read_back(self, row: Row, tokens: Tokens) -> list[tuple[str, str]]:
-        assert self.processing_class is not None
-        findings = round_trip(row, self.sides, tokens, self.processing_class)
+    def _read_back(self, row: Row, tokens: Tokens, encodings: Encodings) -> list[tuple[str, str]]:
+        findings = round_trip(row, self.sides, tokens, encodings.processing_class, encodings)
         if findings is None:
             return [("prompt is not a token prefix (not read back)", "")] if any(tokens.repaired) else []
         found = [(finding.kind, f" {finding.said}") for finding in findings]
@@ -130,11 +159,11 @@ class RowCheck:
             found.append(("prompt is not a token prefix", ""))
         return found
 
-    def _is_plain(self, row: Row) -> bool:
+    def _is_plain(self, row: Row, encodings: Encodings) -> bool:
         template = getattr(self.processing_class, "chat_template", None)
-        if self.processing_class is None or not template or not isinstance(row["prompt"], str):
+        if not template or not isinstance(row["prompt"], str):
             return False
-        return not is_rendered(row, self.sides, self.processing_class)
+        return not is_rendered(row, self.sides, encodings)
 
     def _are_ids(self, value: Any) -> bool:
         whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -7,21 +7,25 @@ imports transformers and datasets, never trl.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import ProcessorMixin
 
 from prefopt.data.columns import column_names
 from prefopt.data.conversation import Processing, Row, answers_end, for_template, template_arguments
+from prefopt.data.encodings import Encodings
 from prefopt.data.errors import DataError
 from prefopt.data.templates import time_limit
 
 # A completion that no template treats specially and no generation prompt contains: it shows where completions begin.
 _PLACEHOLDER = "\u241fcompletion\u241f"
+
+T = TypeVar("T")
 
 _OPENED = re.compile(r"<([^<>/|\s]+)>\s*$")
 """An opening mark, such as `<think>`, at the end of a generation prompt."""
@@ -41,6 +45,7 @@ class Tokens:
         clashes: of each side, whether it does not fit the end of the prompt alone: for example a thought where the
             generation prompt has an empty one, or no thought where that has opened one.
         encodings: the ids of each text that was tokenized.
+        messages: of a conversation, the messages of the prompt and of each side in the form for the template.
     """
 
     prompt: list[int]
@@ -51,6 +56,7 @@ class Tokens:
     alone: tuple[str, ...]
     clashes: tuple[bool, ...]
     encodings: Mapping[str, list[int]] = field(default_factory=dict)
+    messages: tuple[list[Any], ...] = ()
 
 
 def tokenize_row(example: Row, processing_class: Processing, eos_token: str | None = None) -> dict[str, Any]:
@@ -94,83 +100,165 @@ def sides(example: Row) -> tuple[str, ...]:
 
 
 def tokens_of(
-    example: Row, names: Sequence[str], processing_class: Processing, eos_token: str | None = None
+    example: Row,
+    names: Sequence[str],
+    processing_class: Processing,
+    eos_token: str | None = None,
+    encodings: Encodings | None = None,
 ) -> Tokens:
-    """The ids of `tokenize_row` with their texts."""
+    """The ids of `tokenize_row` with their texts; `encodings` answers for the tokenizer, if many rows share it."""
+    encodings = Encodings(processing_class) if encodings is None else encodings
     if not isinstance(example["prompt"], list):
-        return _tokenize_text(example, names, processing_class, eos_token)
+        return _tokenize_text(example, names, encodings, eos_token)
     with time_limit("the chat template"):
-        return _tokenize_messages(example, names, processing_class)
+        return _tokenize_messages(render(example, names, encodings), encodings)
 
 
-def text_tokenizer(processing_class: Processing) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, which a multimodal processor contains."""
-    if isinstance(processing_class, ProcessorMixin):
-        tokenizer: PreTrainedTokenizerBase = processing_class.tokenizer
-        return tokenizer
-    return processing_class
+def tokens_ahead(rows: Sequence[Row], names: Sequence[str], encodings: Encodings) -> list[Tokens | None]:
+    """The tokens of many rows, with few calls of the tokenizer; `encodings` then knows their texts and ids.
+
+    None for a row that the template or the tokenizer refuses: `tokens_of` says why.
+
+    Raises:
+        DataError: if the tokenizer has no token that ends texts, or a template does not end.
+    """
+
+    def attempt(step: Callable[[int], T], number: int) -> T | None:
+        try:
+            return step(number)
+        except DataError:
+            raise
+        except Exception:
+            return None
+
+    texts = [attempt(lambda number: _texts(rows[number], names, encodings), number) for number in range(len(rows))]
+    with contextlib.suppress(Exception):  # of a text that the tokenizer refuses, in one row
+        encodings.encode_plain_ahead(text for of_row in texts if isinstance(of_row, list) for text in of_row)
+        talks = [of_row for of_row in texts if isinstance(of_row, Rendered)]
+        encodings.encode_ahead(text for talk in talks for text in (talk.prompt_text, *talk.texts))
+
+    def tokens(number: int) -> Tokens | None:
+        talk = texts[number]
+        if isinstance(talk, Rendered):
+            with time_limit("the chat template"):
+                return _tokenize_messages(talk, encodings)
+        return None if talk is None else _tokenize_text(rows[number], names, encodings, None)
+
+    made = [attempt(tokens, number) for number in range(len(rows))]
+    encodings.decode_ahead(ids for row in made if row is not None for ids in (row.prompt, *row.completions))
+    return made
 
 
-def _tokenize_text(example: Row, names: Sequence[str], processing_class: Processing, eos_token: str | None) -> Tokens:
-    prompt = example["prompt"]
-    tokenizer = text_tokenizer(processing_class)
-    eos_token = eos_token or tokenizer.eos_token
+def _texts(row: Row, names: Sequence[str], encodings: Encodings) -> Rendered | list[str]:
+    if not isinstance(row["prompt"], list):
+        return plain_texts(row, names, encodings)
+    with time_limit("the chat template"):
+        return render(row, names, encodings)
+
+
+def plain_texts(example: Row, names: Sequence[str], encodings: Encodings, eos_token: str | None = None) -> list[str]:
+    """What is encoded of a row of plain text: the prompt, then the prompt with each completion and its end.
+
+    Raises:
+        DataError: if the tokenizer has no token that ends texts.
+    """
+    eos_token = eos_token or encodings.tokenizer.eos_token
     if not eos_token:
         raise DataError(
             "The tokenizer has no end-of-sequence token, and plain completions must end with one. "
             "Set tokenizer.eos_token, or pass eos_token."
         )
-    prompt_ids = encode_text(prompt, processing_class)
+    prompt, ends = example["prompt"], _ends(encodings, eos_token)
+    # Text rendered before ends as templates end it: with white space after the token, or with another token.
+    ended = [example[name] if example[name].rstrip().endswith(ends) else example[name] + eos_token for name in names]
+    return [prompt, *(prompt + text for text in ended)]
+
+
+def _tokenize_text(example: Row, names: Sequence[str], encodings: Encodings, eos_token: str | None) -> Tokens:
+    tokenizer = encodings.tokenizer
+    prompt, *wholes = plain_texts(example, names, encodings, eos_token)
+    eos_token = str(eos_token or tokenizer.eos_token)
+    prompt_ids = encodings.plain(prompt)
     # Some tokenizers end every text with the end token; after a prompt without it, it is not part of the context.
     eos_id = tokenizer.convert_tokens_to_ids(eos_token)
     if prompt_ids and prompt_ids[-1] == eos_id and not prompt.endswith(eos_token):
         prompt_ids = prompt_ids[:-1]
-    ends = _ends(processing_class, tokenizer, eos_token)
-    completions, repaired, texts = [], [], []
-    for name in names:
-        # Text rendered before ends as templates end it: with white space after the token, or with another token.
-        text = example[name] if example[name].rstrip().endswith(ends) else example[name] + eos_token
-        whole = encode_text(prompt + text, processing_class)
-        if whole[-2:] == [eos_id, eos_id] and not text.rstrip().endswith(2 * eos_token):
+    completions, repaired, alone = [], [], []
+    for text in wholes:
+        own, whole = text[len(prompt) :], encodings.plain(text)
+        if whole[-2:] == [eos_id, eos_id] and not own.rstrip().endswith(2 * eos_token):
             whole.pop()  # the text's own, and one of a tokenizer that adds it
         repaired.append(whole[: len(prompt_ids)] != prompt_ids)
-        completions.append(encode_alone(text, tokenizer) if repaired[-1] else whole[len(prompt_ids) :])
-        texts.append(prompt + text)
-    alone = ["" if not again else text[len(prompt) :] for again, text in zip(repaired, texts, strict=True)]
-    sides = tuple(completions), tuple(repaired), prompt, tuple(texts), tuple(alone)
+        completions.append(encodings.alone(own) if repaired[-1] else whole[len(prompt_ids) :])
+        alone.append(own if repaired[-1] else "")
+    sides = tuple(completions), tuple(repaired), prompt, tuple(wholes), tuple(alone)
     return Tokens(prompt_ids, *sides, clashes=(False,) * len(names))
 
 
-def _ends(processing_class: Processing, tokenizer: PreTrainedTokenizerBase, eos_token: str) -> tuple[str, ...]:
+def _ends(encodings: Encodings, eos_token: str) -> tuple[str, ...]:
     """The tokens that end a completion: the given one, and the one that the chat template ends an answer with."""
-    end = answers_end(processing_class)
-    special = tokenizer.added_tokens_encoder.get(end)
+    end = answers_end(encodings.processing_class)
+    special = encodings.tokenizer.added_tokens_encoder.get(end)
     return (eos_token,) if special is None or end == eos_token else (eos_token, end)
 
 
-def _tokenize_messages(example: Row, names: Sequence[str], processing_class: Processing) -> Tokens:
-    arguments = template_arguments(example)
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as its template prints it.
+
+    Attributes:
+        prompt: its messages, in the form for the template.
+        completions: of each side, its messages.
+        arguments: of the template.
+        prompt_text: the prompt with its generation prompt.
+        texts: of each side, prompt and completion as one text.
+    """
+
+    prompt: list[Any]
+    completions: tuple[list[Any], ...]
+    arguments: dict[str, Any]
+    prompt_text: str
+    texts: tuple[str, ...]
+
+
+def render(example: Row, names: Sequence[str], encodings: Encodings) -> Rendered:
+    """The texts of a conversation. Call it within `time_limit`: templates are programs."""
+    processing_class, arguments = encodings.processing_class, template_arguments(example)
     prompt = for_template(example["prompt"], processing_class)
-    prompt_text, prompt_ids = _render_ids(prompt, processing_class, add_generation_prompt=True, **arguments)
-    encodings = {prompt_text: prompt_ids}
-    completions, repaired, texts, alone, clashes = [], [], [], [], []
-    for name in names:
-        completion = for_template(example[name], processing_class)
-        text, whole = _render_ids(prompt + completion, processing_class, **arguments)
-        encodings[text] = whole
+    prompt_text = _render(prompt, processing_class, add_generation_prompt=True, **arguments)
+    completions = tuple(for_template(example[name], processing_class) for name in names)
+    texts = tuple(_render(prompt + completion, processing_class, **arguments) for completion in completions)
+    return Rendered(prompt, completions, arguments, prompt_text, texts)
+
+
+def _tokenize_messages(rendered: Rendered, encodings: Encodings) -> Tokens:
+    prompt, arguments, prompt_text = rendered.prompt, rendered.arguments, rendered.prompt_text
+    prompt_ids = _ids(prompt, prompt_text, encodings, add_generation_prompt=True, **arguments)
+    by_text = {prompt_text: prompt_ids}
+    completions, repaired, alone, clashes = [], [], [], []
+    for completion, text in zip(rendered.completions, rendered.texts, strict=True):
+        whole = by_text[text] = _ids(prompt + completion, text, encodings, **arguments)
         repaired.append(whole[: len(prompt_ids)] != prompt_ids)
-        texts.append(text)
         if repaired[-1]:
-            start, clash = _start(prompt, completion, prompt_text, text, processing_class, arguments)
-            completions.append(encode_alone(text[start:], text_tokenizer(processing_class)))
-            encodings[text[start:]] = completions[-1]
+            start, clash = _start(prompt, completion, prompt_text, text, encodings.processing_class, arguments)
+            completions.append(encodings.alone(text[start:]))
+            by_text[text[start:]] = completions[-1]
         else:
             start, clash = len(text), False
             completions.append(whole[len(prompt_ids) :])
         alone.append(text[start:])
         clashes.append(clash)
-    sides = tuple(completions), tuple(repaired), prompt_text, tuple(texts), tuple(alone)
-    return Tokens(prompt_ids, *sides, tuple(clashes), encodings)
+    sides = tuple(completions), tuple(repaired), prompt_text, rendered.texts, tuple(alone)
+    return Tokens(prompt_ids, *sides, tuple(clashes), by_text, (prompt, *rendered.completions))
+
+
+def _ids(messages: list[Any], text: str, encodings: Encodings, **arguments: Any) -> list[int]:
+    """The ids of a rendered conversation; a processor renders and tokenizes it in its own way."""
+    if encodings.renders:
+        return encodings.alone(text)
+    result = encodings.processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
+    ids = result["input_ids"]
+    return list(ids[0] if isinstance(encodings.processing_class, ProcessorMixin) else ids)
 
 
 def _start(
@@ -215,35 +303,6 @@ def _last_text(messages: list[Any]) -> str:
     if isinstance(content, list):
         content = content[-1].get("text") if content and isinstance(content[-1], dict) else None
     return content.strip() if isinstance(content, str) else ""
-
-
-def encode_text(text: str, processing_class: Processing) -> list[int]:
-    """Plain text with the special tokens that the tokenizer adds, except those that the text already has."""
-    ids = processing_class(text=text)["input_ids"]
-    # Processors of images and text answer in batches of one.
-    ids = list(ids[0] if isinstance(processing_class, ProcessorMixin) else ids)
-    begin = text_tokenizer(processing_class).bos_token_id
-    return ids[1:] if begin is not None and ids[:2] == [begin, begin] and _begins_once(text, processing_class) else ids
-
-
-def _begins_once(text: str, processing_class: Processing) -> bool:
-    token = str(text_tokenizer(processing_class).bos_token)
-    return text.startswith(token) and not text.startswith(2 * token)
-
-
-def encode_alone(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A text's own tokens, without any that the tokenizer adds."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _render_ids(messages: list[Any], processing_class: Processing, **arguments: Any) -> tuple[str, list[int]]:
-    """The rendered conversation and its ids, rendered once if transformers' own method would tokenize it."""
-    text = _render(messages, processing_class, **arguments)
-    if getattr(type(processing_class), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template:
-        return text, encode_alone(text, text_tokenizer(processing_class))
-    result = processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
-    ids = result["input_ids"]
-    return text, list(ids[0] if isinstance(processing_class, ProcessorMixin) else ids)
 
 
 def _render(messages: list[Any], processing_class: Processing, **arguments: Any) -> str:

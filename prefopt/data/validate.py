@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from prefopt.data.row_check import RowCheck
 
 _ROWS_AT_ONCE = 1000
+
+BATCH = 500
+"""Rows that are checked together: their texts are encoded in one call."""
 
 
 def validate(
@@ -55,8 +58,9 @@ def validate(
         return _check_without_tokenizer(dataset, roles)
     check = row_check(dataset, tokenizer, max_length, truncation_mode, vocabulary)
     findings = Findings(check.sides, roles)
-    for index, row in enumerate(dataset):
-        findings.add(index, row, check(row))
+    for start, rows in in_batches(dataset):
+        for index, (row, checked) in enumerate(zip(rows, check.batch(rows), strict=True), start):
+            findings.add(index, row, checked)
     return findings.report()
 
 
@@ -75,6 +79,19 @@ def _check_without_tokenizer(dataset: Dataset, roles: Collection[str]) -> Report
         findings.add_table(start, table, {index: check_texts(row, sides, columns) for index, row in rows})
         start += table.num_rows
     return findings.report()
+
+
+def in_batches(dataset: Dataset | IterableDataset) -> Iterator[tuple[int, list[Row]]]:
+    """The rows of a data set, `BATCH` at a time, and the number of the first of them."""
+    rows: list[Row] = []
+    start = 0
+    for row in dataset:
+        rows.append(row)
+        if len(rows) == BATCH:
+            yield start, rows
+            start, rows = start + BATCH, []
+    if rows:
+        yield start, rows
 
 
 def row_check(

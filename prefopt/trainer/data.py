@@ -8,8 +8,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from prefopt.data import drop_overlong, normalise
+from prefopt.data.encodings import text_tokenizer
 from prefopt.data.prepare import check_ids, silent, tokenize_checked, without_tensors
-from prefopt.data.tokenize import text_tokenizer
 from prefopt.data.unused import MEDIA
 from prefopt.losses import Loss
 from prefopt.losses.scores import EMBEDDINGS, PREVIOUS_LOGPS

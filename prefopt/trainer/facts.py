@@ -15,8 +15,8 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
+from prefopt.data.encodings import text_tokenizer
 from prefopt.data.fingerprint import fingerprint
-from prefopt.data.tokenize import text_tokenizer
 from prefopt.losses import Loss, presets
 from prefopt.report.card import CardFacts, Split, is_hub_id
 from prefopt.report.versions import version_of

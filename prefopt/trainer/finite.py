@@ -19,7 +19,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from prefopt.data.tokenize import text_tokenizer
+from prefopt.data.encodings import text_tokenizer
 from prefopt.losses import Loss, LossOutput, PreferenceBatch
 from prefopt.losses.scores import Role
 from prefopt.safety.errors import PrefoptError

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object, is_peft_model
 from trl.models.utils import unwrap_model_for_generation
 
-from prefopt.data.tokenize import text_tokenizer
+from prefopt.data.encodings import text_tokenizer
 from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.adapters import fuse_lora

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
-from prefopt.data.tokenize import text_tokenizer
+from prefopt.data.encodings import text_tokenizer
 from prefopt.data.unused import without_empty_media
 from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError

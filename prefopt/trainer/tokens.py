@@ -11,7 +11,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from prefopt.data.tokenize import text_tokenizer
+from prefopt.data.encodings import text_tokenizer
 from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import extras_for

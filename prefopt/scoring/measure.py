@@ -29,6 +29,8 @@ class Extras:
         divergences: which, with `Need.DIVERGENCE`.
         layers: after which ones to keep hidden states, with `Need.STATES`.
         statistics: entropy and whether a token was the most probable one, for logging; zero where not asked for.
+        distribution: the most probable token of every position (`predicted_ids`), and the mean and standard deviation
+            of the log-probability of a token drawn there (`mean_logps`, `logp_deviations`); for evaluations.
     """
 
     needs: Need = Need.NONE
@@ -36,6 +38,7 @@ class Extras:
     divergences: tuple[Divergence, ...] = ()
     layers: tuple[int, ...] = ()
     statistics: bool = True
+    distribution: bool = False
 
     @property
     def full_reference(self) -> bool:
@@ -90,6 +93,17 @@ def _peak(scores: Tensor) -> Tensor:
     return scores.amax(-1) - mean
 
 
+def _distribution(scores: Tensor) -> tuple[Tensor, ...]:
+    """(N,) most probable token, mean and standard deviation of (N, V) log-probabilities under themselves."""
+    predicted, probs = scores.argmax(-1), scores.exp()
+    # What is impossible (-inf) adds nothing; 0 * inf would be NaN.
+    scores = scores.masked_fill(scores == -torch.inf, 0.0)
+    means = (probs * scores).sum(-1)
+    # Centred first: the difference of two squares would lose its digits where a model is certain.
+    variances = (scores - means.unsqueeze(-1)).square_().mul_(probs).sum(-1)
+    return predicted, means, variances.sqrt()
+
+
 _OF_POLICY: dict[tuple[str, ...], Callable[[Tensor, Tensor, Extras], tuple[Tensor, ...]]] = {
     ("top_logps", "top_ids"): lambda scores, _, extras: scores.topk(extras.top_k, dim=-1),
     ("token_collision",): lambda scores, *_: (torch.logsumexp(2 * scores, dim=-1),),
@@ -110,7 +124,8 @@ fields of `Scores`. A call of a model adds the `states` of its layers."""
 _COMPUTED = tuple(name for names in (*_OF_POLICY, *_OF_BOTH) for name in names)
 LOOKED_AT = ("top_ids", "token_reverse_kl")
 """Values that the backward pass needs too."""
-MEASURED = ("logps", "entropy", "is_top1", *_COMPUTED)
+_DISTRIBUTION = ("predicted_ids", "mean_logps", "logp_deviations")
+MEASURED = ("logps", "entropy", "is_top1", *_DISTRIBUTION, *_COMPUTED)
 _OVER_VOCABULARY = functools.reduce(operator.or_, (NEED_OF[name] for name in _COMPUTED))
 DIFFERENTIABLE = ("logps", *(name for name in _COMPUTED if name in QUANTITIES[NEED_OF[name]].gradient))
 _WITH_GRADIENT = {NEED_OF[name] for name in DIFFERENTIABLE if name != "logps"}
@@ -169,6 +184,8 @@ def measure(
         if bool(ruled_out.any()):
             entropy[ruled_out] = torch.special.entr(powers[ruled_out] / total[ruled_out]).sum(-1)
         values["entropy"] = entropy
+    if extras.distribution:
+        values |= zip(_DISTRIBUTION, _distribution(logits - normaliser), strict=True)
     if extras.needs & _OVER_VOCABULARY:
         scores = logits - normaliser
         for names, of_policy in _OF_POLICY.items():

@@ -177,3 +177,27 @@ def test_what_extras_need_is_asked_for():
         token_scores(logits, labels, mask, Extras(Need.FORWARD_KL))
     with pytest.raises(ValueError, match="top_k=99 exceeds the vocabulary of 11"):
         token_scores(logits, labels, mask, Extras(Need.TOP_K, top_k=99))
+
+
+def test_distribution_equals_its_definition():
+    logits, labels, mask = drawn()
+    of = token_scores(logits.detach(), labels, mask, Extras(statistics=False, distribution=True)).quantities
+    scores = torch.log_softmax(logits.detach(), -1)
+    means = (scores.exp() * scores).sum(-1)
+    deviations = ((scores.exp() * scores**2).sum(-1) - means**2).sqrt()
+    assert torch.equal(of["predicted_ids"], logits.argmax(-1) * mask)
+    torch.testing.assert_close(of["mean_logps"], means * mask)
+    torch.testing.assert_close(of["logp_deviations"], deviations * mask)
+
+
+def test_distribution_with_impossible_tokens_and_where_the_model_is_certain():
+    infinity = float("inf")
+    logits = torch.tensor([[[0.0, -infinity, 0.0], [-infinity, 3.0, -infinity], [60.0, 0.0, 0.0]]])
+    of = token_scores(
+        logits, torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3), Extras(distribution=True)
+    ).quantities
+    assert of["predicted_ids"].tolist() == [[0, 1, 0]]
+    torch.testing.assert_close(of["mean_logps"], torch.tensor([[-math.log(2), 0.0, 0.0]]))
+    # Of the last, 2 exp(-60) * 60^2: in float32 the difference of two squares would be 0 or NaN.
+    expected = torch.tensor([[0.0, 0.0, (2 * math.exp(-60)) ** 0.5 * 60]])
+    torch.testing.assert_close(of["logp_deviations"], expected, rtol=1e-4, atol=1e-12)

@@ -563,7 +563,7 @@ class TestImports:
     )
     def test_a_missing_library(self, monkeypatch, module, call):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(UsageError, match=r"needs .* \(import of .*\): pip install 'prefopt\[unlearning\]'"):
+        with pytest.raises(UsageError, match=r"needs .* \(import .*\): pip install 'prefopt-trainer\[unlearning\]'"):
             call()
 
     def test_definitions_need_no_trainer(self):

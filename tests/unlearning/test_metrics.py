@@ -355,8 +355,25 @@ class TestRouge:
             metrics.rouge_l(["a"], ["a", "b"])
         with pytest.raises(UsageError, match="got 0 and 0"):
             metrics.rouge_l([], [])
-        with pytest.raises(UsageError, match=r"reference 1 \('我不知道'\) has no word that ROUGE reads"):
+        with pytest.raises(
+            UsageError, match=r"reference 1 \('我不知道'\) has no word that ROUGE reads.*any_script=True"
+        ):
             metrics.rouge_l(["a", "b"], ["a", "我不知道"])
+        with pytest.raises(UsageError, match=r"reference 0 \('—!'\) has no word$"):
+            metrics.rouge_l(["a"], ["—!"], any_script=True)
+
+    @pytest.mark.parametrize(
+        ("answer", "reference", "recall"),
+        [
+            ("她生于北京。", "她生于上海", 3 / 5),  # 她生于 of five letters
+            ("она родилась в Омске", "Она родилась в Москве!", 3 / 4),
+            ("वह लखनऊ में रहती है", "वह दिल्ली में रहती है", 4 / 5),
+            ("née à Orléans", "Née à Nantes", 2 / 3),
+            ("she walks", "she walked", 1 / 2),  # unstemmed
+        ],
+    )
+    def test_other_scripts(self, answer, reference, recall):
+        assert metrics.rouge_l([answer], [reference], any_script=True).recall == pytest.approx([recall])
 
 
 class TestDegeneration:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +11,9 @@ import numpy as np
 
 from prefopt.safety.errors import UsageError
 from prefopt.unlearning.metrics.arrays import Floats, required
+
+_ALONE = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+"""Letters of scripts that do not separate words: Thai, Lao, Japanese, Chinese."""
 
 
 @dataclass(frozen=True)
@@ -24,29 +29,49 @@ class RougeL:
     f1: Floats
 
 
-def rouge_l(answers: Sequence[str], references: Sequence[str]) -> RougeL:
-    """ROUGE-L with Porter's stemmer, by Google's rouge-score.
+def rouge_l(answers: Sequence[str], references: Sequence[str], any_script: bool = False) -> RougeL:
+    """ROUGE-L with Porter's stemmer, by Google's rouge-score: for English.
 
-    rouge-score reads the letters a to z and digits only, so answers in other scripts cannot be compared with it.
+    rouge-score reads the letters a to z and digits, and takes all others as spaces.
 
     Args:
         answers: N generated texts; one without words gets 0.
         references: N texts to compare them with.
+        any_script: for other languages: words of letters of any script, unstemmed. In scripts that do not separate
+            words each letter counts as one. Not comparable with published numbers.
 
     Raises:
-        UsageError: for a reference without a word that rouge-score reads.
+        UsageError: for a reference without a word.
     """
     if len(answers) != len(references) or not answers:
         raise UsageError(f"as many answers as references are needed, got {len(answers)} and {len(references)}")
-    scorer = required("rouge_score.rouge_scorer", "rouge-score", "ROUGE").RougeScorer(["rougeL"], use_stemmer=True)
+    module = required("rouge_score.rouge_scorer", "rouge-score", "ROUGE")
+    # With a tokenizer of its own it does not stem.
+    scorer = module.RougeScorer(["rougeL"], use_stemmer=True, tokenizer=_AnyScript() if any_script else None)
     recall, f1 = [], []
     for row, (answer, reference) in enumerate(zip(answers, references, strict=True)):
-        if not any(letter.isascii() and letter.isalnum() for letter in reference):
+        if not any_script and not any(letter.isascii() and letter.isalnum() for letter in reference):
             raise UsageError(
-                f"reference {row} ({reference[:40]!r}) has no word that ROUGE reads: rouge-score ignores all but the "
-                "letters a to z and digits"
+                f"reference {row} ({reference[:40]!r}) has no word that ROUGE reads: rouge-score takes all but the "
+                "letters a to z and digits as spaces. any_script=True reads other scripts too"
             )
+        if not _AnyScript().tokenize(reference):
+            raise UsageError(f"reference {row} ({reference[:40]!r}) has no word")
         score = scorer.score(reference, answer)["rougeL"]
         recall.append(score.recall)
         f1.append(score.fmeasure)
     return RougeL(np.array(recall), np.array(f1))
+
+
+class _AnyScript:
+    """A tokenizer as rouge-score takes it."""
+
+    def tokenize(self, text: str) -> list[str]:
+        letters = []
+        for letter in unicodedata.normalize("NFKC", text).casefold():
+            # Letters, marks (vowels of many scripts) and numbers.
+            if unicodedata.category(letter)[0] not in "LMN":
+                letters.append(" ")
+            else:
+                letters.append(f" {letter} " if _ALONE.match(letter) else letter)
+        return "".join(letters).split()

@@ -34,6 +34,9 @@ def check(
     max_length: Annotated[int | None, typer.Option(help="Longest prompt and completion, in tokens.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="A Jinja template, or a file with one.")] = None,
     chat_template_kwargs: Annotated[str | None, typer.Option(help="Arguments of the template, as JSON.")] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="The loss that will train on it: sft needs neither labels nor pairs.")
+    ] = None,
 ) -> None:
     """Validate a preference data set and print what is wrong with it."""
     from prefopt.data import kind, validate
@@ -46,7 +49,8 @@ def check(
     if max_length is not None and max_length < 2:
         fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
     data, words = _words(data, columns, context.args)
-    dataset = _read(data, split, words, config=config, layout=layout, say=say)
+    roles = ("chosen", "rejected") if loss is None else _roles(loss)
+    dataset = _read(data, split, words, config=config, layout=layout, unlabelled=roles == ("chosen",), say=say)
     for line in described(dataset):
         say(line)
     tokenizer = None
@@ -55,7 +59,7 @@ def check(
 
         kwargs = _json_object(chat_template_kwargs)
         tokenizer = load_tokenizer(model, chat_template=chat_template, chat_template_kwargs=kwargs)
-    report = validate(dataset, tokenizer=tokenizer, max_length=max_length)
+    report = validate(dataset, tokenizer=tokenizer, max_length=max_length, roles=roles)
     if report.problems:
         console().print(report.table())
     for note in report.notes:
@@ -64,6 +68,13 @@ def check(
     say(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _roles(loss: str) -> tuple[str, ...]:
+    """What a loss is about: chosen or rejected completions, or both."""
+    from prefopt.losses import parse
+
+    return parse(loss).roles
 
 
 def _json_object(text: str | None) -> dict[str, Any] | None:
@@ -176,6 +187,7 @@ def _read(
     weighted: bool = False,
     config: str | None = None,
     layout: str | None = None,
+    unlabelled: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Any:
     """The normalised rows of a data set, or of a mixture; `columns` are the words of --columns.
@@ -190,7 +202,9 @@ def _read(
     mapping = parse_columns(" ".join(columns).split())
     sources = dict(parse_sources(data))
     loaded = {
-        name: read_preferences(name, config=config, split=split, columns=mapping, format=layout, say=say)
+        name: read_preferences(
+            name, config=config, split=split, columns=mapping, format=layout, unlabelled=unlabelled, say=say
+        )
         for name in sources
     }
     if weighted and len(loaded) > 1 and None not in sources.values():

@@ -22,15 +22,18 @@ _SIDES = {
 _NOT = {"non", "not", "un", "less"}
 
 
-def missing_columns_message(names: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()) -> str:
+def missing_columns_message(
+    names: Sequence[str], rows: Sequence[Mapping[str, Any]] = (), unlabelled: bool = False
+) -> str:
     """What is missing, what exists, and the `--columns` that fixes it, if one does.
 
     Args:
         names: the dataset's columns.
         rows: its first rows; columns with unsuitable values are not suggested.
+        unlabelled: one answer without a label is enough.
     """
     start = f"These columns are not a preference data set: {listed(names)}. "
-    if advice := pairing_advice(names, rows) or format_advice(names, rows):
+    if advice := pairing_advice(names, rows) or format_advice(names, rows, unlabelled):
         return start + advice
     found = _found(names, rows)
     candidates = (("chosen", "rejected"), ("prompt", "completion", "label"), ("messages", "label"))
@@ -43,6 +46,8 @@ def missing_columns_message(names: Sequence[str], rows: Sequence[Mapping[str, An
         "Needed: prompt, chosen, rejected (prompt may be left out where chosen and rejected hold whole "
         "conversations); or prompt, completion, label; or messages, label. "
     )
+    if unlabelled:
+        needed += "This objective also takes prompt, completion and messages without a label. "
     if reach(nearest) == 0:
         return (
             f"{start}{needed}None of them looks like a needed one. Map them with --columns prompt=... chosen=... "
@@ -50,7 +55,8 @@ def missing_columns_message(names: Sequence[str], rows: Sequence[Mapping[str, An
         )
     mapped = ("prompt", *nearest) if nearest[0] == "chosen" else nearest
     lacking = [wanted for wanted in nearest if found[wanted] is None]
-    if not lacking:
+    if not lacking or (unlabelled and lacking == ["label"]):
+        mapped = tuple(ours for ours in mapped if found[ours] is not None)
         return f"{start}{needed}If that is what they mean, pass: --columns {_arguments(found, mapped)}."
     if lacking == ["label"]:
         return f"{start}{needed}{_without_label(names, rows, found, nearest)}"
@@ -115,8 +121,8 @@ def _without_label(
     return (
         f"{' and '.join(map(repr, texts))} look like a conversation, but no column looks like "
         "label, and there is no second answer to prefer it to: without labels and pairs this is data for "
-        "supervised fine-tuning. Add label (true or false), or chosen and rejected, or choose a set that holds "
-        "preferences."
+        "supervised fine-tuning. Train on it with --loss sft, or add label (true or false), or chosen and rejected, "
+        "or choose a set that holds preferences."
     )
 
 

@@ -38,6 +38,7 @@ class Format:
         values: where a value is -> the check that it fits the layout.
         row: the last conversion, once the values are in our columns.
         automatic: used without `--format`, because its columns and values have only one meaning.
+        labelled: False for answers that nothing judges, which are read only if no label is needed.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Format:
     values: Mapping[str, Callable[[Any], bool]]
     row: Callable[[Row], Row] | None = None
     automatic: bool = True
+    labelled: bool = True
 
     @property
     def needs(self) -> set[str]:
@@ -151,23 +153,45 @@ FORMATS = (
         {"output": _are_two_texts},
         automatic=False,
     ),
+    Format(
+        "alpaca", "instruction with an output and whether it is desirable",
+        {"prompt": "instruction", "completion": "output", "label": "kto_tag"}, {"input": "input", **_TURNS},
+        {"instruction": _is_text, "output": _is_text},
+        automatic=False,
+    ),
+    Format(
+        "alpaca", "instruction with an output",
+        {"prompt": "instruction", "completion": "output"}, {"input": "input", **_TURNS},
+        {"instruction": _is_text, "output": _is_text},
+        automatic=False, labelled=False,
+    ),
+    Format(
+        "sharegpt", "conversations and whether the last answer is desirable",
+        {"messages": "conversations", "label": "kto_tag"}, _CHAT, {"conversations": _ends_answered},
+    ),
+    Format(
+        "sharegpt", "conversations that end with an answer",
+        {"messages": "conversations"}, _CHAT, {"conversations": _ends_answered},
+        labelled=False,
+    ),
 )  # fmt: skip
 
 NAMES = (*dict.fromkeys(layout.name for layout in FORMATS), IMPLICIT)
 
 
 def read_format(
-    dataset: Dataset | IterableDataset, name: str | None = None
+    dataset: Dataset | IterableDataset, name: str | None = None, unlabelled: bool = False
 ) -> tuple[Dataset | IterableDataset, dict[str, str], str]:
     """The dataset with the values of its layout in our columns, the origin of each, and a line about the layout.
 
-    The last two are empty if nothing was done.
+    The last two are empty if nothing was done. `unlabelled`: answers that nothing judges are read too.
 
     Raises:
         DataError: for an unknown `name`, or one that the dataset's columns or values do not fit.
     """
     names = column_names(dataset)
-    layout = _recognised(dataset, names) if name is None else _asked_for(dataset, name, names)
+    layouts = [layout for layout in FORMATS if layout.labelled or unlabelled]
+    layout = _recognised(layouts, dataset, names) if name is None else _asked_for(layouts, dataset, name, names)
     if layout is None:
         return dataset, {}, ""
     paths = {**layout.columns, **{ours: path for ours, path in layout.also.items() if _has(dataset, path)}}
@@ -185,8 +209,8 @@ def read_format(
     return map_rows(dataset, move, features, f"Reading {layout.name}", remove=gone), paths, line
 
 
-def _recognised(dataset: Dataset | IterableDataset, names: Sequence[str]) -> Format | None:
-    layouts = [layout for layout in FORMATS if layout.automatic and layout.needs <= set(names)]
+def _recognised(layouts: Sequence[Format], dataset: Dataset | IterableDataset, names: Sequence[str]) -> Format | None:
+    layouts = [layout for layout in layouts if layout.automatic and layout.needs <= set(names)]
     if "prompt" in names or not layouts:
         return None
     rows = first_rows(dataset, PEEKED_ROWS)
@@ -198,13 +222,15 @@ def _most_fit(layout: Format, rows: Sequence[Any]) -> bool:
     return bool(rows) and 2 * sum(map(layout.fits, rows)) > len(rows)
 
 
-def _asked_for(dataset: Dataset | IterableDataset, name: str, names: Sequence[str]) -> Format | None:
+def _asked_for(
+    layouts: Sequence[Format], dataset: Dataset | IterableDataset, name: str, names: Sequence[str]
+) -> Format | None:
     if name not in NAMES:
         hint = did_you_mean(name[:60], NAMES)
         raise DataError(f"--format {name[:60]!r} is not known.{hint} Use one of {', '.join(NAMES)}.")
     if name == IMPLICIT:
         return None
-    layouts = [layout for layout in FORMATS if layout.name == name]
+    layouts = [layout for layout in layouts if layout.name == name]
     rows = first_rows(dataset, PEEKED_ROWS)
     for layout in layouts:
         if layout.needs <= set(names) and _most_fit(layout, rows):
@@ -216,9 +242,10 @@ def _asked_for(dataset: Dataset | IterableDataset, name: str, names: Sequence[st
     )
 
 
-def format_advice(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+def format_advice(names: Sequence[str], rows: Sequence[Mapping[str, Any]], unlabelled: bool = False) -> str:
     """The `--format` that fits the rows and is not automatic; empty if there is none."""
-    fitting = [layout for layout in FORMATS if not layout.automatic and layout.needs <= set(names)]
+    layouts = [layout for layout in FORMATS if not layout.automatic and (layout.labelled or unlabelled)]
+    fitting = [layout for layout in layouts if layout.needs <= set(names)]
     layout = next((layout for layout in fitting if _most_fit(layout, rows)), None)
     return "" if layout is None else f"They fit {layout.name} ({layout.about}): pass --format {layout.name}."
 

@@ -24,6 +24,7 @@ def read_preferences(
     format: str | None = None,
     streaming: bool = False,
     used: Collection[str] = (),
+    unlabelled: bool = False,
     say: Callable[[str], object] | None = None,
 ) -> Dataset | IterableDataset:
     """`normalise(load_preferences(name))`, with their arguments.
@@ -35,7 +36,7 @@ def read_preferences(
         name, config=config, split=split, streaming=streaming, text_columns=text_columns(columns)
     )
     try:
-        read = normalise(loaded, columns, format=format, used=used, say=say)
+        read = normalise(loaded, columns, format=format, used=used, unlabelled=unlabelled, say=say)
     except DataError as error:
         raise DataError(
             f"{name}: {error}".replace("prefopt pair DATA", f"prefopt pair {shlex.quote(name)}")

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from datasets import ClassLabel, Dataset, IterableDataset, List, Value
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 
 from prefopt.data.advice import missing_columns_message
 from prefopt.data.columns import (
@@ -56,6 +57,7 @@ def normalise(
     format: str | None = None,
     transcripts: bool = True,
     used: Collection[str] = (),
+    unlabelled: bool = False,
     say: Callable[[str], object] | None = None,
 ) -> Dataset | IterableDataset:
     """The dataset in canonical columns; unchanged if it has them already.
@@ -71,6 +73,8 @@ def normalise(
         format: a layout's name, if it is not recognised or another is meant.
         transcripts: read Human/Assistant transcripts as conversations, not as plain text.
         used: columns that the objective or the model reads; others that could matter are named.
+        unlabelled: rows with one answer and no label are accepted, and get the label true: for objectives that need
+            desirable completions alone.
         say: called with lines about the layout and about unused columns; by default they are logged.
 
     Raises:
@@ -79,17 +83,19 @@ def normalise(
     say = say or logger.warning
     if columns:
         dataset = rename_columns(dataset, columns)
-    dataset, taken, line = read_format(dataset, format)
+    dataset, taken, line = read_format(dataset, format, unlabelled)
     dataset, rewritten = _rewrite_messages(without_empty_media(dataset))
     rows = first_rows(dataset, PEEKED_ROWS)
-    names = column_names(dataset)
-    if kind_of_columns(names) is None:
-        raise DataError(missing_columns_message(names, rows))
-    labels = ""
+    names, labels = column_names(dataset), ""
+    if unlabelled and kind_of_columns(names) is None and kind_of_columns([*names, "label"]) is not None:
+        dataset, labels = _all_desirable(dataset)
+    if kind_of_columns(column_names(dataset)) is None:
+        raise DataError(missing_columns_message(names, rows, unlabelled))
     if kind(dataset) == "pair":
         dataset = _normalise_pairs(dataset, rows, transcripts, format == IMPLICIT)
     else:
-        dataset, labels = _boolean_label(_normalise_unpaired(dataset, rows))
+        dataset, classes = _boolean_label(_normalise_unpaired(dataset, rows))
+        labels = labels or classes
     dataset = add_context(dataset, [name for name in CONTEXT if name in (columns or {}) or name in taken])
     for told in (line, rewritten, labels, unused_line(unused_columns(dataset, used))):
         if told:
@@ -250,6 +256,21 @@ def _from_messages(row: Row) -> Row:
     if not isinstance(messages, list) or not messages or role(messages[-1]) != "assistant":
         return {"prompt": messages, "completion": []}
     return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def _all_desirable(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, str]:
+    """Answers without a label, as desirable ones, and a line that says so."""
+    whole = "messages" in column_names(dataset)
+    what = "the last message of each conversation" if whole else "every completion"
+    line = f"The rows have no label: {what} is trained on as a desirable one."
+    if isinstance(dataset, Dataset):
+        return dataset.add_column("label", np.ones(len(dataset), bool)), line
+    features = None if dataset.features is None else Features({**dataset.features, "label": Value("bool")})
+    return dataset.map(_desirable, features=features), line
+
+
+def _desirable(row: Row) -> Row:
+    return {"label": True}
 
 
 def _boolean_label(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, str]:

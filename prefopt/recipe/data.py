@@ -97,6 +97,7 @@ def _load_sources(recipe: Recipe, split: str) -> dict[str, Any]:
         name: read_preferences(
             name, config=script.dataset_config, split=split, columns=columns, format=script.format,
             streaming=script.dataset_streaming, used=_used_columns(recipe), say=say,
+            unlabelled=_takes_unlabelled(recipe),
         )
         for name, _ in parse_sources(str(script.dataset_name))
     }  # fmt: skip
@@ -114,6 +115,11 @@ def _refuse_images(model: str, sources: dict[str, Any]) -> None:
 
 def _used_columns(recipe: Recipe) -> tuple[str, ...]:
     return (*MEDIA, *(() if recipe.objective is None else recipe.objective.columns))
+
+
+def _takes_unlabelled(recipe: Recipe) -> bool:
+    """Whether the objective needs desirable completions alone, so that rows need no label."""
+    return recipe.objective is not None and tuple(recipe.objective.roles) == ("chosen",)
 
 
 def _mixed(recipe: Recipe, sources: dict[str, Any], weighted: bool = True) -> Any:

@@ -49,7 +49,8 @@ def prepare(
     common = {**cut, "roles": objective.roles, "say": say}
     if "prompt_ids" not in next(iter(dataset)):
         used = (*objective.columns, *(MEDIA if collator is None else ()))
-        dataset = normalise(dataset, transcripts=False, used=used, say=say)
+        desirable = objective.roles == ("chosen",)
+        dataset = normalise(dataset, transcripts=False, used=used, unlabelled=desirable, say=say)
         processes = getattr(args, "dataset_num_proc", None)
         dataset = tokenize_checked(dataset, processing_class, num_proc=processes, **common)
     elif collator is not None and isinstance(dataset, Dataset | IterableDataset):

@@ -165,3 +165,61 @@ def test_a_named_layout_is_read(layout: str, row: Row, prompt: str) -> None:
 def test_two_outputs_in_a_list_are_better_and_worse() -> None:
     rows, _ = read([{"instruction": "Count.", "input": "", "output": ["Eight.", "Six."]}], format="alpaca")
     assert rows == [{"prompt": "Count.", "chosen": "Eight.", "rejected": "Six."}]
+
+
+ANSWERED = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "5"},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "4"},
+]
+SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in ANSWERED]
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": "2+2?", "completion": "4"}, {}),
+        ({"messages": ANSWERED}, {}),
+        ({"conversations": SHAREGPT}, {}),
+        ({"instruction": "2+2?", "input": "", "output": "4"}, {"format": "alpaca"}),
+        ({"question": "2+2?", "answer": "4"}, {"columns": {"prompt": "question", "completion": "answer"}}),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_answers_without_labels_are_desirable_if_no_label_is_needed(
+    row: dict[str, Any], options: dict[str, Any], streaming: bool
+) -> None:
+    data: Any = Dataset.from_list([row] * 3)
+    if streaming:
+        data = data.to_iterable_dataset()
+    with pytest.raises(DataError):
+        normalise(data, **options)
+    said: list[str] = []
+    (first, *_) = normalise(data, **options, unlabelled=True, say=said.append)
+    assert first["label"] is True
+    answer = first["completion"]
+    assert (answer if isinstance(answer, str) else answer[-1]["content"]) == "4"
+    assert isinstance(answer, str) or len(first["prompt"]) == 3
+    assert any("no label" in line and "desirable" in line for line in said)
+
+
+def test_rows_with_labels_or_pairs_keep_them_if_no_label_is_needed() -> None:
+    labelled = Dataset.from_list([{"prompt": "q", "completion": "a", "label": False}])
+    assert normalise(labelled, unlabelled=True)[0] == labelled[0]
+    pairs = Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    assert normalise(pairs, unlabelled=True)[0] == pairs[0]
+    with pytest.raises(DataError, match="--format alpaca"):
+        normalise(Dataset.from_list([{"instruction": "q", "input": "", "output": "a"}]), unlabelled=True)
+    with pytest.raises(DataError, match="--columns prompt=question completion=answer"):
+        normalise(Dataset.from_list([{"question": "q", "answer": "a"}]), unlabelled=True)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_llama_factorys_labels(wanted: bool) -> None:
+    talk = Dataset.from_list([{"conversations": SHAREGPT, "kto_tag": wanted}])
+    alpaca = Dataset.from_list([{"instruction": "2+2?", "input": "Now.", "output": "4", "kto_tag": wanted}])
+    rows = normalise(talk)[0], normalise(alpaca, format="alpaca")[0]
+    assert [row["label"] for row in rows] == [wanted, wanted]
+    assert without_nulls(rows[0]["completion"]) == ANSWERED[-1:]
+    assert rows[1]["prompt"] == "2+2?\nNow."

@@ -292,3 +292,17 @@ def test_evaluating_without_held_out_rows_says_what_to_set(tmp_path):
 def test_a_loss_without_rewards_reports_what_it_has(tmp_path, capsys):
     main("sft", arguments(tmp_path, pairs_file(tmp_path)))
     assert "Held-out rows" in capsys.readouterr().out
+
+
+def test_sft_trains_on_answers_without_labels_and_other_losses_refuse_them(tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in make_pairs(20)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    results = main("sft", arguments(tmp_path, str(path), "--learning_rate", "1e-3"))
+    assert results["after"]["eval_loss"] < results["before"]["eval_loss"]
+    assert "every completion is trained on as a desirable one" in capsys.readouterr().out
+    with pytest.raises(DataError, match="--loss sft"):
+        main("kto", arguments(tmp_path, str(path)))
+    checked = CliRunner().invoke(app, ["check", str(path), "--loss", "sft"])
+    assert "20 labelled completions, 0 that cannot be trained on." in checked.output
+    assert CliRunner().invoke(app, ["check", str(path), "--loss", "dpo"]).exit_code == 1

@@ -35,7 +35,8 @@ def losses(
     from prefopt.losses import available, register_file
 
     if loss_file is not None:
-        names = names or list(register_file(loss_file).names)
+        registered = register_file(loss_file)
+        names = names or list(registered.names)
     if plot is None and (vary or span is not None):
         fail("--vary and --span are about a picture: add --plot FILE.png")
     if plot is not None and markdown:

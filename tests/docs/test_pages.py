@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 from datasets import Dataset
+from typer.testing import CliRunner
 
+from prefopt.cli import app
 from prefopt.data import kind, normalise, validate
 from prefopt.losses import parse
 from prefopt.losses.registry import _LOSSES
@@ -76,6 +78,18 @@ def test_losses_called_free_of_a_reference_are():
     assert line is not None
     for name in re.findall(r"`(\w+)`", line[1]):
         assert not parse(name).needs.frozen, name
+
+
+def test_the_class_of_the_page_works_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(re.findall(r"```python\n(.*?)```", page("own-loss.md"), re.DOTALL)[0], encoding="utf-8")
+    try:
+        for names in (["squared_hinge(beta=0.3)"], []):
+            shown = CliRunner().invoke(app, ["losses", "--loss_file", str(file), *names])
+            assert shown.exit_code == 0, shown.output
+            assert "max(0, 1 - beta*d)^2" in shown.output
+    finally:
+        _LOSSES.pop("squared_hinge", None)
 
 
 def test_the_snippets_about_a_loss_of_ones_own_run_in_order(capsys):

@@ -68,7 +68,7 @@ def _data(recipe: Recipe, data: Data) -> str:
 
 
 def _count(rows: Any) -> str:
-    return f"{len(rows)} examples" if hasattr(rows, "__len__") else "a stream"
+    return f"{len(rows)} example{'s' if len(rows) != 1 else ''}" if hasattr(rows, "__len__") else "a stream"
 
 
 def _training(recipe: Recipe, train: Any) -> str:

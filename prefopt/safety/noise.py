@@ -34,6 +34,12 @@ def quiet_libraries() -> None:
         # them itself elsewhere.
         logging.getLogger(library).handlers.clear()
         logging.getLogger(library).propagate = True
+    logging.getLogger("DeepSpeed").addFilter(_says_more_than_cpu)
+
+
+def _says_more_than_cpu(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's warning that it did not find a GPU: a run prints its device."""
+    return not record.getMessage().startswith("Setting accelerator to CPU.")
 
 
 class _Lines(logging.Formatter):

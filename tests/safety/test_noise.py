@@ -15,6 +15,7 @@ import pytest
 from prefopt import PreferenceConfig
 from prefopt.data import DataError, load_preferences
 from prefopt.recipe import main
+from prefopt.safety.noise import quiet_libraries
 from tests.tiny import make_model, make_tokenizer
 from tests.trainer.runs import make_pairs, make_trainer
 
@@ -103,6 +104,14 @@ def test_a_librarys_line_is_printed_once_by_a_recipe(ci):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     for name in ("datasets.builder", "huggingface_hub.utils._http", "transformers.trainer"):
         assert done.stderr.count(f"a line of {name}") == 1, done.stderr
+
+
+@pytest.mark.parametrize("logged", ["DeepSpeed"], indirect=True)
+def test_deepspeed_does_not_warn_of_a_cpu(logged):
+    quiet_libraries()
+    logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If you have GPU, we were unable to detect it.")
+    logging.getLogger("DeepSpeed").warning("an overflow")
+    assert logged == ["an overflow"]
 
 
 def test_lines_of_ours_say_their_level_and_others_whose_they_are() -> None:

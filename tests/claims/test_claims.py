@@ -32,6 +32,7 @@ import ipo  # noqa: E402
 import kernel  # noqa: E402
 import logic  # noqa: E402
 import npo  # noqa: E402
+import npo_theorem  # noqa: E402
 import orpo_asft  # noqa: E402
 import rpo  # noqa: E402
 import superhf  # noqa: E402
@@ -165,6 +166,25 @@ def test_gradient_ascent_is_linear_and_npo_logarithmic():
     expected = [(-0.92, -30.505, -70.505), (-0.293, -4.033, -4.973), (-0.835, -16.935, -25.408)]
     for path, values in zip(paths, expected, strict=True):
         assert path[[100, 400, 800]].tolist() == pytest.approx(values, abs=6e-4)
+
+
+def test_the_theorems_distances_are_linear_and_logarithmic():
+    linear, constant, *_ = npo_theorem.claims(steps=400, counts=(2, 8))
+    assert not hold([linear, constant])
+
+
+@pytest.mark.slow
+def test_npo_keeps_more_of_the_retain_points_than_gradient_ascent():
+    """The paper's synthetic experiment, one seed and a short one."""
+    world = npo.make_world(1.0, seeds=1, fit_steps=2000)
+    methods = npo.methods(separated=True)
+    records = {name: npo.unlearn(world, *methods[name], 1000, 25) for name in ("GA", "NPO", "NPO+RT", "GradDiff")}
+    forget, retain = ({name: float(r[key][-1]) for name, r in records.items()} for key in ("forget", "retain"))
+    rise = {name: forget[name] / float(r["forget"].min()) for name, r in records.items()}
+    assert rise["GA"] > 2 * rise["NPO"]
+    assert rise["GradDiff"] > 2 * rise["NPO+RT"]
+    assert retain["NPO"] < retain["GA"]
+    assert retain["NPO+RT"] < retain["GradDiff"]
 
 
 def test_on_random_features_the_distance_falls_with_beta():

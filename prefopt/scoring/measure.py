@@ -93,17 +93,6 @@ def _peak(scores: Tensor) -> Tensor:
     return scores.amax(-1) - mean
 
 
-def _distribution(scores: Tensor) -> tuple[Tensor, ...]:
-    """(N,) most probable token, mean and standard deviation of (N, V) log-probabilities under themselves."""
-    predicted, probs = scores.argmax(-1), scores.exp()
-    # What is impossible (-inf) adds nothing; 0 * inf would be NaN.
-    scores = scores.masked_fill(scores == -torch.inf, 0.0)
-    means = (probs * scores).sum(-1)
-    # Centred first: the difference of two squares would lose its digits where a model is certain.
-    variances = (scores - means.unsqueeze(-1)).square_().mul_(probs).sum(-1)
-    return predicted, means, variances.sqrt()
-
-
 _OF_POLICY: dict[tuple[str, ...], Callable[[Tensor, Tensor, Extras], tuple[Tensor, ...]]] = {
     ("top_logps", "top_ids"): lambda scores, _, extras: scores.topk(extras.top_k, dim=-1),
     ("token_collision",): lambda scores, *_: (torch.logsumexp(2 * scores, dim=-1),),
@@ -185,7 +174,7 @@ def measure(
             entropy[ruled_out] = torch.special.entr(powers[ruled_out] / total[ruled_out]).sum(-1)
         values["entropy"] = entropy
     if extras.distribution:
-        values |= zip(_DISTRIBUTION, _distribution(logits - normaliser), strict=True)
+        values |= zip(_DISTRIBUTION, _distribution(logits, softmax), strict=True)
     if extras.needs & _OVER_VOCABULARY:
         scores = logits - normaliser
         for names, of_policy in _OF_POLICY.items():
@@ -197,6 +186,18 @@ def measure(
                 if NEED_OF[names[0]] in extras.needs:
                     values |= zip(names, of_both(scores, reference, extras), strict=True)
     return values
+
+
+def _distribution(logits: Tensor, softmax: Softmax) -> tuple[Tensor, ...]:
+    """(N,) most probable token, mean and standard deviation of the log-probabilities of (N, V) logits."""
+    # From the largest logit: both moments vanish together where a model is certain, and nothing cancels. Below the
+    # clamp probabilities are 0, and 0 * inf would be NaN.
+    gaps = (logits - softmax.highest).clamp_(min=-1000)
+    weighted = softmax.powers * gaps
+    mean = weighted.sum(-1, keepdim=True) / softmax.total
+    square = torch.bmm(weighted.unsqueeze(1), gaps.unsqueeze(2)).squeeze(-1) / softmax.total
+    deviation = (square - mean**2).clamp_(min=0).sqrt_()
+    return logits.argmax(-1), (mean - softmax.total.log()).squeeze(-1), deviation.squeeze(-1)
 
 
 def pull_back(

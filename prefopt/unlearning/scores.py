@@ -44,6 +44,7 @@ class AnswerScores:
         predicted_ids: (T,) the most probable token at each position.
         means: (T,) mean of log p over the vocabulary under the model's own distribution (minus its entropy).
         deviations: (T,) its standard deviation.
+        start_logps: (T,) the tokens' log-probabilities under the start; None without one.
         start_kl: (T,) KL(start || model) at each position; None without a start.
     """
 
@@ -53,6 +54,7 @@ class AnswerScores:
     predicted_ids: NDArray[np.int64]
     means: Floats
     deviations: Floats
+    start_logps: Floats | None = None
     start_kl: Floats | None = None
 
     @property
@@ -110,7 +112,7 @@ def score_questions(
         tokenizer: the model's; with a chat template, questions are user turns.
         questions: with their answers, or plain texts.
         start: another model (with the same vocabulary) to compare with at every answer token: the one before
-            unlearning.
+            unlearning, or the reference of `metrics.reference_score`.
         max_length: plain texts are cut into parts of this many tokens; the first token of each part is not scored.
         tokens_at_once: maximum tokens of a batch, padding included, unless a single question has more.
         layout: as in `prefopt.scoring.Layout`.
@@ -178,10 +180,10 @@ class _Scorer:
             reference, _ = self.layout.score(self.start, rows, extras=BARE, keep_logits=True)
             extras = Extras(Need.FORWARD_KL, statistics=False, distribution=True)
         tokens, _ = self.layout.score(self.model, rows, extras=extras, reference=reference)
-        return _split(tokens, rows.ids[:, 1:])
+        return _split(tokens, rows.ids[:, 1:], None if reference is None else reference.logps)
 
 
-def _split(tokens: TokenScores, ids: Tensor) -> list[dict[str, Any]]:
+def _split(tokens: TokenScores, ids: Tensor, start_logps: Tensor | None) -> list[dict[str, Any]]:
     of = tokens.quantities
     values = {
         "token_ids": ids,
@@ -190,8 +192,8 @@ def _split(tokens: TokenScores, ids: Tensor) -> list[dict[str, Any]]:
         "means": of["mean_logps"],
         "deviations": of["logp_deviations"],
     }
-    if "token_forward_kl" in of:
-        values["start_kl"] = of["token_forward_kl"]
+    if start_logps is not None:
+        values |= {"start_logps": start_logps, "start_kl": of["token_forward_kl"]}
     mask = tokens.mask.cpu().numpy()
     arrays = {name: (v.double() if v.is_floating_point() else v).cpu().numpy() for name, v in values.items()}
     return [{name: array[row][mask[row]] for name, array in arrays.items()} for row in range(len(mask))]

@@ -58,6 +58,7 @@ def naive(model, prompt, completion, start=None):
         }
         if start is not None:
             other = torch.log_softmax(start(input_ids=ids).logits.double(), -1)[0, len(prompt) - 1 : -1]
+            values["start_logps"] = other[torch.arange(len(labels)), labels]
             values["start_kl"] = (other.exp() * (other - full)).sum(-1)
     return {name: value.numpy() for name, value in values.items()}
 
@@ -164,6 +165,7 @@ def test_metrics_follow(model, tokenizer):
     assert metrics.min_k(answer.token_logps) >= metrics.loss_score(answer.token_logps)
     assert np.isfinite(metrics.min_k_plus_plus(answer.token_logps, answer.means, answer.deviations))
     assert metrics.zlib_score(answer.token_logps, answer.text) > 0
+    assert np.isfinite(metrics.reference_score(answer.token_logps, answer.start_logps))
 
 
 def test_greedy_answers_continue_the_scored_prompt(model, plain, tokenizer):

@@ -13,6 +13,7 @@ from datasets import Dataset, Json
 
 from prefopt.data.canonical import encoded, rows_of
 from prefopt.data.columns import kind_of_columns
+from prefopt.data.parts import tables
 from prefopt.data.unused import MEDIA
 
 CONTENT = ("prompt", "chosen", "rejected", "completion", "label", "weight", "tools", "image", "images")
@@ -20,8 +21,6 @@ CONTENT = ("prompt", "chosen", "rejected", "completion", "label", "weight", "too
 
 TOKENISED = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label", "weight")
 """Those of rows that have token ids and no texts."""
-
-_ROWS_AT_ONCE = 1000
 
 
 def fingerprint(dataset: Dataset, columns: Iterable[str] = ()) -> str:
@@ -48,8 +47,8 @@ def _bytes_of_rows(dataset: Dataset) -> Iterator[Any]:
         # Pictures count as their pixels, JSON text as its value.
         yield from map(encoded, dataset.with_format(None))
         return
-    for batch in dataset.with_format("arrow").iter(_ROWS_AT_ONCE):
-        yield from rows_of(batch)
+    for table in tables(dataset, dataset.column_names):
+        yield from rows_of(table)
 
 
 def _holds_json(feature: Any) -> bool:

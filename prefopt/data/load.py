@@ -23,6 +23,7 @@ from prefopt.data.columns import column_names, rename_columns
 from prefopt.data.columns import text_columns as _text_columns
 from prefopt.data.errors import DataError
 from prefopt.data.json_files import holds_dates, is_one_value, open_binary, raise_for_broken_json, read_by_rows
+from prefopt.data.parts import parts
 from prefopt.safety.errors import did_you_mean
 from prefopt.safety.noise import errors_told_by_us
 
@@ -107,13 +108,9 @@ def _check_readable(dataset: Dataset | IterableDataset, name: str) -> None:
     Empty or repeated field names cannot be read again. Binary formats do not check their text; one pass over it does.
     """
     if isinstance(dataset, Dataset):
-        for column in dataset.column_names:
-            try:
-                dataset.data.column(column).validate(full=True)
-            except pa.ArrowInvalid as error:
-                raise DataError(
-                    f"{name}, column {column!r}: damaged ({_first_line(error)}). Write or fetch the file again."
-                ) from error
+        whole = len(dataset.data) == len(dataset)  # else its rows are chosen from a table by their numbers
+        for part in parts(dataset) if whole else (dataset,):
+            _check_columns(part, name)
     try:
         next(iter(dataset), None)
     except Exception as error:
@@ -121,6 +118,16 @@ def _check_readable(dataset: Dataset | IterableDataset, name: str) -> None:
         raise DataError(
             f"{name}: its rows cannot be read ({reason}). Look for fields without a name, or with the same name twice."
         ) from error
+
+
+def _check_columns(dataset: Dataset, name: str) -> None:
+    for column in dataset.column_names:
+        try:
+            dataset.data.column(column).validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"{name}, column {column!r}: damaged ({_first_line(error)}). Write or fetch the file again."
+            ) from error
 
 
 def parse_columns(pairs: Sequence[str] | str | None) -> dict[str, str]:

@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset
 from prefopt.data.columns import column_names
 from prefopt.data.errors import DataError
 from prefopt.data.findings import Problem, Report
+from prefopt.data.parts import tables
 from prefopt.data.problems import KINDS
 from prefopt.data.repeats import Repeats
 from prefopt.data.row import Checked, Row, check_texts, is_label
@@ -73,7 +74,7 @@ def _check_without_tokenizer(dataset: Dataset, roles: Collection[str]) -> Report
             findings.add(index, row, check_texts(row, sides, columns))
         return findings.report()
     start = 0
-    for table in dataset.select_columns([*screened_columns(columns, sides)]).with_format("arrow").iter(_ROWS_AT_ONCE):
+    for table in tables(dataset, screened_columns(columns, sides)):
         unclear = [start + int(place) for place in (~clear_rows(table, sides)).nonzero()[0]]
         rows = rows_at(dataset, unclear)
         findings.add_table(start, table, {index: check_texts(row, sides, columns) for index, row in rows})

@@ -10,7 +10,7 @@ import mmap
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 
 from prefopt.data import parse_sources
+from prefopt.data.parts import ROWS_AT_ONCE, parts
 from prefopt.recipe.arguments import Recipe
 
 USUAL = "test"
 OTHERS = ("validation", "valid", "val", "dev", "eval")
 """Names of held-out splits other than `test`."""
 
-_ROWS_AT_ONCE = 1000
 _KEY = 48
 """Bytes of a prompt in memory while prompts are sorted."""
 
@@ -91,13 +91,10 @@ class _Prompts:
 
     def __init__(self, sources: dict[str, Dataset], file: Any):
         self._names, digests, ends, shared = list(sources), [], [0], None
-        for source in sources.values():
-            for batch in source.select_columns("prompt").iter(_ROWS_AT_ONCE):
-                for prompt in batch["prompt"]:
-                    text = json.dumps(prompt, sort_keys=True, default=str).encode()
-                    shared = text if shared is None else shared[: _shared_length(shared, text)]
-                    digests.append(hashlib.blake2b(text, digest_size=16).digest())
-                    ends.append(ends[-1] + file.write(text))
+        for text in itertools.chain.from_iterable(map(_prompts, sources.values())):
+            shared = text if shared is None else shared[: _shared_length(shared, text)]
+            digests.append(hashlib.blake2b(text, digest_size=16).digest())
+            ends.append(ends[-1] + file.write(text))
         file.flush()
         self._file, self._ends, self._start = file, np.array(ends), len(shared or b"")
         of_rows = pa.array(digests, pa.binary(16)).dictionary_encode()
@@ -128,6 +125,12 @@ class _Prompts:
 
             equal = itertools.groupby(order, key=lambda number: bytes(keys[number]))
             return [number for _, group in equal for number in sorted(group, key=functools.cmp_to_key(compare))]
+
+
+def _prompts(source: Dataset) -> Iterator[bytes]:
+    for part in parts(source.select_columns("prompt")):
+        for batch in part.iter(ROWS_AT_ONCE):
+            yield from (json.dumps(prompt, sort_keys=True, default=str).encode() for prompt in batch["prompt"])
 
 
 def _shared_length(left: bytes, right: bytes) -> int:

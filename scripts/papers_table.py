@@ -1,11 +1,12 @@
-"""The table of docs/papers.md, made from configs/papers/*.yaml.
+"""The table of docs/papers.md, made from configs/papers/*.yaml, and the numbers of them in README.md.
 
 python scripts/papers_table.py            # prints it
-python scripts/papers_table.py --write    # puts it in its place in docs/papers.md
+python scripts/papers_table.py --write    # writes both
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import yaml
 from prefopt.catalogue.markdown import table
 
 ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "papers"
 PAGE = ROOT / "docs" / "papers.md"
+README = ROOT / "README.md"
 START, END = "<!-- table: scripts/papers_table.py -->", "<!-- end of the table -->"
 
 HEADINGS = ("config", "paper", "setting", "loss", "model", "data", "reported", "source", "unknown")
 
 
-def papers_table(folder: Path = ROOT / "configs" / "papers") -> str:
+def papers_table(folder: Path = CONFIGS) -> str:
     """One row a config, in alphabetical order."""
     configs = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.yaml"))}
     return table(HEADINGS, [_cells(name, config, config["paper"]) for name, config in configs.items()])
@@ -60,12 +63,23 @@ def _by_repository(source: dict[int, str]) -> list[tuple[str, str]]:
     return [(", ".join(numbers), where) for where, numbers in marks.items()]
 
 
+def counted(text: str) -> str:
+    """A text with the numbers of all and of complete configs as they are now."""
+    files = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in CONFIGS.glob("*.yaml")]
+    complete = sum(map(is_complete, files))
+    text = re.sub(r"\d+ config files name", f"{len(files)} config files name", text)
+    text = re.sub(r"\d+ of them are complete", f"{complete} of them are complete", text)
+    return re.sub(r"\d+ of the \d+ files are complete", f"{complete} of the {len(files)} files are complete", text)
+
+
 def main() -> None:
     if "--write" not in sys.argv[1:]:
         print(papers_table())
         return
-    page = PAGE.read_text(encoding="utf-8")
-    before, after = page.split(START)[0], page.split(END)[1]
+    README.write_text(counted(README.read_text(encoding="utf-8")), encoding="utf-8")
+    page = counted(PAGE.read_text(encoding="utf-8"))
+    before, rest = page.split(START)
+    after = rest.split(END)[1]
     PAGE.write_text(f"{before}{START}\n\n{papers_table()}\n\n{END}{after}", encoding="utf-8")
 
 

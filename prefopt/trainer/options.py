@@ -144,7 +144,7 @@ def refuse_images(model: Any, args: Any, processor: Any, columns: Collection[str
     config, named, _ = _described(model, args)
     if config is not None and getattr(config, "vision_config", None) is None:
         raise UsageError(
-            f"the rows have images in column {media[0]!r}, but {named} reads only text: use a vision-language "
+            f"the rows have a vision-related column, {media[0]!r}, but {named} reads only text: use a vision-language "
             f"model, or train on the texts with train_dataset.remove_columns({media[0]!r})"
         )
 

@@ -47,34 +47,45 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     Returns:
         The content of `results.json` in the output folder.
     """
-    console, training = recipe.console, recipe.training
+    checkpoint = begin(recipe, trainer)
+    before = _measure_first(recipe, trainer) if checkpoint is None else _measured_before(recipe, trainer)
+    train(recipe, trainer, checkpoint)
+    metrics = None if trainer.eval_dataset is None else trainer.evaluate()
+    after = _Measured(metrics, None if before.answers is None else _answers(recipe, trainer))
+    results = _results(recipe, trainer, before, after)
+    if trainer.is_world_process_zero():
+        trainer.create_model_card()
+        save_results(recipe, RESULTS, results)
+    _show_both(recipe, before, after)
+    recipe.console.print(f"Saved to {recipe.training.output_dir}")
+    publish(recipe, trainer)
+    return results
+
+
+def begin(recipe: Recipe, trainer: PreferenceTrainer) -> str | None:
+    """Print what the run runs on and where it starts; returns the checkpoint to resume from, or None."""
+    console, asked = recipe.console, recipe.training.resume_from_checkpoint
     console.print(f"Running on {describe_engine(trainer)}{_threads(trainer)}")
     if warning := engine_not_used(trainer):
         console.print(f"[bold]{warning}[/bold]", soft_wrap=True)
     if trainer.is_world_process_zero():
         _copy_loss_file(recipe)
-    checkpoint = trainer.checkpoint_to_resume(training.resume_from_checkpoint)
-    if training.resume_from_checkpoint is not None:
+    checkpoint = trainer.checkpoint_to_resume(asked)
+    if asked is not None:
         where = "No checkpoint yet: starting from step 0" if checkpoint is None else f"Resuming from {checkpoint}"
         console.print(where, soft_wrap=True)
-    before = _measure_first(recipe, trainer) if checkpoint is None else _measured_before(recipe, trainer)
+    return checkpoint
+
+
+def train(recipe: Recipe, trainer: PreferenceTrainer, checkpoint: str | None) -> None:
+    """Train and save the model; a signal ends the program after a checkpoint."""
     try:
         with sigterm_raises():
             trainer.train(resume_from_checkpoint=checkpoint)
     except (KeyboardInterrupt, SystemExit):
         _say_interrupted(recipe, trainer)
         raise
-    trainer.save_model(_internal_call=True)  # pushed below, with a card that has the numbers
-    metrics = None if trainer.eval_dataset is None else trainer.evaluate()
-    after = _Measured(metrics, None if before.answers is None else _answers(recipe, trainer))
-    results = _results(recipe, trainer, before, after)
-    if trainer.is_world_process_zero():
-        trainer.create_model_card()
-        _save_results(recipe, RESULTS, results)
-    _show_both(recipe, before, after)
-    console.print(f"Saved to {training.output_dir}")
-    _publish(recipe, trainer)
-    return results
+    trainer.save_model(_internal_call=True)  # pushed later, with a card that has the numbers
 
 
 def _threads(trainer: PreferenceTrainer) -> str:
@@ -96,7 +107,7 @@ def _measure_first(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:
     answers = _answers(recipe, trainer) if possible and recipe.bundled_data else None
     if trainer.is_world_process_zero():
         texts = None if answers is None else [vars(answer) for answer in answers]
-        _save_results(recipe, BEFORE, {"before": metrics, "answers": texts})
+        save_results(recipe, BEFORE, {"before": metrics, "answers": texts})
     return _Measured(metrics, answers)
 
 
@@ -145,7 +156,7 @@ def _say_interrupted(recipe: Recipe, trainer: PreferenceTrainer) -> None:
         )
 
 
-def _publish(recipe: Recipe, trainer: PreferenceTrainer) -> None:
+def publish(recipe: Recipe, trainer: PreferenceTrainer) -> None:
     """Push the saved model, if requested. A failed push is printed; the run succeeds anyway."""
     if not recipe.training.push_to_hub:
         return
@@ -185,7 +196,8 @@ def _copy_loss_file(recipe: Recipe) -> None:
     write_whole(copy, lambda unfinished: unfinished.write_text(file.text, encoding="utf-8"))
 
 
-def _save_results(recipe: Recipe, name: str, results: dict[str, Any]) -> None:
+def save_results(recipe: Recipe, name: str, results: dict[str, Any]) -> None:
+    """Write a JSON file into the output folder, whole or not at all."""
     text = json.dumps(results, indent=2) + "\n"
     path = Path(recipe.training.output_dir) / name
     write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -92,6 +92,9 @@ def refuse_unusable(recipe: Recipe, words: set[str], named: set[str]) -> None:
     Raises:
         SystemExit: naming the option and what to do.
     """
+    for name, remedy in recipe.script.no_effect.items():
+        if name in named:
+            raise SystemExit(f"--{name} has no effect here: {remedy}")
     _refuse_out_of_range(recipe.training, recipe.model)
     _refuse_what_is_ignored(recipe, words)
     _refuse_without_effect(named, recipe.script, recipe.training, recipe.model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from rich.console import Console
 from trl import ModelConfig, ScriptArguments
@@ -19,7 +20,21 @@ from prefopt.trainer.config import resolve_objective
 
 @dataclass
 class RecipeArguments(ScriptArguments):  # type: ignore[misc]
-    """Data and behaviour of a recipe, beside `ModelConfig` and `PreferenceConfig`; `--help` explains each."""
+    """Data and behaviour of a recipe, beside `ModelConfig` and `PreferenceConfig`; `--help` explains each.
+
+    Recipes for other data derive from it.
+
+    Attributes:
+        demo_config: settings of the bundled job; they are the defaults if neither model nor data are named.
+        data_options: the options that name the data; the bundled data are used if the first is not set.
+        bundled_words: what the bundled data are called.
+        no_effect: options of this class that a derived recipe does not use, and what to do instead.
+    """
+
+    demo_config: ClassVar[Path] = Path(__file__).parents[2] / "demo" / "config.yaml"
+    data_options: ClassVar[tuple[str, ...]] = ("dataset_name",)
+    bundled_words: ClassVar[str] = "the bundled pairs"
+    no_effect: ClassVar[Mapping[str, str]] = {}
 
     demo: bool = field(
         default=False,
@@ -81,9 +96,6 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
 LOSS_FILE = "loss_file.py"
 """The copy of the user's own file of losses in the output folder."""
 
-OPTIONS = (RecipeArguments, PreferenceConfig, ModelConfig)
-"""The dataclasses that a command line or a config fills."""
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -128,4 +140,4 @@ class Recipe:
 
     @property
     def bundled_data(self) -> bool:
-        return self.script.dataset_name is None
+        return getattr(self.script, self.script.data_options[0]) is None

@@ -25,7 +25,7 @@ from prefopt.recipe.arguments.checks import refuse_steps_and_epochs, refuse_unus
 from prefopt.recipe.arguments.config_file import checked_values, read_config, set_environment
 from prefopt.recipe.arguments.launched import launch_command
 from prefopt.recipe.arguments.loss_options import settle
-from prefopt.recipe.arguments.options import LOSS_FILE, OPTIONS, Recipe, RecipeArguments
+from prefopt.recipe.arguments.options import LOSS_FILE, Recipe, RecipeArguments
 from prefopt.recipe.arguments.threads import use_every_core
 from prefopt.safety.errors import did_you_mean, show_short_errors
 from prefopt.safety.files import is_file
@@ -35,14 +35,16 @@ from prefopt.safety.shipped import SHIPPED, find_shipped, near_names
 from prefopt.trainer import PreferenceConfig
 from prefopt.trainer.config import TRL_LOSS_OPTIONS
 
-DEMO_CONFIG = Path(__file__).parents[2] / "demo" / "config.yaml"
-"""Settings of the bundled job; they are the defaults if no model is named."""
+DEMO_CONFIG = RecipeArguments.demo_config
+"""Settings of the bundled job; they are the defaults if neither model nor data are named."""
 
 _OBJECTIVE = {"loss", "loss_file", "embeddings", *TRL_LOSS_OPTIONS}
 """The options of a config that `--demo` does not replace."""
 
 
-def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
+def parse_arguments(
+    loss: str, argv: Sequence[str] | None = None, options: type[RecipeArguments] = RecipeArguments
+) -> Recipe:
     """Read the command line and the `--config` YAML over the recipe's own defaults.
 
     Without `--model_name_or_path` the bundled model is used, with the settings of `DEMO_CONFIG` as defaults. Without
@@ -51,6 +53,7 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     Args:
         loss: the recipe's own loss expression, unless the command line or the config has another.
         argv: the words of the command line; default: those of this process.
+        options: the recipe's own options.
 
     Raises:
         SystemExit: naming the option and what to do.
@@ -65,15 +68,16 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     paper = config.pop("paper", {})
     named = {word[2:].split("=", 1)[0].replace("-", "_") for word in words if word.startswith("--")}
     # No abbreviations: options are looked up by name below.
-    parser = _Parser(OPTIONS, allow_abbrev=False)
-    config = checked_values(config, parser, OPTIONS, path)
+    kinds = (options, PreferenceConfig, ModelConfig)
+    parser = _Parser(kinds, allow_abbrev=False)
+    config = checked_values(config, parser, kinds, path)
     known, unknown = parser.parse_known_args(words)
     if unknown:
         raise SystemExit(_no_option(unknown[0], parser))
     demo = bool(known.demo or config.get("demo"))
     _run_loss_file(known.loss_file or config.get("loss_file"))
     own_loss, words, config = _settled(loss, words, config, named, known)
-    defaults, notes = _defaults(own_loss, config, named, demo)
+    defaults, notes = _defaults(own_loss, config, named, demo, options)
     refuse_steps_and_epochs(config, named, known)
     parser.set_defaults_with_config(**defaults)
     script, training, model = _filled(parser, words)
@@ -89,7 +93,7 @@ def parse_arguments(loss: str, argv: Sequence[str] | None = None) -> Recipe:
     if path is not None and path.is_relative_to(SHIPPED / "configs"):
         notes.insert(0, f"Config: {path.relative_to(SHIPPED / 'configs')}, which comes with prefopt {__version__}.")
     if demo:
-        notes.insert(0, _swapped(config, named, recipe.objective_text))
+        notes.insert(0, _swapped(config, named, recipe))
     for note in notes:
         recipe.console.print(note, soft_wrap=True, markup=False)
     return recipe
@@ -204,7 +208,7 @@ def _settled(
 
 
 def _defaults(
-    loss: str | None, config: dict[str, Any], words: set[str], demo: bool
+    loss: str | None, config: dict[str, Any], words: set[str], demo: bool, options: type[RecipeArguments]
 ) -> tuple[dict[str, Any], list[str]]:
     """The value of every option that is not on the command line, and lines about them for the screen."""
     defaults: dict[str, Any] = {"report_to": "none", "output_dir": "runs/latest", "loss": loss}
@@ -215,10 +219,10 @@ def _defaults(
         config = {name: value for name, value in config.items() if name in _OBJECTIVE}
     named = words | {name for name, value in config.items() if value is not None}
     epochs_are_asked_for = "num_train_epochs" in words and "max_steps" not in words
-    if demo or not named & {"model_name_or_path", "dataset_name"}:
-        defaults |= yaml.safe_load(DEMO_CONFIG.read_text(encoding="utf-8"))
+    if demo or not named & {"model_name_or_path", *options.data_options}:
+        defaults |= yaml.safe_load(options.demo_config.read_text(encoding="utf-8"))
         epochs_are_asked_for |= "num_train_epochs" in named and "max_steps" not in named
-        if epochs_are_asked_for:
+        if epochs_are_asked_for and "max_steps" in defaults:
             notes.append(f"The bundled job's {defaults['max_steps']} steps do not apply: num_train_epochs is set.")
     elif "model_name_or_path" not in named:
         notes.append(
@@ -232,12 +236,13 @@ def _defaults(
     return defaults | config, notes
 
 
-def _swapped(config: dict[str, Any], words: set[str], loss: str) -> str:
+def _swapped(config: dict[str, Any], words: set[str], recipe: Recipe) -> str:
     """One line that says what `--demo` replaced."""
     parts = []
-    for option, ours in (("model_name_or_path", "the bundled model"), ("dataset_name", "the bundled pairs")):
+    bundled = recipe.script.bundled_words
+    for option, ours in (("model_name_or_path", "the bundled model"), (recipe.script.data_options[0], bundled)):
         if option not in words:
             parts.append(f"{ours} in place of {config[option]}" if option in config else ours)
     settings = "the bundled job's settings"
     parts.append(f"{settings} in place of the config's" if set(config) - _OBJECTIVE else settings)
-    return f"--demo: {', '.join(parts)}; the loss stays {loss}."
+    return f"--demo: {', '.join(parts)}; the loss stays {recipe.objective_text}."

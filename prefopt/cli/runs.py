@@ -72,10 +72,10 @@ def merge(
 
 
 # What follows the command's name is for another parser, `--help` included.
-_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-@app.command(context_settings=_PASSED_ON, options_metavar="[OPTIONS; --help lists them]")
+@app.command(context_settings=PASSED_ON, options_metavar="[OPTIONS; --help lists them]")
 def train(context: typer.Context) -> None:
     """Train a model on preferences: --config FILE, --model_name_or_path, --dataset_name, --loss ..."""
     from prefopt.recipe import main as run_recipe
@@ -83,13 +83,13 @@ def train(context: typer.Context) -> None:
     run_recipe("dpo(beta=0.1)", context.args)
 
 
-@app.command(context_settings=_PASSED_ON, options_metavar="[OPTIONS; --help lists them]")
+@app.command(context_settings=PASSED_ON, options_metavar="[OPTIONS; --help lists them]")
 def demo(context: typer.Context) -> None:
     """Train the bundled model on the bundled pairs: `prefopt train`, which does so where nothing else is named."""
     train(context)
 
 
-@app.command(context_settings=_PASSED_ON, options_metavar="--model NAME [OPTIONS; --help lists them]")
+@app.command(context_settings=PASSED_ON, options_metavar="--model NAME [OPTIONS; --help lists them]")
 def plan(context: typer.Context) -> None:
     """Estimate the memory of every way to train a model, and say which to take on given GPUs."""
     from prefopt.planning.plan import main as show_plan

@@ -1,0 +1,87 @@
+"""The sets of an unlearning run: read, and checked before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefopt.recipe.arguments import Recipe
+from prefopt.recipe.ready import hub_errors
+from prefopt.recipe.unlearning.options import UnlearningArguments, options_of
+from prefopt.unlearning.data import (
+    IDK,
+    Question,
+    UnlearningDataError,
+    bundled_questions,
+    check_apart,
+    read_questions,
+)
+from prefopt.unlearning.metrics.arrays import required
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The questions of a run.
+
+    Attributes:
+        forget, retain: to train on.
+        measured: to measure with, by the name of the set.
+        idk: answers in place of the true ones.
+    """
+
+    forget: list[Question]
+    retain: list[Question]
+    measured: dict[str, list[Question]]
+    idk: tuple[str, ...] = IDK
+
+
+def load_sets(recipe: Recipe) -> Sets:
+    """The sets of a run, checked.
+
+    Raises:
+        UnlearningDataError: naming the set, the row and the column.
+        HubUnreachable: if a set is not on this machine and the Hub does not answer.
+    """
+    script = options_of(recipe)
+    for module, package in (("scipy", "scipy"), ("sklearn", "scikit-learn"), ("rouge_score", "rouge-score")):
+        required(module, package, "measuring what was forgotten")
+    with hub_errors(recipe):
+        if recipe.bundled_data:
+            bundled = bundled_questions()
+            return Sets(bundled["forget"], bundled["retain"], _first(bundled, script.measured_rows), _idk(script))
+        if script.retain_set is None:
+            raise UnlearningDataError("--forget_set needs a --retain_set: what the model should keep")
+        forget, retain = read_questions(str(script.forget_set)), read_questions(script.retain_set)
+        check_apart(forget, retain)
+        measured = {"forget": forget, "retain": retain}
+        for name in ("forget", "retain", "real_authors", "world_facts", "holdout"):
+            option = f"{name}_eval_set" if name in measured else f"{name}_set"
+            if (source := getattr(script, option)) is not None:
+                measured[name] = read_questions(source)
+                if name != "holdout":
+                    _check_measurable(f"--{option} {source}", measured[name])
+    return Sets(forget, retain, _first(measured, script.measured_rows), _idk(script))
+
+
+def _check_measurable(name: str, questions: list[Question]) -> None:
+    lacking = next((number for number, question in enumerate(questions) if not question.wrong), None)
+    if lacking is not None:
+        raise UnlearningDataError(
+            f"{name}: row {lacking} (from 0) has no perturbed_answer, so its truth ratio cannot be computed. Add "
+            "wrong answers, or leave the option out to measure without truth ratios"
+        )
+
+
+def _first(measured: Mapping[str, list[Question]], rows: int) -> dict[str, list[Question]]:
+    return {name: questions[:rows] for name, questions in measured.items()}
+
+
+def _idk(script: UnlearningArguments) -> tuple[str, ...]:
+    if script.idk_answers is None:
+        return IDK
+    lines = Path(script.idk_answers).read_text(encoding="utf-8").splitlines()
+    answers = tuple(line.strip() for line in lines if line.strip())
+    if not answers:
+        raise UnlearningDataError(f"--idk_answers {script.idk_answers} has no lines")
+    return answers

@@ -1,0 +1,236 @@
+"""What a model still knows of the forget set, and what it kept: every metric from one pass over the answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from prefopt import __version__
+from prefopt.safety.errors import UsageError
+from prefopt.safety.files import write_whole
+from prefopt.unlearning import metrics
+from prefopt.unlearning.data import Question
+from prefopt.unlearning.learn import model_key
+from prefopt.unlearning.scores import QuestionScores, answer_questions, score_questions
+
+UTILITY_SETS = ("retain", "real_authors", "world_facts")
+"""The sets whose nine numbers make the model utility (TOFU)."""
+
+_CHOICES = ("real_authors", "world_facts")
+"""Sets whose probability is that of the true answer among the wrong ones."""
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """The numbers of one set, one per question, in order.
+
+    Attributes:
+        probability: of the answer, per token; among the wrong answers for real authors and world facts.
+        rouge: ROUGE-L recall of the greedy answer; empty for plain texts.
+        truth_ratio: of `metrics.truth_ratio`; empty where questions have no wrong answers.
+        extraction_strength, exact_memorization: of the answer.
+        loss, zlib, min_k, min_k_plus_plus: scores of membership.
+        answers: the greedy answers.
+    """
+
+    probability: list[float]
+    rouge: list[float]
+    truth_ratio: list[float]
+    extraction_strength: list[float]
+    exact_memorization: list[float]
+    loss: list[float]
+    zlib: list[float]
+    min_k: list[float]
+    min_k_plus_plus: list[float]
+    answers: list[str] = field(default_factory=list)
+
+
+Measured = dict[str, SetScores]
+"""The numbers of a model, by the name of the set."""
+
+
+def measure(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[Question]],
+    *,
+    max_length: int | None = None,
+    max_new_tokens: int = 64,
+) -> Measured:
+    """The numbers of a model on every set.
+
+    Args:
+        model: a causal language model; its mode is left as it is.
+        tokenizer: of the model.
+        sets: questions by the name of the set.
+        max_length: plain texts are cut into parts of this many tokens.
+        max_new_tokens: of the greedy answers.
+    """
+    return {
+        name: _scores(
+            score_questions(model, tokenizer, questions, max_length=max_length),
+            _answers(model, tokenizer, name, questions, max_new_tokens),
+            among_wrong=name in _CHOICES,
+        )
+        for name, questions in sets.items()
+    }
+
+
+def _answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, questions: Sequence[Question], most: int
+) -> list[str]:
+    # Nothing is asked about plain texts, and the holdout set only serves membership inference.
+    if name == "holdout" or not all(question.question for question in questions):
+        return []
+    return [answer.text for answer in answer_questions(model, tokenizer, questions, max_new_tokens=most)]
+
+
+def _scores(rows: Sequence[QuestionScores], answers: list[str], among_wrong: bool) -> SetScores:
+    own = np.array([row.answer.average_logp for row in rows])
+    tokens = [row.answer for row in rows]
+    probability, ratios = metrics.probability(own), []
+    if len({len(row.wrong) for row in rows}) == 1 and rows[0].wrong:
+        wrong = np.array([[answer.average_logp for answer in row.wrong] for row in rows])
+        ratios = metrics.truth_ratio([row.paraphrase.average_logp for row in rows], wrong).tolist()
+        if among_wrong:
+            probability = metrics.normalized_probability(own, wrong)
+    references = [row.question.answer for row in rows]
+    # Published numbers are of English, which needs no more than ASCII.
+    other_script = not all(any(map(str.isascii, filter(str.isalnum, text))) for text in references)
+    return SetScores(
+        probability=probability.tolist(),
+        rouge=metrics.rouge_l(answers, references, other_script).recall.tolist() if answers else [],
+        truth_ratio=ratios,
+        extraction_strength=[metrics.extraction_strength(a.predicted_ids, a.token_ids) for a in tokens],
+        exact_memorization=[metrics.exact_memorization(a.predicted_ids, a.token_ids) for a in tokens],
+        loss=[metrics.loss_score(answer.token_logps) for answer in tokens],
+        zlib=[metrics.zlib_score(answer.token_logps, answer.text) for answer in tokens],
+        min_k=[metrics.min_k(answer.token_logps) for answer in tokens],
+        min_k_plus_plus=[
+            metrics.min_k_plus_plus(answer.token_logps, answer.means, answer.deviations) for answer in tokens
+        ],
+        answers=answers,
+    )
+
+
+def numbers(measured: Measured, gold: Measured | None = None) -> dict[str, float]:
+    """The metrics of a model, by name, from the numbers of its answers.
+
+    Args:
+        measured: of the model.
+        gold: of the gold model on the same questions; without it there is no forget quality.
+
+    Returns:
+        For each set `NAME_probability`, `NAME_rouge` and, with wrong answers, `NAME_truth_ratio`; of the forget set
+        also `extraction_strength` and `exact_memorization`. `model_utility` with all three sets of `UTILITY_SETS`.
+        With a gold model `forget_quality` (a p-value), `log10_forget_quality` and `gold_forget_rouge`; with both,
+        `quality_and_utility`, their harmonic mean. With a holdout set, `auc_NAME` and, with a gold model,
+        `privleak_NAME` for each score of membership.
+    """
+    values: dict[str, float] = {}
+    for name, scores in measured.items():
+        if name != "holdout":
+            values |= {f"{name}_{what}": value for what, value in _means(name, scores).items()}
+    forget = measured["forget"]
+    values["extraction_strength"] = float(np.mean(forget.extraction_strength))
+    values["exact_memorization"] = float(np.mean(forget.exact_memorization))
+    if (utility := utility_of(measured)) is not None:
+        values["model_utility"] = utility
+    if gold is not None:
+        if gold["forget"].rouge:
+            values["gold_forget_rouge"] = float(np.mean(gold["forget"].rouge))
+        if forget.truth_ratio:
+            quality = metrics.forget_quality(forget.truth_ratio, gold["forget"].truth_ratio)
+            values |= {"forget_quality": quality.p, "log10_forget_quality": quality.log10_p}
+            if utility is not None:
+                values["quality_and_utility"] = _harmonic(quality.p, utility)
+    return values | _membership(measured, gold)
+
+
+def utility_of(measured: Measured) -> float | None:
+    """TOFU's model utility; None without wrong answers or without one of the three sets."""
+    if any(name not in measured or not (measured[name].truth_ratio and measured[name].rouge) for name in UTILITY_SETS):
+        return None
+    return metrics.model_utility(
+        {f"{name}_{what}": value for name in UTILITY_SETS for what, value in _means(name, measured[name]).items()}
+    )
+
+
+def _means(name: str, scores: SetScores) -> dict[str, float]:
+    means = {"probability": float(np.mean(scores.probability))}
+    if scores.rouge:
+        means["rouge"] = float(np.mean(scores.rouge))
+    if scores.truth_ratio:
+        total = metrics.forget_truth_ratio if name == "forget" else metrics.utility_truth_ratio
+        means["truth_ratio"] = total(scores.truth_ratio)
+    return means
+
+
+def _harmonic(one: float, other: float) -> float:
+    return 2 * one * other / (one + other) if one + other > 0 else 0.0
+
+
+def _membership(measured: Measured, gold: Measured | None) -> dict[str, float]:
+    if "holdout" not in measured:
+        return {}
+    values = {}
+    for name in ("loss", "zlib", "min_k", "min_k_plus_plus"):
+        auc = metrics.membership_auc(getattr(measured["forget"], name), getattr(measured["holdout"], name))
+        values[f"auc_{name}"] = auc
+        if gold is not None:
+            of_gold = metrics.membership_auc(getattr(gold["forget"], name), getattr(gold["holdout"], name))
+            values[f"privleak_{name}"] = metrics.privleak(auc, of_gold)
+    return values
+
+
+def check_gold(start: Measured, gold: Measured) -> None:
+    """Refuse a gold model that knows the forget set as well as the model that is to forget it.
+
+    Raises:
+        UsageError: if the gold model's answers are not less probable, by a paired bootstrap over questions at 95%.
+    """
+    pairs = np.log([start["forget"].probability, gold["forget"].probability]).T
+    interval = metrics.bootstrap(lambda rows: np.mean(rows[:, 0] - rows[:, 1]), pairs)
+    if interval.low > 0:
+        return
+    before, after = (float(np.mean(scores["forget"].probability)) for scores in (start, gold))
+    raise UsageError(
+        f"the gold model gives the answers of the forget set a probability of {after:.2f} per token, the model that "
+        f"is to forget them {before:.2f}: either the gold model was trained on the forget set, or the model never "
+        "learned it. Name another gold model, or learn the sets first (--learn true)"
+    )
+
+
+def stored(
+    folder: Path, name: str, sets: Mapping[str, Sequence[Question]], measure_now: Callable[[], Measured]
+) -> Measured:
+    """The numbers of a model from an earlier run, or measured now and stored, by the first process alone.
+
+    Args:
+        folder: of the stored numbers.
+        name: the model's folder or Hub name.
+        sets: what is measured.
+        measure_now: measures the model.
+    """
+    facts = [
+        model_key(name),
+        {key: [asdict(question) for question in rows] for key, rows in sets.items()},
+        __version__,
+    ]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    path = folder / f"measured-{key}.json"
+    state = PartialState()
+    if state.is_main_process and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({key: asdict(scores) for key, scores in measure_now().items()})
+        write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    state.wait_for_everyone()
+    return {key: SetScores(**scores) for key, scores in json.loads(path.read_text(encoding="utf-8")).items()}

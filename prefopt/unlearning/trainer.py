@@ -1,0 +1,102 @@
+"""The trainer that forgets: its evaluations measure what was forgotten and what was kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from prefopt.safety.errors import UsageError
+from prefopt.trainer import PreferenceConfig, PreferenceTrainer
+from prefopt.trainer.saving.random_numbers import same_random_numbers
+from prefopt.unlearning.measure import Measured, numbers
+
+Rule = Literal["quality_and_utility", "muse", "none"]
+"""Which evaluation's model is the result.
+
+`quality_and_utility`: the one with the largest harmonic mean of forget quality (a p-value) and model utility.
+`muse`: the first that says no more of the forgotten answers than the gold model (ROUGE); training stops there.
+`none`: the last.
+"""
+
+REACHED = "gold_reached"
+
+
+class UnlearningTrainer(PreferenceTrainer):
+    """`PreferenceTrainer` whose evaluations are measurements of forgetting.
+
+    Args:
+        measure: measures the model.
+        gold: the gold model, measured; None without one.
+        rule: which evaluation is the best. `settle` sets the training arguments that go with it.
+
+    All other arguments are those of `PreferenceTrainer`.
+
+    Attributes:
+        measured: by the last evaluation.
+    """
+
+    control: Any
+
+    def __init__(
+        self,
+        *arguments: Any,
+        measure: Callable[[Any], Measured],
+        gold: Measured | None = None,
+        rule: Rule = "none",
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self._measure, self._gold, self.rule = measure, gold, rule
+        self.measured: Measured = {}
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The numbers of the model; with the rule `muse`, also whether the gold model's level is reached."""
+        with same_random_numbers(self.accelerator.device):
+            self.measured = self._measure(self.accelerator.unwrap_model(self.model))
+        values = numbers(self.measured, self._gold)
+        if self.rule == "muse":
+            reached = values["forget_rouge"] <= values["gold_forget_rouge"]
+            # The first evaluation that reaches it counts, not the last.
+            before = any(entry.get(f"{metric_key_prefix}_{REACHED}") for entry in self.state.log_history)
+            values[REACHED] = float(reached and not before)
+            self.control.should_training_stop |= reached
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def settle(args: PreferenceConfig, rule: Rule, every: float, rows: int, gold: bool) -> None:
+    """Set the training arguments that evaluations and the rule need, in place.
+
+    Args:
+        args: of the trainer.
+        rule: which evaluation is the best.
+        every: how often to measure, in epochs; 0 for only before and after.
+        rows: of an epoch.
+        gold: whether there is a gold model.
+
+    Raises:
+        UsageError: if the rule is unknown, or needs a gold model or evaluations that there are none of.
+    """
+    if rule not in get_args(Rule):
+        raise UsageError(f"best={rule!r}: there is no such rule. There are: {', '.join(get_args(Rule))}")
+    if rule != "none" and not gold:
+        raise UsageError(f"best={rule!r} compares with a gold model, and there is none: name one, or take best='none'")
+    if rule != "none" and not every:
+        raise UsageError(f"best={rule!r} chooses among evaluations: set evaluate_every above 0, or take best='none'")
+    if not every:
+        return
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps = max(1, round(every * math.ceil(rows / batch)))
+    strategy = type(args.eval_strategy)("steps")
+    args.eval_strategy, args.eval_steps = strategy, steps
+    if rule == "none":
+        return
+    args.save_strategy, args.save_steps = type(args.save_strategy)("steps"), steps
+    args.save_total_limit = args.save_total_limit or 2
+    args.load_best_model_at_end, args.greater_is_better = True, True
+    args.metric_for_best_model = REACHED if rule == "muse" else "quality_and_utility"

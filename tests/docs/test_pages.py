@@ -19,7 +19,7 @@ from tests.tiny import make_tokenizer
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 OF_OTHERS = (
-    "The following values were not passed to accelerate launch",
+    "The following values were not passed to",
     "Did you mean",
     "PREFOPT_VERBOSE=1",
     "error:",

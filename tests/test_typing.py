@@ -14,7 +14,7 @@ from trl import DPOTrainer
 from prefopt import PreferenceTrainer
 
 ROOT = Path(__file__).parents[1]
-OWN_LOSS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL)[3]
+OWN_LOSS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL)[4]
 
 LOSSES = f"""{OWN_LOSS}
 
@@ -76,15 +76,22 @@ PreferenceTrainer("model", train_datasett=None)
 
 def checked(folder: Path, text: str, *options: str) -> list[str]:
     """The lines of `mypy --strict` about a user's file, in a folder of its own."""
+    return [line for line in lines_of(folder, {"script": text}, *options) if "defined in" not in line]
+
+
+def lines_of(folder: Path, scripts: dict[str, str], *options: str) -> list[str]:
+    """What `mypy --strict` says of files, whose texts are given by name."""
     pytest.importorskip("mypy")
-    (folder / "script.py").write_text(text, encoding="utf-8")
+    for name, text in scripts.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    files = [f"{name}.py" for name in scripts]
     run = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-error-summary",
-         "--cache-dir", str(folder / "cache"), *options, "script.py"],
+         "--cache-dir", str(folder.parent / "mypy-cache"), *options, *files],
         cwd=folder, env={"MYPYPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert not run.stderr, run.stderr
-    return [line for line in run.stdout.splitlines() if line.startswith("script.py") and "defined in" not in line]
+    return [line for line in run.stdout.splitlines() if line.startswith(tuple(files))]
 
 
 def line_of(text: str, code: str) -> int:
@@ -115,6 +122,40 @@ def test_a_users_file_has_the_errors_that_it_should_have_and_no_others(tmp_path)
     assert len(lines) == 6, lines
     assert 'Argument "args" to "PreferenceTrainer" has incompatible type "int"' in wrong
     assert 'Unexpected keyword argument "train_datasett" for "PreferenceTrainer"' in typo
+
+
+PREAMBLE = """from typing import Any
+
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+model: Any
+tokenizer: Any
+pairs: Any
+
+
+class MyDPOTrainer(DPOTrainer): ...
+
+
+"""
+
+
+@pytest.mark.slow
+def test_the_pages_snippets_and_the_examples_pass_a_strict_type_checker(tmp_path):
+    """torch's `backward` has no types of its own; nothing else is allowed for."""
+    scripts = {}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        snippets = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        if page.stem == "own-loss":  # one script in pieces
+            snippets = ["\n".join(snippets)]
+        for number, snippet in enumerate(snippets, start=1):
+            scripts[f"{page.stem.replace('-', '_')}_{number}"] = PREAMBLE + snippet
+    assert len(scripts) >= 10
+    for example in (ROOT / "examples").glob("*.py"):
+        if example.stem != "lightning_module":  # a library that need not be there
+            scripts[example.stem] = example.read_text(encoding="utf-8")
+    lines = lines_of(tmp_path, scripts)
+    assert [line for line in lines if 'untyped function "backward"' not in line] == []
 
 
 def test_the_trainer_takes_trls_arguments_by_trls_names_and_two_more():

@@ -12,7 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 def drop_overlong(
-    dataset: Dataset | IterableDataset, max_length: int | None, truncation_mode: str, name: str
+    dataset: Dataset | IterableDataset,
+    max_length: int | None,
+    truncation_mode: str = "keep_start",
+    name: str = "train",
 ) -> Dataset | IterableDataset:
     """A tokenised dataset without the rows whose prompt alone fills `max_length`, which a warning counts and lists.
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
 
 from prefopt.catalogue.tables import families_line
 from prefopt.losses import available, parse, presets
 from prefopt.losses.registry import _LOSSES
 from scripts.papers_table import counted
+from tests.recipe.test_recipe import pairs_file
+from tests.tiny import make_tokenizer
+from tests.trainer.runs import make_pairs, save_model
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,9 +56,29 @@ def test_the_snippet_of_a_loss_in_a_loop_runs(capsys):
     assert "REFERENCE" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_snippets_with_a_model_run(tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    pairs_file(tmp_path, rows=16)
+    path = save_model(tmp_path)
+    names = {
+        "model": AutoModelForCausalLM.from_pretrained(path) if number == 1 else path,
+        "tokenizer": make_tokenizer(),
+        "pairs": make_pairs(16),
+        "MyDPOTrainer": type("MyDPOTrainer", (DPOTrainer,), {}),
+        "DPOConfig": functools.partial(DPOConfig, use_cpu=True, bf16=False),  # TRL's own asks for a GPU otherwise
+    }
+    exec(snippets(PYTHON)[number], names)
+    if number == 1:
+        assert names["model"].lm_head.weight.grad.abs().sum() > 0
+        assert not names["reference"].lm_head.weight.requires_grad
+    else:
+        assert names["trainer"].objective is not None
+
+
 def test_the_snippet_of_ones_own_loss_registers_it():
     try:
-        exec(snippets(PYTHON)[3], {})
+        exec(snippets(PYTHON)[4], {})
         assert str(parse("exponential")) == "exponential(beta=0.1)"
     finally:
         _LOSSES.pop("exponential", None)

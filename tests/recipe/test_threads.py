@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from prefopt.recipe.arguments import threads
-from prefopt.recipe.arguments.threads import _container_limit, usable_cores, use_every_core
+from prefopt.recipe.arguments.threads import _container_limit, _is_launcher, usable_cores, use_every_core
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = f"""
@@ -103,6 +103,25 @@ def test_a_process_of_somebody_else_leaves_the_number_as_it_is(torchs_threads, m
     monkeypatch.setattr(psutil.Process, "environ", refuse)
     use_every_core()
     assert torchs_threads[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "launches"),
+    [
+        ("/venv/bin/python3 /venv/bin/accelerate launch train.py", True),
+        ("python -W ignore -u -m accelerate.commands.launch train.py", True),
+        ("/venv/bin/python3.11 /venv/bin/accelerate-launch train.py", True),
+        ("python /venv/bin/torchrun --nproc_per_node 2 train.py", True),
+        ("python -m torch.distributed.run train.py", True),
+        ("timeout 60 accelerate launch train.py", False),
+        ("env OMP_NUM_THREADS=1 accelerate launch train.py", False),
+        ("python sweep.py accelerate launch", False),
+        ("bash", False),
+        ("", False),
+    ],
+)
+def test_a_launcher_is_known_by_its_command(command, launches):
+    assert _is_launcher(command.split()) is launches
 
 
 def test_cores_are_those_that_the_process_may_run_on(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,13 @@ def _is_a_launchers_default() -> bool:
 
 
 def _is_launcher(words: list[str]) -> bool:
-    """Whether a command line is that of `accelerate launch` or `torchrun`, as programs or as modules."""
-    names = [Path(word).stem if os.sep in word else word for word in words[:8]]
-    return any(_LAUNCHER.fullmatch(name) for name in names)
+    """Whether a command line runs `accelerate` or `torchrun`, as a program or as a module.
+
+    Not one that only names them, as `timeout 60 accelerate launch ...` does: that process sets nothing.
+    """
+    program = Path(words[0]).name if words else ""
+    if program.startswith("python"):
+        # The script, or the module after -m; -W and -X take a word of their own.
+        pairs = pairwise(words)
+        program = next((word for last, word in pairs if word[:1] != "-" and last not in ("-W", "-X")), "")
+    return _LAUNCHER.fullmatch(Path(program).name) is not None

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 import json
-import mmap
 import random
 import tempfile
 from collections import Counter
@@ -114,17 +113,24 @@ class _Prompts:
         """The numbers of the prompts, sorted by their JSON text."""
         first_rows = self._by_prompt[self._firsts[:-1]]
         spans = list(zip(self._ends[first_rows].tolist(), self._ends[first_rows + 1].tolist(), strict=True))
-        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as texts:
-            # Sorted by a few bytes where they first differ, then by whole texts where these are equal.
-            keys = np.array([texts[start:end][self._start :][:_KEY] for start, end in spans])
-            order = np.argsort(keys, kind="stable").tolist()
 
-            def compare(left: int, right: int) -> int:
-                one, other = (texts[slice(*spans[number])] for number in (left, right))
-                return (one > other) - (one < other)
+        # Read, not mapped: pages of a mapped file count as memory of the process.
+        def text(number: int, skipped: int = 0, most: int | None = None) -> bytes:
+            start, end = spans[number]
+            length = end - start - skipped
+            self._file.seek(start + skipped)
+            read: bytes = self._file.read(length if most is None else min(length, most))
+            return read
 
-            equal = itertools.groupby(order, key=lambda number: bytes(keys[number]))
-            return [number for _, group in equal for number in sorted(group, key=functools.cmp_to_key(compare))]
+        def compare(left: int, right: int) -> int:
+            one, other = text(left), text(right)
+            return (one > other) - (one < other)
+
+        # Sorted by a few bytes where they first differ, then by whole texts where these are equal.
+        keys = np.array([text(number, self._start, _KEY) for number in range(self._count)])
+        order = np.argsort(keys, kind="stable").tolist()
+        equal = itertools.groupby(order, key=lambda number: bytes(keys[number]))
+        return [number for _, group in equal for number in sorted(group, key=functools.cmp_to_key(compare))]
 
 
 def _prompts(source: Dataset) -> Iterator[bytes]:

@@ -83,6 +83,7 @@ Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance i
 UNDIAL: Self-Distillation with Adjusted Logits for Robust Unlearning in Large Language Models
 2402.13228 | Pal, Arka | Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive
 2403.00409 | Ray Chowdhury, Sayak | Provably Robust DPO: Aligning Language Models with Noisy Feedback
+2403.03218 | Li, Nathaniel | The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning
 2403.07691 | Hong, Jiwoo | ORPO: Monolithic Preference Optimization without Reference Model
 2403.19159 | Park, Ryan | Disentangling Length from Quality in Direct Preference Optimization
 2404.04656 | Jung, Seungjae | Binary Classifier Optimization for Large Language Model Alignment
@@ -120,7 +121,9 @@ Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Pr
 DPO Kernels: A Semantically-Aware, Kernel-Enhanced, and Divergence-Rich Paradigm for Direct Preference Optimization
 2501.03884 | Gupta, Aman | AlphaPO: Reward Shape Matters for LLM Alignment
 2502.19301 | Wang, Qizhou | Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond
+2503.01224 | Yang, Bo | CE-U: Cross Entropy Unlearning
 2505.11953 | Yang, Puning | Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning
+2506.05314 | Entesari, Taha | Constrained Entropic Unlearning: A Primal-Dual Framework for Large Language Models
 """
 
 PAPERS = {

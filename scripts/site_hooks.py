@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PLACE = "project"
 """The site's folder for files from outside of docs/."""
+TO_FOLDER = re.compile(r"\[([^]]+)\]\(([^)#\s]+)\)")
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 
 
@@ -39,7 +40,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite links to where the files are in the site."""
+    """Rewrite links to where the files are in the site; a link to a folder becomes its text."""
     name = page.file.src_uri
     outside = name.startswith(f"{PLACE}/")
     source = ROOT / name.removeprefix(f"{PLACE}/") if outside else DOCS / name
@@ -52,7 +53,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = path.relative_to(DOCS).as_posix() if inside else f"{PLACE}/{path.relative_to(ROOT).as_posix()}"
         return posixpath.relpath(target, posixpath.dirname(name))
 
-    return LINK.sub(rewritten, markdown)
+    def without_folder(match: re.Match[str]) -> str:
+        return match[1] if (source.parent / match[2]).is_dir() else match[0]
+
+    return LINK.sub(rewritten, TO_FOLDER.sub(without_folder, markdown))
 
 
 def linked(source: Path, link: str) -> Path | None:

@@ -22,7 +22,8 @@ def train(name: str, pairs: str, steps: int = 100, objective: str = "dpo(beta=0.
     """The loss of each step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    model.to(device)
     reference = copy.deepcopy(model).requires_grad_(False).eval()
 
     loss = parse(objective).to(device)

@@ -23,6 +23,7 @@ class ObjectiveTrainer(Trainer):
         self.loss = loss.to(self.args.device)
         if reference is not None:
             reference = reference.to(self.args.device).requires_grad_(False).eval()
+        assert self.model is not None
         self.scorer = Scorer(self.loss, self.model, reference=reference)
 
     def compute_loss(

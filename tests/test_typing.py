@@ -142,7 +142,7 @@ class MyDPOTrainer(DPOTrainer): ...
 
 @pytest.mark.slow
 def test_the_pages_snippets_and_the_examples_pass_a_strict_type_checker(tmp_path):
-    """torch's `backward` has no types of its own; nothing else is allowed for."""
+    """Only gaps in the types of other libraries are allowed for."""
     scripts = {}
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         snippets = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
@@ -154,8 +154,9 @@ def test_the_pages_snippets_and_the_examples_pass_a_strict_type_checker(tmp_path
     for example in (ROOT / "examples").glob("*.py"):
         if example.stem != "lightning_module":  # a library that need not be there
             scripts[example.stem] = example.read_text(encoding="utf-8")
-    lines = lines_of(tmp_path, scripts)
-    assert [line for line in lines if 'untyped function "backward"' not in line] == []
+    gaps = ('untyped function "backward"', 'Module "trl" does not explicitly export attribute "DPOTrainer"')
+    lines = lines_of(tmp_path, scripts, "--disable-error-code=import-untyped")
+    assert [line for line in lines if not any(gap in line for gap in gaps)] == []
 
 
 def test_the_trainer_takes_trls_arguments_by_trls_names_and_two_more():

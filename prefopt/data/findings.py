@@ -71,21 +71,29 @@ class Report:
         names = [self.origins.get(row, str(row)) for row in problem.rows[:shown]]
         return ", ".join(names) + (" ..." if len(problem.rows) > shown else "")
 
+    def _first_by_file(self, problem: Problem, shown: int = _SHOWN) -> str:
+        """As `first_rows`, each file named once: `a.jsonl:3, 8; b.jsonl:1`."""
+        files: dict[str, list[str]] = {}
+        for row in problem.rows[:shown]:
+            file, _, number = self.origins.get(row, str(row)).rpartition(":")
+            files.setdefault(file, []).append(number)
+        named = (f"{file}:{', '.join(rows)}" if file else ", ".join(rows) for file, rows in files.items())
+        return "; ".join(named) + (" ..." if len(problem.rows) > shown else "")
+
     def table(self) -> Table:
-        """Problem with its severity, count, first row numbers, what to do."""
+        """Problem with its severity, count, what to do, and below that the first rows: paths may be long."""
         bad = len(self.bad_rows)
         title = f"{self.total} rows, {bad} with errors" if self.problems else f"{self.total} rows, no problem found"
         made = table(
-            "problem", "rows", "first rows (from 0)", "what it means, what to do", right=("rows",),
-            title=title, caption="Rows are numbered from 0.", show_lines=True,
+            "problem", "rows", "what it means, what to do; first rows, numbered from 0", right=("rows",),
+            title=title, show_lines=True,
         )  # fmt: skip
         for problem in self.problems:
             # As plain text: row names and texts may hold the brackets that rich reads as markup.
             made.add_row(
                 Text(f"{problem.kind}\n").append(problem.severity, style=_STYLES[problem.severity]),
                 str(len(problem.rows)),
-                Text(self.first_rows(problem)),
-                Text(f"{problem.explanation} {problem.advice}".strip()),
+                Text(f"{problem.explanation} {problem.advice}".strip() + f"\nFirst: {self._first_by_file(problem)}"),
             )
         return made
 

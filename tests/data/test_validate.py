@@ -210,7 +210,7 @@ def test_the_table_counts_rows_from_zero_and_keeps_brackets() -> None:
     rows = [{**TEXT, "prompt": str(i), "chosen": "", "source": "[a].jsonl", "row": i + 100} for i in range(8)]
     table = _table(validate(Dataset.from_list(rows)))
     assert "8 rows, 8 with errors" in table
-    assert "[a].jsonl:100, [a].jsonl:101" in table
+    assert "First: [a].jsonl:100, 101, 102, 103, 104 ..." in table
     assert "numbered from 0" in table
 
 

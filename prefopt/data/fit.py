@@ -1,10 +1,13 @@
-"""Rows that cannot be trained on at a given length, dropped with a warning. Imports datasets alone."""
+"""Rows that cannot be trained on at a given length, dropped with a warning. Imports datasets and pyarrow alone."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 
@@ -25,11 +28,9 @@ def drop_overlong(
     limit = max_length if max_length is not None and truncation_mode == "keep_start" else None
     if not isinstance(dataset, Dataset):
         return dataset if limit is None else dataset.filter(_warned_fit(limit, name))
-    kept = list(range(len(dataset)))
-    if limit is not None:
-        kept = [i for i, ids in enumerate(dataset["prompt_ids"]) if len(ids) < limit]
-    if len(kept) < len(dataset):
-        dropped = sorted(set(range(len(dataset))) - set(kept))
+    fits = np.ones(len(dataset), bool) if limit is None else _prompt_lengths(dataset) < limit
+    if not fits.all():
+        dropped = np.flatnonzero(~fits).tolist()
         shown = ", ".join(map(str, dropped[:10])) + (", ..." if len(dropped) > 10 else "")
         logger.warning(
             "dropped %d of %d rows of the %s set, whose prompts alone reach max_length=%d and leave no room for a "
@@ -37,7 +38,15 @@ def drop_overlong(
             *(len(dropped), len(dataset), name, max_length, shown),
         )
     fingerprint = Hasher.hash((dataset._fingerprint, max_length, truncation_mode))
+    kept = range(len(dataset)) if fits.all() else np.flatnonzero(fits)
     return dataset.select(kept, new_fingerprint=fingerprint)
+
+
+def _prompt_lengths(dataset: Dataset) -> npt.NDArray[np.int64]:
+    """(N,) tokens of each prompt, without reading the tokens."""
+    tables = dataset.select_columns(["prompt_ids"]).with_format("arrow").iter(1000)
+    lengths = [pc.list_value_length(table.column("prompt_ids")).to_numpy() for table in tables]
+    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
 
 
 class _warned_fit:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from prefopt.data.collect import PLAIN_NOTE, Findings, one_label_note
 from prefopt.data.columns import column_names
 from prefopt.data.conversation import Processing, Row
 from prefopt.data.errors import DataError
 from prefopt.data.findings import Report
+from prefopt.data.one_pass import can_pass, one_pass
 from prefopt.data.problems import KINDS
+from prefopt.data.reuse import Made, ids_for, made_with, with_ids
 from prefopt.data.row import Checked, is_label
 from prefopt.data.row_check import RowCheck
 from prefopt.data.tokenize import tokenize_dataset
-from prefopt.data.validate import PLAIN_NOTE, Findings, one_label_note, refuse_partial_ids, row_check
+from prefopt.data.validate import refuse_partial_ids, row_check
 from prefopt.losses.scores import GIVEN_LOGPS
 
 Say = Callable[[str], None]
@@ -42,13 +46,16 @@ _NUMBERS = ("label", "weight", *GIVEN_LOGPS, "source", "row")
 _LABELS_SEEN = 1000
 """After this many rows of a stream with the same label, a note is printed."""
 
-_CHECKED: ContextVar[bool] = ContextVar("rows are checked", default=False)
+_CHECKED: ContextVar[tuple[Made, ...] | None] = ContextVar("ids of checked rows", default=None)
 
 
 @contextlib.contextmanager
-def rows_are_checked() -> Iterator[None]:
-    """Inside, map-style sets are only tokenized, because `validate` checked their rows. Streams are still checked."""
-    token = _CHECKED.set(True)
+def rows_are_checked(made: Iterable[Made] = ()) -> Iterator[None]:
+    """Inside, map-style sets are not checked, because that was done before. Streams still are.
+
+    Rows that `made` has ids of, by the same tokenizer, get those; sets with other rows are checked and tokenized.
+    """
+    token = _CHECKED.set(tuple(made))
     try:
         yield
     finally:
@@ -75,17 +82,26 @@ def tokenize_checked(
         truncation_mode: TRL's.
         name: of the set, for messages.
         roles: what the objective is about.
-        num_proc: processes to tokenize with.
+        num_proc: processes to tokenize with; by default one for each core, if there are thousands of rows.
         say: called with each warning and note, once.
 
     Raises:
         DataError: naming the rows that cannot be trained on; for a stream, at the first such row.
     """
-    if isinstance(dataset, Dataset) and _CHECKED.get():
-        return tokenize_dataset(dataset, processing_class, num_proc, name)
+    made = _CHECKED.get()
+    if isinstance(dataset, Dataset) and made is not None:
+        usable = made_with(made, processing_class)
+        if not usable:
+            return tokenize_dataset(dataset, processing_class, num_proc, name)
+        if (ids := ids_for(dataset, usable)) is not None:
+            return with_ids(dataset, ids)
     check = row_check(dataset, processing_class, max_length, truncation_mode)
     if not isinstance(dataset, Dataset):
         return dataset.map(_Stream(check, name, roles, say), with_indices=True)
+    if can_pass(dataset):
+        passed = one_pass(dataset, check, roles, num_proc, name)
+        _tell(_without_dropped_rows(passed.report), name, say)
+        return with_ids(dataset, passed.ids)
     marked = dataset.map(_ids_and_findings, fn_kwargs={"check": check}, num_proc=num_proc, desc=name)
     findings = Findings(check.sides, roles)
     for index, row in enumerate(marked):
@@ -117,7 +133,7 @@ def check_ids(
     check = RowCheck(sides, tuple(columns), None, max_length, truncation_mode)
     if not isinstance(dataset, Dataset):
         return dataset.map(_Stream(check, name, roles, say), with_indices=True)
-    if not _CHECKED.get():
+    if _CHECKED.get() is None:
         findings = Findings(sides, roles)
         ids = [f"{side}_ids" for side in ("prompt", *sides)]
         looked_at = [column for column in (*ids, *_NUMBERS) if column in columns]
@@ -125,6 +141,10 @@ def check_ids(
             findings.add(index, row, _without_dropped(check.of_ids(row)))
         _tell(findings.report(), name, say)
     return dataset
+
+
+def _without_dropped_rows(report: Report) -> Report:
+    return replace(report, problems=[problem for problem in report.problems if problem.kind != _DROPPED_LATER])
 
 
 def _tell(report: Report, name: str, say: Say) -> None:

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from prefopt.data.collect import Findings
 from prefopt.data.columns import column_names
 from prefopt.data.errors import DataError
-from prefopt.data.findings import Problem, Report
+from prefopt.data.findings import Report
+from prefopt.data.one_pass import can_pass, one_pass
 from prefopt.data.parts import tables
-from prefopt.data.problems import KINDS
-from prefopt.data.repeats import Repeats
-from prefopt.data.row import Checked, Row, check_texts, is_label
+from prefopt.data.row import Row, check_texts
 from prefopt.data.schema import kind
-from prefopt.data.screen import can_screen, clear_rows, is_of_messages, rows_at, screened_columns
+from prefopt.data.screen import can_screen, clear_rows, rows_at, screened_columns
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_whole
 
@@ -58,6 +58,8 @@ def validate(
     if tokenizer is None and isinstance(dataset, Dataset) and not any(name.endswith("_ids") for name in columns):
         return _check_without_tokenizer(dataset, roles)
     check = row_check(dataset, tokenizer, max_length, truncation_mode, vocabulary)
+    if isinstance(dataset, Dataset) and tokenizer is not None and can_pass(dataset):
+        return one_pass(dataset, check, roles).report
     findings = Findings(check.sides, roles)
     for start, rows in in_batches(dataset):
         for index, (row, checked) in enumerate(zip(rows, check.batch(rows), strict=True), start):
@@ -115,94 +117,6 @@ def row_check(
 def sides_of(dataset: Dataset | IterableDataset) -> tuple[str, ...]:
     """The columns of completions."""
     return ("chosen", "rejected") if kind(dataset) == "pair" else ("completion",)
-
-
-class Findings:
-    """Collects the results of single rows, and of comparisons between rows."""
-
-    def __init__(self, sides: tuple[str, ...], roles: Collection[str] = ("chosen", "rejected")) -> None:
-        self._roles = frozenset(roles)
-        self._found: dict[str, list[int]] = {}
-        self._said: dict[str, str] = {}
-        self._origins: dict[int, str] = {}
-        self._labels: set[Any] = set()
-        self._repeats = Repeats(sides)
-        self._labelled = sides == ("completion",)
-        self._total = self._plain = self._conversations = 0
-
-    def add(self, index: int, row: Row, checked: Checked) -> None:
-        self._total += 1
-        self._plain += checked.plain
-        self._conversations += isinstance(row.get("prompt"), list)
-        repeated = self._repeats.of_row(row) if checked.readable else None
-        origin = (row["source"], row["row"]) if "source" in row and "row" in row else None
-        self._note(index, checked, repeated, origin)
-        if self._labelled and "label" in row:
-            self._labels.add(row["label"] if is_label(row["label"]) else None)
-
-    def add_table(self, start: int, table: Any, checked: Mapping[int, Checked]) -> None:
-        """Adds rows from number `start` on; those that `checked` does not name have no problem of their own."""
-        self._total += table.num_rows
-        prompts = table.column("prompt")
-        self._conversations += (len(prompts) - prompts.null_count) * is_of_messages(prompts)
-        clear = Checked(readable=True)
-        readable = [checked.get(start + place, clear).readable for place in range(table.num_rows)]
-        for place, (repeated, origin) in enumerate(self._repeats.of_table(table, readable)):
-            index = start + place
-            if repeated or index in checked:
-                self._note(index, checked.get(index, clear), repeated, origin)
-        if self._labelled:
-            self._labels |= {
-                label if is_label(label) else None for label in table.column("label").unique().to_pylist()
-            }
-
-    def _note(self, index: int, checked: Checked, repeated: str | None, origin: Any) -> None:
-        problems = [*checked.problems, repeated] if repeated else checked.problems
-        for problem in problems:
-            self._found.setdefault(problem, []).append(index)
-        for problem, said in checked.said.items():
-            self._said.setdefault(problem, said)
-        if problems and origin is not None:
-            self._origins[index] = f"{origin[0]}:{origin[1]}"
-
-    def report(self) -> Report:
-        """Everything, errors first.
-
-        Raises:
-            DataError: if there was no row.
-        """
-        if self._total == 0:
-            raise DataError("The dataset has no rows. Check the file and the split.")
-        problems = [
-            Problem(name, spec.severity, self._found[name], spec.explanation + self._said.get(name, ""), spec.advice)
-            for name, spec in KINDS.items()
-            if name in self._found
-        ]
-        notes = [PLAIN_NOTE] if self._plain == self._total else []
-        if self._plain and self._conversations:
-            notes.append(
-                f"Plain text among conversations, in {self._plain} of the {self._total} rows: the chat template is "
-                "not applied to it. Write all rows one way."
-            )
-        both = {"chosen", "rejected"} <= self._roles and self._total > 1
-        if both and self._labels in ({True}, {False}):
-            notes.append(one_label_note(self._labels == {True}, f"Each of the {self._total} rows"))
-        return Report(problems, self._total, self._origins, notes)
-
-
-PLAIN_NOTE = (
-    "The texts are plain, so the tokenizer's chat template is not applied to them. Give messages if the model is to "
-    "answer in its chat format."
-)
-
-
-def one_label_note(label: bool, rows: str) -> str:
-    """For labels of one kind."""
-    other = str(not label).lower()
-    return (
-        f"{rows} has the label {str(label).lower()}: an objective that sets desirable completions against undesirable "
-        f"ones (kto, bco) has nothing to compare with. Add rows with the label {other}."
-    )
 
 
 def clean(

@@ -48,7 +48,7 @@ def make_trainer(recipe: Recipe, ready: Ready, data: Data) -> PreferenceTrainer:
 def starting(recipe: Recipe, ready: Ready, data: Data) -> Iterator[None]:
     """Context in which a trainer is made: prints what is trained, and moves an earlier run out of the output folder.
 
-    Rows are only tokenized inside it: `load_data` has checked them.
+    Rows are not checked inside it: `load_data` has done that, and made their tokens.
 
     Raises:
         UsageError: if the result is to be pushed and cannot be.
@@ -61,7 +61,7 @@ def starting(recipe: Recipe, ready: Ready, data: Data) -> Iterator[None]:
         own_reference = recipe.script.ref_model_name_or_path is None
         what = "; the reference is the adapter as it is now" if own_reference else ""
         recipe.console.print(f"It is an adapter of {ready.adapter_of} and is trained on{what}.", soft_wrap=True)
-    with push_errors(), rows_are_checked():
+    with push_errors(), rows_are_checked(data.ids):
         yield
 
 

@@ -8,12 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 
 from prefopt.data import DataError, Report, clean, mix, parse_columns, parse_sources, read_preferences, validate
 from prefopt.data.columns import column_names, without_columns
+from prefopt.data.one_pass import can_pass, one_pass
+from prefopt.data.reuse import Made
+from prefopt.data.stored import tokenizer_key
 from prefopt.data.unused import MEDIA, unused_columns
+from prefopt.data.validate import row_check
 from prefopt.demo.data import load_demo
 from prefopt.recipe.arguments import Recipe
 from prefopt.recipe.earlier_run import make_room
@@ -32,12 +37,14 @@ class Data:
         heldout: the same, or None.
         heldout_split: where the held-out rows come from: a split of the data, or `of train`.
         room_made: whether an earlier run was moved out of the output folder, to write dropped rows there.
+        ids: tokens of the checked rows, for the trainer.
     """
 
     train: Any
     heldout: Any = None
     heldout_split: str = ""
     room_made: bool = False
+    ids: tuple[Made, ...] = ()
 
 
 def load_data(recipe: Recipe, ready: Ready) -> Data:
@@ -57,7 +64,7 @@ def load_data(recipe: Recipe, ready: Ready) -> Data:
         sources, held = with_vectors(recipe, data.train, data.heldout)
         train, heldout = _mixed(recipe, sources), _mixed(recipe, held, weighted=False) if held else None
     check_recipe(recipe, ready, train, heldout)
-    return Data(train, heldout, data.heldout_split, data.room_made)
+    return Data(train, heldout, data.heldout_split, data.room_made, data.ids)
 
 
 def _bundled(recipe: Recipe) -> Data:
@@ -83,7 +90,7 @@ def _loaded(recipe: Recipe, ready: Ready) -> Data:
     else:
         split = f"of {script.dataset_train_split}"
         train, heldout = hold_out(recipe, train)
-    return Data(train, heldout, split, rows.room_made)
+    return Data(train, heldout, split, rows.room_made, tuple(rows.ids))
 
 
 def _load_sources(recipe: Recipe, split: str) -> dict[str, Any]:
@@ -139,12 +146,14 @@ class _RowCheck:
 
     Attributes:
         room_made: whether an earlier run was moved out of the output folder, to write dropped rows there.
+        ids: tokens of the rows, made while they were checked.
     """
 
     def __init__(self, recipe: Recipe, ready: Ready):
         self._recipe, self._ready = recipe, ready
         self._roles = ("chosen", "rejected") if recipe.objective is None else recipe.objective.roles
         self.room_made = False
+        self.ids: list[Made] = []
 
     def checked(self, sources: dict[str, Dataset], role: str) -> dict[str, Dataset]:
         """The sources without rows that cannot be trained on.
@@ -156,11 +165,7 @@ class _RowCheck:
 
     def _one(self, dataset: Dataset, name: str) -> Dataset:
         console, script = self._recipe.console, self._recipe.script
-        training = self._ready.training
-        report = validate(
-            dataset, tokenizer=self._ready.tokenizer, vocabulary=self._ready.limits.vocabulary, roles=self._roles,
-            max_length=training.max_length, truncation_mode=training.truncation_mode,
-        )  # fmt: skip
+        report = self._report(dataset, name)
         drops = script.on_bad_rows == "drop" and len(report.bad_rows) < report.total
         if report.problems and (report.ok or drops):  # otherwise `clean` raises an error that lists them
             console.print(f"{name} rows:", report.table())
@@ -169,6 +174,20 @@ class _RowCheck:
         if report.ok or script.on_bad_rows == "error":
             return clean(dataset, report)
         return self._without_bad_rows(dataset, report, name)
+
+    def _report(self, dataset: Dataset, name: str) -> Report:
+        training, tokenizer = self._ready.training, self._ready.tokenizer
+        limits = {"max_length": training.max_length, "truncation_mode": training.truncation_mode}
+        vocabulary = self._ready.limits.vocabulary
+        if not can_pass(dataset):
+            return validate(dataset, tokenizer=tokenizer, vocabulary=vocabulary, roles=self._roles, **limits)
+        check = row_check(dataset, tokenizer, vocabulary=vocabulary, **limits)
+        # The first process of a machine writes what the others read.
+        with PartialState().local_main_process_first():
+            passed = one_pass(dataset, check, self._roles, training.dataset_num_proc, name)
+        if (key := tokenizer_key(tokenizer)) is not None:
+            self.ids.append(Made(passed.ids, key))
+        return passed.report
 
     def _without_bad_rows(self, dataset: Dataset, report: Report, name: str) -> Dataset:
         dry, folder = self._recipe.script.dry_run, Path(self._recipe.training.output_dir)

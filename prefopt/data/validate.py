@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from prefopt.data.conversation import Processing
     from prefopt.data.row_check import RowCheck
 
-_ROWS_AT_ONCE = 1000
-
 BATCH = 500
 """Rows that are checked together: their texts are encoded in one call."""
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -186,8 +187,8 @@ def row_keys(table: Any) -> list[bytes]:
 
 
 def processes(rows: int, wanted: int | None = None) -> int:
-    """How many to start for so many rows: one where processes cannot be forked, whose start would cost more."""
-    if "fork" not in multiprocessing.get_all_start_methods():
+    """How many to start for so many rows: one where forking is not possible, or not safe (macOS)."""
+    if sys.platform == "darwin" or "fork" not in multiprocessing.get_all_start_methods():
         return 1
     return wanted or max(min(_cores(), rows // KEPT_FROM, MOST_PROCESSES), 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,21 @@ def test_rows_that_were_changed_since_are_checked_and_tokenized() -> None:
         tokenized(good.map(lambda row: {"chosen": new, "rejected": new}), tokenizer, made)
     other = make_tokenizer(CHATML + "{{ 'The end.' }}")
     assert tokenized(good, other, made)["chosen_ids"] != tokenized(good, tokenizer, made)["chosen_ids"]
+
+
+@pytest.mark.parametrize(("count", "wanted", "expected"), [(9, None, 1), (25, None, 2), (999, None, 4), (25, 7, 7)])
+def test_a_process_for_each_core_if_there_are_rows_enough(
+    monkeypatch: pytest.MonkeyPatch, count: int, wanted: int | None, expected: int
+) -> None:
+    monkeypatch.setattr(module, "_cores", lambda: 4)
+    assert module.processes(count, wanted) == expected
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    assert module.processes(count, wanted) == 1
+
+
+def test_a_process_that_is_killed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    dataset, tokenizer = Dataset.from_list(rows()), make_tokenizer()
+    monkeypatch.setattr("prefopt.data.row_check.RowCheck.batch", lambda self, rows: os._exit(9))
+    with pytest.raises(DataError, match="One of the 2 processes that tokenize the rows was killed"):
+        one_pass(dataset, row_check(dataset, tokenizer, **HOW), num_proc=2)
+    assert list((tmp_path / "cache" / "prefopt").iterdir()) == []

@@ -67,7 +67,13 @@ class Lesson:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def learn(lesson: Lesson, folder: Path, tokenizer: PreTrainedTokenizerBase, say: Say) -> Path:
+def learn(
+    lesson: Lesson,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+    watch: Callable[[PreferenceTrainer], object],
+) -> Path:
     """The folder of the learned model, trained only if it does not exist yet.
 
     A run that was stopped continues from its last checkpoint, if `lesson.args` save any, and else starts again: both
@@ -78,6 +84,7 @@ def learn(lesson: Lesson, folder: Path, tokenizer: PreTrainedTokenizerBase, say:
         folder: of all learned models.
         tokenizer: of the model.
         say: prints a line.
+        watch: called with the trainer before it trains, to show its progress.
     """
     target = folder / f"{lesson.name}-{lesson.key()}"
     if (target / COMPLETE).is_file():
@@ -91,6 +98,7 @@ def learn(lesson: Lesson, folder: Path, tokenizer: PreTrainedTokenizerBase, say:
         train_dataset=learn_rows(lesson.questions, tokenizer, args.max_length),
         processing_class=tokenizer,
     )
+    watch(trainer)
     trainer.train(resume_from_checkpoint=trainer.checkpoint_to_resume("auto"))
     trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():

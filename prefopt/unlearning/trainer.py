@@ -34,6 +34,7 @@ class UnlearningTrainer(PreferenceTrainer):
 
     Attributes:
         measured: by the last evaluation.
+        measured_at: the step of that evaluation.
     """
 
     control: Any
@@ -49,6 +50,7 @@ class UnlearningTrainer(PreferenceTrainer):
         super().__init__(*arguments, **keywords)
         self._measure, self._gold, self.rule = measure, gold, rule
         self.measured: Measured = {}
+        self.measured_at: int | None = None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -56,6 +58,7 @@ class UnlearningTrainer(PreferenceTrainer):
         """The numbers of the model; with the rule `muse`, also whether the gold model's level is reached."""
         with same_random_numbers(self.accelerator.device):
             self.measured = self._measure(self.accelerator.unwrap_model(self.model))
+        self.measured_at = self.state.global_step
         values = numbers(self.measured, self._gold)
         if self.rule == "muse":
             reached = values["forget_rouge"] <= values["gold_forget_rouge"]

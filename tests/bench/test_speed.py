@@ -287,7 +287,7 @@ def test_a_picture_of_measured_and_failed_jobs(tmp_path):
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(_report.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(_results.ReportError, match=r"prefopt\[plot\]"):
+    with pytest.raises(_results.ReportError, match=r"prefopt-trainer\[plot\]"):
         _report.draw([result(job())], tmp_path / "speed.png")
 
 

@@ -5,6 +5,7 @@ No model is loaded; where a config leaves the model open, a tiny one stands in f
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import runpy
 import sys
@@ -13,15 +14,18 @@ from pathlib import Path
 import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
+from trl import ModelConfig
 from typer.testing import CliRunner
 
+from prefopt import PreferenceConfig
 from prefopt.cli import app
 from prefopt.losses import parse
 from prefopt.losses.parse import LossSyntaxError
 from prefopt.losses.registry import presets
 from prefopt.models.load import load_tokenizer
-from prefopt.recipe import Recipe, main, parse_arguments
+from prefopt.recipe import Recipe, RecipeArguments, main, parse_arguments
 from prefopt.recipe.arguments import DEMO_CONFIG
+from prefopt.recipe.unlearning import UnlearningArguments
 from tests.tiny import make_tokenizer
 from tests.trainer.runs import save_model
 
@@ -223,8 +227,9 @@ def check_words(text: str) -> None:
             parse(expression)
         except LossSyntaxError as error:
             pytest.fail(str(error))
-    for option in re.findall(r"--([a-z_]+)", text.replace("--help", "")):
-        assert option == "config" or any(hasattr(part, option) for part in vars(arguments(FILES[0])).values()), option
+    options = UnlearningArguments if "recipes/unlearn.py" in text else RecipeArguments
+    known = {field.name for kind in (options, PreferenceConfig, ModelConfig) for field in dataclasses.fields(kind)}
+    assert {*re.findall(r"--([a-z_]+)", text.replace("--help", ""))} <= known | {"config"}
 
 
 FEW = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--eval_rows", "0", "--max_length", "128",

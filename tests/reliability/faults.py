@@ -24,7 +24,6 @@ from typing import Any
 
 import accelerate.optimizer
 import datasets
-import datasets.arrow_writer
 import peft.peft_model
 import torch
 import transformers.modeling_utils
@@ -36,6 +35,8 @@ import prefopt.safety.files
 import prefopt.scoring.cache
 from prefopt import LossMixin, PreferenceTrainer
 from prefopt.data import load_preferences, normalise
+from prefopt.data.collect import Findings
+from prefopt.data.row_check import RowCheck
 from prefopt.trainer.saving import checkpoints
 from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model
 
@@ -265,8 +266,8 @@ def half_deleted(die: Callable[[], None], visit: int) -> None:
 
 
 PLACES: dict[str, Callable[[Callable[[], None], int], None]] = {
-    "preparing the data": before(datasets.arrow_writer.ArrowWriter, "write"),
-    "finishing the data": before(datasets.arrow_writer.ArrowWriter, "finalize"),
+    "preparing the data": before(RowCheck, "batch"),
+    "finishing the data": before(Findings, "facts"),
     "within a step": before(LossMixin, "compute_loss"),
     "before the optimizer": before(accelerate.optimizer.AcceleratedOptimizer, "step"),
     "evaluating": before(PreferenceTrainer, "prediction_step"),
@@ -294,7 +295,7 @@ def draw(count: int, seed: int, terms: int, cache: bool) -> list[Fault]:
     others = [place for place in PLACES if place not in first and "cache" not in place]
     others += [*others, "time", "time", "time"]
     places = [rng.choice(others) for _ in range(count - terms - len(first))]
-    visits = {"preparing the data": 20, "saving the optimizer": 6, "time": 8}
+    visits = {"saving the optimizer": 6, "time": 8}
     faults = [Fault(place, rng.randint(1, visits.get(place, 2)), seconds=rng.uniform(0.0, 0.02)) for place in places]
     for _ in range(terms):
         fault = Fault("time", rng.randint(1, 8), signal.SIGTERM, rng.uniform(0.0, 0.02))

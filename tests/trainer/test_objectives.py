@@ -532,7 +532,7 @@ def test_a_cached_reference_trains_alike_and_is_computed_once(tmp_path, peft):
     ("loss", "options", "message"),
     [
         ("simpo", {}, "needs no reference"),
-        ("tdpo", {}, "whole distributions"),
+        ("tdpo", {}, "needs more of the reference than log-probabilities"),
         ("dpo", {"precompute_ref_log_probs": True}, "cannot be used with precompute_ref_log_probs=True"),
     ],
 )

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def learned_models(recipe: Recipe, ready: Ready, questions: Sets) -> Models:
     lessons = [Lesson("learned", ready.model, ready.options, args, [*questions.forget, *questions.retain])]
     if gold is None:
         lessons.append(Lesson("gold", ready.model, ready.options, args, questions.retain))
-    folder, say = Path(script.models_dir), recipe.console.print
-    start, *others = (str(learn(lesson, folder, ready.tokenizer, say)) for lesson in lessons)
+    folder, say = Path(script.models_dir), partial(recipe.console.print, soft_wrap=True)
+    watch = partial(show_progress, recipe)
+    start, *others = (str(learn(lesson, folder, ready.tokenizer, say, watch)) for lesson in lessons)
     return Models(start, others[0] if others else gold)
 
 
@@ -146,7 +148,8 @@ def run(recipe: Recipe, trainer: UnlearningTrainer, questions: Sets, measurement
         The content of `results.json` in the output folder.
     """
     train(recipe, trainer, begin(recipe, trainer))
-    trainer.evaluate()
+    if trainer.rule != "none" or trainer.measured_at != trainer.state.global_step:  # else it was the last evaluation
+        trainer.evaluate()
     after = trainer.measured
     evaluations = [entry for entry in trainer.state.log_history if "eval_forget_probability" in entry]
     results = {
@@ -169,7 +172,7 @@ def run(recipe: Recipe, trainer: UnlearningTrainer, questions: Sets, measurement
 
 def dry_run(recipe: Recipe, ready: Ready, questions: Sets) -> None:
     """Print what would be learned, forgotten and measured; nothing is trained."""
-    script, objective, say = options_of(recipe), _objective(recipe), recipe.console.print
+    script, objective, say = options_of(recipe), _objective(recipe), partial(recipe.console.print, soft_wrap=True)
     forget, retain, batch = len(questions.forget), len(questions.retain), ready.training.per_device_train_batch_size
     if script.learn:
         say(f"Learn: {forget + retain} rows, {script.learn_epochs:g} epochs; the gold model the {retain} to retain")

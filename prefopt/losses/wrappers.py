@@ -270,7 +270,7 @@ class Dual(Wrapper):
         self.register_buffer("excess", torch.zeros(()), persistent=False)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
-        excess = self.loss.per_example(batch) - self.limit
+        excess = self.inner(batch) - self.limit
         values = self.multiplier.clone().to(excess) * excess  # a copy, since the multiplier moves before backward
         weights = self._weights(batch)
         self.excess = global_mean(excess, weights).to(self.multiplier)

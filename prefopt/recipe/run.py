@@ -17,7 +17,7 @@ from prefopt.generation.answers import Answer, greedy_answers
 from prefopt.recipe.arguments import LOSS_FILE, Recipe
 from prefopt.recipe.earlier_run import BEFORE, RESULTS
 from prefopt.recipe.progress import RunProgress
-from prefopt.safety.files import write_whole
+from prefopt.safety.files import write_text
 from prefopt.safety.tables import table
 from prefopt.trainer import PreferenceTrainer
 from prefopt.trainer.engine import describe_engine, engine_not_used
@@ -193,11 +193,9 @@ def _copy_loss_file(recipe: Recipe) -> None:
     if copy.exists() and copy.read_text(encoding="utf-8") != file.text:
         before = copy.rename(copy.with_name(f"{copy.stem}-{time.strftime('%Y%m%d-%H%M%S')}.py"))
         recipe.console.print(f"{file.path} has changed since this run began; as it was: {before}", soft_wrap=True)
-    write_whole(copy, lambda unfinished: unfinished.write_text(file.text, encoding="utf-8"))
+    write_text(copy, file.text)
 
 
 def save_results(recipe: Recipe, name: str, results: dict[str, Any]) -> None:
     """Write a JSON file into the output folder, whole or not at all."""
-    text = json.dumps(results, indent=2) + "\n"
-    path = Path(recipe.training.output_dir) / name
-    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_text(Path(recipe.training.output_dir) / name, json.dumps(results, indent=2) + "\n")

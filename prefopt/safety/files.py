@@ -60,6 +60,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_whole` of a text, as UTF-8."""
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
 def to_disk(path: Path) -> None:
     """Return when the contents of a file, or the names in a folder, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)

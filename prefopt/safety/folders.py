@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefopt.safety.errors import UsageError
-from prefopt.safety.files import is_file, to_disk, write_whole
+from prefopt.safety.files import is_file, to_disk, write_text
 
 ASIDE = ".unfinished-model"
 """Where a model is written before it moves to the folder above."""
@@ -124,7 +124,7 @@ def move_into(aside: Path, folder: Path) -> None:
     for path in files:
         to_disk(path)
     names = sorted(path.relative_to(aside).as_posix() for path in files)
-    write_whole(aside / _WHOLE, lambda path: path.write_text(json.dumps(names), encoding="utf-8"))
+    write_text(aside / _WHOLE, json.dumps(names))
     to_disk(aside)
     recover(folder, aside)
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefopt.safety.files import UNFINISHED, cache_folder, write_whole
+from prefopt.safety.files import UNFINISHED, cache_folder, write_text, write_whole
 from prefopt.scoring.rows import RowBatch
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class ReferenceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         card = self.folder / "reference.json"
         if not card.exists():
-            write_whole(card, lambda path: path.write_text(json.dumps(self._about, indent=1) + "\n"))
+            write_text(card, json.dumps(self._about, indent=1) + "\n")
 
     def read_new_files(self) -> None:
         """Read the files that other processes have written since."""

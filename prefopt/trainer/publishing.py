@@ -22,7 +22,7 @@ from transformers.utils import PushInProgress
 from prefopt.report.card import render
 from prefopt.report.versions import version_of
 from prefopt.safety.errors import PrefoptError
-from prefopt.safety.files import write_whole
+from prefopt.safety.files import write_text
 from prefopt.safety.folders import REFERENCE_ADAPTER
 from prefopt.safety.redaction import redact, redacted, remember
 from prefopt.trainer.facts import CARD
@@ -70,8 +70,7 @@ class Publisher:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             facts = self._trainer.card_facts(name, dataset, [tags] if isinstance(tags, str) else list(tags or ()))
-            text = str(render(facts))
-            write_whole(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(folder / CARD, str(render(facts)))
         except Exception as error:  # a missing card must not cost the checkpoint
             logger.warning("the model card of %s could not be written: %s", folder, _one_line(error))
 

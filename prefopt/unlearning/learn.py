@@ -17,7 +17,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.safety.files import write_whole
+from prefopt.safety.files import write_text
 from prefopt.trainer import PreferenceConfig, PreferenceTrainer
 from prefopt.unlearning.data import Question, learn_rows
 
@@ -103,7 +103,7 @@ def learn(
     trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():
         facts = {"base": lesson.base, "answers": len(lesson.questions), "steps": trainer.state.global_step}
-        write_whole(target / COMPLETE, lambda path: path.write_text(json.dumps(facts, indent=2), encoding="utf-8"))
+        write_text(target / COMPLETE, json.dumps(facts, indent=2))
     trainer.accelerator.wait_for_everyone()
     return target
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt import __version__
 from prefopt.safety.errors import UsageError
-from prefopt.safety.files import write_whole
+from prefopt.safety.files import write_text
 from prefopt.unlearning import metrics
 from prefopt.unlearning.data import Question
 from prefopt.unlearning.learn import model_key
@@ -230,7 +230,6 @@ def stored(
     state = PartialState()
     if state.is_main_process and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({key: asdict(scores) for key, scores in measure_now().items()})
-        write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+        write_text(path, json.dumps({key: asdict(scores) for key, scores in measure_now().items()}))
     state.wait_for_everyone()
     return {key: SetScores(**scores) for key, scores in json.loads(path.read_text(encoding="utf-8")).items()}

@@ -140,9 +140,9 @@ def test_a_run_that_is_stopped_in_a_stage_ends_with_the_same_numbers(first, tmp_
     more = (*more, "--save_strategy", "steps", "--save_steps", "3", "--output_dir", str(tmp_path / "out"))
     with monkeypatch.context() as patch:
         if stage == "learn":  # after training, before the model counts as learned
-            patch.setattr(learning, "write_whole", _kill)
+            patch.setattr(learning, "write_text", _kill)
         elif stage == "measure":
-            patch.setattr("prefopt.unlearning.measure.write_whole", _kill)
+            patch.setattr("prefopt.unlearning.measure.write_text", _kill)
         else:  # in the middle of forgetting, after a checkpoint
             patch.setattr(UnlearningTrainer, "evaluate", _kill)
         with pytest.raises(_Killed):

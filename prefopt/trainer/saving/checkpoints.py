@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from prefopt.safety.errors import PrefoptError
-from prefopt.safety.files import to_disk, write_whole
+from prefopt.safety.files import to_disk, write_text
 from prefopt.safety.weights import pickled
 
 MANIFEST = "complete.json"
@@ -66,7 +66,7 @@ def begin(folder: Path, state: Mapping[str, Any]) -> None:
     """
     discard(folder)
     folder.mkdir(parents=True)
-    write_whole(folder / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8"))
+    write_text(folder / STATE, json.dumps(state, indent=1) + "\n")
 
 
 def complete(folder: Path) -> None:
@@ -78,9 +78,7 @@ def complete(folder: Path) -> None:
         "written": time.time_ns(),
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
     }
-    write_whole(
-        folder / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    )
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     to_disk(folder)
     to_disk(folder.parent)
 

@@ -16,7 +16,7 @@ def parts(dataset: Dataset) -> Iterator[Dataset]:
     """The rows as data sets of about 256 MB, one after the other.
 
     Files of a set are mapped into memory, and pages that were read count as memory of the process until the mapping
-    is closed. So each part of a set on disk is mapped for itself, and closed when it is no longer used.
+    is closed. So each part of a set on disk is mapped on its own, and closed after use.
     """
     size, count = dataset.data.nbytes, len(dataset)
     if size <= _PART_BYTES or not dataset.cache_files:

@@ -64,7 +64,7 @@ class Lesson:
             "processes": PartialState().num_processes,
             "questions": [asdict(question) for question in self.questions],
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        return digest(facts)
 
 
 def learn(
@@ -114,8 +114,12 @@ def model_key(name: str) -> str:
     if not folder.is_dir():
         return name
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    return digest([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+
+
+def digest(facts: Any) -> str:
+    """12 hex digits of facts that JSON can write, whatever the order of their names."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _arguments(lesson: Lesson, target: Path) -> PreferenceConfig:

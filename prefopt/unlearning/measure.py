@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_text
 from prefopt.unlearning import metrics
 from prefopt.unlearning.data import Question
-from prefopt.unlearning.learn import model_key
+from prefopt.unlearning.learn import digest, model_key
 from prefopt.unlearning.scores import QuestionScores, answer_questions, score_questions
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
@@ -164,14 +163,19 @@ def utility_of(measured: Measured) -> float | None:
     )
 
 
+def summaries(name: str, scores: SetScores) -> dict[str, tuple[list[float], Callable[[Any], Any]]]:
+    """What is summed up of a set, by name: the values of its questions, and their summary as a function of them."""
+    ratio = metrics.forget_truth_ratio if name == "forget" else metrics.utility_truth_ratio
+    parts: dict[str, tuple[list[float], Callable[[Any], Any]]] = {
+        "probability": (scores.probability, np.mean),
+        "rouge": (scores.rouge, np.mean),
+        "truth_ratio": (scores.truth_ratio, ratio),
+    }
+    return {what: (values, total) for what, (values, total) in parts.items() if values}
+
+
 def _means(name: str, scores: SetScores) -> dict[str, float]:
-    means = {"probability": float(np.mean(scores.probability))}
-    if scores.rouge:
-        means["rouge"] = float(np.mean(scores.rouge))
-    if scores.truth_ratio:
-        total = metrics.forget_truth_ratio if name == "forget" else metrics.utility_truth_ratio
-        means["truth_ratio"] = total(scores.truth_ratio)
-    return means
+    return {what: float(total(values)) for what, (values, total) in summaries(name, scores).items()}
 
 
 def _harmonic(one: float, other: float) -> float:
@@ -225,8 +229,7 @@ def stored(
         {key: [asdict(question) for question in rows] for key, rows in sets.items()},
         __version__,
     ]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    path = folder / f"measured-{key}.json"
+    path = folder / f"measured-{digest(facts)}.json"
     state = PartialState()
     if state.is_main_process and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

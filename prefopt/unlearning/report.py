@@ -17,7 +17,7 @@ from prefopt.safety.files import write_whole
 from prefopt.safety.tables import table
 from prefopt.unlearning import metrics
 from prefopt.unlearning.data import Question
-from prefopt.unlearning.measure import UTILITY_SETS, Measured, SetScores, numbers, utility_of
+from prefopt.unlearning.measure import UTILITY_SETS, Measured, SetScores, numbers, summaries, utility_of
 
 _SHOWN = {
     "forget_probability": "probability of the answers",
@@ -46,12 +46,17 @@ _OF_GOLD = {"forget_quality", "log10_forget_quality"}
 """The gold model's comparison with itself says nothing."""
 
 
-def table_of(before: Measured, after: Measured, gold: Measured | None) -> Table:
-    """Every metric before and after, beside the gold model's; after with its 95% interval."""
-    models = {"before": before, "after": after, **({} if gold is None else {"gold model": gold})}
-    values = {name: numbers(measured, gold) for name, measured in models.items()}
-    spans = intervals(after)
-    shown = table("", *models, right=tuple(models), title="What was forgotten, what was kept")
+def table_of(results: Mapping[str, Any], questions: int) -> Table:
+    """Every metric before and after, beside the gold model's; after with its 95% interval.
+
+    Args:
+        results: as `as_json` returns them.
+        questions: number of forgotten ones.
+    """
+    models = {"before": results["before"], "after": results["after"], "gold model": results["gold"]}
+    values = {name: of for name, of in models.items() if of is not None}
+    spans = results["intervals"]
+    shown = table("", *values, right=tuple(values), title="What was forgotten, what was kept")
     for name, words in _SHOWN.items():
         if name not in values["after"]:
             continue
@@ -65,10 +70,9 @@ def table_of(before: Measured, after: Measured, gold: Measured | None) -> Table:
             low, high = spans[name]
             cells[1] += f" [{low:.2g}, {high:.2g}]"
         shown.add_row(words, *cells)
-    count = len(after["forget"].probability)
     shown.caption = (
-        f"{count} forgotten questions. Intervals: 95%, bootstrap over questions. Above p = 0.05, the model cannot be "
-        "told from the gold model by its truth ratios."
+        f"{questions} forgotten questions. Intervals: 95%, bootstrap over questions. Above p = 0.05, the model cannot "
+        "be told from the gold model by its truth ratios."
     )
     return shown
 
@@ -79,12 +83,12 @@ def intervals(measured: Measured) -> dict[str, tuple[float, float]]:
     for name, scores in measured.items():
         if name == "holdout" or len(scores.probability) < 2:
             continue
-        columns = _columns(scores)
+        columns = _columns(name, scores)
         for what, total in _totals(name, scores).items():
             interval = metrics.bootstrap(total, columns)
             spans[f"{name}_{what}"] = interval.low, interval.high
     if utility_of(measured) is not None:
-        samples = [_columns(measured[name]) for name in UTILITY_SETS]
+        samples = [_columns(name, measured[name]) for name in UTILITY_SETS]
 
         def utility(*redrawn: Any) -> float:
             parts = zip(UTILITY_SETS, redrawn, strict=True)
@@ -100,21 +104,15 @@ def intervals(measured: Measured) -> dict[str, tuple[float, float]]:
     return spans
 
 
-def _columns(scores: SetScores) -> Any:
-    parts = (scores.probability, scores.rouge, scores.truth_ratio)
-    return np.array([part for part in parts if part]).T
+def _columns(name: str, scores: SetScores) -> Any:
+    return np.array([values for values, _ in summaries(name, scores).values()]).T
 
 
 def _totals(name: str, scores: SetScores) -> dict[str, Callable[[Any], float]]:
-    """The summary of each column of `_columns`, by the metric's name."""
-    ratio = metrics.forget_truth_ratio if name == "forget" else metrics.utility_truth_ratio
-    means: dict[str, tuple[list[float], Callable[[Any], Any]]] = {
-        "probability": (scores.probability, np.mean),
-        "rouge": (scores.rouge, np.mean),
-        "truth_ratio": (scores.truth_ratio, ratio),
+    """The summary of each column of `_columns`, by its name."""
+    return {
+        what: partial(_of_column, total, at) for at, (what, (_, total)) in enumerate(summaries(name, scores).items())
     }
-    present = [(what, total) for what, (values, total) in means.items() if values]
-    return {what: partial(_of_column, total, at) for at, (what, total) in enumerate(present)}
 
 
 def _of_column(total: Callable[[Any], Any], column: int, rows: Any) -> float:
@@ -134,12 +132,14 @@ def answers_side_by_side(
     return answers
 
 
-def as_json(models: Mapping[str, Measured], gold: Measured | None) -> dict[str, Any]:
-    """For `results.json`: every metric by the model's name, the gold model's too, and intervals of the last one."""
-    values = {name: numbers(measured, gold) for name, measured in models.items()}
-    last = list(models.values())[-1]
-    spans = {name: list(span) for name, span in intervals(last).items()}
-    return {**values, "gold": None if gold is None else numbers(gold, gold), "intervals": spans}
+def as_json(before: Measured, after: Measured, gold: Measured | None) -> dict[str, Any]:
+    """For `results.json`: every metric before, after and of the gold model, and intervals of those after."""
+    return {
+        "before": numbers(before, gold),
+        "after": numbers(after, gold),
+        "gold": None if gold is None else numbers(gold, gold),
+        "intervals": {name: list(span) for name, span in intervals(after).items()},
+    }
 
 
 def draw(results: Mapping[str, Any], path: Path) -> Path | None:

@@ -155,14 +155,14 @@ def run(recipe: Recipe, trainer: UnlearningTrainer, questions: Sets, measurement
     results = {
         "loss": str(trainer.objective),
         "best": {"rule": trainer.rule, "checkpoint": trainer.state.best_model_checkpoint},
-        **as_json({"before": measurements.start, "after": after}, measurements.gold),
+        **as_json(measurements.start, after, measurements.gold),
         "evaluations": evaluations,
     }
     if trainer.is_world_process_zero():
         trainer.create_model_card()
         save_results(recipe, RESULTS, results)
         recipe.console.print(answers_side_by_side(questions.measured, measurements.start, after))
-        recipe.console.print(table_of(measurements.start, after, measurements.gold))
+        recipe.console.print(table_of(results, len(questions.measured["forget"])))
         if (picture := draw(results, Path(recipe.training.output_dir) / "forgetting.png")) is not None:
             recipe.console.print(f"Forget quality and utility over the steps: {picture}", soft_wrap=True)
     recipe.console.print(f"Saved to {recipe.training.output_dir}", soft_wrap=True)

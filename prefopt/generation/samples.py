@@ -1,0 +1,166 @@
+"""Samples: the completions of a model to prompts, as they are stored, one a line.
+
+The generators make them, judges score them, pair builders choose among them. Another program can write the same lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from prefopt.safety.errors import UsageError
+from prefopt.safety.jsonl import read_jsonl
+
+SCHEMA = "prefopt.samples/1"
+
+Text = str | list[dict[str, Any]]
+"""A prompt: a text, or messages with `role` and `content`."""
+
+
+def prompt_id(prompt: Text) -> str:
+    """A name for a prompt that depends on nothing but the prompt, so that it is the same in every round and run."""
+    words = json.dumps(prompt, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(words.encode("utf-8")).hexdigest()[:16]
+
+
+def sample_seed(seed: int, round_number: int, name: str, index: int) -> int:
+    """The seed of one sample: that of the run, the round, the prompt's id and the sample's number among the prompt's.
+
+    Returns:
+        A number of 63 bits.
+    """
+    facts = f"{seed}/{round_number}/{name}/{index}".encode()
+    return int.from_bytes(hashlib.sha256(facts).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are drawn.
+
+    Attributes:
+        samples: completions of each prompt (K).
+        temperature: 0 takes the likeliest token each time.
+        top_p: draw among the likeliest tokens that have this much probability together.
+        top_k: draw among this many likeliest tokens; 0 for all.
+        max_new_tokens: where a completion is cut.
+        stop: texts that end a completion; they are not part of it.
+        seed: of the run; each sample has its own, from `sample_seed`.
+    """
+
+    samples: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt and what else its row holds (`answer`, `chosen`, ...), for judges and pair builders.
+
+    Attributes:
+        prompt: a text or messages.
+        columns: the row's other columns.
+    """
+
+    prompt: Text
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return prompt_id(self.prompt)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion.
+
+    Attributes:
+        prompt_id: `prompt_id(prompt)`.
+        prompt: a text or messages.
+        index: 0 to K - 1, among the samples of its prompt in this round.
+        completion: the text, without special tokens.
+        token_count: of the completion, its end of text included.
+        finished: False if it was cut at `max_new_tokens`.
+        round: the number of the round, from 1; 0 outside of rounds.
+        seed: of this sample.
+        sampling: the settings it was drawn with (`SamplingSettings`, without its seed).
+        model: what drew it: a hash of the weights, or a name.
+    """
+
+    prompt_id: str
+    prompt: Text
+    index: int
+    completion: str
+    token_count: int
+    finished: bool
+    round: int = 0
+    seed: int = 0
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+
+    def line(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+class Generator(Protocol):
+    """Draws completions: the same for the same prompts, settings, round and model, in whatever parts one asks."""
+
+    def sample(
+        self, prompts: Sequence[PromptRow], settings: SamplingSettings, round_number: int = 0
+    ) -> Iterator[list[Sample]]:
+        """The K samples of each prompt, prompt by prompt in the order given."""
+        ...
+
+
+_NEEDED = ("prompt", "completion")
+
+
+def read_samples(path: Path) -> Iterator[Sample]:
+    """The samples of a file. `prompt` and `completion` are enough: what is missing gets its usual value.
+
+    Raises:
+        UsageError: naming the file, the line and the field.
+    """
+    counts: dict[str, int] = {}
+    for number, row in enumerate(read_jsonl(path), start=1):
+        yield _sample(f"{path}, object {number}", row, counts)
+
+
+def _sample(where: str, row: Mapping[str, Any], counts: dict[str, int]) -> Sample:
+    if str(row.get("schema", SCHEMA)) != SCHEMA:
+        raise UsageError(f"{where}: schema is {row['schema']!r}; this version of prefopt reads {SCHEMA}")
+    for name in _NEEDED:
+        if name not in row:
+            raise UsageError(f"{where} has no {name}; a sample needs {' and '.join(_NEEDED)}")
+    if not isinstance(row["completion"], str):
+        raise UsageError(f"{where}: completion must be a text, not a {type(row['completion']).__name__}")
+    name = str(row.get("prompt_id") or prompt_id(row["prompt"]))
+    index = int(row.get("index", counts.get(name, 0)))
+    counts[name] = max(counts.get(name, 0), index + 1)
+    return Sample(
+        prompt_id=name,
+        prompt=row["prompt"],
+        index=index,
+        completion=row["completion"],
+        token_count=int(row.get("token_count", 0)),
+        finished=bool(row.get("finished", True)),
+        round=int(row.get("round", 0)),
+        seed=int(row.get("seed", 0)),
+        sampling=row.get("sampling", {}),
+        model=str(row.get("model", "")),
+    )
+
+
+def by_prompt(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """Samples by the id of their prompt, in the order of their index; prompts in the order of their first sample."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.prompt_id, []).append(sample)
+    return {name: sorted(group, key=lambda sample: sample.index) for name, group in groups.items()}

@@ -1,0 +1,98 @@
+"""JSON lines that grow while a job runs, and can be read wherever it is killed. Imports the standard library alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from prefopt.safety.errors import UsageError
+from prefopt.safety.files import to_disk
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file, one a line; an end without a newline was being written when a process died: left out.
+
+    Raises:
+        UsageError: naming the file and the line that is not a JSON object.
+    """
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.endswith(b"\n") and not _is_object(line):
+                return
+            if line.strip():
+                yield _parsed(path, number, line)
+
+
+def _is_object(line: bytes) -> bool:
+    # A file written by hand may lack its last newline.
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}, line {number}: not valid JSON ({error}). Repair or delete this line") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"{path}, line {number}: a JSON {type(row).__name__}; each line must be an object")
+    return row
+
+
+class JsonlWriter:
+    """Appends objects to a file: a group of lines is on the disk when `write` returns.
+
+    A line that a killed process left half-written at the end of the file is removed first.
+
+        with JsonlWriter(path) as file:
+            file.write([{"prompt": "2 + 2"}])
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        self._stream = open(path, "a+b")  # noqa: SIM115  (closed by __exit__)
+        _end_line(self._stream)
+        if is_new:
+            to_disk(path.parent)
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append the rows as one piece."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._stream.write(text.encode("utf-8"))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _end_line(stream: IO[bytes]) -> None:
+    """Let the file end with a newline: after a whole object, else by removing what was begun."""
+    at = end = stream.seek(0, os.SEEK_END)
+    line = b""
+    while at > 0 and b"\n" not in line:
+        start = max(0, at - 65536)
+        stream.seek(start)
+        line = stream.read(at - start) + line
+        at = start
+    line = line[line.rfind(b"\n") + 1 :]
+    if line and _is_object(line):
+        stream.write(b"\n")
+    elif line:
+        stream.truncate(end - len(line))
+    stream.seek(0, os.SEEK_END)

@@ -189,7 +189,7 @@ def _tell_batches(pipe: int) -> None:
         os.write(pipe, b"x")
         return compute_loss(*arguments, **keywords)
 
-    _wrap(LossMixin, "compute_loss", told)
+    wrap(LossMixin, "compute_loss", told)
 
 
 def _die(signum: int) -> None:
@@ -201,7 +201,7 @@ def _die(signum: int) -> None:
 # ---- places ------------------------------------------------------------------------------------------------------
 
 
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     """Replace a function by `around(its nth call, the function, *its arguments)`."""
     original, calls = getattr(owner, name), 0
 
@@ -223,7 +223,7 @@ def before(owner: Any, name: str) -> Callable[[Callable[[], None], int], None]:
                 die()
             return original(*arguments, **keywords)
 
-        _wrap(owner, name, around)
+        wrap(owner, name, around)
 
     return install
 
@@ -245,7 +245,7 @@ def half_written(owners: tuple[Any, ...], name: str) -> Callable[[Callable[[], N
             return done
 
         for owner in owners:
-            _wrap(owner, name, around)
+            wrap(owner, name, around)
 
     return install
 
@@ -262,7 +262,7 @@ def half_deleted(die: Callable[[], None], visit: int) -> None:
 
     # A namespace of its own, as others delete folders too.
     checkpoints.shutil = type("shutil", (), {"rmtree": staticmethod(shutil.rmtree)})
-    _wrap(checkpoints.shutil, "rmtree", around)
+    wrap(checkpoints.shutil, "rmtree", around)
 
 
 PLACES: dict[str, Callable[[Callable[[], None], int], None]] = {
@@ -366,7 +366,7 @@ def _padded(one: list[Any], other: list[Any]) -> list[tuple[Any, Any]]:
 
 def _attempt(folder: Path, job: Job, fault: Fault | None, expected: tuple[int, ...]) -> int:
     def work() -> None:
-        _wrap(accelerate.optimizer.AcceleratedOptimizer, "step", count)
+        wrap(accelerate.optimizer.AcceleratedOptimizer, "step", count)
         train(folder, job)
 
     def count(_: int, step: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

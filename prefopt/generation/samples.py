@@ -60,6 +60,13 @@ class SamplingSettings:
     seed: int = 0
 
 
+def stored_settings(settings: SamplingSettings) -> dict[str, Any]:
+    """What `Sample.sampling` holds: the settings without the run's seed, since each sample has its own."""
+    facts = asdict(settings)
+    del facts["seed"]
+    return {**facts, "stop": list(settings.stop)}
+
+
 @dataclass(frozen=True)
 class PromptRow:
     """A prompt and what else its row holds (`answer`, `chosen`, ...), for judges and pair builders.
@@ -110,12 +117,25 @@ class Sample:
 
 
 class Generator(Protocol):
-    """Draws completions: the same for the same prompts, settings, round and model, in whatever parts one asks."""
+    """Draws completions: the same for the same prompts, settings, round and model.
+
+    Attributes:
+        name: what stands in `Sample.model`.
+        chunk_prompts: prompts that are drawn together. A list that is asked for from a multiple of it on gives the
+            same samples as the whole list.
+    """
+
+    name: str
+    chunk_prompts: int
 
     def sample(
         self, prompts: Sequence[PromptRow], settings: SamplingSettings, round_number: int = 0
     ) -> Iterator[list[Sample]]:
         """The K samples of each prompt, prompt by prompt in the order given."""
+        ...
+
+    def close(self) -> None:
+        """Free memory and connections; the generator is not used after it."""
         ...
 
 

@@ -1,0 +1,162 @@
+"""The stage that samples: prompts from a file, samples into a file that grows chunk by chunk and can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from prefopt.generation.samples import (
+    Generator,
+    PromptRow,
+    Sample,
+    SamplingSettings,
+    prompt_id,
+    read_samples,
+    sample_seed,
+    stored_settings,
+)
+from prefopt.safety.errors import UsageError
+from prefopt.safety.jsonl import JsonlWriter, read_jsonl
+
+
+def read_prompts(path: Path) -> tuple[list[PromptRow], int]:
+    """The prompts of a file of JSON lines, each once, and how many lines repeated an earlier prompt.
+
+    Raises:
+        UsageError: naming the file and the line that has no prompt.
+    """
+    rows: dict[str, PromptRow] = {}
+    count = 0
+    for count, line in enumerate(read_jsonl(path), start=1):
+        prompt = line.get("prompt")
+        is_chat = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
+        if not prompt or not (isinstance(prompt, str) or is_chat):
+            raise UsageError(f"{path}, object {count}: prompt must be a text, or messages with role and content")
+        columns = {name: value for name, value in line.items() if name != "prompt"}
+        rows.setdefault(prompt_id(prompt), PromptRow(prompt, columns))
+    if not rows:
+        raise UsageError(f"{path} has no prompts")
+    return list(rows.values()), count - len(rows)
+
+
+def sample_to_file(
+    generator: Generator,
+    prompts: Sequence[PromptRow],
+    settings: SamplingSettings,
+    path: Path,
+    round_number: int = 0,
+    shown: Callable[[int], None] = lambda prompts: None,
+) -> None:
+    """Write the samples of all prompts; a file that was begun is continued after its last whole chunk.
+
+    Under `accelerate launch` every process must call this; the main process writes, and all see the whole file.
+
+    Args:
+        generator: draws the samples.
+        prompts: each once.
+        settings: how samples are drawn.
+        path: of the file.
+        round_number: from 1; 0 outside of rounds.
+        shown: called with how many prompts are done.
+
+    Raises:
+        UsageError: if the file holds samples of other prompts, settings, rounds or models.
+    """
+    processes = PartialState()
+    done = [0]
+    with contextlib.ExitStack() as stack:
+        if processes.is_main_process:
+            done = [_resume(generator, prompts, settings, path, round_number)]
+            file = stack.enter_context(JsonlWriter(path))
+        broadcast_object_list(done)
+        shown(done[0])
+        rest = generator.sample(prompts[done[0] :], settings, round_number)
+        while groups := list(islice(rest, generator.chunk_prompts)):
+            if processes.is_main_process:
+                file.write(sample.line() for group in groups for sample in group)
+            done[0] += len(groups)
+            shown(done[0])
+    processes.wait_for_everyone()
+
+
+def _resume(
+    generator: Generator, prompts: Sequence[PromptRow], settings: SamplingSettings, path: Path, round_number: int
+) -> int:
+    """How many prompts are done, a multiple of the chunk; the file is cut behind them."""
+    if not path.exists():
+        return 0
+    wanted = ((row.id, index) for row in prompts for index in range(settings.samples))
+    facts = stored_settings(settings)
+    count = 0
+    for count, sample in enumerate(read_samples(path), start=1):
+        seed = sample_seed(settings.seed, round_number, sample.prompt_id, sample.index)
+        drawn = {**sample.sampling, "seed": sample.seed, "round": sample.round, "model": sample.model}
+        expected = {**facts, "seed": seed, "round": round_number, "model": generator.name}
+        where = f"{path}, object {count}"
+        if (sample.prompt_id, sample.index) != next(wanted, None):
+            raise UsageError(f"{where}: a sample of another prompt than expected. Delete {path} or name another file")
+        if differing := [name for name in expected if drawn.get(name) != expected[name]]:
+            name = differing[0]
+            raise UsageError(
+                f"{where} was drawn with another {name} ({drawn.get(name)!r}, now {expected[name]!r}). Delete {path}, "
+                "name another file, or repeat the earlier settings"
+            )
+    done = count // settings.samples
+    whole = done if done == len(prompts) else done - done % generator.chunk_prompts
+    _cut(path, whole * settings.samples)
+    return whole
+
+
+def _cut(path: Path, lines: int) -> None:
+    with open(path, "r+b") as stream:
+        left = lines
+        while left and (line := stream.readline()):
+            left -= bool(line.strip())
+        stream.truncate(stream.tell())
+        os.fsync(stream.fileno())
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """What there is to know of a file of samples before anybody judges them.
+
+    Attributes:
+        prompts: how many.
+        samples: how many.
+        cut: samples that reached the maximum length.
+        empty: samples without text.
+        duplicates: samples whose text an earlier sample of the same prompt has.
+        tokens: of all samples.
+    """
+
+    prompts: int
+    samples: int
+    cut: int
+    empty: int
+    duplicates: int
+    tokens: int
+
+    @property
+    def mean_tokens(self) -> float:
+        return self.tokens / self.samples if self.samples else 0.0
+
+
+def count_samples(samples: Iterable[Sample]) -> SampleCounts:
+    texts: Counter[tuple[str, str]] = Counter()
+    names, cut, empty, tokens = set(), 0, 0, 0
+    for sample in samples:
+        names.add(sample.prompt_id)
+        texts[sample.prompt_id, sample.completion] += 1
+        cut += not sample.finished
+        empty += not sample.completion.strip()
+        tokens += sample.token_count
+    total = texts.total()
+    return SampleCounts(len(names), total, cut, empty, total - len(texts), tokens)

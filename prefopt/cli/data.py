@@ -1,4 +1,4 @@
-"""Commands on preference data: `prefopt check`, `prefopt pair`, `prefopt select-kernel`."""
+"""Commands on preference data: `prefopt check`, `prefopt select-kernel`."""
 
 from __future__ import annotations
 
@@ -87,39 +87,6 @@ def _json_object(text: str | None) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         fail(f'--chat-template-kwargs must be a JSON object such as {{"enable_thinking": false}}, got {text}')
     return dict(value)
-
-
-@app.command()
-def pair(
-    data: Annotated[str, typer.Argument(help="A file, a save_to_disk folder or a Hub name.")],
-    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
-    prompt: Annotated[str | None, typer.Option(help="Column of the prompt, unless the answers hold it.")] = None,
-    first: Annotated[str | None, typer.Option(help="Column of the first of two answers.")] = None,
-    second: Annotated[str | None, typer.Option(help="Column of the second.")] = None,
-    winner: Annotated[
-        str | None, typer.Option(help="Column that says which is better (of a list: its place).")
-    ] = None,
-    first_wins: Annotated[str, typer.Option(help="Its values that mean the first, with commas.")] = "",
-    second_wins: Annotated[str, typer.Option(help="Its values that mean the second; all others are ties.")] = "",
-    answers: Annotated[str | None, typer.Option(help="Column of answers: a list, or one a row.")] = None,
-    text: Annotated[str | None, typer.Option(help="Field of an answer with its text, if it is an object.")] = None,
-    rank: Annotated[str | None, typer.Option(help="Field or column of ranks (or A,B): lowest is best.")] = None,
-    score: Annotated[str | None, typer.Option(help="Field or column of scores (or A,B): highest is best.")] = None,
-    every: Annotated[bool, typer.Option("--every", help="All pairs of a row, not only best and worst.")] = False,
-    split: Annotated[str, typer.Option(help="The split to pair.")] = "train",
-    config: Config = None,
-) -> None:
-    """Write pairs (prompt, chosen, rejected) from rows that compare or rank answers."""
-    from prefopt.data import load_preferences
-    from prefopt.data.rankings import Pairing, write_pairs
-
-    better, worse = (tuple(word.strip() for word in words.split(",") if word) for words in (first_wins, second_wins))
-    how = Pairing(prompt, first, second, winner, better, worse, answers, text, rank, score, every)
-    counts = write_pairs(load_preferences(data, split=split, config=config), how, out)
-    say(
-        f"{out}: {counts['pairs']} pairs from {counts['rows']} rows; {counts['rows without a pair']} rows made none "
-        f"(a tie, or an answer is missing). Look at them: prefopt check {out}"
-    )
 
 
 @app.command("select-kernel", context_settings={"allow_extra_args": True})

@@ -209,12 +209,13 @@ def tournament(candidates: Sequence[Candidate], limits: Limits = NO_LIMITS, comp
         limits: on the pair.
         compare: the judge; default: the higher score is better.
     """
-    field_ = list(candidates) if compare is not None else _scored(candidates)
-    field_ = [candidate for candidate in field_ if not candidate.gold]
-    if len(field_) < 2:
+    if compare is not None and (limits.min_margin or limits.min_ratio):
+        raise UsageError("min_margin and min_ratio compare scores, and a judge of two completions gives none")
+    samples = [one for one in candidates if not one.gold] if compare is not None else _scored(candidates)
+    if len(samples) < 2:
         return Choice(reason=NO_SCORES if compare is None else "fewer than two completions")
     bracket = _Bracket(compare or higher_score)
-    winners, losers = bracket.split(field_)
+    winners, losers = bracket.split(samples)
     best, worst = bracket.last(winners, keep_winner=True), bracket.last(losers, keep_winner=False)
     if best is worst:
         return Choice(reason="the same completion came out best and worst", left_out=bracket.left_out)

@@ -1,0 +1,153 @@
+"""`prefopt pair`: pairs from samples and their judgements, or from rows that compare or rank answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prefopt.cli.app import app, fail, say
+
+_SAMPLES, _ROWS = "Samples and judgements", "Rows that compare or rank answers"
+
+Builder = Annotated[
+    str | None,
+    typer.Option(help="Makes the pairs: best_worst, round_robin(pairs=10), ...", rich_help_panel=_SAMPLES),
+]
+
+
+@app.command()
+def pair(
+    data: Annotated[str, typer.Argument(help="Samples; or rows: a file, a save_to_disk folder or a Hub name.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    judgements: Annotated[Path | None, typer.Argument(help="Judgements of the samples.")] = None,
+    builder: Builder = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="The file of prompts, with a column for --gold.", rich_help_panel=_SAMPLES)
+    ] = None,
+    gold: Annotated[
+        str | None, typer.Option(help="Column of the gold answer in --prompts; it joins.", rich_help_panel=_SAMPLES)
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(help="A judge and its weight, as in exact=2; may be repeated.", rich_help_panel=_SAMPLES),
+    ] = None,
+    keep_unfinished: Annotated[
+        bool, typer.Option("--keep-unfinished", help="Use samples that were cut, too.", rich_help_panel=_SAMPLES)
+    ] = False,
+    keep_duplicates: Annotated[
+        bool, typer.Option("--keep-duplicates", help="Use each of several equal texts.", rich_help_panel=_SAMPLES)
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.", rich_help_panel=_SAMPLES)] = 0,
+    prompt: Annotated[
+        str | None, typer.Option(help="Column of the prompt, unless the answers hold it.", rich_help_panel=_ROWS)
+    ] = None,
+    first: Annotated[
+        str | None, typer.Option(help="Column of the first of two answers.", rich_help_panel=_ROWS)
+    ] = None,
+    second: Annotated[str | None, typer.Option(help="Column of the second.", rich_help_panel=_ROWS)] = None,
+    winner: Annotated[
+        str | None,
+        typer.Option(help="Column that says which is better (of a list: its place).", rich_help_panel=_ROWS),
+    ] = None,
+    first_wins: Annotated[
+        str, typer.Option(help="Its values that mean the first, with commas.", rich_help_panel=_ROWS)
+    ] = "",
+    second_wins: Annotated[
+        str, typer.Option(help="Its values that mean the second; all others are ties.", rich_help_panel=_ROWS)
+    ] = "",
+    answers: Annotated[
+        str | None, typer.Option(help="Column of answers: a list, or one a row.", rich_help_panel=_ROWS)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Field of an answer with its text, if it is an object.", rich_help_panel=_ROWS)
+    ] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Field or column of ranks (or A,B): lowest is best.", rich_help_panel=_ROWS)
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option(help="Field or column of scores (or A,B): highest is best.", rich_help_panel=_ROWS)
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--every", help="All pairs of a row, not only best and worst.", rich_help_panel=_ROWS)
+    ] = False,
+    split: Annotated[str, typer.Option(help="The split to pair.", rich_help_panel=_ROWS)] = "train",
+    config: Annotated[
+        str | None, typer.Option(help="The configuration of a set that has several.", rich_help_panel=_ROWS)
+    ] = None,
+) -> None:
+    """Write pairs (prompt, chosen, rejected) of samples and judgements, or of rows that compare or rank answers."""
+    if builder is not None:
+        of_rows = (prompt, first, second, winner, first_wins, second_wins, answers, text, rank, score, every, config)
+        if any(of_rows):
+            fail("--builder pairs samples: leave out the options for rows that compare or rank answers")
+        keep = (keep_unfinished, keep_duplicates)
+        _pair_samples(Path(data), judgements, out, builder, prompts, gold, weight, keep, seed)
+        return
+    if judgements is not None or any((prompts, gold, weight, keep_unfinished, keep_duplicates)):
+        fail("pairs of samples need a --builder: best_worst, correct_incorrect, round_robin(pairs=10), ...")
+    better, worse = (tuple(word.strip() for word in words.split(",") if word) for words in (first_wins, second_wins))
+    _pair_rows(
+        data, out, split, config, (prompt, first, second, winner, better, worse, answers, text, rank, score, every)
+    )
+
+
+def _pair_rows(data: str, out: Path, split: str, config: str | None, how: Sequence[Any]) -> None:
+    from prefopt.data import load_preferences
+    from prefopt.data.rankings import Pairing, write_pairs
+
+    counts = write_pairs(load_preferences(data, split=split, config=config), Pairing(*how), out)
+    say(
+        f"{out}: {counts['pairs']} pairs from {counts['rows']} rows; {counts['rows without a pair']} rows made none "
+        f"(a tie, or an answer is missing). Look at them: prefopt check {out}"
+    )
+
+
+def _pair_samples(
+    samples: Path,
+    judgements: Path | None,
+    out: Path,
+    builder: str,
+    prompts: Path | None,
+    gold: str | None,
+    weight: list[str] | None,
+    keep: tuple[bool, bool],
+    seed: int,
+) -> None:
+    from prefopt.evaluation.judgements import read_judgements
+    from prefopt.generation.samples import PromptRow, read_samples
+    from prefopt.online.builders import parse_builder
+    from prefopt.online.pairing import PairSettings, write_pairs
+    from prefopt.safety.jsonl import read_jsonl
+
+    how = PairSettings(
+        parse_builder(builder),
+        _weights(weight),
+        gold,
+        "keep" if keep[0] else "drop",
+        "keep" if keep[1] else "merge",
+        seed,
+    )
+    if judgements is None and how.builder.needs_scores:
+        fail(f"{how.builder} needs scores: name the file of judgements after the file of samples")
+    if (gold is None) != (prompts is None):
+        fail("--gold names a column of --prompts: name both or neither")
+    judged = [] if judgements is None else list(read_judgements(judgements))
+    rows = [] if prompts is None else [PromptRow(row["prompt"], row) for row in read_jsonl(prompts)]
+    counts = write_pairs(out, list(read_samples(samples)), judged, how, rows)
+    for line in counts.lines():
+        say(line)
+    if not counts.pairs:
+        fail(f"{out} is empty: no prompt makes a pair")
+    say(f"Written to {out}. Look at them: prefopt check {out}{' --loss sft' if how.builder.supervised else ''}")
+
+
+def _weights(words: list[str] | None) -> dict[str, float] | None:
+    if not words:
+        return None
+    try:
+        return {name: float(value) for name, value in (word.rsplit("=", 1) for word in words)}
+    except ValueError:
+        fail(f"--weight is a judge and a number, as in exact=2; got {' '.join(words)}")

@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase
 
 from prefopt import __version__
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_text
+from prefopt.scoring.fingerprint import is_sharded
 from prefopt.unlearning import metrics
 from prefopt.unlearning.data import Question
 from prefopt.unlearning.learn import digest, model_key
@@ -52,6 +54,8 @@ class SetScores:
     answers: list[str] = field(default_factory=list)
 
 
+_Value = TypeVar("_Value")
+
 Measured = dict[str, SetScores]
 """The numbers of a model, by the name of the set."""
 
@@ -64,32 +68,43 @@ def measure(
     max_length: int | None = None,
     max_new_tokens: int = 64,
 ) -> Measured:
-    """The numbers of a model on every set.
+    """The numbers of a model on every set. Several processes share the questions; each returns all numbers.
 
     Args:
-        model: a causal language model; its mode is left as it is.
+        model: a causal language model, the same in all processes; its mode is left as it is.
         tokenizer: of the model.
         sets: questions by the name of the set.
         max_length: plain texts are cut into parts of this many tokens.
         max_new_tokens: of the greedy answers.
     """
+    state = PartialState()
+    # The weights of a sharded model are gathered by all processes at once: each takes every question.
+    processes = 1 if is_sharded(model) else state.num_processes
+    share = slice(state.process_index if processes > 1 else 0, None, processes)
+
+    def of_all(mine: list[_Value]) -> list[_Value]:
+        return mine if processes == 1 else _interleaved(gather_object([mine]))
+
+    def answers(name: str, questions: Sequence[Question]) -> list[str]:
+        # Nothing is asked about plain texts, and the holdout set only serves membership inference.
+        if name == "holdout" or not all(question.question for question in questions):
+            return []
+        mine = answer_questions(model, tokenizer, questions[share], max_new_tokens=max_new_tokens)
+        return of_all([answer.text for answer in mine])
+
     return {
         name: _scores(
-            score_questions(model, tokenizer, questions, max_length=max_length),
-            _answers(model, tokenizer, name, questions, max_new_tokens),
+            of_all(score_questions(model, tokenizer, questions, share=share, max_length=max_length)),
+            answers(name, questions),
             among_wrong=name in _CHOICES,
         )
         for name, questions in sets.items()
     }
 
 
-def _answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, questions: Sequence[Question], most: int
-) -> list[str]:
-    # Nothing is asked about plain texts, and the holdout set only serves membership inference.
-    if name == "holdout" or not all(question.question for question in questions):
-        return []
-    return [answer.text for answer in answer_questions(model, tokenizer, questions, max_new_tokens=most)]
+def _interleaved(shares: Sequence[list[_Value]]) -> list[_Value]:
+    """The values of all rows in order, from the shares of processes that each took every so many-th row."""
+    return [shares[row % len(shares)][row // len(shares)] for row in range(sum(map(len, shares)))]
 
 
 def _scores(rows: Sequence[QuestionScores], answers: list[str], among_wrong: bool) -> SetScores:
@@ -216,7 +231,7 @@ def check_gold(start: Measured, gold: Measured) -> None:
 def stored(
     folder: Path, name: str, sets: Mapping[str, Sequence[Question]], measure_now: Callable[[], Measured]
 ) -> Measured:
-    """The numbers of a model from an earlier run, or measured now and stored, by the first process alone.
+    """The numbers of a model from an earlier run, or measured now, by all processes, and stored.
 
     Args:
         folder: of the stored numbers.
@@ -230,9 +245,12 @@ def stored(
         __version__,
     ]
     path = folder / f"measured-{digest(facts)}.json"
-    state = PartialState()
-    if state.is_main_process and not path.is_file():
+    # The first process looks, so that no other one sees a file that was written in between.
+    stored_text = [path.read_text(encoding="utf-8") if PartialState().is_main_process and path.is_file() else None]
+    if (text := broadcast_object_list(stored_text)[0]) is not None:
+        return {key: SetScores(**scores) for key, scores in json.loads(text).items()}
+    measured = measure_now()
+    if PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({key: asdict(scores) for key, scores in measure_now().items()}))
-    state.wait_for_everyone()
-    return {key: SetScores(**scores) for key, scores in json.loads(path.read_text(encoding="utf-8")).items()}
+        write_text(path, json.dumps({key: asdict(scores) for key, scores in measured.items()}))
+    return measured

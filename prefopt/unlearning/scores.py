@@ -99,6 +99,7 @@ def score_questions(
     questions: Sequence[Question],
     *,
     start: nn.Module | None = None,
+    share: slice = slice(None),
     max_length: int | None = None,
     tokens_at_once: int | None = None,
     layout: LayoutName = "auto",
@@ -113,12 +114,13 @@ def score_questions(
         questions: with their answers, or plain texts.
         start: another model (with the same vocabulary) to compare with at every answer token: the one before
             unlearning, or the reference of `metrics.reference_score`.
+        share: which of the questions are scored; all of them are checked.
         max_length: plain texts are cut into parts of this many tokens; the first token of each part is not scored.
         tokens_at_once: maximum tokens of a batch, padding included, unless a single question has more.
         layout: as in `prefopt.scoring.Layout`.
 
     Returns:
-        Scores in the order of the questions.
+        Scores of the share, in the order of the questions.
 
     Raises:
         UsageError: without questions, or naming the row that is too long for the model or has one token.
@@ -134,12 +136,12 @@ def score_questions(
     scorer = _Scorer(model, start, Layout(layout))
     scored: dict[tuple[int, int], list[dict[str, Any]]] = {}
     with scorer.prepared():
-        for batch in _batches(parts, limit):
+        for batch in _batches(parts[share], limit):
             examples = [{"prompt_ids": p.prompt, "completion_ids": p.completion, "label": True} for p in batch]
             rows = RowBatch.of({name: _moved(value, device) for name, value in collate(examples).items()})
             for part, values in zip(batch, scorer.of_rows(rows), strict=True):
                 scored.setdefault(part.place, []).append(values)
-    return [_joined(row, question, scored) for row, question in enumerate(questions)]
+    return [_joined(row, questions[row], scored) for row in range(len(questions))[share]]
 
 
 def answer_questions(
@@ -235,7 +237,8 @@ def _batches(parts: Sequence[Sequence[_Part]], limit: int) -> Iterator[list[_Par
             yield batch
             batch = []
         batch += question
-    yield batch
+    if batch:
+        yield batch
 
 
 def _check_lengths(model: nn.Module, parts: Sequence[Sequence[_Part]]) -> None:

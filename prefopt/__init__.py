@@ -16,8 +16,10 @@ __all__ = ["LossMixin", "PreferenceConfig", "PreferenceTrainer", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name in ("LossMixin", "PreferenceConfig", "PreferenceTrainer"):
-        from prefopt import trainer
+        from prefopt.safety.imports import collector_paused
 
+        with collector_paused():
+            from prefopt import trainer
         return getattr(trainer, name)
     raise AttributeError(f"module 'prefopt' has no attribute {name!r}")
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from prefopt.data.row_check import RowCheck
 
 IDS, FACTS = "ids.arrow", "facts.json"
-_SETTINGS = ("padding", "truncation")
-"""Of a tokenizer, what `encode` without options ignores."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +135,12 @@ def tokenizer_key(processing_class: Processing) -> str | None:
     kind = type(processing_class)
     if not isinstance(processing_class, PreTrainedTokenizerFast) or not kind.__module__.startswith("transformers."):
         return None
-    backend = json.loads(processing_class.backend_tokenizer.to_str())
-    for name in _SETTINGS:
-        backend.pop(name, None)
+    # Version, truncation and padding come first, and `encode` without options ignores them. A vocabulary takes a tenth
+    # of a second to parse, so the text is not parsed; no string of JSON contains an unescaped quotation mark.
+    head, mark, rest = processing_class.backend_tokenizer.to_str().partition('"added_tokens":')
     template = str(getattr(processing_class, "chat_template", None))
     special = {name: str(token) for name, token in processing_class.special_tokens_map.items() if name != "pad_token"}
-    parts = [kind.__qualname__, backend, template, special, processing_class.eos_token_id]
+    parts = [kind.__qualname__, rest if mark else head, template, special, processing_class.eos_token_id]
     parts += [getattr(processing_class, "split_special_tokens", False)]
     if "strftime_now" in template:
         parts.append(datetime.date.today().isoformat())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.templates import check_template
@@ -73,11 +74,13 @@ class Limits:
         vocabulary: tokens that it has embeddings for; None where its configuration does not say.
         positions: longest row, where positions are learned one by one; None for all others, which have no such end.
         images: whether it reads images.
+        processor: whether it may come with a processor, which reads more than text.
     """
 
     vocabulary: int | None
     positions: int | None
     images: bool = False
+    processor: bool = True
 
 
 def limits_of(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Limits:
@@ -88,7 +91,12 @@ def limits_of(name: str, *, revision: str = "main", trust_remote_code: bool = Fa
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     positions = None if rotary or getattr(config, "auto_map", None) else _learned_positions(config)
-    return Limits(getattr(text, "vocab_size", None), positions, getattr(config, "vision_config", None) is not None)
+    return Limits(
+        getattr(text, "vocab_size", None),
+        positions,
+        images=getattr(config, "vision_config", None) is not None,
+        processor=config.model_type in PROCESSOR_MAPPING_NAMES or bool(getattr(config, "auto_map", None)),
+    )
 
 
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")

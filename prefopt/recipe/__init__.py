@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prefopt.recipe.arguments import Recipe, RecipeArguments, parse_arguments
-from prefopt.recipe.build import make_trainer
-from prefopt.recipe.data import Data, load_data
-from prefopt.recipe.dry_run import dry_run
-from prefopt.recipe.ready import Ready, preflight
-from prefopt.recipe.run import run
+from prefopt.safety.imports import collector_paused
+
+with collector_paused():
+    from prefopt.recipe.arguments import Recipe, RecipeArguments, parse_arguments
+    from prefopt.recipe.build import make_trainer
+    from prefopt.recipe.data import Data, load_data
+    from prefopt.recipe.dry_run import dry_run
+    from prefopt.recipe.ready import Ready, preflight
+    from prefopt.recipe.run import run
 
 __all__ = [
     "Data", "Ready", "Recipe", "RecipeArguments", "dry_run", "load_data", "main", "make_trainer", "parse_arguments",

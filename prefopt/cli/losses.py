@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.padding import Padding
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from prefopt.losses import Loss
 
 from prefopt.cli.app import app, console, fail, say
+
+LISTING = Path(__file__).with_name("losses.json")
+"""`listing` in a file, because importing torch takes two seconds. `scripts/write_objectives_table.py` writes it."""
 
 
 @app.command()
@@ -31,6 +35,9 @@ def losses(
     ] = None,
 ) -> None:
     """List the objectives, explain some, or plot them."""
+    if not (names or markdown or plot or vary or span is not None or loss_file):
+        _list()
+        return
     from prefopt.catalogue.tables import losses_table, objectives_table
     from prefopt.losses import available, register_file
 
@@ -48,36 +55,45 @@ def losses(
         if unknown:
             fail(f"--markdown takes names of registered losses; {unknown[0]!r} is not one")
         print(objectives_table([available()[name] for name in names]) if names else losses_table())
-    elif names:
-        for place, name in enumerate(names):
+    else:
+        for place, name in enumerate(names or ()):
             console().print(end="\n" if place else "")
             _explain(name)
-    else:
-        _list()
 
 
-def _list() -> None:
+def listing() -> list[dict[str, Any]]:
+    """What the list shows, from the registry: families, and of each objective its title, formula and facts."""
     from prefopt.catalogue.tables import facts, families
     from prefopt.losses import presets
     from prefopt.losses.registry import describe_arguments
 
-    screen = console()
+    groups = []
     for family in families():
-        screen.print(Text(f"\n{family.name}: ", style="bold").append(family.about, style="not bold"))
+        entries = []
         for cls in family.losses:
             fact = facts(cls)
             parts = [fact.data, {"yes": "reference", "no": "no reference"}.get(fact.reference, ""), fact.needs]
             parts += [fact.trl_name and f"TRL: {fact.trl_name}", fact.paper and f"arXiv {fact.paper}"]
-            screen.print(*_entry(f"{cls.name}({describe_arguments(cls)})", fact.formula, parts))
-    screen.print(Text("\npresets: ", style="bold").append("named sums that papers train with.", style="not bold"))
-    for preset in presets().values():
-        title = f"{preset.name}({describe_arguments(preset.build)})"
-        screen.print(*_entry(title, str(preset.build()), [f"arXiv {preset.paper}"]))
+            entries.append([f"{cls.name}({describe_arguments(cls)})", fact.formula, " · ".join(filter(None, parts))])
+        groups.append({"name": family.name, "about": family.about, "objectives": entries})
+    sums = [
+        [f"{preset.name}({describe_arguments(preset.build)})", str(preset.build()), f"arXiv {preset.paper}"]
+        for preset in presets().values()
+    ]
+    return [*groups, {"name": "presets", "about": "named sums that papers train with.", "objectives": sums}]
+
+
+def _list() -> None:
+    screen = console()
+    for group in json.loads(LISTING.read_text(encoding="utf-8")):
+        screen.print(Text(f"\n{group['name']}: ", style="bold").append(group["about"], style="not bold"))
+        for title, formula, known in group["objectives"]:
+            screen.print(*_entry(title, formula, known))
     screen.print(Text('\nCombine them: --loss "dpo(beta=0.1) + 0.2*sft". `prefopt losses NAME` explains one.'))
 
 
-def _entry(title: str, formula: str, parts: list[str]) -> list[Padding]:
-    lines = [Text(title, style="cyan"), Text(formula), Text(" · ".join(filter(None, parts)), style="dim")]
+def _entry(title: str, formula: str, known: str) -> list[Padding]:
+    lines = [Text(title, style="cyan"), Text(formula), Text(known, style="dim")]
     # Continued lines are indented, so that names stand out at the left.
     return [Padding(line, (0, 0, 0, indent), expand=False) for line, indent in zip(lines, (2, 6, 6), strict=True)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import prefopt
 from prefopt.catalogue.tables import FAMILIES, facts, families, losses_table, objectives_table, presets_table
 from prefopt.cli import app
+from prefopt.cli.losses import LISTING, listing
 from prefopt.losses import Loss, available, presets, register
 from prefopt.losses.registry import _LOSSES
 from prefopt.safety.errors import UsageError
@@ -44,6 +46,11 @@ class TestList:
         assert max(map(len, shown.splitlines())) <= 80
         names = re.findall(r"^  ([a-z_0-9]+)\(", shown, re.MULTILINE)
         assert sorted(names) == sorted([*available(), *presets()])
+
+    def test_its_file_has_the_objectives_as_they_are(self):
+        stale = "stale: run `python scripts/write_objectives_table.py`"
+        assert json.loads(LISTING.read_text(encoding="utf-8")) == listing(), stale
+        assert script().listing_text() == LISTING.read_text(encoding="utf-8")
 
     def test_says_what_is_free_of_a_reference_and_what_trl_calls_it(self):
         shown = run(columns=200)[1]
@@ -257,9 +264,13 @@ class TestStart:
         assert shown
         assert imported == set()
 
-    @pytest.mark.parametrize("words", [["losses"], ["losses", "simpo"]])
-    def test_losses_import_torch_alone(self, words):
-        shown, imported = self.libraries(*words)
+    def test_the_list_of_losses_imports_no_slow_library(self):
+        shown, imported = self.libraries("losses")
+        assert "simpo" in shown
+        assert imported == set()
+
+    def test_a_loss_imports_torch_alone(self):
+        shown, imported = self.libraries("losses", "simpo")
         assert "simpo" in shown
         assert imported == {"torch"}
 

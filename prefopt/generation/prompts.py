@@ -45,6 +45,11 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({int(token) for token in (*own, tokenizer.eos_token_id, template_end) if token is not None})
 
 
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """A completion up to its first stop text."""
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+
+
 class Reader:
     """Turns the tokens of a completion into its text.
 
@@ -61,8 +66,7 @@ class Reader:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The completion, up to its end token or its first stop text."""
-        text = self._whole(tokens)
-        return text[: min((at for at in map(text.find, self._stop) if at >= 0), default=len(text))]
+        return before_stop(self._whole(tokens), self._stop)
 
     @property
     def stops(self) -> Callable[[list[int]], bool] | None:

@@ -1,0 +1,28 @@
+"""What one process fetches for all of a run: completions from a server or a file are asked for once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+T = TypeVar("T")
+
+
+def from_main(items: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """The items on every process; `items` is called on the main process alone, and the others get what it yields."""
+    processes = PartialState()
+    if processes.num_processes == 1:
+        yield from items()
+        return
+    source = items() if processes.is_main_process else None
+    while True:
+        box: list[tuple[T] | None] = [None]
+        if source is not None:
+            box = [next(((item,) for item in source), None)]
+        broadcast_object_list(box)
+        if box[0] is None:
+            return
+        yield box[0][0]

@@ -117,12 +117,12 @@ def pair(rows: Iterable[Row], how: Pairing, found: Counter[str]) -> Iterator[dic
         if how.answers and isinstance(row[how.answers], str):
             _add(grouped, prompt, row, how)
             continue
-        pairs = [{**prompt, "chosen": chosen, "rejected": rejected} for chosen, rejected in made(row, how)]
+        pairs = [{**prompt, **sides} for sides in made(row, how)]
         found["pairs"] += len(pairs)
         found["rows without a pair"] += not pairs
         yield from pairs
     for group in grouped.values():
-        pairs = [{**group["prompt"], "chosen": chosen, "rejected": rejected} for chosen, rejected in made(group, how)]
+        pairs = [{**group["prompt"], **sides} for sides in made(group, how)]
         found["pairs"] += len(pairs)
         found["rows without a pair"] += 0 if pairs else len(group[str(how.answers)])
         yield from pairs
@@ -136,21 +136,32 @@ def _add(grouped: dict[str, dict[str, Any]], prompt: dict[str, Any], row: Row, h
     group[key].append(row.get(key))
 
 
-def _of_two(row: Row, how: Pairing) -> Iterator[tuple[Any, Any]]:
+def _of_two(row: Row, how: Pairing) -> Iterator[dict[str, Any]]:
     first, second = row[str(how.first)], row[str(how.second)]
     if how.winner is None:
         left, right = (row.get(name.strip()) for name in str(how.rank or how.score).split(",", 1))
         if first and second and is_number(left) and is_number(right) and left != right:
-            yield (first, second) if (float(left) < float(right)) == bool(how.rank) else (second, first)
+            first_wins = (float(left) < float(right)) == bool(how.rank)
+            yield (
+                _sided(how, (first, left), (second, right))
+                if first_wins
+                else _sided(how, (second, right), (first, left))
+            )
         return
     winner = _word(row[how.winner])
     if first and second and winner in how.first_wins:
-        yield first, second
+        yield {"chosen": first, "rejected": second}
     elif first and second and winner in how.second_wins:
-        yield second, first
+        yield {"chosen": second, "rejected": first}
 
 
-def _of_list(row: Row, how: Pairing) -> Iterator[tuple[Any, Any]]:
+def _sided(how: Pairing, better: tuple[Any, Any], worse: tuple[Any, Any]) -> dict[str, Any]:
+    """The columns of a pair of (answer, number); scores are kept for losses that read them, ranks are not."""
+    pair = {"chosen": better[0], "rejected": worse[0]}
+    return {**pair, "chosen_score": float(better[1]), "rejected_score": float(worse[1])} if how.score else pair
+
+
+def _of_list(row: Row, how: Pairing) -> Iterator[dict[str, Any]]:
     answers, key = row[str(how.answers)] or [], str(how.rank or how.score)
     texts = [answer.get(how.text) if isinstance(answer, Mapping) else answer for answer in answers]
     if how.winner is not None:
@@ -167,7 +178,7 @@ def _of_list(row: Row, how: Pairing) -> Iterator[tuple[Any, Any]]:
         itertools.combinations(ordered, 2) if how.every else [(ordered[0], ordered[-1])] if ordered else []
     ):
         if better < worse:
-            yield chosen, rejected
+            yield _sided(how, (chosen, sign * better), (rejected, sign * worse))
 
 
 def pairing_advice(names: Sequence[str], rows: Sequence[Row]) -> str:

@@ -21,6 +21,10 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _SYSTEM = re.compile(r"(system|sys)(_?(prompt|message|instruction))?", re.IGNORECASE)
 _INPUT = re.compile(r"inputs?|contexts?|backgrounds?|passages?|documents?|histor(y|ies)", re.IGNORECASE)
 _NUMBER = re.compile(r"margins?|(\w+_)?(weight|score|rating|reward)s?(_\w+)?", re.IGNORECASE)
+_MAP_NUMBERS = (
+    "a 'weight' weighs rows, a 'margin' is read by margin_dpo, 'chosen_score' and 'rejected_score' are read by losses "
+    "that use scores: map it to one of them, or choose such a loss"
+)
 _TOOLS = re.compile(r"(available_)?(tools|functions)", re.IGNORECASE)
 
 
@@ -60,7 +64,7 @@ def _hint(name: str, values: Sequence[Any], rows: Sequence[dict[str, Any]]) -> s
         return "tools belong to conversations: write the prompt as messages, the column as 'tools'"
     if _NUMBER.fullmatch(name):
         numbers = all(value is None or isinstance(value, int | float) for value in values)
-        return "a 'weight' weighs rows, a 'margin' is read by margin_dpo: map it to one of them" if numbers else ""
+        return _MAP_NUMBERS if numbers else ""
     for ours, pattern, where in (("system", _SYSTEM, "puts it in front of"), ("input", _INPUT, "appends it to")):
         if pattern.fullmatch(name):
             texts = [plain_text(value).strip() for value in values]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -72,6 +73,7 @@ class Loss(nn.Module):
         roles: the roles that `per_example` returns values for, in that order.
         paired: whether chosen and rejected must answer the same prompts row by row.
         columns: numeric data set columns that must be present in every scored role.
+        limits: smallest and largest value of those columns that have limits, by name.
         top_k: how many of the largest log-probabilities `Need.TOP_K` supplies.
         divergences: which ones `Need.DIVERGENCE` supplies, as `prefopt.losses.divergences` names them.
         layers: after which ones `Need.STATES` supplies hidden states.
@@ -89,6 +91,7 @@ class Loss(nn.Module):
     roles: tuple[str, ...] = ("chosen", "rejected")
     paired: bool = False
     columns: tuple[str, ...] = ()
+    limits: Mapping[str, tuple[float, float]] = MappingProxyType({})
     top_k: int = 0
     divergences: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
@@ -294,6 +297,7 @@ class WeightedSum(Loss):
         self.roles = tuple(role for role in ROLES if any(role in loss.roles for loss in members))
         self.paired = any(loss.paired for loss in members)
         self.columns = tuple(dict.fromkeys(column for loss in members for column in loss.columns))
+        self.limits = {column: limits for loss in members for column, limits in loss.limits.items()}
         self.top_k = max(loss.top_k for loss in members)
         self.divergences = tuple(dict.fromkeys(name for loss in members for name in loss.divergences))
         self.layers = tuple(dict.fromkeys(layer for loss in members for layer in loss.layers))

@@ -6,8 +6,9 @@ order for single labelled completions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class PreferenceCollator:
         pad_to_multiple_of: row length is rounded up to a multiple of this.
         mismatched: also build, under every row's prompt, the completion of the example before.
         columns: numeric columns to pass on, as `column_<name>`; `weight` is passed on wherever it is present.
+        limits: smallest and largest value of those that have limits.
         embeddings: pass the columns of `EMBEDDINGS` on.
         vocabulary: how many token ids the models know; others are refused here, where a GPU would end the process.
     """
@@ -48,6 +50,7 @@ class PreferenceCollator:
     pad_to_multiple_of: int | None = None
     mismatched: bool = False
     columns: tuple[str, ...] = ()
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     embeddings: bool = False
     vocabulary: int | None = None
 
@@ -76,6 +79,7 @@ class PreferenceCollator:
             pad_to_multiple_of,
             mismatched=Need.MISMATCHED in needs,
             columns=() if loss is None else loss.columns,
+            limits={} if loss is None else loss.limits,
             embeddings=Need.EMBEDDINGS in needs,
         )
 
@@ -95,7 +99,7 @@ class PreferenceCollator:
         return RowBatch(
             roles=torch.tensor([role for role, *_ in rows]),
             examples=torch.tensor([example for _, example, *_ in rows]),
-            columns=collate_columns(examples, self.columns),
+            columns=collate_columns(examples, self.columns, self.limits),
             paired=paired,
             ids=ids,
             attention=(masks >= 0).long(),
@@ -179,28 +183,31 @@ class WithColumns:
 
     inner: Any
     columns: tuple[str, ...] = ()
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
         # First, because some collators rewrite the examples they are given.
-        added = collate_columns(examples, self.columns)
+        added = collate_columns(examples, self.columns, self.limits)
         batch = self.inner(examples)
         batch.update({COLUMN_PREFIX + name: column for name, column in added.items()})
         return batch
 
 
-def collate_columns(examples: Sequence[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, Tensor]:
+def collate_columns(
+    examples: Sequence[dict[str, Any]], columns: tuple[str, ...], limits: Mapping[str, tuple[float, float]]
+) -> dict[str, Tensor]:
     """The numeric columns of a batch by name, (E,) float32 each.
 
     Raises:
-        ValueError: if a value is missing or not a number.
+        ValueError: if a value is missing, not a number, not finite or outside its limits.
     """
     names = dict.fromkeys([*columns, *(["weight"] if "weight" in examples[0] else [])])
     batch = {}
     for name in names:
         values = [example.get(name) for example in examples]
-        if not all(isinstance(value, (int, float)) for value in values):
-            bad = next(value for value in values if not isinstance(value, (int, float)))
-            raise UsageError(f"column {name!r} must hold a number in every row, found {bad!r}")
+        for value in values:
+            if problem := number_problem(name, value, limits.get(name)):
+                raise UsageError(problem)
         batch[name] = torch.tensor(values, dtype=torch.float32)
     return batch
 
@@ -222,3 +229,21 @@ def collate_vectors(examples: Sequence[dict[str, Any]], name: str) -> Tensor:
             f"column {name!r} must hold a list of finite numbers, of the same length in every row; lengths: {widths}"
         )
     return column
+
+
+def number_problem(name: str, value: Any, limits: tuple[float, float] | None = None) -> str:
+    """What is wrong with one value of a numeric column, and what to do; "" if nothing is.
+
+    Args:
+        name: of the column.
+        value: of one row.
+        limits: the smallest and the largest value allowed.
+    """
+    if not isinstance(value, int | float):
+        return f"column {name!r} must hold a number in every row, found {value!r}"
+    if not math.isfinite(value):
+        return f"column {name!r} must hold a finite number in every row, found {value!r}"
+    low, high = limits or (-math.inf, math.inf)
+    if not low <= value <= high:
+        return f"column {name!r} must hold numbers from {low:g} to {high:g}, found {value!r}"
+    return ""

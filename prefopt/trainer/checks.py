@@ -23,6 +23,7 @@ from prefopt.losses import ConflictFree, Loss, Need
 from prefopt.losses.scores import EMBEDDINGS, REFERENCE_LOGPS
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import extras_for
+from prefopt.scoring.collate import number_problem
 from prefopt.trainer.config import changed_trl_options, refuse_what_trl_refuses
 from prefopt.trainer.options import refuse_options, refuse_sampling
 from prefopt.trainer.paired import paired_rows
@@ -58,6 +59,12 @@ class RunPlan:
     @property
     def columns(self) -> tuple[str, ...]:
         return (*_names(self.train), *self.more_columns)
+
+    @property
+    def splits(self) -> dict[str, Any]:
+        """The training and the evaluation data by name."""
+        evaluation = self.evaluation if isinstance(self.evaluation, Mapping) else {"": self.evaluation}
+        return {"train": self.train, **{f"eval {name}".strip(): rows for name, rows in evaluation.items()}}
 
     def option(self, name: str, default: Any = None) -> Any:
         """A training argument; the default where the arguments lack it."""
@@ -221,11 +228,7 @@ def _options(plan: RunPlan, objective: Loss) -> None:
 def _pairs(plan: RunPlan, objective: Loss) -> None:
     if not objective.paired:
         return
-    evaluation = plan.evaluation if isinstance(plan.evaluation, Mapping) else {"": plan.evaluation}
-    for name, rows in {
-        "train": plan.train,
-        **{f"eval {name}".strip(): rows for name, rows in evaluation.items()},
-    }.items():
+    for name, rows in plan.splits.items():
         if kind_of_columns(_names(rows)) == "unpaired":
             raise UsageError(
                 f"{objective} compares two completions of one prompt, but the {name} set holds single labelled "
@@ -291,6 +294,24 @@ def _needed_columns(plan: RunPlan, objective: Loss) -> None:
     for column in objective.columns:
         if column not in columns:
             raise UsageError(f"{objective} needs a numeric column {column!r}; the data has {sorted(columns)}")
+    for split, rows in plan.splits.items():
+        for column in objective.columns:
+            if problem := _first_number_problem(rows, column, objective.limits.get(column)):
+                raise UsageError(f"{objective}: {problem}, in the {split} set")
+
+
+def _first_number_problem(rows: Any, column: str, limits: tuple[float, float] | None) -> str:
+    """The first problem of a numeric column, with its row; "" if there is none. Streams are checked as rows arrive."""
+    if not isinstance(rows, Dataset) or column not in rows.column_names:
+        return ""
+    start = 0
+    for table in rows.select_columns(column).with_format("arrow").iter(1000):
+        values = table[column].to_pylist()
+        for row, value in enumerate(values, start):
+            if problem := number_problem(column, value, limits):
+                return f"{problem} in row {row} (from 0)"
+        start += len(values)
+    return ""
 
 
 def _cache(plan: RunPlan, objective: Loss) -> None:

@@ -168,7 +168,7 @@ class Setup:
             self.collator.vocabulary = check_vocabularies(trainer, self.objective, self.previous_model)
             trainer.data_collator = self.collator
         elif self.objective.columns or "weight" in self.sample:
-            trainer.data_collator = WithColumns(trainer.data_collator, self.objective.columns)
+            trainer.data_collator = WithColumns(trainer.data_collator, self.objective.columns, self.objective.limits)
 
 
 def _bind(init: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[dict[str, Any], bool]:

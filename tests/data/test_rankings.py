@@ -34,11 +34,11 @@ PUBLISHED: dict[str, tuple[list[Row], list[Row]]] = {
                 "completions": [{"response": r, "overall_score": s} for r, s in (("c", 1.0), ("a", 9.0), ("b", 5.0))],
             }
         ],
-        [{"prompt": "Hi", "chosen": "a", "rejected": "c"}],
+        [{"prompt": "Hi", "chosen": "a", "rejected": "c", "chosen_score": 9.0, "rejected_score": 1.0}],
     ),
     "two lists": (
         [{"prompt": "Hi", "responses": ["b", "a"], "scores": [0.1, 0.9]}],
-        [{"prompt": "Hi", "chosen": "a", "rejected": "b"}],
+        [{"prompt": "Hi", "chosen": "a", "rejected": "b", "chosen_score": 0.9, "rejected_score": 0.1}],
     ),
     "shp": (
         [
@@ -69,8 +69,8 @@ PUBLISHED: dict[str, tuple[list[Row], list[Row]]] = {
             for x in (0.5, 0.0, -1.0)
         ],
         [
-            {"prompt": "Hi you", "chosen": "a", "rejected": "b"},
-            {"prompt": "Hi you", "chosen": "b", "rejected": "a"},
+            {"prompt": "Hi you", "chosen": "a", "rejected": "b", "chosen_score": 0.5, "rejected_score": -0.5},
+            {"prompt": "Hi you", "chosen": "b", "rejected": "a", "chosen_score": 1.0, "rejected_score": -1.0},
         ],
     ),
     "arena with a column a winner": (
@@ -78,7 +78,7 @@ PUBLISHED: dict[str, tuple[list[Row], list[Row]]] = {
             {"prompt": "Hi", "response_a": "a", "response_b": "b", "winner_model_a": a, "winner_model_b": b}
             for a, b in ((0, 1), (0, 0))
         ],
-        [{"prompt": "Hi", "chosen": "b", "rejected": "a"}],
+        [{"prompt": "Hi", "chosen": "b", "rejected": "a", "chosen_score": 1.0, "rejected_score": 0.0}],
     ),
     "summaries with the place of the better": (
         [{"info": {"post": "Long."}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": n} for n in (1, 0)],
@@ -92,7 +92,10 @@ PUBLISHED: dict[str, tuple[list[Row], list[Row]]] = {
             {"prompt": prompt, "response": answer, "helpfulness": n, "turns": 1}
             for prompt, answer, n in (("Hi", "a", 1), ("Ho", "c", 2), ("Hi", "b", 3), ("Hi", "d", 2), ("Ho", "e", 0))
         ],
-        [{"prompt": "Hi", "chosen": "b", "rejected": "a"}, {"prompt": "Ho", "chosen": "c", "rejected": "e"}],
+        [
+            {"prompt": "Hi", "chosen": "b", "rejected": "a", "chosen_score": 3.0, "rejected_score": 1.0},
+            {"prompt": "Ho", "chosen": "c", "rejected": "e", "chosen_score": 2.0, "rejected_score": 0.0},
+        ],
     ),
     "ranked messages": (
         [{"context": talk("x")[:1], "completions": [{"rank": r, "completion": talk(str(r))[1:]} for r in (1, 0)]}],

@@ -35,6 +35,7 @@ def lines(row: Row, **options: Any) -> list[str]:
         ({"context": "at sea"}, "--columns input=context"),
         ({"score_chosen": 4.0, "score_rejected": 1.0}, "score_chosen, score_rejected (a 'weight' weighs rows"),
         ({"margin": 1.0}, "margin (a 'weight' weighs rows, a 'margin' is read by margin_dpo"),
+        ({"chosen_score": 1.0}, "chosen_score (a 'weight' weighs rows"),
         ({"sample_weight": 2.0}, "sample_weight (a 'weight' weighs rows"),
         ({"images": ["a.png"]}, "images (read by vision models only)"),
         ({"tools": '[{"name": "f"}]'}, "tools (tools belong to conversations"),

@@ -78,6 +78,21 @@ def test_reference_sums_and_columns_travel_with_the_batch():
     assert batch["column_gap"].tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "'gap' must hold a number in every row, found None"),
+        (float("inf"), "'gap' must hold a finite number in every row, found inf"),
+        (1.5, "'gap' must hold numbers from 0 to 1, found 1.5"),
+    ],
+)
+def test_columns_of_a_stream_are_checked_as_rows_arrive(value, message):
+    collator = PreferenceCollator(pad_token_id=0, columns=("gap",), limits={"gap": (0.0, 1.0)})
+    assert collator([{**row, "gap": 1} for row in PAIRS])["column_gap"].tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match=message):
+        collator([{**row, "gap": value} for row in PAIRS])
+
+
 def test_columns_are_added_to_what_another_collator_makes():
     def forgetful(examples):
         for example in examples:

@@ -102,11 +102,28 @@ def test_weight_column_scales_examples(tmp_path):
 def test_weight_that_is_no_number_names_the_column(tmp_path):
     with pytest.raises(ValueError, match=r"bad weight: 1 row, first 1\. Column 'weight' is missing"):
         make_trainer(tmp_path, loss="dpo", train_dataset=make_pairs(4, weight=[1.0, None, 1.0, 1.0]))
-    # A column that only a loss knows is looked at with its batch.
-    pairs = make_pairs(4, gap=[1.0, None, 1.0, 1.0])
-    trainer = make_trainer(tmp_path, trainer_options={"loss": Margin()}, train_dataset=pairs)
-    with pytest.raises(ValueError, match="column 'gap' must hold a number in every row, found None"):
-        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            [1.0, None, 1.0, 1.0],
+            r"'gap' must hold a number in every row, found None in row 1 \(from 0\), in the train",
+        ),
+        (["a", "b", "c", "d"], "'gap' must hold a number in every row, found 'a' in row 0"),
+        ([1.0, 1.0, float("nan"), 1.0], "'gap' must hold a finite number in every row, found nan in row 2"),
+        ([1.0, 1.0, 1.0, 2.5], "'gap' must hold numbers from 0 to 2, found 2.5 in row 3"),
+    ],
+)
+def test_a_column_of_the_loss_is_checked_before_training(tmp_path, values, message):
+    bounded = Margin()
+    bounded.limits = {"gap": (0.0, 2.0)}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, trainer_options={"loss": bounded}, train_dataset=make_pairs(4, gap=values))
+    options = {"loss": bounded, "eval_dataset": make_pairs(4, gap=values)}
+    with pytest.raises(ValueError, match="in the eval set"):
+        make_trainer(tmp_path, trainer_options=options, train_dataset=make_pairs(4, gap=[1.0] * 4))
 
 
 class Margin(PairLoss):

@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from prefopt import __version__
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_text
+from prefopt.scoring import Layout
 from prefopt.scoring.fingerprint import is_sharded
+from prefopt.scoring.layout import LayoutName
 from prefopt.unlearning import metrics
 from prefopt.unlearning.data import Question
 from prefopt.unlearning.learn import digest, model_key
@@ -67,6 +69,7 @@ def measure(
     *,
     max_length: int | None = None,
     max_new_tokens: int = 64,
+    layout: Layout | LayoutName = "auto",
 ) -> Measured:
     """The numbers of a model on every set. Several processes share the questions; each returns all numbers.
 
@@ -76,7 +79,9 @@ def measure(
         sets: questions by the name of the set.
         max_length: plain texts are cut into parts of this many tokens.
         max_new_tokens: of the greedy answers.
+        layout: to score in. Trying a layout takes as long as scoring a set, so models of one kind should share one.
     """
+    layout = layout if isinstance(layout, Layout) else Layout(layout)
     state = PartialState()
     # The weights of a sharded model are gathered by all processes at once: each takes every question.
     processes = 1 if is_sharded(model) else state.num_processes
@@ -94,7 +99,7 @@ def measure(
 
     return {
         name: _scores(
-            of_all(score_questions(model, tokenizer, questions, share=share, max_length=max_length)),
+            of_all(score_questions(model, tokenizer, questions, share=share, max_length=max_length, layout=layout)),
             answers(name, questions),
             among_wrong=name in _CHOICES,
         )

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.tokenize import tokens_of
-from prefopt.generation.answers import Answer, greedy_answers
+from prefopt.generation.answers import Answer
+from prefopt.generation.decode import Request, Rows, decode
+from prefopt.generation.prompts import Reader, end_tokens
+from prefopt.generation.samples import SamplingSettings
 from prefopt.losses import Need
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import Extras, Layout, PreferenceCollator, RowBatch, TokenScores
@@ -102,7 +105,7 @@ def score_questions(
     share: slice = slice(None),
     max_length: int | None = None,
     tokens_at_once: int | None = None,
-    layout: LayoutName = "auto",
+    layout: Layout | LayoutName = "auto",
 ) -> list[QuestionScores]:
     """Score the answers, paraphrases and wrong answers of all questions, in one pass over the model.
 
@@ -117,7 +120,7 @@ def score_questions(
         share: which of the questions are scored; all of them are checked.
         max_length: plain texts are cut into parts of this many tokens; the first token of each part is not scored.
         tokens_at_once: maximum tokens of a batch, padding included, unless a single question has more.
-        layout: as in `prefopt.scoring.Layout`.
+        layout: a layout, used before or not, or its name.
 
     Returns:
         Scores of the share, in the order of the questions.
@@ -133,7 +136,7 @@ def score_questions(
     limit = tokens_at_once or TOKENS_AT_ONCE["cpu" if device.type == "cpu" else "elsewhere"]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate = PreferenceCollator(pad, vocabulary=_vocabulary(model))
-    scorer = _Scorer(model, start, Layout(layout))
+    scorer = _Scorer(model, start, layout if isinstance(layout, Layout) else Layout(layout))
     scored: dict[tuple[int, int], list[dict[str, Any]]] = {}
     with scorer.prepared():
         for batch in _batches(parts[share], limit):
@@ -149,11 +152,32 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     max_new_tokens: int = 200,
-    batch_size: int = 24,
+    batch_size: int = 64,
 ) -> list[Answer]:
-    """The model's own greedy answers, in order, after the prompts that `score_questions` uses."""
-    return greedy_answers(model, tokenizer, [prompt_of(q.question, tokenizer) for q in questions],
-                          max_new_tokens=max_new_tokens, batch_size=batch_size)  # fmt: skip
+    """The model's own greedy answers, in order, after the prompts that `score_questions` uses.
+
+    Args:
+        model: whole on this process's device; its mode is left as it is.
+        tokenizer: of the model.
+        questions: none of them a plain text.
+        max_new_tokens: maximum length of an answer.
+        batch_size: questions at once; those that are answered leave the batch.
+    """
+    prompts = [tokens_of({"prompt": prompt_of(q.question, tokenizer)}, (), tokenizer).prompt for q in questions]
+    ends = end_tokens(model, tokenizer)
+    reader = Reader(tokenizer, ends, ())
+    settings = SamplingSettings(samples=1, temperature=0.0, max_new_tokens=max_new_tokens)
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    answers: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
+    with undisturbed(model):
+        for at in range(0, len(order), batch_size):
+            batch = order[at : at + batch_size]
+            rows = Rows([0] * len(batch), settings, ends, None, model.device)
+            decode(model, [Request(prompts[number], [0]) for number in batch], rows, pad)
+            for number, drawn in zip(batch, rows.drawn(), strict=True):
+                answers[number] = Answer(reader.text(drawn.tokens).strip(), drawn.finished)
+    return [answers[number] for number in range(len(prompts))]
 
 
 @dataclass(frozen=True)
@@ -231,8 +255,9 @@ def _parts_of(question: Question, row: int, tokenizer: PreTrainedTokenizerBase, 
 def _batches(parts: Sequence[Sequence[_Part]], limit: int) -> Iterator[list[_Part]]:
     """Whole questions, those of similar length together, until the padded batch would exceed the limit."""
     batch: list[_Part] = []
-    for question in sorted(parts, key=lambda own: max(part.length for part in own)):
-        longest = max(part.length for part in question)
+    # The longest first: a layout that was tried for them need not be tried for the others.
+    for question in sorted(parts, key=lambda own: -max(part.length for part in own)):
+        longest = max(part.length for part in (batch or question))
         if batch and (len(batch) + len(question)) * longest > limit:
             yield batch
             batch = []

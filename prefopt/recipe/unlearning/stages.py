@@ -24,6 +24,7 @@ from prefopt.recipe.run import begin, publish, save_results, train
 from prefopt.recipe.unlearning.options import UnlearningArguments, options_of
 from prefopt.recipe.unlearning.sets import Sets, load_sets
 from prefopt.safety.errors import UsageError
+from prefopt.scoring import Layout
 from prefopt.unlearning.data import data_step, forget_rows
 from prefopt.unlearning.learn import Lesson, learn
 from prefopt.unlearning.measure import Measured, check_gold, measure, stored
@@ -77,13 +78,13 @@ def measure_first(recipe: Recipe, ready: Ready, questions: Sets, models: Models)
     Raises:
         UsageError: if the gold model knows the forget set.
     """
-    folder = Path(options_of(recipe).models_dir)
+    folder, layout = Path(options_of(recipe).models_dir), Layout("auto")
 
     def of(name: str, role: str) -> Measured:
         def now() -> Measured:
             recipe.console.print(f"Measuring the {role}", soft_wrap=True)
             model = load_model(name, {**ready.options, "device_map": None}).to(ready.training.device)
-            return measure(model, ready.tokenizer, questions.measured)
+            return measure(model, ready.tokenizer, questions.measured, layout=layout)
 
         return stored(folder, name, questions.measured, now)
 
@@ -109,6 +110,7 @@ def make_trainer(
     forget = len(questions.forget)
     settle(args, script.rule, script.evaluate_every, 2 * forget if both else forget, models.gold is not None)
     make_room(recipe)
+    layout = Layout("auto")  # for all evaluations: trying it takes as long as scoring a set
     recipe.console.print(f"Forgetting {forget} rows with {objective}", soft_wrap=True)
 
     trainer = UnlearningTrainer(
@@ -119,7 +121,7 @@ def make_trainer(
         processing_class=ready.tokenizer,
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
-        measure=lambda model: measure(model, ready.tokenizer, questions.measured),
+        measure=lambda model: measure(model, ready.tokenizer, questions.measured, layout=layout),
         gold=measurements.gold,
         rule=script.rule,
     )

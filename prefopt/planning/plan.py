@@ -52,7 +52,7 @@ FAMILIES = {
 class Job:
     """What is to be trained, on what."""
 
-    model: str = field(metadata={"help": f"A Hub name, a folder, or without either a size: {', '.join(FAMILIES)}."})
+    model: str = field(metadata={"aliases": ["--model_name_or_path"], "help": f"A Hub name, a folder, or without either a size: {', '.join(FAMILIES)}."})
     loss: str = field(default="dpo(beta=0.1)", metadata={"help": "Loss expression; says whether a reference is kept."})
     loss_file: str | None = field(default=None, metadata={"help": "A Python file of yours with losses for --loss."})
     gpus: int = field(default=1, metadata={"help": "GPUs of all machines together."})
@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
     ways = ways_of(job, loss, network, config, rows)
     console = Console()
     for line in [*_head(job, loss, name, built_in, rows, network.num_parameters()), *_advice(job, name, ways)]:
-        console.print(Text(line), soft_wrap=True)
+        console.print(line, crop=False)
     for method in dict.fromkeys(way.method for way in ways):
         console.print()
         console.print(_table(job, [way for way in ways if way.method == method]))
@@ -224,7 +224,7 @@ def fits(job: Job, way: Way) -> bool:
 # ---- what is printed ------------------------------------------------------------------------------------------------
 
 
-def _head(job: Job, loss: Loss, name: str, built_in: bool, rows: Rows, parameters: int) -> list[str]:
+def _head(job: Job, loss: Loss, name: str, built_in: bool, rows: Rows, parameters: int) -> list[Text]:
     source = f"{name} ({'its shapes are built in; the Hub was not asked' if built_in else 'from its configuration'})"
     shape = (
         f"{rows.tokens} tokens at once on a GPU: prompts of {job.prompt}, completions of {job.max_length - job.prompt}"
@@ -238,7 +238,7 @@ def _head(job: Job, loss: Loss, name: str, built_in: bool, rows: Rows, parameter
     lines = [f"{source}: {parameters / 1e9:.2f} billion parameters", f"{shape}; {reference}."]
     if isinstance(loss, ConflictFree):
         lines.append("conflict_free works only with one process or DDP: DeepSpeed and FSDP keep no gradients by term.")
-    return lines
+    return [Text(line) for line in lines]
 
 
 def _title(job: Job, engine: str) -> str:
@@ -276,8 +276,8 @@ def _table(job: Job, ways: list[Way]) -> Table:
     return shown
 
 
-def _advice(job: Job, name: str, ways: list[Way]) -> list[str]:
-    """For every method: the simplest engine that fits and why, with its command; or what would help."""
+def _advice(job: Job, name: str, ways: list[Way]) -> list[Text]:
+    """For every method: the simplest engine that fits and why, with its commands; or what would help."""
     lines = []
     for method in dict.fromkeys(way.method for way in ways):
         own = [way for way in ways if way.method == method]
@@ -291,14 +291,14 @@ def _advice(job: Job, name: str, ways: list[Way]) -> list[str]:
             )
             continue
         lines.append(f"\n{METHODS[method]}: {_title(job, chosen.engine)}, {_reason(job, own[: own.index(chosen)])}")
-        if not (job.gpus == 1 and chosen.engine == "ddp"):
-            lines.append(f"  settings: configs/accelerate/{chosen.engine}.yaml")
         if job.nodes > 1:
-            lines.append(
-                "  on every machine, by scripts/slurm/multi_node.sbatch or with --machine_rank and --main_process_ip:"
-            )
-        lines.append(f"  {_command(job, name, chosen)}")
-    return lines
+            lines.append("On every machine, with its --machine_rank and the first one's --main_process_ip added:")
+        lines += _commands(job, name, chosen)
+    return [Text(line, **(_AS_IT_IS if line.startswith("  ") else {})) for line in lines]
+
+
+_AS_IT_IS: dict[str, Any] = {"no_wrap": True, "overflow": "ignore"}
+"""For commands, which are copied."""
 
 
 def _reason(job: Job, simpler: list[Way]) -> str:
@@ -315,14 +315,17 @@ def _reason(job: Job, simpler: list[Way]) -> str:
     return text
 
 
-def _command(job: Job, name: str, way: Way) -> str:
-    launch = ["accelerate", "launch"]
+def _commands(job: Job, name: str, way: Way) -> list[str]:
+    """The commands that write the engine's settings and start the training; neither needs a clone."""
+    launch, commands = ["accelerate", "launch"], []
     if job.gpus > 1 or way.engine != "ddp":
-        launch += ["--config_file", f"configs/accelerate/{way.engine}.yaml"]
+        commands.append(f"  prefopt new config accelerate/{way.engine}")
+        launch += ["--config_file", f"{way.engine}.yaml"]
     launch += ["--num_processes", str(job.gpus)]
     if job.nodes > 1:
         launch += ["--num_machines", str(job.nodes)]
-    words = [*launch, "recipes/dpo.py", "--model_name_or_path", name, "--dataset_name", "PAIRS", "--loss", job.loss]
+    words = [*launch, "-m", "prefopt", "train", "--model_name_or_path", name, "--dataset_name", "PAIRS"]
+    words += ["--loss", job.loss]
     words += [] if job.loss_file is None else ["--loss_file", job.loss_file]
     settings = vars(job) | {"dtype": job.dtype_of(way.method)}
     for option, usual in RECIPE_DEFAULTS.items():
@@ -332,4 +335,21 @@ def _command(job: Job, name: str, way: Way) -> str:
         words += ["--use_peft", "--lora_r", str(job.lora_r), "--lora_target_modules", *job.lora_target_modules]
     if way.method == "qlora":
         words += ["--load_in_4bit", "--use_bnb_nested_quant", "--bnb_4bit_quant_storage", "bfloat16"]
-    return shlex.join(words)
+    return [*commands, _in_lines(words)]
+
+
+def _in_lines(words: list[str], width: int = 78) -> str:
+    """A command as a shell reads it, over several lines that end with a backslash; options stay with their values."""
+    groups: list[str] = []
+    for word in map(shlex.quote, words):
+        if groups and not word.startswith("-"):
+            groups[-1] += f" {word}"
+        else:
+            groups.append(word)
+    lines = [f"  {groups[0]}"]
+    for group in groups[1:]:
+        if len(lines[-1]) + len(group) < width:
+            lines[-1] += f" {group}"
+        else:
+            lines.append(f"      {group}")
+    return " \\\n".join(lines)

@@ -52,7 +52,12 @@ FAMILIES = {
 class Job:
     """What is to be trained, on what."""
 
-    model: str = field(metadata={"aliases": ["--model_name_or_path"], "help": f"A Hub name, a folder, or without either a size: {', '.join(FAMILIES)}."})
+    model: str = field(
+        metadata={
+            "aliases": ["--model_name_or_path"],
+            "help": f"A Hub name, a folder, or without either a size: {', '.join(FAMILIES)}.",
+        }
+    )
     loss: str = field(default="dpo(beta=0.1)", metadata={"help": "Loss expression; says whether a reference is kept."})
     loss_file: str | None = field(default=None, metadata={"help": "A Python file of yours with losses for --loss."})
     gpus: int = field(default=1, metadata={"help": "GPUs of all machines together."})

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from prefopt.generation.from_file import FileGenerator
 from prefopt.generation.samples import (
     Generator,
     PromptRow,
@@ -33,17 +35,22 @@ def read_prompts(path: Path) -> tuple[list[PromptRow], int]:
     Raises:
         UsageError: naming the file and the line that has no prompt.
     """
+    return prompts_of(read_jsonl(path), str(path))
+
+
+def prompts_of(lines: Iterable[Mapping[str, Any]], where: str) -> tuple[list[PromptRow], int]:
+    """As `read_prompts`, of rows with a column `prompt`; `where` is their name in messages."""
     rows: dict[str, PromptRow] = {}
     count = 0
-    for count, line in enumerate(read_jsonl(path), start=1):
+    for count, line in enumerate(lines, start=1):
         prompt = line.get("prompt")
         is_chat = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
         if not prompt or not (isinstance(prompt, str) or is_chat):
-            raise UsageError(f"{path}, object {count}: prompt must be a text, or messages with role and content")
+            raise UsageError(f"{where}, object {count}: prompt must be a text, or messages with role and content")
         columns = {name: value for name, value in line.items() if name != "prompt"}
         rows.setdefault(prompt_id(prompt), PromptRow(prompt, columns))
     if not rows:
-        raise UsageError(f"{path} has no prompts")
+        raise UsageError(f"{where} has no prompts")
     return list(rows.values()), count - len(rows)
 
 
@@ -91,6 +98,8 @@ def _resume(
     generator: Generator, prompts: Sequence[PromptRow], settings: SamplingSettings, path: Path, round_number: int
 ) -> int:
     """How many prompts are done, a multiple of the chunk; the file is cut behind them."""
+    if isinstance(generator, FileGenerator):
+        path.unlink(missing_ok=True)  # copied anew: that takes no time, and prompts may have fewer samples
     if not path.exists():
         return 0
     wanted = ((row.id, index) for row in prompts for index in range(settings.samples))
@@ -147,6 +156,12 @@ class SampleCounts:
     @property
     def mean_tokens(self) -> float:
         return self.tokens / self.samples if self.samples else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples} samples of {self.prompts} prompts, {self.mean_tokens:.1f} tokens on average; "
+            f"{self.samples - self.cut} finished, {self.cut} cut, {self.duplicates} duplicates, {self.empty} empty"
+        )
 
 
 def count_samples(samples: Iterable[Sample]) -> SampleCounts:

@@ -109,6 +109,8 @@ Anchored Preference Optimization and Contrastive Revisions: Addressing Underspec
 2408.11104 | Liu, Qiang | ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks
 2409.06411 | Liu, Wei | Length Desensitization in Direct Preference Optimization
 2409.10571 | Wang, Ruoyu | ASFT: Aligned Supervised Fine-Tuning through Absolute Likelihood
+2409.13474 | Mekala, Anmol | \
+Alternate Preference Optimization for Unlearning Factual Knowledge in Large Language Models
 2410.07163 | Fan, Chongyu | Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning
 2410.10148 | Wu, Junkang | alpha-DPO: Adaptive Reward Margin is What Direct Preference Optimization Needs
 2411.07595 | Omura, Motoki | Entropy Controllable Direct Preference Optimization

@@ -46,6 +46,7 @@ from prefopt.losses.scores import PreferenceBatch, Scores
 from prefopt.losses.shapes import GPO, SurrogateEnsemble
 from prefopt.losses.tokenwise import TDPO
 from prefopt.losses.unlearning import NPO, GradientAscent, KLRetain, KTOForget, SimNPO
+from prefopt.losses.unlearning_parts import OnForget, OnRetain
 from prefopt.losses.unlearning_states import RMU, RMURetain
 from prefopt.losses.unlearning_tokens import CEU, UNDIAL, WGA, Flatten, SatImp
 from prefopt.losses.wrappers import WPO, Dual, LengthNormalized, NoiseRobust, Reweighted
@@ -120,6 +121,8 @@ __all__ = [
     "Need",
     "NoiseRobust",
     "NormalizedDPO",
+    "OnForget",
+    "OnRetain",
     "PairLoss",
     "PairwiseCringe",
     "Polynomial",

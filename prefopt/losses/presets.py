@@ -12,7 +12,8 @@ from prefopt.losses.online import KLOnline, KLPrior
 from prefopt.losses.pointwise import BCOPair
 from prefopt.losses.reference_free import ASFT, CPO, ORPO, RRHF, SLiC
 from prefopt.losses.registry import preset
-from prefopt.losses.unlearning import NPO, GradientAscent, KLRetain, SimNPO
+from prefopt.losses.unlearning import NPO, GradientAscent, KLRetain, KTOForget, SimNPO
+from prefopt.losses.unlearning_parts import OnForget, OnRetain
 from prefopt.losses.unlearning_states import RMU, RMURetain
 from prefopt.losses.unlearning_tokens import Flatten, SatImp
 from prefopt.losses.wrappers import Dual
@@ -173,3 +174,30 @@ def idk() -> Loss:
 def dpo_idk(beta: float = 0.1) -> Loss:
     """DPO-IDK: "I don't know" preferred to the answer to be forgotten; DPO scaled by 2 / beta, like NPO."""
     return (2 / beta) * DPO(beta)
+
+
+@preset("dpo_idk_rt", paper="2404.05868")
+def dpo_idk_rt(beta: float = 0.1, retain: float = 1.0) -> Loss:
+    """DPO+RT: `dpo_idk` on the forget set, likelihood on the retain set, as in the NPO paper and open-unlearning."""
+    return (2 / beta) * OnForget(DPO(beta)) + retain * OnRetain(SFT("token"))
+
+
+@preset("dpo_idk_kl", paper="2404.05868")
+def dpo_idk_kl(beta: float = 0.1, retain: float = 1.0) -> Loss:
+    """DPO+KL: `dpo_idk` on the forget set, KL to the reference on the retain set."""
+    return (2 / beta) * OnForget(DPO(beta)) + retain * OnRetain(KLRetain())
+
+
+@preset("kto_forget_rt", paper="2404.05868")
+def kto_forget_rt(beta: float = 0.1, retain: float = 1.0) -> Loss:
+    """KTO+RT: `kto_forget` on the forget set, likelihood on the retain set."""
+    return OnForget(KTOForget(beta)) + retain * OnRetain(SFT("token"))
+
+
+@preset("altpo", paper="2409.13474")
+def altpo(beta: float = 0.1, retain: float = 1.0) -> Loss:
+    """AltPO: `dpo_idk_rt` with a plausible other answer, not "I don't know", as the chosen completion.
+
+    Mekala et al. 2024; scaled by 2 / beta as in open-unlearning, whose grid is beta 0.05, 0.1, 0.5 and retain 1, 2, 5.
+    """
+    return dpo_idk_rt(beta, retain)

@@ -21,6 +21,8 @@ REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 PREVIOUS_LOGPS = ("prev_chosen_logps", "prev_rejected_logps")
 GIVEN_LOGPS = (*REFERENCE_LOGPS, *PREVIOUS_LOGPS)
 """Columns of log-probabilities under a reference and under a previous iterate, where they come with the data."""
+FORGET = "forget"
+"""Column that is 1 (true) for examples to forget and 0 for those to retain, where labels or roles do not say it."""
 EMBEDDINGS = ("prompt_embedding", "chosen_embedding", "rejected_embedding")
 """Vectors, all of one width, for objectives that compare embeddings."""
 

@@ -9,10 +9,8 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from prefopt.losses.scores import FORGET
 from prefopt.safety.errors import UsageError
-
-FORGET = "forget"
-"""A column that says which rows are to be forgotten, where labels do not: an "I don't know" answer is desirable."""
 
 
 class PairedRows(Sampler[int]):

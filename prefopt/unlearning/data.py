@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data import load_preferences
 from prefopt.losses import Loss
+from prefopt.losses.scores import FORGET
 from prefopt.safety.errors import PrefoptError
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -137,6 +138,11 @@ def data_step(objective: Loss) -> DataStep:
     return "answers" if "rejected" in objective.roles else "idk"
 
 
+def uses_retain(objective: Loss) -> bool:
+    """Whether the objective learns from the retain set too; one on pairs does by a term in `on_retain(...)`."""
+    return FORGET in objective.columns if objective.paired else "chosen" in objective.roles
+
+
 def forget_rows(
     forget: Sequence[Question],
     retain: Sequence[Question],
@@ -152,19 +158,20 @@ def forget_rows(
     Args:
         forget, retain: the sets.
         tokenizer: of the model: with a chat template, questions are user turns; else `Question: ...` and `Answer:`.
-        objective: decides about the rows, see `data_step`. Pairs have no retain rows.
+        objective: decides about the rows, see `data_step` and `uses_retain`.
         idk: answers in place of the true ones, drawn at random; a row's own `alternative` goes before them.
         max_length: plain texts are cut into parts of this many tokens.
         seed: of the draw.
 
     Returns:
-        Prompt, completion, label (false: to forget) and `forget`; prompt, chosen and rejected for pairs.
+        Prompt, completion, label (false: to forget) and `forget`; for pairs prompt, chosen, rejected and `forget`: the
+        other answer and the true one, which change places in the rows to retain.
     """
     check_apart(forget, retain)
     step = data_step(objective)
     draw = random.Random(seed)
     if step == "answers":
-        retained = [(retain, True)] if "chosen" in objective.roles else []
+        retained = [(retain, True)] if uses_retain(objective) else []
         return _labelled([(forget, False), *retained], tokenizer, max_length)
     if any(not row.question for row in forget):
         raise UnlearningDataError(
@@ -172,25 +179,41 @@ def forget_rows(
             "holds plain texts: choose an objective that lowers their probability, such as npo_rt"
         )
     answers = [row.alternative or draw.choice(idk) for row in forget]
-    if step == "idk":
-        replaced = [Question(row.question, answer) for row, answer in zip(forget, answers, strict=True)]
-        rows = _labelled([(replaced, True), (retain, True)], tokenizer, max_length)
-        return rows.remove_columns("forget").add_column("forget", [n < len(forget) for n in range(len(rows))])
+    if step == "pairs":
+        return _pairs(forget, answers, retain if uses_retain(objective) else (), tokenizer, lambda: draw.choice(idk))
+    replaced = [Question(row.question, answer) for row, answer in zip(forget, answers, strict=True)]
+    rows = _labelled([(replaced, True), (retain, True)], tokenizer, max_length)
+    return rows.remove_columns(FORGET).add_column(FORGET, [n < len(forget) for n in range(len(rows))])
+
+
+def _pairs(
+    forget: Sequence[Question],
+    answers: Sequence[str],
+    retain: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    other: Callable[[], str],
+) -> Dataset:
+    """Pairs to forget, with `answers` as chosen, and pairs to retain, with an answer of `other` as rejected."""
+    if any(not row.question for row in retain):
+        raise UnlearningDataError("pairs need questions, but the retain set holds plain texts")
+    pairs = [(row.question, answer, row.answer, True) for row, answer in zip(forget, answers, strict=True)]
+    pairs += [(row.question, row.answer, other(), False) for row in retain]
     return Dataset.from_list(
         [
             {
-                "prompt": prompt_of(row.question, tokenizer),
-                "chosen": answer_of(answer, tokenizer),
-                "rejected": answer_of(row.answer, tokenizer),
+                "prompt": prompt_of(question, tokenizer),
+                "chosen": answer_of(chosen, tokenizer),
+                "rejected": answer_of(rejected, tokenizer),
+                FORGET: to_forget,
             }
-            for row, answer in zip(forget, answers, strict=True)
+            for question, chosen, rejected, to_forget in pairs
         ]
     )
 
 
 def learn_rows(rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Dataset:
     """Rows to learn by likelihood: every answer is desirable."""
-    return _labelled([(rows, True)], tokenizer, max_length).remove_columns("forget")
+    return _labelled([(rows, True)], tokenizer, max_length).remove_columns(FORGET)
 
 
 def prompt_of(question: str, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -221,7 +244,7 @@ def _labelled(
                 "prompt": prompt_of(row.question, tokenizer),
                 "completion": answer_of(row.answer, tokenizer),
                 "label": label,
-                "forget": not label,
+                FORGET: not label,
             }
             for row, label in rows
         ]
@@ -236,7 +259,7 @@ def _text_rows(
     size = max_length or len(ids)
     parts = [ids[start : start + size] for start in range(0, len(ids), size)]
     return [
-        {"prompt_ids": part[:1], "completion_ids": part[1:], "label": label, "forget": not label}
+        {"prompt_ids": part[:1], "completion_ids": part[1:], "label": label, FORGET: not label}
         for part in parts
         if len(part) > 1
     ]

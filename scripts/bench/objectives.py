@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     path = resolve_demo_model(say=print)
     tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = load_demo("train").shuffle(seed=0).select(range(args.steps))
-    pairs = pairs.add_column("margin", [0.5] * len(pairs))
+    pairs = pairs.add_column("margin", [0.5] * len(pairs)).add_column("forget", [n % 2 for n in range(len(pairs))])
     part, parts = (int(number) for number in args.share.split("/"))
     results: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
     todo = [item for item in expressions(args.only, args.kernels).items() if item[0] not in results][part::parts]

@@ -82,6 +82,7 @@ class Row:
     nl: int
     z0: float = 0.0
     margin: float = 0.0
+    forget: float = 1.0
     qw: float | None = None
     ql: float | None = None
     """Sums under the previous iterate; the reference's if None."""
@@ -261,7 +262,7 @@ def make_batch(
     requires_grad: bool = False,
 ) -> PreferenceBatch:
     """The batch that holds these rows; its mismatched ratios average to the rows' z0."""
-    columns = {"margin": [r.margin for r in rows]}
+    columns = {"margin": [r.margin for r in rows], "forget": [r.forget for r in rows]}
     if weight is not None:
         columns["weight"] = weight
 
@@ -298,6 +299,7 @@ def random_rows(n: int, seed: int = 0, z0: float = 0.2) -> list[Row]:
                 nl=draw.randrange(2, 14),
                 z0=z0,
                 margin=draw.uniform(0, 2),
+                forget=float(len(rows) % 3 != 1),
                 qw=rw + draw.uniform(-2, 2),
                 ql=rl + draw.uniform(-2, 2),
                 ps=rs + draw.uniform(-2, 2),
@@ -484,6 +486,23 @@ def aqfl(rows: Sequence[Row]) -> list[float]:
 def forget_kto(rows: Sequence[Row]) -> list[float]:
     z = mean(r.uw for r in rows)
     return [1 + 20 * softplus(-(z - 0.1 * r.ul)) for r in rows]
+
+
+def on_part(rows: Sequence[Row], forget: bool, loss: Callable[[Row], float]) -> list[float]:
+    """A mean over some of the rows as values of all of them, whose mean it is."""
+    part = [row for row in rows if bool(row.forget) == forget]
+    return [len(rows) / len(part) * loss(row) if row in part else 0.0 for row in rows]
+
+
+def on_part_kto(rows: Sequence[Row]) -> list[float]:
+    values = iter(forget_kto([row for row in rows if row.forget]))
+    own = {id(row): next(values) for row in rows if row.forget}
+    return on_part(rows, True, lambda row: own[id(row)])
+
+
+def on_part_sft(rows: Sequence[Row]) -> list[float]:
+    part = [row for row in rows if not row.forget]
+    return [-len(rows) * row.pw / sum(r.nw for r in part) if row in part else 0.0 for row in rows]
 
 
 def tilted(rows: Sequence[Row], sign: int) -> list[float]:
@@ -880,6 +899,16 @@ CASES = [
     ),
     Case("dual(sft(nll='mean'), limit=0.5, weight=4.0, step=2.0)", lambda r: (4 * (-r.aw - 0.5),), 6.0),
     Case("dual(sft(nll='mean'), weight=4.0, step=2.0, warmup=1)", lambda r: (-4 * r.aw,), 8.0),
+    Case(
+        "on_forget(dpo(beta=0.1))",
+        batch_values=lambda rows: on_part(rows, True, lambda r: softplus(-0.1 * r.d)),
+        at_reference_vector=0.620957,
+    ),
+    Case("on_forget(kto_forget(beta=0.1))", batch_values=on_part_kto, held=True),
+    Case(
+        "on_retain(npo(beta=0.1))", batch_values=lambda rows: on_part(rows, False, lambda r: 20 * softplus(0.1 * r.ul))
+    ),
+    Case("on_retain(sft(nll='token'))", batch_values=on_part_sft),
     Case(
         "reweighted(dpo(beta=0.1), temperature=0.5)",
         batch_values=lambda rows: tilted(rows, -1),

@@ -99,7 +99,9 @@ def test_table_and_answers_are_shown(first, capsys):
         assert text in shown
 
 
-@pytest.mark.parametrize("loss", ["ga", "idk", "dpo_idk", "npo_kl", "simnpo_rt"])
+@pytest.mark.parametrize(
+    "loss", ["ga", "idk", "dpo_idk", "dpo_idk_rt", "dpo_idk_kl", "kto_forget_rt", "npo_kl", "simnpo_rt"]
+)
 def test_every_kind_of_objective(first, loss):
     folder, _ = first
     results = main(argv=words(folder, "--learn", "true", "--loss", loss, output=loss, epochs="1"))

@@ -411,7 +411,8 @@ def test_a_class_is_no_loss(tmp_path):
 
 AT_REST = {"kl_online", "kl_retain", "kl_prior", "rmu_retain"}
 """Objectives that a policy equal to its reference already minimises; tests of their own give them another one."""
-MOVING = {"hypo", "beta_dpo", "bco", "alpha_dpo", "kto_forget", "wga", "sat_imp", "undial", "dual", "pdu"}
+MOVING = {"hypo", "beta_dpo", "bco", "alpha_dpo", "kto_forget", "kto_forget_rt", "wga", "sat_imp", "undial", "dual",
+          "pdu"}  # fmt: skip
 """Objectives whose value is no measure of progress: draws, running statistics or weights move along with the policy.
 undial starts so near its minimum that six large steps overshoot it; it is tested with a reference of its own below."""
 
@@ -428,7 +429,7 @@ def test_every_registered_objective_trains(tmp_path, expression):
     """Ten pairs, eight steps: it runs, stays finite, and moves the policy."""
     wrapped = expression in available() and issubclass(available()[expression], Wrapper)
     loss = f"{expression}(dpo + 0.1*sft(nll='mean'))" if wrapped else FOR_TWO_LAYERS.get(expression, expression)
-    pairs = make_pairs(8, margin=[0.5] * 8)
+    pairs = make_pairs(8, margin=[0.5] * 8, forget=[0, 1] * 4)
     options = {"max_steps": 6, "learning_rate": 2e-3, "sample_max_new_tokens": 6, "per_device_train_batch_size": 8}
     trainer = make_trainer(tmp_path, loss=loss, train_dataset=pairs, **options)
     before = trainer.model.get_input_embeddings().weight.detach().clone()

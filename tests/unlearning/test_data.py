@@ -97,7 +97,7 @@ def test_overlapping_sets_are_refused():
 @pytest.mark.parametrize(
     ("loss", "step"),
     [("npo_rt", "answers"), ("ga", "answers"), ("npo_kl", "answers"), ("simnpo_rt", "answers"), ("idk", "idk"),
-     ("dpo_idk", "pairs"), ("kto_forget", "pairs")],
+     ("dpo_idk", "pairs"), ("kto_forget", "pairs"), ("dpo_idk_rt", "pairs"), ("altpo", "pairs")],
 )  # fmt: skip
 def test_the_objective_decides_what_is_learned_from_the_forget_set(loss, step):
     assert data_step(parse(loss)) == step
@@ -129,6 +129,14 @@ def test_pairs_set_another_answer_against_the_true_one(tokenizer):
     rows = forget_rows(FORGET, RETAIN, tokenizer, parse("dpo_idk"), idk=["No idea."])
     assert [row["chosen"][0]["content"] for row in rows] == ["No idea.", "A bridge."]
     assert [row["rejected"][0]["content"] for row in rows] == ["A fox.", "A dog."]
+
+
+@pytest.mark.parametrize("loss", ["dpo_idk_rt", "dpo_idk_kl", "kto_forget_rt", "altpo"])
+def test_pairs_to_retain_prefer_the_true_answer(tokenizer, loss):
+    rows = forget_rows(FORGET, RETAIN, tokenizer, parse(loss), idk=["No idea."])
+    assert rows["forget"][:] == [True, True, False, False, False]
+    assert [row["chosen"][0]["content"] for row in rows][:3] == ["No idea.", "A bridge.", RETAIN[0].answer]
+    assert [row["rejected"][0]["content"] for row in rows][1:] == ["A dog.", *["No idea."] * 3]
 
 
 def test_a_model_without_a_chat_template_reads_text(tokenizer):

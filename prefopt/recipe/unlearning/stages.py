@@ -25,7 +25,7 @@ from prefopt.recipe.unlearning.options import UnlearningArguments, options_of
 from prefopt.recipe.unlearning.sets import Sets, load_sets
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import Layout
-from prefopt.unlearning.data import data_step, forget_rows
+from prefopt.unlearning.data import data_step, forget_rows, uses_retain
 from prefopt.unlearning.learn import Lesson, learn
 from prefopt.unlearning.measure import Measured, check_gold, measure, stored
 from prefopt.unlearning.report import answers_side_by_side, as_json, draw, table_of
@@ -106,7 +106,7 @@ def make_trainer(
         max_length=ready.training.max_length, seed=ready.training.seed,
     )  # fmt: skip
     args = copy.copy(ready.training)
-    args.paired_retain = both = data_step(objective) != "pairs" and "chosen" in objective.roles
+    args.paired_retain = both = uses_retain(objective)
     forget = len(questions.forget)
     settle(args, script.rule, script.evaluate_every, 2 * forget if both else forget, models.gold is not None)
     make_room(recipe)

@@ -12,9 +12,16 @@ from typer.core import TyperGroup
 from prefopt import __version__
 from prefopt.safety.errors import message_of
 
+_ORDER = ("demo", "train", "check", "plan", "losses", "new", "unlearn", "pair")
+"""Commands whose help comes first."""
+
 
 class _Commands(TyperGroup):
-    """Ends a command with only the message if the error is meant for the user."""
+    """Lists commands in the order of a newcomer's needs, and ends one with the message alone of an error for users."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
     def invoke(self, ctx: Any) -> Any:
         try:

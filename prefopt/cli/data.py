@@ -113,7 +113,9 @@ def select_kernel(
     from prefopt.analysis.kernel_choice.choose import HIDDEN, choose
     from prefopt.analysis.kernel_choice.show import command, explain
     from prefopt.demo.data import load_demo
+    from prefopt.safety.noise import quiet_libraries
 
+    quiet_libraries()
     if model is not None and not (verify or embeddings == HIDDEN):
         fail("--model is not used: it is for --verify and for --embeddings hidden")
     if data is None and (columns or split != "train"):

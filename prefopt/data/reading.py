@@ -12,7 +12,8 @@ from prefopt.data.messages import without_nulls
 from prefopt.data.schema import kind
 
 _READ = ("weight", "tools", "chat_template_kwargs", *GIVEN_LOGPS, *EMBEDDINGS)
-_EXCERPT = 90
+_EXCERPT = 64
+"""Characters, so that a line fits into 80 columns."""
 
 
 def described(dataset: Dataset | IterableDataset) -> Iterator[str]:
@@ -36,5 +37,5 @@ def _excerpt(value: Any) -> str:
             if isinstance(message, dict)
         )
     text = value if isinstance(value, str) else str(value)
-    shown = text if len(text) <= _EXCERPT else f"{text[:60]} ... {text[-25:]}"
+    shown = text if len(text) <= _EXCERPT else f"{text[:42]} ... {text[-17:]}"
     return repr(shown)

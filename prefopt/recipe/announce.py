@@ -13,22 +13,21 @@ from prefopt.recipe.data import Data
 from prefopt.recipe.ready import Ready
 from prefopt.recipe.rehearsal import steps_of
 from prefopt.safety.redaction import redact
+from prefopt.safety.tables import print_field
 from prefopt.trainer.config import changed_trl_options
 
 
-def announce(recipe: Recipe, ready: Ready, data: Data) -> None:
+def announce(recipe: Recipe, ready: Ready, data: Data, objective: bool = True) -> None:
     """Print the run in a few lines: objective, model, data and rows, learning rate, batch, steps and device."""
     lines = {
-        "Objective": _objective(recipe),
+        **({"Objective": _objective(recipe)} if objective else {}),
         "Model": _model(recipe, ready),
         "Data": _data(recipe, data),
         "Training": _training(recipe, data.train),
         "Device": _device(recipe),
     }
     for name, value in lines.items():
-        recipe.console.print(
-            Text(f"{name:<10} ", style="bold").append(redact(value), style="not bold"), soft_wrap=True
-        )
+        print_field(recipe.console, name, Text(redact(value)))
 
 
 def _objective(recipe: Recipe) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftConfig
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from trl import get_peft_config
@@ -58,7 +59,7 @@ def dry_run(recipe: Recipe) -> None:
     except (MustBeMade, HubUnreachable) as error:
         console.print(f"No batch, steps or memory: {error}.", soft_wrap=True)
     else:
-        announce(recipe, ready, data)
+        announce(recipe, ready, data, objective=recipe.objective is None)
         batch = _first_batch(recipe, ready, data)
         console.print(*_decoded(batch, ready.tokenizer), sep="\n")
         console.print(_memory(recipe, ready, batch))
@@ -69,13 +70,13 @@ def dry_run(recipe: Recipe) -> None:
 
 
 def _show_settings(recipe: Recipe) -> None:
-    """Show what is known without model and data: objective, settings, global batch, the paper."""
+    """Show what is known without model and data: objective, settings, the paper with its global batch."""
     console = recipe.console
     if recipe.objective is not None:
         console.print(_objective(recipe.objective), soft_wrap=True)
     console.print(_settings(recipe))
-    console.print(_global_batch(recipe), soft_wrap=True)
     if recipe.paper:
+        console.print(_global_batch(recipe), soft_wrap=True)
         console.print(_paper(recipe))
 
 
@@ -200,7 +201,7 @@ def _readable(tokens: list[tuple[int, bool]], tokenizer: Any) -> Iterator[tuple[
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
-def _memory(recipe: Recipe, ready: Ready, batch: dict[str, torch.Tensor]) -> Table:
+def _memory(recipe: Recipe, ready: Ready, batch: dict[str, torch.Tensor]) -> Group:
     """The parts of `prefopt.planning.memory` for this batch, on the engine that this process was started under."""
     training, config, adapter = recipe.training, ready.config, _adapter_settings(recipe, ready)
     with torch.device("meta"):
@@ -216,11 +217,12 @@ def _memory(recipe: Recipe, ready: Ready, batch: dict[str, torch.Tensor]) -> Tab
         + ("" if activations.counted else ", a rule of thumb"),
     }
     shape = f"{rows.count} x {rows.length}, {rows.scored} scored"
-    shown = table("part", "GB", right=("GB",), title=f"Memory per process for rows like these ({shape}), {engine}")
+    title = f"Memory per process for rows like these ({shape}), {engine}"
+    shown = table("part", "GB", right=("GB",))
     for part, size in need.parts.items():
         shown.add_row(labels.get(part, part), f"{size / 1e9:.2f}")
     shown.add_row("sum", f"{need.total / 1e9:.2f}", style="bold")
-    return shown
+    return Group(Text(title, style="bold"), shown)
 
 
 def _setting(recipe: Recipe, config: Any) -> Setting:

@@ -153,8 +153,8 @@ def _split(
     of = f" with all rows of {prompts} prompts" if shared else ""
     if count:
         recipe.console.print(
-            f"The data has no split {recipe.script.dataset_test_split!r}: {count} of its {total} rows are held "
-            f"out{of} (--eval_rows 0 trains on all).",
+            f"The data has no split {recipe.script.dataset_test_split!r}: {count} of its {total} rows "
+            f"{'is' if count == 1 else 'are'} held out{of} (--eval_rows 0 trains on all).",
             soft_wrap=True,
         )
     elif shared:

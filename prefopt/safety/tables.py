@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 
 def table(*headings: str, right: Collection[str] = (), **options: Any) -> Table:
@@ -21,3 +23,14 @@ def table(*headings: str, right: Collection[str] = (), **options: Any) -> Table:
         if column.header in right:
             column.justify, column.no_wrap = "right", True
     return empty
+
+
+def print_field(console: Console, name: str, value: Text, width: int = 10) -> None:
+    """Print `name  value`; a terminal continues long values below the value, a file has them in one line."""
+    head = Text(f"{name:<{width}} ", style="bold")
+    if not console.is_terminal:
+        console.print(head.append(value), soft_wrap=True)
+        return
+    line = Table.grid(Column(no_wrap=True), Column(overflow="fold"))
+    line.add_row(head, value)
+    console.print(line)

@@ -205,7 +205,7 @@ class TestAnnouncement:
         more = ["--use_peft", "--lora_r", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "0.25"]
         main("npo_rt(beta=0.1)", [*arguments(tmp_path, data), "--beta", "0.3", *more, "--dry_run"])
         shown = capsys.readouterr().out
-        for part in ["Objective  npo(beta=0.3) + sft(nll='token')", "a new LoRA adapter of rank 4",
+        for part in ["Objective\n  npo(beta=0.3)\n", "\n  sft(nll='token')\n", "a new LoRA adapter of rank 4",
                      f"{data}: 24 examples, 6 examples held out", "2 steps of 8 examples (4 a process x 2 accumulated",
                      "learning rate 0.25 (linear)", "Device     cpu, float32"]:  # fmt: skip
             assert part in shown

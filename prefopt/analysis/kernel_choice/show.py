@@ -56,18 +56,18 @@ def _measures(choice: Choice) -> Table:
     return made
 
 
-def _selection(choice: Choice) -> Text:
-    found = choice.selection
-    text = Text("\nkernel      ", style="not bold cyan").append(found.kernel, style="bold default")
-    text.append(f": {found.kernel_reason}\n", style="default")
-    text.append("divergence  ").append(found.divergence, style="bold default")
-    text.append(f": {found.divergence_reason}\n", style="default")
-    if found.doubt:
-        text.append("but         ", style="yellow").append(f"{found.doubt}\n", style="default")
-    text.append(
-        "Names of the measures are the paper's; formulas, thresholds and order are our reading.\n", style="dim"
-    )
-    return text
+def _selection(choice: Choice) -> Group:
+    selected = choice.selection
+    reasons = Table.grid("", "", padding=(0, 2, 0, 0))
+    for what, name, reason in (
+        ("kernel", selected.kernel, selected.kernel_reason),
+        ("divergence", selected.divergence, selected.divergence_reason),
+    ):
+        reasons.add_row(Text(what, style="cyan"), Text(name, style="bold").append(f": {reason}", style="not bold"))
+    if selected.doubt:
+        reasons.add_row(Text("but", style="yellow"), Text(selected.doubt))
+    note = "Names of the measures are the paper's; formulas, thresholds and order are our reading.\n"
+    return Group("", reasons, Text(note, style="dim"))
 
 
 def _ranking(trial: Trial, selected: Outcome) -> Table:

@@ -6,7 +6,17 @@ and ends a program.
 
 from __future__ import annotations
 
-from prefopt.cli import data, judge, losses, new, pair, runs, sample, unlearn  # noqa: F401  (each adds its commands)
+from prefopt.cli import (  # noqa: F401  (each adds its commands)
+    data,
+    judge,
+    losses,
+    new,
+    pair,
+    rounds,
+    runs,
+    sample,
+    unlearn,
+)
 from prefopt.cli.app import app
 from prefopt.safety.noise import quiet_warnings
 

@@ -117,10 +117,10 @@ def _pair_samples(
     seed: int,
 ) -> None:
     from prefopt.evaluation.judgements import read_judgements
-    from prefopt.generation.samples import PromptRow, read_samples
+    from prefopt.generation.samples import read_samples
+    from prefopt.generation.stage import read_prompts
     from prefopt.online.builders import parse_builder
     from prefopt.online.pairing import PairSettings, write_pairs
-    from prefopt.safety.jsonl import read_jsonl
 
     how = PairSettings(
         parse_builder(builder),
@@ -135,7 +135,7 @@ def _pair_samples(
     if (gold is None) != (prompts is None):
         fail("--gold names a column of --prompts: name both or neither")
     judged = [] if judgements is None else list(read_judgements(judgements))
-    rows = [] if prompts is None else [PromptRow(row["prompt"], row) for row in read_jsonl(prompts)]
+    rows = [] if prompts is None else read_prompts(prompts)[0]
     counts = write_pairs(out, list(read_samples(samples)), judged, how, rows)
     for line in counts.lines():
         say(line)

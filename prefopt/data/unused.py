@@ -25,6 +25,8 @@ _MAP_NUMBERS = (
     "a 'weight' weighs rows, a 'margin' is read by margin_dpo, 'chosen_score' and 'rejected_score' are read by losses "
     "that use scores: map it to one of them, or choose such a loss"
 )
+_PAIRS = "prefopt.pairs/"
+"""The schema of pairs that `prefopt pair` wrote: their scores are there for losses that read them."""
 _TOOLS = re.compile(r"(available_)?(tools|functions)", re.IGNORECASE)
 
 
@@ -37,6 +39,8 @@ def unused_columns(dataset: Dataset | IterableDataset, used: Collection[str] = (
     """
     names = [name for name in column_names(dataset) if name not in {*used, "weight"}]
     rows = first_rows(dataset, PEEKED_ROWS)
+    if rows and str(rows[0].get("schema")).startswith(_PAIRS):
+        return {}
     found = {}
     for name in names:
         values = [row.get(name) for row in rows]

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,7 @@ class PairCounts:
     def as_json(self) -> dict[str, Any]:
         return {
             name: dict(sorted(value.items())) if isinstance(value, dict) else value
-            for name, value in asdict(self).items()
+            for name, value in vars(self).items()
         }
 
     def lines(self) -> list[str]:

@@ -81,6 +81,14 @@ def load_frozen(name: str | None, ready: Ready) -> Any:
     return load_model(name, {option: value for option, value in ready.options.items() if option != "revision"})
 
 
+def load_to_sample(name: str, recipe: Recipe, ready: Ready) -> Any:
+    """A model or a saved adapter in evaluation mode, on this process's device, loaded as the policy is."""
+    options: dict[str, Any] = {**ready.options, "device_map": None}
+    if (quantization := get_quantization_config(recipe.model)) is not None:
+        return load_model(name, {**options, "quantization_config": quantization}).eval()
+    return load_model(name, options).to(ready.training.device).eval()
+
+
 def card_notes(recipe: Recipe, ready: Ready, data: Data) -> RunNotes:
     """Facts for the model card that only the command line knows."""
     script = recipe.script

@@ -89,6 +89,7 @@ def test_what_cannot_be_used_is_counted_by_reason():
     }  # fmt: skip
     assert counts.prompts_without_pair == {"fewer than two scored completions": 1, "all scores are equal": 1}
     assert counts.pairs_left_out == {"tie": 1}
+    assert counts.as_json()["pairs_left_out"] == {"tie": 1}
     assert "2 prompts without a pair: 1 fewer than two scored completions, 1 all scores are equal" in counts.lines()
 
 

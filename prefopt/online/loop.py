@@ -1,0 +1,236 @@
+"""Rounds: sample, judge, pair, train, evaluate, again. Each stage is durable, and continues where it was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from prefopt.evaluation.judgements import read_judgements
+from prefopt.generation.samples import PromptRow, SamplingSettings, read_samples
+from prefopt.generation.stage import sample_to_file
+from prefopt.online.folders import Manifest, RoundFolder
+from prefopt.online.generators import Generators
+from prefopt.online.judging import Judges
+from prefopt.online.options import heldout_sampling_of, options_of, pairing_of, sampling_of
+from prefopt.online.pairing import write_pairs
+from prefopt.online.policy import RoundPlan, plan_round, prompts_of
+from prefopt.online.summary import heldout_numbers, rounds_table, sample_numbers
+from prefopt.online.training import average_models, remove_checkpoints, train_round
+from prefopt.recipe import Recipe
+from prefopt.recipe.ready import Ready
+from prefopt.safety.errors import UsageError
+from prefopt.safety.files import write_text
+from prefopt.safety.redaction import redacted
+from prefopt.trainer.config import default_of
+
+_WITHOUT_EFFECT = re.compile(
+    r"output_dir|run_name|project|report_to|push_to_hub|hub_.*|trackio_.*|logging_.*|log_.*|disable_tqdm|do_.*|save_.*"
+    r"|eval_.*|dataloader_(num_workers|pin_memory|prefetch_factor|persistent_workers)|dataset_num_proc|.*_token|demo"
+    r"|dry_run|rounds|(heldout_)?prompts|per_device_eval_batch_size|model_init_kwargs|.*_plugin|.*_config|use_cpu"
+    r"|deepspeed|fsdp.*|resume_from_checkpoint"
+)
+"""Options that the files of a run do not depend on, or that stand elsewhere in its settings."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a run.
+
+    Attributes:
+        train: to sample from.
+        heldout: to evaluate on; may be empty.
+    """
+
+    train: list[PromptRow]
+    heldout: list[PromptRow]
+
+
+class Rounds:
+    """A run of rounds; every process of `accelerate launch` has one and calls `run`.
+
+    Args:
+        recipe: the options.
+        ready: the initial model, and its tokenizer.
+        prompts: of the run.
+        judges: of samples and of held-out answers; None if no builder needs a score.
+        generators: make the generator of a model.
+    """
+
+    def __init__(self, recipe: Recipe, ready: Ready, prompts: Prompts, judges: Judges | None, generators: Generators):
+        self._recipe, self._ready, self._prompts = recipe, ready, prompts
+        self._judges, self._generators = judges, generators
+        self._script, self._seed = options_of(recipe), int(recipe.training.seed)
+        self._run = Path(recipe.training.output_dir)
+        self._pairing = pairing_of(self._script, None if judges is None else judges.weights, self._seed)
+        if judges is None and self._pairing.builder.needs_scores:
+            raise UsageError(f"pairs {self._pairing.builder} needs scores: name a judge with --judges")
+        self._manifest = Manifest(self._run, _settings(recipe, prompts, judges))
+
+    def run(self) -> list[dict[str, Any]]:
+        """All rounds, from where an earlier call got to.
+
+        Returns:
+            The summaries of the initial model and of each round.
+        """
+        if self._manifest.begun:
+            self._say(f"Continuing the run in {self._run}")
+        self._store_prompts()
+        summaries = [self._initial()]
+        for number in range(1, self._script.rounds + 1):
+            summaries.append(self._round(number))
+            self._recipe.console.print(rounds_table(summaries))
+        self._generators.close()
+        if self._judges is not None:
+            self._judges.close()
+        return summaries
+
+    # ---- one round -------------------------------------------------------------------------------------------------
+
+    def _initial(self) -> dict[str, Any]:
+        """The held-out evaluation of the model before the first round."""
+        folder = RoundFolder(self._run, 0)
+        return self._evaluated(folder, self._ready.model, {"round": 0})
+
+    def _round(self, number: int) -> dict[str, Any]:
+        folder, once = RoundFolder(self._run, number), self._manifest.once
+        plan = plan_round(self._script, self._run, self._ready.model, str(self._recipe.training.loss), number)
+        prompts = prompts_of(self._script, self._prompts.train, number, self._seed)
+        words = {name: self._short(text) for name, text in plan.words.items()} | {"prompts": str(len(prompts))}
+        self._say(f"Round {number}: " + ", ".join(f"{name} {text}" for name, text in words.items()))
+
+        once(number, "sample", [folder.samples], partial(self._sample, folder, plan.sampler, prompts))
+        once(number, "judge", [folder.judgements], partial(self._judge, folder.samples, folder.judgements, prompts))
+        once(number, "pair", [folder.pairs, folder.counts], partial(self._pair, folder, prompts))
+        self._generators.close()  # its memory is for training
+        once(number, "train", [folder.training], partial(self._train, folder, plan))
+        remove_checkpoints(folder)
+        return self._evaluated(folder, str(folder.model), self._facts(folder, words))
+
+    def _sample(self, folder: RoundFolder, model: str, prompts: Sequence[PromptRow]) -> None:
+        settings = sampling_of(self._script, folder.number, self._seed)
+        self._draw(folder.samples, model, prompts, settings, folder.number)
+
+    def _draw(
+        self, path: Path, model: str, prompts: Sequence[PromptRow], settings: SamplingSettings, number: int
+    ) -> None:
+        self._say(f"Sampling {settings.samples} completions of each of {len(prompts)} prompts")
+        sample_to_file(self._generators.open(model), prompts, settings, path, number)
+
+    def _judge(self, samples: Path, path: Path, prompts: Sequence[PromptRow]) -> None:
+        if self._judges is None:
+            self._write(path, "")
+            return
+        self._say("Judging")
+        self._judges.to_file(list(read_samples(samples)), prompts, path)
+
+    def _pair(self, folder: RoundFolder, prompts: Sequence[PromptRow]) -> None:
+        if PartialState().is_main_process:
+            samples, judgements = list(read_samples(folder.samples)), list(read_judgements(folder.judgements))
+            counts = write_pairs(folder.pairs, samples, judgements, self._pairing, prompts)
+            write_text(folder.counts, _json(counts.as_json()))
+            for line in counts.lines():
+                self._say(line)
+        PartialState().wait_for_everyone()
+
+    def _train(self, folder: RoundFolder, plan: RoundPlan) -> None:
+        pairs = int(json.loads(folder.counts.read_text(encoding="utf-8"))["pairs"])
+        if not pairs:
+            raise UsageError(
+                f"round {plan.number} has no pairs to train on; {folder.counts} says why. The model of the round "
+                "before is the result; or change how pairs are made, in another --output_dir"
+            )
+        if self._judges is not None:
+            self._judges.close()
+        if plan.reference == str(folder.reference):
+            older = RoundFolder(self._run, plan.number - 1).reference
+            old = str(older) if plan.number > 2 else self._ready.model
+            average_models(old, plan.sampler, self._script.average_decay, folder.reference, self._ready)
+        keeps = self._script.round_optimizer == "keep"
+        trained = train_round(self._recipe, plan, folder, pairs, keeps)
+        self._write(folder.training, _json(vars(trained)))
+
+    def _evaluated(self, folder: RoundFolder, model: str, facts: dict[str, Any]) -> dict[str, Any]:
+        """The facts of a round with its held-out numbers; they are stored as its summary."""
+        if self._manifest.is_done(folder.number, "evaluate"):
+            summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
+            return summary
+        files = [folder.summary]
+        if heldout := self._prompts.heldout:
+            settings = heldout_sampling_of(self._script, self._seed)
+            self._draw(folder.heldout_samples, model, heldout, settings, folder.number)
+            self._judge(folder.heldout_samples, folder.heldout_judgements, heldout)
+            files += [folder.heldout_samples, folder.heldout_judgements]
+            samples = list(read_samples(folder.heldout_samples))
+            judgements = list(read_judgements(folder.heldout_judgements))
+            facts = {**facts, "heldout": heldout_numbers(samples, judgements, self._pairing.weights)}
+        self._write(folder.summary, _json(facts))
+        self._manifest.done(folder.number, "evaluate", files)
+        return facts
+
+    def _facts(self, folder: RoundFolder, words: Mapping[str, str]) -> dict[str, Any]:
+        samples, judgements = list(read_samples(folder.samples)), list(read_judgements(folder.judgements))
+        return {
+            "round": folder.number,
+            "policy": dict(words),
+            "samples": sample_numbers(samples, judgements, self._pairing.weights),
+            "pairs": json.loads(folder.counts.read_text(encoding="utf-8")),
+            "training": json.loads(folder.training.read_text(encoding="utf-8")),
+        }
+
+    # ---- files and the screen --------------------------------------------------------------------------------------
+
+    def _store_prompts(self) -> None:
+        for name, rows in (("prompts", self._prompts.train), ("heldout_prompts", self._prompts.heldout)):
+            lines = ({"prompt_id": row.id, "prompt": row.prompt, **row.columns} for row in rows)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            if rows and not (self._run / f"{name}.jsonl").exists():
+                self._write(self._run / f"{name}.jsonl", text)
+
+    def _write(self, path: Path, text: str) -> None:
+        if PartialState().is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+        PartialState().wait_for_everyone()
+
+    def _short(self, text: str) -> str:
+        """Without the folder of the run, and the initial model by that name."""
+        return text.replace(f"{self._run}/", "").replace(self._ready.model, "the initial model")
+
+    def _say(self, line: str) -> None:
+        self._recipe.console.print(line, soft_wrap=True, markup=False)
+
+
+def _settings(recipe: Recipe, prompts: Prompts, judges: Judges | None) -> dict[str, Any]:
+    """All that the files of a run depend on."""
+    changed = {
+        option.name: redacted(getattr(value, "value", value), option.name)
+        for part in (recipe.script, recipe.training, recipe.model)
+        for option in dataclasses.fields(part)
+        if (value := getattr(part, option.name)) != default_of(option) and not _WITHOUT_EFFECT.fullmatch(option.name)
+    }
+    return {
+        **changed,
+        "loss": recipe.training.loss,
+        "seed": recipe.training.seed,
+        "content of prompts": _digest(prompts.train),
+        "content of heldout_prompts": _digest(prompts.heldout),
+        "settings of judges": "" if judges is None else judges.digest,
+    }
+
+
+def _digest(rows: Sequence[PromptRow]) -> str:
+    lines = json.dumps([(row.id, dict(row.columns)) for row in rows], sort_keys=True, default=str)
+    return hashlib.sha256(lines.encode("utf-8")).hexdigest()[:16]
+
+
+def _json(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,163 @@
+"""The options of rounds, beside those of a recipe: prompts, sampling, judges, pairs, and the policy of each round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, cast
+
+from prefopt.generation.samples import SamplingSettings
+from prefopt.online.builders import parse_builder
+from prefopt.online.pairing import PairSettings
+from prefopt.recipe.arguments import Recipe, RecipeArguments
+from prefopt.safety.errors import UsageError
+
+_PAIRS = "the pairs of a round are drawn from the model: prompts are named with --prompts"
+_POLICY = "--round_reference says which model is the reference of a round"
+_OWN = "a run of rounds continues by itself where it was stopped: start the same command again"
+
+
+@dataclass
+class RoundsArguments(RecipeArguments):
+    """What a run of rounds needs beside `ModelConfig` and `PreferenceConfig`."""
+
+    demo_config: ClassVar[Path] = Path(__file__).parent / "demo.yaml"
+    data_options: ClassVar[tuple[str, ...]] = ("prompts",)
+    bundled_words: ClassVar[str] = "the bundled arithmetic problems"
+    no_effect: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("dataset_name", "dataset_train_split", "dataset_test_split", "dataset_config"), _PAIRS),
+        **dict.fromkeys(("dataset_streaming", "columns", "format", "eval_rows", "embeddings"), _PAIRS),
+        **dict.fromkeys(("ref_model_name_or_path", "previous_model_name_or_path"), _POLICY),
+        **dict.fromkeys(("resume_from_checkpoint", "overwrite_output_dir", "evaluate_first"), _OWN),
+        "eval_strategy": "each round ends with an evaluation on --heldout_prompts",
+        "load_best_model_at_end": "each round ends with its last step; the table shows which round is best",
+    }
+
+    prompts: str | None = field(
+        default=None, metadata={"help": "A .jsonl file with one prompt a line, and columns for judges and --gold."}
+    )
+    heldout_prompts: str | None = field(
+        default=None, metadata={"help": "A file like --prompts, of other prompts: each round is evaluated on them."}
+    )
+    rounds: int = field(default=3, metadata={"help": "How many times to sample, judge, pair and train."})
+    samples: int = field(default=8, metadata={"help": "Samples of each prompt in a round."})
+    temperature: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Of sampling; one number a round, the last for all others."}
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest tokens with this much probability."})
+    top_k: int = field(default=0, metadata={"help": "Draw among this many likeliest tokens; 0 for all."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Where a sample is cut."})
+    stop: list[str] | None = field(default=None, metadata={"help": "Texts that end a sample."})
+    judges: list[str] | None = field(
+        default=None, metadata={"help": "Judges of samples, as in: number,column=answer  my_judges:score,weight=0.5"}
+    )
+    pairs: str = field(
+        default="best_worst", metadata={"help": "Makes the pairs of a prompt: round_robin(pairs=10), tournament, ..."}
+    )
+    gold: str | None = field(
+        default=None, metadata={"help": "The prompts' column with a gold answer that joins the winners."}
+    )
+    unfinished: str = field(
+        default="drop", metadata={"help": "Samples that were cut: drop or keep them.", "choices": ["drop", "keep"]}
+    )
+    duplicates: str = field(
+        default="merge",
+        metadata={"help": "Samples with the same text: merge or keep them.", "choices": ["merge", "keep"]},
+    )
+    round_reference: str = field(
+        default="previous",
+        metadata={
+            "help": "The reference of a round: the initial model, the model of the previous round (which drew the "
+            "samples), a moving average of the rounds' models, or none, for losses without one.",
+            "choices": ["initial", "previous", "moving_average", "none"],
+        },
+    )
+    average_decay: float = field(
+        default=0.9, metadata={"help": "Share of the old average in a moving average, per round."}
+    )
+    round_start: str = field(
+        default="continue",
+        metadata={
+            "help": "Where the weights of a round start: continue from the last round, or from the initial model.",
+            "choices": ["continue", "initial"],
+        },
+    )
+    round_optimizer: str = field(
+        default="new",
+        metadata={"help": "The optimizer's state in a round: new, or kept from the last.", "choices": ["new", "keep"]},
+    )
+    round_prompts: str = field(
+        default="all",
+        metadata={
+            "help": "Prompts of a round: all, disjoint parts of --prompts_per_round, or as many drawn at random.",
+            "choices": ["all", "disjoint", "sampled"],
+        },
+    )
+    prompts_per_round: int = field(default=0, metadata={"help": "How many, for disjoint and sampled."})
+    round_losses: list[str] | None = field(
+        default=None, metadata={"help": "The loss of each round, if they differ; the last for all others."}
+    )
+    heldout_samples: int = field(
+        default=1, metadata={"help": "Samples of each held-out prompt; a single one is the likeliest (greedy)."}
+    )
+
+    def __post_init__(self) -> None:
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
+        for name in ("rounds", "samples", "max_new_tokens", "heldout_samples"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not self.temperature or min(self.temperature) < 0:
+            raise UsageError(f"temperature must be numbers of 0 or more, got {self.temperature}")
+        if not 0 <= self.average_decay <= 1:
+            raise UsageError(f"average_decay must be from 0 to 1, got {self.average_decay}")
+        if (self.round_prompts != "all") != (self.prompts_per_round > 0):
+            raise UsageError(
+                f"prompts_per_round is {self.prompts_per_round} and round_prompts {self.round_prompts}: `disjoint` "
+                "and `sampled` need a number, and `all` takes none"
+            )
+        if self.round_optimizer == "keep" and self.round_start == "initial":
+            raise UsageError("round_optimizer keep is of no use with round_start initial: it belongs to other weights")
+        parse_builder(self.pairs)
+
+
+def options_of(recipe: Recipe) -> RoundsArguments:
+    """The recipe's own options."""
+    assert isinstance(recipe.script, RoundsArguments)
+    return recipe.script
+
+
+def sampling_of(script: RoundsArguments, number: int, seed: int) -> SamplingSettings:
+    """How the samples of a round are drawn."""
+    temperature = script.temperature[min(number, len(script.temperature)) - 1]
+    return SamplingSettings(
+        script.samples, temperature, script.top_p, script.top_k, script.max_new_tokens, tuple(script.stop or ()), seed
+    )
+
+
+def heldout_sampling_of(script: RoundsArguments, seed: int) -> SamplingSettings:
+    """How held-out prompts are answered: a single answer greedily, several as the first round samples."""
+    sampling = sampling_of(script, 1, seed)
+    greedy = script.heldout_samples == 1
+    return SamplingSettings(
+        script.heldout_samples,
+        0.0 if greedy else sampling.temperature,
+        1.0 if greedy else sampling.top_p,
+        0 if greedy else sampling.top_k,
+        sampling.max_new_tokens,
+        sampling.stop,
+        seed,
+    )
+
+
+def pairing_of(script: RoundsArguments, weights: Mapping[str, float] | None, seed: int) -> PairSettings:
+    """How samples become pairs."""
+    return PairSettings(
+        parse_builder(script.pairs),
+        weights,
+        script.gold,
+        cast("Literal['drop', 'keep']", script.unfinished),
+        cast("Literal['merge', 'keep']", script.duplicates),
+        seed,
+    )

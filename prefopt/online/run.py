@@ -1,0 +1,99 @@
+"""`prefopt rounds run` and `recipes/rounds.py`: from a command line to a run of rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.generation.stage import read_prompts
+from prefopt.losses import parse
+from prefopt.online.builders import parse_builder
+from prefopt.online.generators import InMemory
+from prefopt.online.judging import Judges, judges_of
+from prefopt.online.loop import Prompts, Rounds
+from prefopt.online.options import RoundsArguments, options_of, sampling_of
+from prefopt.online.policy import loss_of, plan_round, prompts_of
+from prefopt.recipe import Recipe, parse_arguments, preflight
+from prefopt.recipe.ready import Ready
+from prefopt.safety.errors import UsageError
+
+LOSS = "irpo(beta=0.1, alpha=1.0)"
+
+
+def load_prompts(recipe: Recipe) -> Prompts:
+    """The prompts of a run, checked.
+
+    Raises:
+        UsageError: if a file holds no prompts, or a held-out prompt is among those to train on.
+    """
+    script = options_of(recipe)
+    if recipe.bundled_data:
+        raise UsageError("--prompts names the file of prompts")
+    train, repeated = read_prompts(Path(str(script.prompts)))
+    heldout: list[Any] = []
+    if script.heldout_prompts is not None:
+        heldout, more = read_prompts(Path(script.heldout_prompts))
+        repeated += more
+    if repeated:
+        recipe.console.print(f"{repeated} prompts that are repeated in a file are used once.", soft_wrap=True)
+    shared = {row.id for row in train} & {row.id for row in heldout}
+    if shared:
+        raise UsageError(
+            f"{len(shared)} prompts of --heldout_prompts are in --prompts too, the first {sorted(shared)[0]}: take "
+            "them out of one of the files"
+        )
+    return Prompts(train, heldout)
+
+
+def start(recipe: Recipe, ready: Ready, prompts: Prompts, judges: Judges | None) -> Rounds:
+    """The run, checked in what does not need a model in memory."""
+    _check(recipe, ready, prompts)
+    return Rounds(recipe, ready, prompts, judges, InMemory(recipe, ready))
+
+
+def _check(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
+    script, loss = options_of(recipe), recipe.training.loss
+    if loss is None:
+        raise UsageError("rounds need a loss expression, such as --loss irpo")
+    builder = parse_builder(script.pairs)
+    for number in range(1, script.rounds + 1):
+        objective = parse(loss_of(script, loss, number))
+        if builder.supervised and "rejected" in objective.roles:
+            raise UsageError(f"pairs {builder} makes rows without a rejected completion, and {objective} needs pairs")
+        plan_round(script, Path(recipe.training.output_dir), ready.model, loss, number)
+        prompts_of(script, prompts.train, number, recipe.training.seed)
+
+
+def dry_run(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
+    """Print what each round would do; nothing is sampled or trained."""
+    _check(recipe, ready, prompts)
+    script, run = options_of(recipe), Path(recipe.training.output_dir)
+    for number in range(1, script.rounds + 1):
+        plan = plan_round(script, run, ready.model, str(recipe.training.loss), number)
+        sampling = sampling_of(script, number, recipe.training.seed)
+        count = len(prompts_of(script, prompts.train, number, recipe.training.seed))
+        drawn = f"{sampling.samples} samples of each of {count} prompts at temperature {sampling.temperature:g}"
+        words = ", ".join(f"{name} {text}" for name, text in plan.words.items())
+        recipe.console.print(f"Round {number}: {drawn}, pairs {script.pairs}; {words}", soft_wrap=True, markup=False)
+    recipe.console.print(f"Held-out prompts: {len(prompts.heldout)}. Dry run: nothing was trained.", soft_wrap=True)
+
+
+def main(loss: str = LOSS, argv: Sequence[str] | None = None) -> list[dict[str, Any]] | None:
+    """Run rounds; `recipes/rounds.py` writes out the same steps.
+
+    Args:
+        loss: the loss expression, unless the command line or a config has another.
+        argv: the command line's words; default: those of this process.
+
+    Returns:
+        The summaries of the initial model and of the rounds; None after a dry run.
+    """
+    recipe = parse_arguments(loss, argv, RoundsArguments)
+    ready = preflight(recipe)
+    prompts = load_prompts(recipe)
+    judges = judges_of(options_of(recipe).judges or [])
+    if recipe.script.dry_run:
+        dry_run(recipe, ready, prompts)
+        return None
+    return start(recipe, ready, prompts, judges).run()

@@ -1,0 +1,253 @@
+"""Whole runs of rounds on a tiny model: files, policies, what is refused, what is continued."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from prefopt.online import loop
+from prefopt.online.folders import Manifest
+from prefopt.online.run import main
+from prefopt.safety.errors import UsageError
+from prefopt.safety.jsonl import read_jsonl
+from tests.online.rounds import files, same_weights, weights, words
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """A finished run of two rounds, and its folder."""
+    folder = tmp_path_factory.mktemp("rounds")
+    return folder, main(argv=words(folder))
+
+
+def test_each_round_has_its_files_and_numbers(first):
+    folder, summaries = first
+    assert [summary["round"] for summary in summaries] == [0, 1, 2]
+    for number in (1, 2):
+        path = folder / "out" / f"round-{number}"
+        samples, pairs = list(read_jsonl(path / "samples.jsonl")), list(read_jsonl(path / "pairs.jsonl"))
+        assert (len(samples), {row["round"] for row in samples}) == (24, {number})
+        assert summaries[number]["pairs"]["pairs"] == summaries[number]["training"]["rows"] == len(pairs) > 0
+        assert all(row["margin"] > 0 for row in pairs)
+        assert json.loads((path / "summary.json").read_text()) == summaries[number]
+        assert summaries[number]["heldout"]["scored"] == 3
+    assert not same_weights(weights(folder / "out", 1), weights(folder / "out", 2))
+    assert summaries[2]["policy"] == {
+        "loss": "irpo(beta=0.1)", "samples from": "round-1/model", "starts from": "round-1/model",
+        "reference": "round-1/model (previous)", "optimizer": "new", "prompts": "6",
+    }  # fmt: skip
+
+
+def test_samples_of_a_round_are_of_the_model_that_the_round_before_trained(first):
+    folder, _ = first
+    models = [{row["model"] for row in read_jsonl(folder / "out" / f"round-{n}" / "samples.jsonl")} for n in (1, 2)]
+    heldout = [
+        {row["model"] for row in read_jsonl(folder / "out" / f"round-{n}" / "heldout_samples.jsonl")} for n in (0, 1)
+    ]
+    assert models == heldout
+    assert models[0] != models[1]
+
+
+def test_a_finished_run_is_only_reported_and_more_rounds_can_be_added(first, tmp_path):
+    folder, summaries = first
+    shutil.copytree(folder, tmp_path / "copy")
+    before = files(tmp_path / "copy" / "out")
+    assert main(argv=words(tmp_path / "copy", model_name_or_path=folder / "llama-0")) == summaries
+    assert files(tmp_path / "copy" / "out") == before
+    longer = main(argv=words(tmp_path / "copy", rounds=3, model_name_or_path=folder / "llama-0"))
+    assert longer[:3] == summaries
+    assert longer[3]["policy"]["starts from"] == "round-2/model"
+
+
+def test_another_setting_or_a_changed_file_is_refused(first, tmp_path):
+    folder, _ = first
+    shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(UsageError, match=r"other settings: learning_rate was 0.001, now 0.1\. Name another"):
+        main(argv=words(tmp_path / "copy", learning_rate=0.1, model_name_or_path=folder / "llama-0"))
+    with pytest.raises(UsageError, match="other settings: loss was"):
+        main(argv=words(tmp_path / "copy", loss="dpo", model_name_or_path=folder / "llama-0"))
+    pairs = tmp_path / "copy" / "out" / "round-1" / "pairs.jsonl"
+    pairs.write_text(pairs.read_text().replace("best", "worst"))
+    with pytest.raises(UsageError, match=r"pairs.jsonl has changed since round 1 was done with it \(pair\)"):
+        main(argv=words(tmp_path / "copy", model_name_or_path=folder / "llama-0"))
+
+
+def test_a_deleted_file_is_made_again_and_all_that_follows(first, tmp_path):
+    folder, summaries = first
+    shutil.copytree(folder, tmp_path / "copy")
+    run = tmp_path / "copy" / "out"
+    (run / "round-2" / "pairs.jsonl").unlink()
+    shutil.rmtree(run / "round-2" / "model")
+    assert main(argv=words(tmp_path / "copy", model_name_or_path=folder / "llama-0")) == summaries
+    assert files(run) == files(folder / "out")
+    assert same_weights(weights(run, 2), weights(folder / "out", 2))
+
+
+# ---- policies ----------------------------------------------------------------------------------------------------
+
+
+def test_restarting_from_the_initial_model_with_the_last_as_reference(tmp_path):
+    summaries = main(argv=words(tmp_path, round_start="initial"))
+    policy = summaries[2]["policy"]
+    assert (policy["samples from"], policy["starts from"]) == ("round-1/model", "the initial model")
+    assert policy["reference"] == "round-1/model (previous)"
+
+
+def test_inpo_compares_with_the_initial_model_and_the_previous_iterate(tmp_path):
+    loss = "inpo(eta=0.1, tau=0.03)"
+    summaries = main(argv=words(tmp_path, loss=loss, round_reference="initial", pairs="tournament"))
+    assert "previous iterate" not in summaries[1]["policy"]
+    assert summaries[2]["policy"]["previous iterate"] == "round-1/model"
+    assert summaries[2]["policy"]["reference"] == "the initial model (initial)"
+    # At the start of a round policy and previous iterate are equal, so h is a third of the reference's distance.
+    assert summaries[2]["training"]["steps"] == 3
+
+
+def test_a_moving_average_is_between_its_models(tmp_path):
+    main(argv=words(tmp_path, rounds=3, round_reference="moving_average", average_decay=0.25))
+    from safetensors.torch import load_file
+
+    start = load_file(tmp_path / "llama-0" / "model.safetensors")
+    average = load_file(tmp_path / "out" / "round-3" / "reference" / "model.safetensors")
+    one, two = weights(tmp_path / "out", 1), weights(tmp_path / "out", 2)
+    for name, value in average.items():
+        expected = 0.25 * (0.25 * start[name] + 0.75 * one[name]) + 0.75 * two[name]
+        assert (value - expected).abs().max() < 1e-6
+
+
+def test_the_optimizer_may_keep_its_state(tmp_path):
+    new = main(argv=words(tmp_path, output="new"))
+    keep = main(argv=words(tmp_path, output="keep", round_optimizer="keep"))
+    assert (new[2]["policy"]["optimizer"], keep[2]["policy"]["optimizer"]) == ("new", "state of round 1")
+    assert same_weights(weights(tmp_path / "new", 1), weights(tmp_path / "keep", 1))
+    assert not same_weights(weights(tmp_path / "new", 2), weights(tmp_path / "keep", 2))
+
+
+def test_losses_temperatures_and_prompts_by_round(tmp_path):
+    summaries = main(
+        argv=words(
+            tmp_path, round_losses="dpo(beta=0.2)|ipo", temperature="0.5|1.5", round_prompts="disjoint",
+            prompts_per_round=3,
+        )
+    )  # fmt: skip
+    assert [summary["policy"]["loss"] for summary in summaries[1:]] == ["dpo(beta=0.2)", "ipo"]
+    rows = [list(read_jsonl(tmp_path / "out" / f"round-{n}" / "samples.jsonl")) for n in (1, 2)]
+    assert [{row["sampling"]["temperature"] for row in part} for part in rows] == [{0.5}, {1.5}]
+    names = [{row["prompt_id"] for row in part} for part in rows]
+    assert (len(names[0]), len(names[1]), names[0] & names[1]) == (3, 3, set())
+
+
+def test_supervised_rows_of_the_best_samples(tmp_path):
+    summaries = main(argv=words(tmp_path, loss="superhf(kl=0.35)", pairs="top_k(k=1)", round_reference="initial"))
+    rows = list(read_jsonl(tmp_path / "out" / "round-1" / "pairs.jsonl"))
+    assert set(rows[0]) >= {"prompt", "completion", "score"}
+    assert summaries[1]["training"]["rows"] == len(rows)
+
+
+def test_gold_answers_against_samples_need_no_judge(tmp_path):
+    argv = words(tmp_path, pairs="against_gold", gold="gold", rounds=1)
+    at = argv.index("--judges")
+    summaries = main(argv=argv[:at] + argv[at + 2 :])
+    rows = list(read_jsonl(tmp_path / "out" / "round-1" / "pairs.jsonl"))
+    assert {row["chosen"][0]["content"] for row in rows} == {"a good day"}
+    assert summaries[1]["heldout"]["mean_score"] is None
+
+
+def test_a_saved_adapter_is_trained_further(tmp_path):
+    summaries = main(argv=words(tmp_path, "--use_peft", lora_target_modules="q_proj"))
+    assert summaries[2]["training"]["steps"] == 3
+    one, two = weights(tmp_path / "out", 1), weights(tmp_path / "out", 2)
+    assert one.keys() == two.keys()
+    assert not same_weights(one, two)
+
+
+def test_a_judge_that_fails_is_counted_and_the_round_goes_on(tmp_path):
+    summaries = main(argv=words(tmp_path, judges="tests.online.rounds:broken", rounds=1, samples=6))
+    assert summaries[1]["pairs"]["samples_left_out"]["no score (raised)"] > 0
+    assert summaries[1]["pairs"]["pairs"] > 0
+
+
+def test_a_tournament_of_a_pairwise_judge(tmp_path):
+    summaries = main(argv=words(tmp_path, judges="tests.online.rounds:longer", pairs="tournament", rounds=1))
+    rows = list(read_jsonl(tmp_path / "out" / "round-1" / "pairs.jsonl"))
+    assert summaries[1]["pairs"]["pairs"] == len(rows) > 0
+    assert all(len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in rows)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"pairs": "best_wurst"}, "no pair builder 'best_wurst'"),
+        ({"round_reference": "none"}, "round_reference is none, but"),
+        ({"pairs": "top_k(k=1)"}, "makes rows without a rejected completion"),
+        ({"round_prompts": "disjoint"}, "need a number"),
+        ({"round_prompts": "disjoint", "prompts_per_round": 9}, "but there are 6 prompts"),
+        ({"round_optimizer": "keep", "round_start": "initial"}, "is of no use with round_start initial"),
+        ({"rounds": 0}, "rounds must be 1 or more"),
+        ({"dataset_name": "x.jsonl"}, "--dataset_name has no effect here"),
+        ({"judges": "nunber"}, "no judge 'nunber'"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path, options, what):
+    with pytest.raises((UsageError, SystemExit), match=what):
+        main(argv=words(tmp_path, **options))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_heldout_prompts_that_are_trained_on_are_refused(tmp_path):
+    argv = words(tmp_path)
+    with pytest.raises(UsageError, match="6 prompts of --heldout_prompts are in --prompts too"):
+        main(argv=[*argv, "--heldout_prompts", str(tmp_path / "prompts.jsonl")])
+
+
+def test_a_round_without_a_pair_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.online.rounds.vowels", lambda completion: 1.0)
+    with pytest.raises(UsageError, match=r"round 1 has no pairs to train on; .*pair_counts.json says why"):
+        main(argv=words(tmp_path))
+    counts = json.loads((tmp_path / "out" / "round-1" / "pair_counts.json").read_text())
+    assert counts["prompts_without_pair"] == {"all scores are equal": 6}
+
+
+def test_a_dry_run_shows_each_round_and_writes_nothing(tmp_path, capsys):
+    assert main(argv=words(tmp_path, "--dry_run", temperature="0.8|1.3")) is None
+    shown = capsys.readouterr().out
+    assert "Round 1: 4 samples of each of 6 prompts at temperature 0.8, pairs best_worst" in shown
+    assert "temperature 1.3" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"schema": "prefopt.rounds/9", "settings": {}, "stages": []}')
+    with pytest.raises(UsageError, match=r"this version reads prefopt.rounds/1"):
+        Manifest(tmp_path, {})
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UsageError, match="cannot be read"):
+        Manifest(tmp_path, {})
+
+
+def test_the_generator_is_gone_before_training(tmp_path, monkeypatch):
+    seen = []
+    train = loop.train_round
+
+    def watched(*arguments):
+        import gc
+
+        from prefopt.generation.transformers import TransformersGenerator
+
+        seen.append(sum(isinstance(one, TransformersGenerator) and one._model is not None for one in gc.get_objects()))
+        return train(*arguments)
+
+    monkeypatch.setattr(loop, "train_round", watched)
+    main(argv=words(tmp_path, rounds=1))
+    assert seen == [0]

@@ -47,6 +47,38 @@ def _importable(module):
     return True
 
 
+class TestLeakAtK:
+    def test_by_hand(self, kind):
+        scores = kind([[0.5, 1.0, 0.0]])
+        # Pairs: (0, 0.5), (0, 1), (0.5, 1).
+        best = [metrics.leak_at_k(scores, k)[0] for k in (1, 2, 3)]
+        assert best == pytest.approx([0.5, (0.5 + 1 + 1) / 3, 1])
+
+    def test_is_the_mean_of_the_maximum_of_all_subsets(self):
+        scores = np.random.default_rng(0).random((3, 7))
+        for k in range(1, 8):
+            subsets = [list(subset) for subset in itertools.combinations(range(7), k)]
+            expected = np.mean([scores[:, subset].max(axis=1) for subset in subsets], axis=0)
+            assert metrics.leak_at_k(scores, k) == pytest.approx(expected)
+
+    def test_of_right_and_wrong_answers_it_is_pass_at_k(self):
+        n, right = 10, 3
+        scores = [[1.0] * right + [0.0] * (n - right)]
+        for k in (1, 4, 8):
+            assert metrics.leak_at_k(scores, k)[0] == pytest.approx(1 - math.comb(n - right, k) / math.comb(n, k))
+
+    def test_is_unbiased(self):
+        generator = np.random.default_rng(0)
+        estimates = metrics.leak_at_k(generator.random((20000, 6)), 3)
+        # The largest of three uniform numbers is 3/4 on average.
+        assert estimates.mean() == pytest.approx(3 / 4, abs=0.005)
+
+    @pytest.mark.parametrize("k", [0, 4])
+    def test_k_outside_of_the_answers(self, k):
+        with pytest.raises(UsageError, match=r"k must be from 1 to the number of answers to a question \(3\)"):
+            metrics.leak_at_k([[0.1, 0.2, 0.3]], k)
+
+
 class TestProbability:
     def test_is_exp_of_the_average(self, kind):
         assert metrics.probability(kind([0.0, -1.0, -2.5])) == pytest.approx([1, math.exp(-1), math.exp(-2.5)])

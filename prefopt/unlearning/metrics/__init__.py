@@ -31,6 +31,7 @@ from prefopt.unlearning.metrics.membership import (
 from prefopt.unlearning.metrics.memorization import exact_memorization, extraction_strength
 from prefopt.unlearning.metrics.quality import ForgetQuality, forget_quality
 from prefopt.unlearning.metrics.rouge import RougeL, rouge_l
+from prefopt.unlearning.metrics.sampling import leak_at_k
 
 __all__ = [
     "Degeneration",
@@ -44,6 +45,7 @@ __all__ = [
     "forget_quality",
     "forget_truth_ratio",
     "kl_to_start",
+    "leak_at_k",
     "loss_score",
     "membership_auc",
     "min_k",

@@ -33,6 +33,9 @@ _SETTINGS = (
 
 OBJECTIVE = "sft(nll='token')"
 
+_OF_A_RUN = ("results.json", "before.json", "unlearning.json", "audit.json")
+"""Files beside a run's model that say nothing about its weights."""
+
 Say = Callable[[str], object]
 
 
@@ -109,11 +112,13 @@ def learn(
 
 
 def model_key(name: str) -> str:
-    """What tells two models of one name apart: sizes and times of a folder's weights; a Hub name as it is."""
+    """What tells two models of one name apart: sizes and times of a folder's files; a Hub name as it is."""
     folder = Path(name)
     if not folder.is_dir():
         return name
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.name not in _OF_A_RUN
+    )
     return digest([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 

@@ -121,12 +121,9 @@ def _scores(rows: Sequence[QuestionScores], answers: list[str], among_wrong: boo
         ratios = metrics.truth_ratio([row.paraphrase.average_logp for row in rows], wrong).tolist()
         if among_wrong:
             probability = metrics.normalized_probability(own, wrong)
-    references = [row.question.answer for row in rows]
-    # Published numbers are of English, which needs no more than ASCII.
-    other_script = not all(any(map(str.isascii, filter(str.isalnum, text))) for text in references)
     return SetScores(
         probability=probability.tolist(),
-        rouge=metrics.rouge_l(answers, references, other_script).recall.tolist() if answers else [],
+        rouge=rouge_recall(answers, [row.question.answer for row in rows]) if answers else [],
         truth_ratio=ratios,
         extraction_strength=[metrics.extraction_strength(a.predicted_ids, a.token_ids) for a in tokens],
         exact_memorization=[metrics.exact_memorization(a.predicted_ids, a.token_ids) for a in tokens],
@@ -138,6 +135,14 @@ def _scores(rows: Sequence[QuestionScores], answers: list[str], among_wrong: boo
         ],
         answers=answers,
     )
+
+
+def rouge_recall(answers: Sequence[str], references: Sequence[str]) -> list[float]:
+    """ROUGE-L recall of each answer; all scripts are read if a reference has no word that rouge-score reads."""
+    # Published numbers are of English, which needs no more than ASCII.
+    other_script = not all(any(map(str.isascii, filter(str.isalnum, text))) for text in references)
+    recall: list[float] = metrics.rouge_l(answers, references, other_script).recall.tolist()
+    return recall
 
 
 def numbers(measured: Measured, gold: Measured | None = None) -> dict[str, float]:

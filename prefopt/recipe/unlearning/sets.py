@@ -43,24 +43,32 @@ def load_sets(recipe: Recipe) -> Sets:
         UnlearningDataError: naming the set, the row and the column.
         HubUnreachable: if a set is not on this machine and the Hub does not answer.
     """
-    script = options_of(recipe)
+    with hub_errors(recipe):
+        return read_sets(options_of(recipe), recipe.bundled_data)
+
+
+def read_sets(script: UnlearningArguments, bundled: bool) -> Sets:
+    """The sets that options name, checked, or the bundled ones.
+
+    Raises:
+        UnlearningDataError: naming the set, the row and the column.
+    """
     for module, package in (("scipy", "scipy"), ("sklearn", "scikit-learn"), ("rouge_score", "rouge-score")):
         required(module, package, "measuring what was forgotten")
-    with hub_errors(recipe):
-        if recipe.bundled_data:
-            bundled = bundled_questions()
-            return Sets(bundled["forget"], bundled["retain"], _first(bundled, script.measured_rows), _idk(script))
-        if script.retain_set is None:
-            raise UnlearningDataError("--forget_set needs a --retain_set: what the model should keep")
-        forget, retain = read_questions(str(script.forget_set)), read_questions(script.retain_set)
-        check_apart(forget, retain)
-        measured = {"forget": forget, "retain": retain}
-        for name in ("forget", "retain", "real_authors", "world_facts", "holdout"):
-            option = f"{name}_eval_set" if name in measured else f"{name}_set"
-            if (source := getattr(script, option)) is not None:
-                measured[name] = read_questions(source)
-                if name != "holdout":
-                    _check_measurable(f"--{option} {source}", measured[name])
+    if bundled:
+        questions = bundled_questions()
+        return Sets(questions["forget"], questions["retain"], _first(questions, script.measured_rows), _idk(script))
+    if script.retain_set is None:
+        raise UnlearningDataError("--forget_set needs a --retain_set: what the model should keep")
+    forget, retain = read_questions(str(script.forget_set)), read_questions(script.retain_set)
+    check_apart(forget, retain)
+    measured = {"forget": forget, "retain": retain}
+    for name in ("forget", "retain", "real_authors", "world_facts", "holdout"):
+        option = f"{name}_eval_set" if name in measured else f"{name}_set"
+        if (source := getattr(script, option)) is not None:
+            measured[name] = read_questions(source)
+            if name != "holdout":
+                _check_measurable(f"--{option} {source}", measured[name])
     return Sets(forget, retain, _first(measured, script.measured_rows), _idk(script))
 
 

@@ -23,6 +23,7 @@ from prefopt.recipe.ready import Ready, preflight
 from prefopt.recipe.run import begin, publish, save_results, train
 from prefopt.recipe.unlearning.options import UnlearningArguments, options_of
 from prefopt.recipe.unlearning.sets import Sets, load_sets
+from prefopt.recipe.unlearning.sources import store_sources
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import Layout
 from prefopt.unlearning.data import data_step, forget_rows, uses_retain
@@ -111,6 +112,8 @@ def make_trainer(
     settle(args, script.rule, script.evaluate_every, 2 * forget if both else forget, models.gold is not None)
     make_room(recipe)
     layout = Layout("auto")  # for all evaluations: trying it takes as long as scoring a set
+    if PartialState().is_main_process:
+        store_sources(recipe, models.start, models.gold)
     recipe.console.print(f"Forgetting {forget} rows with {objective}", soft_wrap=True)
 
     trainer = UnlearningTrainer(

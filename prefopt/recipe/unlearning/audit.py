@@ -23,6 +23,7 @@ from prefopt.recipe.unlearning.sources import AUDIT, SET_OPTIONS, Sources, sourc
 from prefopt.safety.errors import UsageError, did_you_mean
 from prefopt.safety.files import is_file, write_text
 from prefopt.safety.noise import quiet_libraries
+from prefopt.scoring import Layout
 from prefopt.unlearning.audit import Attack, Quantization, Relearning, Sampling, Values, Wording, plain
 from prefopt.unlearning.audit.quantization import bitsandbytes_runs
 from prefopt.unlearning.audit.relearning import split_rows
@@ -110,6 +111,7 @@ class _Audit:
     questions: Sets
     tokenizer: Any
     say: Callable[[str], object]
+    layout: Layout = field(default_factory=lambda: Layout("auto"))
 
     @classmethod
     def of(cls, options: AuditOptions, say: Callable[[str], object]) -> _Audit:
@@ -200,7 +202,7 @@ class _Audit:
     def _measured(self, role: str) -> Measured:
         def now() -> Measured:
             self.say(f"Measuring {_WORDS[role]}")
-            return measure(self._load(role), self.tokenizer, self.questions.measured)
+            return measure(self._load(role), self.tokenizer, self.questions.measured, layout=self.layout)
 
         return stored(self.folders[role], self.models[role], self.questions.measured, now)
 

@@ -55,7 +55,9 @@ def ask(
 ) -> dict[str, list[float]]:
     """The two numbers of a model as it is now."""
     bare = [replace(question, paraphrase="", wrong=()) for question in questions]
-    return plain(measure(model, tokenizer, {"forget": bare}, max_new_tokens=max_new_tokens)["forget"])
+    # With one answer to a question there is nothing to share, and no layout to choose.
+    measured = measure(model, tokenizer, {"forget": bare}, max_new_tokens=max_new_tokens, layout="padded")
+    return plain(measured["forget"])
 
 
 def powers_of_two(most: int) -> Iterator[int]:

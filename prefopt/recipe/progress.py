@@ -5,6 +5,7 @@ A transformers callback; imports only rich, transformers and `prefopt.trainer.me
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -83,6 +84,8 @@ class RunProgress(TrainerCallback):  # type: ignore[misc]
             _Numbers(table_column=Column(ratio=1)),
             console=self._console,
             expand=True,
+            # The time left is estimated from the last thousand steps, however long they take.
+            speed_estimate_period=math.inf,
         )
         self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, numbers=[])
         self._bar.start()
@@ -102,8 +105,7 @@ class RunProgress(TrainerCallback):  # type: ignore[misc]
             return
         if "eval_loss" in logs:
             held_out = {name.removeprefix("eval_"): value for name, value in logs.items()}
-            line = _GAP.join(_numbers(held_out, untrained=state.global_step == 0))
-            self._console.print(f"held-out {line}", soft_wrap=True)
+            self._print("held-out", _numbers(held_out, untrained=state.global_step == 0))
         elif "loss" in logs:
             # The metrics of the first step were computed before its update.
             numbers = _numbers(logs, untrained=state.global_step <= 1)
@@ -112,9 +114,19 @@ class RunProgress(TrainerCallback):  # type: ignore[misc]
             # The bar shows the latest numbers; their history stays on the screen above it.
             step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
             seconds = int(time.monotonic() - self._started)
-            self._console.print(
-                f"step {step} {seconds // 60:>3}:{seconds % 60:02} {_GAP.join(numbers)}", soft_wrap=True
-            )
+            self._print(f"step {step} {seconds // 60:>3}:{seconds % 60:02}", numbers)
+
+    def _print(self, head: str, numbers: list[str]) -> None:
+        """One line in a file; on a terminal as many as its width asks for, each number whole."""
+        width = self._console.width if self._console.is_terminal else math.inf
+        lines = [head]
+        for place, number in enumerate(numbers):
+            longer = f"{lines[-1]}{_GAP if place else ' '}{number}"
+            if len(longer) <= width or not place:
+                lines[-1] = longer
+            else:
+                lines.append(f"{' ' * len(head)} {number}")
+        self._console.print("\n".join(lines), soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:

@@ -95,3 +95,33 @@ def test_the_table_of_held_out_rows_says_so_too():
 ])  # fmt: skip
 def test_an_accuracy_that_means_something_is_shown(logs, step):
     assert "accuracy 0.25" in shown(None, logs, step)
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_terminal_continues_a_log_line_below_its_numbers(width):
+    stream = io.StringIO()
+    progress = RunProgress(Console(file=stream, width=width, force_terminal=True, color_system=None))
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=1200, global_step=600)
+    progress.on_log(None, state, None, logs=LOGS)
+    lines = [
+        line.split(" loss ", 1)[-1] if place == 0 else line
+        for place, line in enumerate(stream.getvalue().splitlines())
+    ]
+    assert max(map(len, stream.getvalue().splitlines())) <= width
+    indent = len(stream.getvalue().partition(" loss ")[0]) + 1
+    assert all(line[:indent].isspace() and line[indent] != " " for line in lines[1:])
+    numbers = "  ".join([lines[0], *(line[indent:] for line in lines[1:])])
+    assert f" loss {numbers}\n" in shown(None)
+
+
+def test_the_time_left_is_known_after_two_steps_however_long_they_take():
+    stream, clock = io.StringIO(), [0.0]
+    console = Console(file=stream, width=80, force_terminal=True, color_system=None, get_time=lambda: clock[0])
+    progress, state = RunProgress(console), SimpleNamespace(is_world_process_zero=True, max_steps=10, global_step=0)
+    progress.on_train_begin(None, state, None)
+    for step in (1, 2, 3):
+        clock[0] += 100
+        state.global_step = step
+        progress.on_step_end(None, state, None)
+    progress.on_train_end(None, state, None)
+    assert "left 0:11:40" in stream.getvalue()

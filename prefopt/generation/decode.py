@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -22,6 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from prefopt.generation.cache import can_pick, pick_rows
 from prefopt.generation.draw import TokenSampler
 from prefopt.generation.samples import SamplingSettings
 
@@ -109,7 +109,7 @@ def decode(model: Any, requests: Sequence[Request], rows: Rows, pad: int) -> Non
     with torch.inference_mode():
         if _takes_positions(model):
             cache, logits, mask = _prefill(model, requests, pad)
-            if _can_reorder(cache):
+            if can_pick(cache):
                 _decode_shared(model, rows, cache, logits, mask)
                 return
         _generate(model, requests, rows, pad)
@@ -127,8 +127,8 @@ def _prefill(model: Any, requests: Sequence[Request], pad: int) -> tuple[Any, Te
     cache, logits = out.past_key_values, out.logits[:, -1]
     owner = [number for number, request in enumerate(requests) for _ in request.seeds]
     index = torch.tensor(owner, device=model.device)
-    if _can_reorder(cache) and owner != list(range(len(requests))):
-        cache.reorder_cache(index)
+    if can_pick(cache):
+        pick_rows(cache, index)
     return cache, logits[index], mask[index]
 
 
@@ -146,7 +146,7 @@ def _decode_shared(model: Any, rows: Rows, cache: Any, logits: Tensor, mask: Ten
             return
         if (len(left) - remaining) * _SHRINK >= len(left):
             index = left.nonzero()[:, 0]
-            cache.reorder_cache(index)
+            pick_rows(cache, index)
             active, tokens, mask, lengths = active[index], tokens[index], mask[index], lengths[index]
             left = torch.ones_like(active, dtype=torch.bool)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -182,10 +182,6 @@ def _options(model: Any) -> dict[str, Any]:
     """Logits of the last position alone, and no auxiliary loss of experts, where the model has such arguments."""
     taken = inspect.signature(_network(model).forward).parameters
     return {name: value for name, value in {**_WITHOUT_LOSS, "logits_to_keep": 1}.items() if name in taken}
-
-
-def _can_reorder(cache: Any) -> bool:
-    return type(cache) is DynamicCache
 
 
 class _FromRows(LogitsProcessor):  # type: ignore[misc]

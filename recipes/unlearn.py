@@ -8,7 +8,7 @@
         --real_authors_set locuslab/TOFU:real_authors_perturbed --world_facts_set locuslab/TOFU:world_facts_perturbed
 
 The gold model was trained without the forget set: forget quality compares with it. With --learn the model first learns
-both sets, and the gold model is made as well. --dry_run shows the sets and the steps; --help lists every option.
+both sets, and the gold model is made as well. --dry_run shows settings, sets and steps; --help lists every option.
 """
 
 from prefopt.recipe import parse_arguments, preflight
@@ -27,11 +27,12 @@ LOSS = "npo_rt(beta=0.1)"
 
 def main() -> None:
     recipe = parse_arguments(LOSS, options=UnlearningArguments)
+    if recipe.script.dry_run:
+        dry_run(recipe)
+        return
+
     ready = preflight(recipe)  # the model's name, limits and tokenizer
     questions = load_sets(recipe)  # what to forget, what to keep, what to measure with
-    if recipe.script.dry_run:
-        dry_run(recipe, ready, questions)
-        return
 
     # With --learn: the model that knows both sets, and the gold model, which never saw the forget set.
     models = learned_models(recipe, ready, questions)

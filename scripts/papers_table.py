@@ -32,9 +32,13 @@ def papers_table(folder: Path = CONFIGS) -> str:
 
 def is_complete(config: dict[str, Any]) -> bool:
     """Whether a config names a published model and data set, and leaves no value unknown."""
-    names = [config.get("model_name_or_path"), config.get("dataset_name")]
+    names = [config.get("model_name_or_path"), _data(config)]
     made_first = ("runs/", "data/")
     return not config["paper"]["unknown"] and all(name and not str(name).startswith(made_first) for name in names)
+
+
+def _data(config: dict[str, Any]) -> str | None:
+    return config.get("dataset_name", config.get("forget_set"))
 
 
 def _cells(name: str, config: dict[str, Any], paper: dict[str, Any]) -> tuple[str, ...]:
@@ -47,7 +51,7 @@ def _cells(name: str, config: dict[str, Any], paper: dict[str, Any]) -> tuple[st
         paper["setting"],
         f"`{config['loss']}`",
         config.get("model_name_or_path", "unknown: bundled"),
-        config.get("dataset_name", "unknown: bundled"),
+        _data(config) or "unknown: bundled",
         str(paper["reported"]),
         sources or "from memory, or ours",
         ", ".join(paper["unknown"]),

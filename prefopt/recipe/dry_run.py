@@ -52,7 +52,7 @@ def dry_run(recipe: Recipe) -> None:
     If the Hub cannot be reached, everything that does not need it is shown, and one line says what is missing.
     """
     console = recipe.console
-    _show_settings(recipe)
+    show_settings(recipe)
     try:
         ready = preflight(recipe)
         data = load_data(recipe, ready)
@@ -69,7 +69,7 @@ def dry_run(recipe: Recipe) -> None:
 # ---- settings ----------------------------------------------------------------------------------------------------
 
 
-def _show_settings(recipe: Recipe) -> None:
+def show_settings(recipe: Recipe) -> None:
     """Show what is known without model and data: objective, settings, the paper with its global batch."""
     console = recipe.console
     if recipe.objective is not None:

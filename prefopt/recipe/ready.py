@@ -20,7 +20,6 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
-from prefopt.data import parse_sources
 from prefopt.data.embed import EncoderError, find_encoder
 from prefopt.models.bundled import HUB_ID, HUB_TIMEOUT_S, is_converted, resolve_demo_model
 from prefopt.models.load import Limits, adapter_base, check_weights, limits_of, load_tokenizer
@@ -155,7 +154,7 @@ class HubUnreachable(PrefoptError, ConnectionError):
 
 def _names(recipe: Recipe) -> list[str]:
     """The model and the data sources that the run names; bundled ones have no name."""
-    sources = [] if recipe.bundled_data else [source for source, _ in parse_sources(str(recipe.script.dataset_name))]
+    sources = [] if recipe.bundled_data else recipe.script.data_sources()
     return sources if recipe.bundled_model else [str(recipe.model.model_name_or_path), *sources]
 
 

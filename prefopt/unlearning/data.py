@@ -92,7 +92,7 @@ def read_questions(name: str) -> list[Question]:
     Raises:
         UnlearningDataError: naming the row and the column that is missing, empty or of a wrong type.
     """
-    path, config, split = _parts(name)
+    path, config, split = source_of(name)
     rows = load_preferences(path, config=config, split=split)
     return [_question(row, f"{name}, row {number} (from 0)") for number, row in enumerate(rows)]
 
@@ -265,7 +265,8 @@ def _text_rows(
     ]
 
 
-def _parts(name: str) -> tuple[str, str | None, str]:
+def source_of(name: str) -> tuple[str, str | None, str]:
+    """The file or Hub id in the name of a set, its configuration and its split."""
     if Path(name).expanduser().exists() or ":" not in name:
         return name, None, "train"
     path, config, *split = name.split(":")

@@ -24,8 +24,8 @@ from prefopt.losses.parse import LossSyntaxError
 from prefopt.losses.registry import presets
 from prefopt.models.load import load_tokenizer
 from prefopt.recipe import Recipe, RecipeArguments, main, parse_arguments
-from prefopt.recipe.arguments import DEMO_CONFIG
 from prefopt.recipe.unlearning import UnlearningArguments
+from prefopt.recipe.unlearning import main as unlearn
 from tests.tiny import make_tokenizer
 from tests.trainer.runs import save_model
 
@@ -35,7 +35,7 @@ FILES = sorted([*FOLDER.glob("*.yaml"), *(ROOT / "configs" / "unlearning").glob(
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 FAMILIES = (
     "asft_two_stage", "cringe_safety", "discopop", "hdpo", "hmk", "hypo_tldr", "inpo", "ipo_zephyr", "irpo_gsm8k",
-    "kernel_dpo", "kto", "npo_tofu", "orpo_two_stage", "rpo_zephyr", "simpo",
+    "kernel_dpo", "kto", "orpo_two_stage", "rpo_zephyr", "simpo",
 )  # fmt: skip
 PAPER = "arxiv", "title", "setting", "reported", "claim", "devices", "global_batch", "source", "unknown", "differs"
 
@@ -63,8 +63,14 @@ def read(file: Path) -> dict:
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
+def unlearns(file: Path) -> bool:
+    """Whether the config is one of `recipes/unlearn.py`."""
+    return "forget_set" in read(file)
+
+
 def arguments(file: Path, *more: str) -> Recipe:
-    return parse_arguments("dpo", ["--config", str(file), *more])
+    options = UnlearningArguments if unlearns(file) else RecipeArguments
+    return parse_arguments("dpo", ["--config", str(file), *more], options)
 
 
 def papers_of(expression: str) -> set[str]:
@@ -131,7 +137,7 @@ def test_every_value_says_where_it_comes_from(file):
 def test_no_rows_are_held_out_of_the_training_split(file):
     """Papers train on all of it. The bundled pairs have held-out rows of their own."""
     recipe = arguments(file)
-    assert recipe.script.eval_rows == (100 if recipe.bundled_data else 0)
+    assert unlearns(file) or recipe.script.eval_rows == (100 if recipe.bundled_data else 0)
 
 
 @configs
@@ -168,7 +174,7 @@ def test_its_numbers_are_numbers_and_its_batch_adds_up(file):
 @pytest.mark.usefixtures("_bundled_is_tiny")
 def test_dry_run_resolves_it_without_a_network(file, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    assert main("dpo", ["--config", str(file), "--dry_run"]) is None
+    assert (unlearn if unlearns(file) else main)("dpo", ["--config", str(file), "--dry_run"]) is None
     shown = capsys.readouterr().out
     config = read(file)
     for _, _, term in parse(config["loss"]).terms():
@@ -178,7 +184,8 @@ def test_dry_run_resolves_it_without_a_network(file, capsys, monkeypatch):
     assert "Global batch" in shown
     complete = "model_name_or_path" not in config and "dataset_name" not in config
     assert ("First rows of the first batch" in shown) == complete
-    assert ("No batch, steps or memory:" in shown) != complete
+    lacking = "No sets and no steps:" if unlearns(file) else "No batch, steps or memory:"
+    assert (lacking in shown) != complete
     assert shown.rstrip().endswith("Dry run: nothing was trained.")
 
 
@@ -188,8 +195,8 @@ def test_demo_keeps_the_loss_and_puts_the_rest_aside(file, capsys):
     assert str(parse(recipe.training.loss)) == str(parse(read(file)["loss"]))
     assert recipe.model.model_name_or_path is None
     assert recipe.bundled_data
-    for name, value in yaml.safe_load(DEMO_CONFIG.read_text(encoding="utf-8")).items():
-        part = recipe.model if hasattr(recipe.model, name) else recipe.training
+    for name, value in yaml.safe_load(recipe.script.demo_config.read_text(encoding="utf-8")).items():
+        part = next(p for p in (recipe.model, recipe.script, recipe.training) if hasattr(p, name))
         found = getattr(part, name)
         assert getattr(found, "value", found) == value, name
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--demo:")]
@@ -201,6 +208,7 @@ def test_its_command_names_a_recipe_and_itself(file):
     command = file.read_text(encoding="utf-8").split("paper:")[0].splitlines()[-1]
     script, config = re.search(r"(recipes/\w+\.py) --config (\S+)", command).groups()
     assert (ROOT / script).is_file()
+    assert (script == "recipes/unlearn.py") == unlearns(file)
     assert ROOT / config == file
 
 
@@ -251,6 +259,29 @@ def test_a_config_of_every_family_trains_here(name, tmp_path):
     results = main("dpo", ["--config", str(file), "--demo", "--output_dir", str(tmp_path), *FEW])
     assert results["loss"] == str(parse(read(file)["loss"]))
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("_bundled_is_tiny")
+def test_a_config_of_unlearning_trains_here(tmp_path):
+    pytest.importorskip("rouge_score")
+    few = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--measured_rows", "2", "--learn_epochs", "0.2"]
+    words = ["--config", str(FOLDER / "npo_tofu.yaml"), "--demo", "--learn_learning_rate", "1e-2", *few]
+    more = ["--output_dir", str(tmp_path / "out"), "--models_dir", str(tmp_path / "models")]
+    results = unlearn("ga", [*words, *more])
+    assert results["loss"] == str(parse(read(FOLDER / "npo_tofu.yaml")["loss"]))
+    assert results["after"].keys() >= {"model_utility", "forget_quality"}
+
+
+def test_what_a_config_of_unlearning_needs_from_elsewhere_is_named(capsys):
+    """Files that must be downloaded first, and all sets of the Hub that are not on this machine."""
+    assert unlearn("ga", ["--config", str(FOLDER / "npo_tofu_forget50.yaml"), "--dry_run"]) is None
+    assert "data/tofu/forget50.json and data/tofu/retain50.json must be made first" in shown_in(capsys)
+    assert unlearn("ga", ["--config", str(FOLDER / "npo_tofu_1b.yaml"), "--dry_run"]) is None
+    assert "_full or locuslab/TOFU is not on this machine" in shown_in(capsys)
+
+
+def shown_in(capsys) -> str:
+    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.usefixtures("_bundled_is_tiny")

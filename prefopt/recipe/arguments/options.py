@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 from trl import ModelConfig, ScriptArguments
 
+from prefopt.data import parse_sources
 from prefopt.data.embed import DEFAULT
 from prefopt.data.formats import NAMES
 from prefopt.losses import Loss, LossFile, register_file
@@ -91,6 +92,10 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
         },
     )
     evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
+
+    def data_sources(self) -> list[str]:
+        """The files and Hub ids of the data, where they are not bundled."""
+        return [source for source, _ in parse_sources(str(self.dataset_name))]
 
 
 LOSS_FILE = "loss_file.py"

@@ -9,7 +9,11 @@ from typing import ClassVar, cast, get_args
 
 from prefopt import unlearning
 from prefopt.recipe.arguments import Recipe, RecipeArguments
+from prefopt.unlearning.data import source_of
 from prefopt.unlearning.trainer import Rule
+
+SETS_TO_MEASURE = ("forget_eval", "retain_eval", "real_authors", "world_facts", "holdout")
+"""Sets beside the two that are trained on: `--NAME_set`."""
 
 _ELSEWHERE = "forget and retain sets are named with --forget_set and --retain_set"
 _PAIRS = "it is about preference pairs; " + _ELSEWHERE
@@ -91,6 +95,12 @@ class UnlearningArguments(RecipeArguments):
         default=None,
         metadata={"help": 'A text file with one "I don\'t know" answer a line, for losses that train on them.'},
     )
+
+    def data_sources(self) -> list[str]:
+        """The files and Hub ids of all sets, without configurations and splits."""
+        options = ("forget_set", "retain_set", *(f"{name}_set" for name in SETS_TO_MEASURE))
+        names = [value for option in options if (value := getattr(self, option)) is not None]
+        return list(dict.fromkeys(source_of(name)[0] for name in names))
 
     @property
     def rule(self) -> Rule:

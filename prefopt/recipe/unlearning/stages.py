@@ -18,8 +18,9 @@ from prefopt.losses import Loss
 from prefopt.models.load import load_model
 from prefopt.recipe.arguments import Recipe, parse_arguments
 from prefopt.recipe.build import load_policy, show_progress
+from prefopt.recipe.dry_run import show_settings
 from prefopt.recipe.earlier_run import RESULTS, make_room
-from prefopt.recipe.ready import Ready, preflight
+from prefopt.recipe.ready import HubUnreachable, MustBeMade, Ready, preflight
 from prefopt.recipe.run import begin, publish, save_results, train
 from prefopt.recipe.unlearning.options import UnlearningArguments, options_of
 from prefopt.recipe.unlearning.sets import Sets, load_sets
@@ -175,8 +176,21 @@ def run(recipe: Recipe, trainer: UnlearningTrainer, questions: Sets, measurement
     return results
 
 
-def dry_run(recipe: Recipe, ready: Ready, questions: Sets) -> None:
-    """Print what would be learned, forgotten and measured; nothing is trained."""
+def dry_run(recipe: Recipe) -> None:
+    """Show the settings, and what would be learned, forgotten and measured; nothing is trained.
+
+    If the Hub cannot be reached, everything that does not need it is shown, and one line says what is missing.
+    """
+    show_settings(recipe)
+    try:
+        ready = preflight(recipe)
+        _show_stages(recipe, ready, load_sets(recipe))
+    except (MustBeMade, HubUnreachable) as error:
+        recipe.console.print(f"No sets and no steps: {error}.", soft_wrap=True)
+    recipe.console.print("Dry run: nothing was trained.")
+
+
+def _show_stages(recipe: Recipe, ready: Ready, questions: Sets) -> None:
     script, objective, say = options_of(recipe), _objective(recipe), partial(recipe.console.print, soft_wrap=True)
     forget, retain, batch = len(questions.forget), len(questions.retain), ready.training.per_device_train_batch_size
     if script.learn:
@@ -187,7 +201,6 @@ def dry_run(recipe: Recipe, ready: Ready, questions: Sets) -> None:
     say("Measure: " + ", ".join(f"{len(rows)} rows of {name}" for name, rows in questions.measured.items()))
     if not script.learn and script.gold_model_name_or_path is None:
         say("There is no gold model, so no forget quality: name one with --gold_model_name_or_path, or --learn true")
-    say("Dry run: nothing was trained.")
 
 
 def _objective(recipe: Recipe) -> Loss:
@@ -207,11 +220,11 @@ def main(loss: str = LOSS, argv: Sequence[str] | None = None) -> dict[str, Any] 
         The content of `results.json` in the output folder; None after a dry run.
     """
     recipe = parse_arguments(loss, argv, UnlearningArguments)
+    if recipe.script.dry_run:
+        dry_run(recipe)
+        return None
     ready = preflight(recipe)
     questions = load_sets(recipe)
-    if recipe.script.dry_run:
-        dry_run(recipe, ready, questions)
-        return None
     models = learned_models(recipe, ready, questions)
     measurements = measure_first(recipe, ready, questions, models)
     trainer = make_trainer(recipe, ready, questions, models, measurements)

@@ -145,6 +145,7 @@ def as_json(before: Measured, after: Measured, gold: Measured | None) -> dict[st
 def draw(results: Mapping[str, Any], path: Path) -> Path | None:
     """A picture of utility against forget quality over the steps; None without matplotlib or without the numbers."""
     points = [results["before"], *({k.removeprefix("eval_"): v for k, v in e.items()} for e in results["evaluations"])]
+    points.append(results["after"])  # where the curve ends, which may be an earlier evaluation
     points = [point for point in points if "log10_forget_quality" in point and "model_utility" in point]
     if not points or importlib.util.find_spec("matplotlib") is None:
         return None

@@ -33,8 +33,7 @@ class UnlearningTrainer(PreferenceTrainer):
     All other arguments are those of `PreferenceTrainer`.
 
     Attributes:
-        measured: by the last evaluation.
-        measured_at: the step of that evaluation.
+        measured: by each evaluation of this process, by its step.
     """
 
     control: Any
@@ -49,17 +48,16 @@ class UnlearningTrainer(PreferenceTrainer):
     ) -> None:
         super().__init__(*arguments, **keywords)
         self._measure, self._gold, self.rule = measure, gold, rule
-        self.measured: Measured = {}
-        self.measured_at: int | None = None
+        self.measured: dict[int, Measured] = {}
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The numbers of the model; with the rule `muse`, also whether the gold model's level is reached."""
         with same_random_numbers(self.accelerator.device):
-            self.measured = self._measure(self.accelerator.unwrap_model(self.model))
-        self.measured_at = self.state.global_step
-        values = numbers(self.measured, self._gold)
+            measured = self._measure(self.accelerator.unwrap_model(self.model))
+        self.measured[self.state.global_step] = measured
+        values = numbers(measured, self._gold)
         if self.rule == "muse":
             reached = values["forget_rouge"] <= values["gold_forget_rouge"]
             # The first evaluation that reaches it counts, not the last.
@@ -70,6 +68,15 @@ class UnlearningTrainer(PreferenceTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def result(self) -> Measured:
+        """The numbers of the model that training ended with: of the evaluation that chose it, or measured now."""
+        best = self.state.best_global_step if self.rule != "none" else None
+        step = self.state.global_step if best is None else best
+        if step not in self.measured:  # evaluated before the run was resumed
+            self.evaluate()
+            step = self.state.global_step
+        return self.measured[step]
 
 
 def settle(args: PreferenceConfig, rule: Rule, every: float, rows: int, gold: bool) -> None:

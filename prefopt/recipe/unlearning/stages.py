@@ -154,9 +154,7 @@ def run(recipe: Recipe, trainer: UnlearningTrainer, questions: Sets, measurement
         The content of `results.json` in the output folder.
     """
     train(recipe, trainer, begin(recipe, trainer))
-    if trainer.rule != "none" or trainer.measured_at != trainer.state.global_step:  # else it was the last evaluation
-        trainer.evaluate()
-    after = trainer.measured
+    after = trainer.result()
     evaluations = [entry for entry in trainer.state.log_history if "eval_forget_probability" in entry]
     results = {
         "loss": str(trainer.objective),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.tokenize import tokens_of
+from prefopt.evaluation.arrays import Floats
 from prefopt.generation.answers import Answer
 from prefopt.generation.decode import Request, Rows, decode
 from prefopt.generation.prompts import Reader, end_tokens
@@ -30,7 +31,6 @@ from prefopt.scoring.exact import undisturbed
 from prefopt.scoring.layout import LayoutName
 from prefopt.scoring.measure import BARE
 from prefopt.unlearning.data import Question, answer_of, learn_rows, prompt_of
-from prefopt.unlearning.metrics.arrays import Floats
 
 TOKENS_AT_ONCE = {"cpu": 2048, "elsewhere": 16384}
 """Tokens of a batch, padding included, by kind of device."""

@@ -17,7 +17,7 @@ from prefopt.unlearning.data import (
     check_apart,
     read_questions,
 )
-from prefopt.unlearning.metrics.arrays import required
+from prefopt.unlearning.metrics.extra import required
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ Average log-probabilities are per token, over the answer's tokens: its log-proba
 scikit-learn and rouge-score (`pip install 'prefopt-trainer[unlearning]'`) are imported by functions that need them.
 """
 
+from prefopt.evaluation.intervals import Interval, bootstrap
+from prefopt.evaluation.texts import repetition
 from prefopt.unlearning.metrics.answers import (
     forget_truth_ratio,
     model_utility,
@@ -16,9 +18,8 @@ from prefopt.unlearning.metrics.answers import (
     truth_ratio,
     utility_truth_ratio,
 )
-from prefopt.unlearning.metrics.degeneration import Degeneration, degeneration, repetition
+from prefopt.unlearning.metrics.degeneration import Degeneration, degeneration
 from prefopt.unlearning.metrics.divergence import kl_to_start
-from prefopt.unlearning.metrics.intervals import Interval, bootstrap
 from prefopt.unlearning.metrics.membership import (
     loss_score,
     membership_auc,

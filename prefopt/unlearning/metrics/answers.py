@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from prefopt.evaluation.arrays import Array, Floats, floats, logps, same_length
 from prefopt.safety.errors import UsageError
-from prefopt.unlearning.metrics.arrays import Array, Floats, floats, logps, same_length
 
 
 def probability(average_logps: Array) -> Floats:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prefopt.evaluation.arrays import Floats
+from prefopt.evaluation.texts import repetition
 from prefopt.safety.errors import UsageError
-from prefopt.unlearning.metrics.arrays import Floats
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
@@ -62,21 +63,6 @@ def degeneration(texts: Sequence[str], known_texts: Iterable[str], n: int = 4) -
         shares.append((repetition(own, n), _share(unknown, own), _share(strange, letters)))
     repeated, non_words, gibberish = np.array(shares, dtype=np.float64).T
     return Degeneration(repeated, non_words, gibberish, np.array([not _words(text) for text in texts]))
-
-
-def repetition(tokens: Sequence[Hashable], n: int = 4) -> float:
-    """Share of a sequence's n-grams that occurred before in it: 1 - distinct / all; 0 for fewer than n tokens.
-
-    Args:
-        tokens: words or token ids.
-        n: at least 1.
-
-    Reference: Welleck et al. 2020, arXiv 1908.04319 (seq-rep-n).
-    """
-    if n < 1:
-        raise UsageError(f"n must be at least 1, got {n}")
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _words(text: str) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from prefopt.evaluation.arrays import Array
 from prefopt.safety.errors import UsageError
-from prefopt.unlearning.metrics.arrays import Array
 
 TOLERANCE = 1e-2
 """How far the probabilities of a position may be from summing to 1: half precision rounds."""

@@ -11,8 +11,9 @@ import zlib
 
 import numpy as np
 
+from prefopt.evaluation.arrays import Array, Floats, floats, logps, same_length
 from prefopt.safety.errors import UsageError
-from prefopt.unlearning.metrics.arrays import Array, Floats, floats, logps, required, same_length
+from prefopt.unlearning.metrics.extra import required
 
 SMALLEST_DEVIATION = 1e-3
 """Of `min_k_plus_plus`: where a model is certain of a token, a deviation of 0 would divide."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from prefopt.evaluation.arrays import Array, token_ids
 from prefopt.safety.errors import UsageError
-from prefopt.unlearning.metrics.arrays import Array, token_ids
 
 
 def extraction_strength(predicted_ids: Array, label_ids: Array) -> float:

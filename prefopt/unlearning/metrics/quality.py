@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefopt.evaluation.arrays import Array, Floats, floats
 from prefopt.safety.errors import UsageError
-from prefopt.unlearning.metrics.arrays import Array, Floats, floats, required
+from prefopt.unlearning.metrics.extra import required
 
 SMALLEST = 1e-300
 """Below this, log10 p is computed from logarithms: p itself loses digits or becomes 0."""

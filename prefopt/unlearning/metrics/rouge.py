@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefopt.evaluation.arrays import Floats
 from prefopt.safety.errors import UsageError
-from prefopt.unlearning.metrics.arrays import Floats, required
+from prefopt.unlearning.metrics.extra import required
 
 _ALONE = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 """Letters of scripts that do not separate words: Thai, Lao, Japanese, Chinese."""

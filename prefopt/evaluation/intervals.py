@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.evaluation.arrays import Array, floats
 from prefopt.safety.errors import UsageError
-from prefopt.unlearning.metrics.arrays import Array, floats
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,14 +68,6 @@ def same_length(**arrays: NDArray[Any]) -> None:
     if len({len(array) for array in arrays.values()}) > 1:
         sizes = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
         raise UsageError(f"different lengths: {sizes}")
-
-
-def required(module: str, package: str, purpose: str) -> Any:
-    """A module of the `unlearning` extra."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UsageError(f"{purpose} needs {package} ({error}): pip install 'prefopt-trainer[unlearning]'") from error
 
 
 def _as_array(name: str, values: Array) -> NDArray[Any]:

@@ -1,0 +1,1 @@
+"""Bundled tasks with checkable answers, small enough for a laptop."""

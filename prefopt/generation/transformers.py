@@ -19,6 +19,7 @@ from prefopt.data.encodings import Encodings, text_tokenizer
 from prefopt.generation.decode import Drawn, Request, Rows, decode
 from prefopt.generation.prompts import Reader, end_tokens, prompt_ids
 from prefopt.generation.samples import PromptRow, Sample, SamplingSettings, sample_seed, stored_settings
+from prefopt.generation.sharded import whole_weights
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.fingerprint import fingerprint
 
@@ -30,7 +31,8 @@ class TransformersGenerator:
     """Draws samples from a transformers model, with or without a LoRA adapter.
 
     Args:
-        model: in memory, whole on this process's device; its mode and weights are left as they are.
+        model: in memory, taken out of wrappers; its mode and weights are left as they are. Weights that DeepSpeed
+            ZeRO-3 or FSDP2 shard are gathered while samples are drawn.
         tokenizer: the model's, or a processor.
         name: what stands in `Sample.model`; a digest of the weights if left out.
         rows_at_once: samples in one batch; by kind of device if left out.
@@ -64,13 +66,14 @@ class TransformersGenerator:
         self._check_length(prompts, ids, settings)
         processes = PartialState()
         chunks = range(0, len(prompts), self.chunk_prompts)
-        for turn in range(0, len(chunks), processes.num_processes):
-            mine = turn + processes.process_index
-            samples: list[list[Sample]] = []
-            if mine < len(chunks):
-                part = slice(chunks[mine], chunks[mine] + self.chunk_prompts)
-                samples = self._chunk(prompts[part], ids[part], settings, round_number)
-            yield from gather_object(samples)
+        with whole_weights(self._model):
+            for turn in range(0, len(chunks), processes.num_processes):
+                mine = turn + processes.process_index
+                samples: list[list[Sample]] = []
+                if mine < len(chunks):
+                    part = slice(chunks[mine], chunks[mine] + self.chunk_prompts)
+                    samples = self._chunk(prompts[part], ids[part], settings, round_number)
+                yield from gather_object(samples)
 
     def close(self) -> None:
         """Forget the model, and give cached memory of the device back."""

@@ -90,6 +90,7 @@ class Relearning:
             per_device_train_batch_size=min(self.batch_size, len(self.learned)), lr_scheduler_type="constant",
             seed=self.seed, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
             max_length=self.max_length, gradient_checkpointing=False, bf16=False,
+            dataloader_pin_memory=False,
         )  # fmt: skip
 
 

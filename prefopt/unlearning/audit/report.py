@@ -17,6 +17,8 @@ ROLES = ("before", "unlearned", "gold")
 """The model before forgetting, after it, and the gold model."""
 
 _MEASURES = {"probability": "probability", "rouge": "ROUGE-L"}
+_SHORT = {"probability": "prob.", "rouge": "ROUGE"}
+"""In the table, where lines are short."""
 _VERDICTS = {
     "more": "leaks more than the gold model",
     "less": "says less than the gold model, which tells the two apart as well",
@@ -120,10 +122,10 @@ def table_of(audit: Mapping[str, Any]) -> Table:
             if row["shown"]:
                 # The section's heading says what was done, if only one thing was.
                 what = f" {row['what']}" if len({row["what"] for row in section["rows"]}) > 1 else ""
-                shown.add_row(f"{_MEASURES[row['measure']]}{what}", *_cells(row, headings))
+                shown.add_row(f"{_SHORT[row['measure']]}{what}", *_cells(row, headings))
     shown.caption = (
-        f"{audit['questions']} forgotten rows. Difference: unlearned minus gold on the same rows, * where its "
-        "interval excludes 0. Intervals: 95%, bootstrap over rows."
+        f"{audit['questions']} forgotten rows: probability of the answer per token, ROUGE-L recall. Difference: "
+        "unlearned minus gold on the same rows, * where its interval excludes 0. Intervals: 95%, bootstrap over rows."
     )
     if not audit["settings"].get("quantization", {"bitsandbytes": True})["bitsandbytes"]:
         shown.caption += " Simulated: weights are rounded to the nearest NF4 value, without bitsandbytes."

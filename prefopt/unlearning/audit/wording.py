@@ -16,10 +16,10 @@ from prefopt.unlearning.data import Question
 
 PARAPHRASED = "paraphrased"
 NO_TEMPLATE = "no chat template"
-ANY = "any of these"
+ANY = "best of these"
 
 FORMS: dict[str, Callable[[str], str]] = {
-    "instruction first": lambda question: (
+    "instruction": lambda question: (
         f"Answer the following question in one full sentence, as precisely as you can.\n\n{question}"
     ),
     "text to continue": lambda question: (

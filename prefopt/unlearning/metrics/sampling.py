@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from prefopt.evaluation.arrays import Array, Floats, floats
 from prefopt.safety.errors import UsageError
-from prefopt.unlearning.metrics.arrays import Array, Floats, floats
 
 
 def leak_at_k(scores: Array, k: int) -> Floats:

@@ -15,8 +15,8 @@ from prefopt.losses.registry import describe_arguments
 from prefopt.losses.wrappers import Wrapper
 
 FAMILIES = (
-    "direct", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary", "tokenwise", "reference-free",
-    "cringe", "likelihood", "online", "unlearning", "kernel", "logic", "wrappers", "conflict",
+    "direct", "scored", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary", "tokenwise",
+    "reference-free", "cringe", "likelihood", "online", "unlearning", "kernel", "logic", "wrappers", "conflict",
 )  # fmt: skip
 """Families in reading order; those of other packages follow."""
 

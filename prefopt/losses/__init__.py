@@ -36,12 +36,13 @@ from prefopt.losses.kernel_functions import RBF, Mahalanobis, Polynomial, Spectr
 from prefopt.losses.likelihood import SFT
 from prefopt.losses.logic import Logic
 from prefopt.losses.needs import Need
-from prefopt.losses.online import INPO, KLOnline, KLPrior
+from prefopt.losses.online import INPO, KLOnline, KLPrior, XPOBonus
 from prefopt.losses.parse import LossSyntaxError, UnknownLossError, parse
-from prefopt.losses.penalised import DPOP, FDPO, LDDPO, RDPO, ChiPO
+from prefopt.losses.penalised import DPOP, FDPO, LDDPO, RDPO, ChiPO, DPOShift, SamPO
 from prefopt.losses.pointwise import BCO, NCA, SPPO, APODown, APOZero, BCOPair, CalDPO
-from prefopt.losses.reference_free import ASFT, CPO, ORPO, RRHF, AlphaPO, SimPO, SLiC
+from prefopt.losses.reference_free import ASFT, CPO, ORPO, RRHF, AlphaPO, SimPER, SimPO, SLiC
 from prefopt.losses.registry import Preset, available, preset, presets, register
+from prefopt.losses.scored import REBEL, MaPPO, RewardAware, SoftSPPO
 from prefopt.losses.scores import PreferenceBatch, Scores
 from prefopt.losses.shapes import GPO, SurrogateEnsemble
 from prefopt.losses.tokenwise import TDPO
@@ -50,6 +51,7 @@ from prefopt.losses.unlearning_parts import OnForget, OnRetain
 from prefopt.losses.unlearning_states import RMU, RMURetain
 from prefopt.losses.unlearning_tokens import CEU, UNDIAL, WGA, Flatten, SatImp
 from prefopt.losses.wrappers import WPO, Dual, LengthNormalized, NoiseRobust, Reweighted
+from prefopt.losses.wrappers_tokens import Humanline
 
 __all__ = [
     "AOT",
@@ -79,6 +81,7 @@ __all__ = [
     "PFL",
     "RBF",
     "RDPO",
+    "REBEL",
     "RMU",
     "RRHF",
     "SFT",
@@ -98,12 +101,14 @@ __all__ = [
     "ChiPO",
     "ConflictFree",
     "Cringe",
+    "DPOShift",
     "DiscoPOP",
     "Divergence",
     "Dual",
     "Flatten",
     "GradientAscent",
     "Hinge",
+    "Humanline",
     "KLOnline",
     "KLPrior",
     "KLRetain",
@@ -116,6 +121,7 @@ __all__ = [
     "LossFile",
     "LossOutput",
     "LossSyntaxError",
+    "MaPPO",
     "Mahalanobis",
     "MarginDPO",
     "Need",
@@ -130,17 +136,22 @@ __all__ = [
     "Preset",
     "RMURetain",
     "ReferencePairLoss",
+    "RewardAware",
     "Reweighted",
     "Robust",
     "SLiC",
+    "SamPO",
     "SatImp",
     "Scores",
     "SimNPO",
+    "SimPER",
     "SimPO",
+    "SoftSPPO",
     "Spectral",
     "SurrogateEnsemble",
     "UnknownLossError",
     "WeightedSum",
+    "XPOBonus",
     "available",
     "paired_roles",
     "parse",

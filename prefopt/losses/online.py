@@ -5,6 +5,7 @@ Symbols as in `direct`; q = log-probability under the previous iterate.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
@@ -54,6 +55,31 @@ class INPO(PairLoss):
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)
         return ((self.reward(chosen) - self.reward(rejected)) / self.eta - 1 / (2 * self.eta)) ** 2
+
+
+@register("xpo_bonus")
+class XPOBonus(PairLoss):
+    """The exploration bonus of exploratory preference optimization: what the reference writes becomes less likely.
+
+    loss = log pi of the pair's completion that was drawn from the reference, summed over its tokens
+
+    Args: none.
+
+    Needs: sums; the column `chosen_from_reference`: 1 where the chosen completion was drawn from the reference and the
+    rejected one from the policy, 0 the other way round. No reference: the bonus moves with the policy alone.
+    Limits: unbounded below, so its weight beside DPO is small (1e-5 is TRL's default): preset `xpo`.
+    Reference: Xie et al. 2024, arXiv 2405.21046, algorithm 1; as TRL's experimental XPO trainer.
+    """
+
+    formula = "log pi(y|x) of the completion drawn from the reference"
+    paper = "2405.21046"
+    columns = ("chosen_from_reference",)
+    limits = MappingProxyType({"chosen_from_reference": (0.0, 1.0)})
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        chosen, rejected = paired_roles(batch)
+        share = chosen.columns["chosen_from_reference"].to(chosen.logps)
+        return share * chosen.logps + (1 - share) * rejected.logps
 
 
 @register("kl_online")

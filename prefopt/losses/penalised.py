@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefopt.losses.checks import finite, non_negative, positive
+from prefopt.losses.checks import finite, non_negative, positive, whole
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
 from prefopt.losses.errors import LossError
 from prefopt.losses.needs import Need
-from prefopt.losses.numerics import capped_exp, capped_expm1
+from prefopt.losses.numerics import capped_exp, capped_expm1, numbered_generator
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
 
@@ -118,6 +118,95 @@ class LDDPO(ReferencePairLoss):
         ratios = scores.token_logps - scores.ref_token_logps
         kept = torch.where(place <= common.unsqueeze(-1), ratios, self.alpha * ratios)
         return (kept * scores.token_mask).sum(-1)
+
+
+@register("sampo")
+class SamPO(ReferencePairLoss):
+    """SamPO: both completions of a pair are compared on equally many of their tokens, drawn anew at every step.
+
+    loss = -log sigmoid(beta d'), d' being d with the log-ratios of min(n_w, n_l) random tokens of each completion
+
+    Args:
+        beta: as in DPO.
+        seed: of the draws, which are numbered: a resumed run continues with the next one.
+
+    Needs: per-token log-probabilities of policy and reference.
+    During evaluation the sum over drawn tokens is replaced by its expectation, min(n_w, n_l) / n times the whole sum.
+    Policy and reference are read at the same tokens; the official code draws for each of the two. The examples of a
+    batch share one draw of noise by place; each gets a uniform choice of its tokens.
+    Limits: equal lengths are DPO; the evaluation's loss is DPO's on log-ratios scaled to the shorter length.
+    Reference: Lu et al. 2024, arXiv 2406.10957; as LuJunru/SamPO, dpo_trainer.py.
+    """
+
+    formula = "-log sigmoid(beta*d), d over min(n_w, n_l) random tokens of each completion"
+    paper = "2406.10957"
+    needs = Need.REFERENCE | Need.TOKENS
+
+    def __init__(self, beta: float = 0.1, seed: int = 0):
+        super().__init__()
+        self.beta = positive("beta", beta)
+        self.seed = whole("seed", seed)
+        self.draws: Tensor
+        self.register_buffer("draws", torch.zeros((), dtype=torch.long))
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        chosen, rejected = paired_roles(batch)
+        common = torch.minimum(chosen.lengths, rejected.lengths)
+        if not self.training:
+            shares = [common / scores.lengths.clamp(min=1) for scores in (chosen, rejected)]
+            return -F.logsigmoid(self.beta * (shares[0] * chosen.ratios - shares[1] * rejected.ratios))
+        generator = numbered_generator(self.seed, int(self.draws))
+        self.draws.add_(1)
+        assert chosen.token_mask is not None
+        assert rejected.token_mask is not None
+        width = max(chosen.token_mask.shape[1], rejected.token_mask.shape[1])
+        # Drawn in blocks: the numbers of the first places then do not depend on how far a batch is padded.
+        noise = torch.rand(-(-width // _BLOCK) * _BLOCK, generator=generator).to(chosen.logps.device)
+        d = _drawn_ratios(chosen, common, noise) - _drawn_ratios(rejected, common, noise)
+        return -F.logsigmoid(self.beta * d)
+
+
+_BLOCK = 4096
+
+
+def _drawn_ratios(scores: Scores, count: Tensor, noise: Tensor) -> Tensor:
+    """(N,) log-ratios of the `count` completion tokens with the largest noise."""
+    assert scores.token_logps is not None
+    assert scores.ref_token_logps is not None
+    assert scores.token_mask is not None
+    ordered = noise[: scores.token_mask.shape[1]].masked_fill(~scores.token_mask, -1.0)
+    rank = ordered.argsort(-1, descending=True).argsort(-1)
+    drawn = (rank < count.unsqueeze(-1)) & scores.token_mask
+    return ((scores.token_logps - scores.ref_token_logps) * drawn).sum(-1)
+
+
+@register("dpo_shift")
+class DPOShift(ReferencePairLoss):
+    """DPO-Shift: the rejected side counts less, so that the likelihood of chosen completions falls less.
+
+    loss = -log sigmoid(beta u_w - shift beta u_l)
+
+    Args:
+        beta: as in DPO; 0.01 in the authors' recipes for UltraFeedback.
+        shift: weight of the rejected side, in (0, 1]. The authors trained with 0.55 to 0.99, and with values that rise
+            from 0.95 to 1 or fall from 1 to 0.95 over the run; here it is constant.
+
+    Needs: reference sums.
+    Limits: shift = 1 is DPO. `mappo` takes the weight of each pair from its scores.
+    Reference: Yang et al. 2025, arXiv 2502.07599; as Meaquadddd/DPO-Shift, scripts/dposhift_trainer.py.
+    """
+
+    formula = "-log sigmoid(beta*u_w - shift*beta*u_l)"
+    paper = "2502.07599"
+
+    def __init__(self, beta: float = 0.1, shift: float = 0.95):
+        super().__init__()
+        self.beta = positive("beta", beta)
+        self.shift = positive("shift", shift, most=1)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        chosen, rejected = paired_roles(batch)
+        return -F.logsigmoid(self.reward(chosen) - self.shift * self.reward(rejected))
 
 
 @register("chi_po")

@@ -146,10 +146,14 @@ class SPPO(ReferencePairLoss):
         self.beta = positive("beta", beta)
         self.reduction = reduction
 
+    def targets(self, batch: PreferenceBatch) -> tuple[Tensor | float, Tensor | float]:
+        """What the log-ratios of the chosen and the rejected completions are regressed onto."""
+        return 1 / (2 * self.beta), -1 / (2 * self.beta)
+
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)
-        target = 1 / (2 * self.beta)
-        total = (chosen.ratios - target) ** 2 + (rejected.ratios + target) ** 2
+        up, down = self.targets(batch)
+        total = (chosen.ratios - up) ** 2 + (rejected.ratios - down) ** 2
         return total if self.reduction == "sum" else total / 2
 
 

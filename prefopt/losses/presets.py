@@ -8,7 +8,7 @@ from __future__ import annotations
 from prefopt.losses.base import Loss
 from prefopt.losses.direct import DPO
 from prefopt.losses.likelihood import SFT
-from prefopt.losses.online import KLOnline, KLPrior
+from prefopt.losses.online import KLOnline, KLPrior, XPOBonus
 from prefopt.losses.pointwise import BCOPair
 from prefopt.losses.reference_free import ASFT, CPO, ORPO, RRHF, SLiC
 from prefopt.losses.registry import preset
@@ -47,6 +47,15 @@ def hypo(beta: float = 0.05, lam: float = 1e-4) -> Loss:
     undo what DPO does outside the data. Not Hybrid-DPO (2602.11902), which shares the abbreviation.
     """
     return DPO(beta) + lam * KLOnline()
+
+
+@preset("xpo", paper="2405.21046")
+def xpo(beta: float = 0.1, alpha: float = 1e-5) -> Loss:
+    """Exploratory preference optimization: DPO on pairs of a policy's and a reference's sample, and the bonus.
+
+    Xie et al. 2024, algorithm 1; alpha as in TRL, which like this takes sums over tokens.
+    """
+    return DPO(beta) + alpha * XPOBonus()
 
 
 @preset("superhf", paper="2310.16763")

@@ -137,6 +137,31 @@ class RRHF(PairLoss):
         return torch.relu(rejected.mean_logps - chosen.mean_logps)
 
 
+@register("simper")
+class SimPER(PairLoss):
+    """SimPER: the inverse perplexity of the chosen completion up, that of the rejected one down.
+
+    loss = e^(a_l) - e^(a_w)
+
+    Args: none.
+
+    Needs: sums and lengths; no reference.
+    Limits: values in (-1, 1); equal averages give 0. The gradient fades as a completion becomes unlikely, so rejected
+        completions are not pushed down for ever.
+    Reference: Xiao et al. 2025, arXiv 2502.00883; as tengxiao1/SimPER, scripts/simper_trainer.py.
+    """
+
+    formula = "e^a_l - e^a_w"
+    paper = "2502.00883"
+
+    def reward(self, scores: Scores) -> Tensor:
+        return scores.mean_logps
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        chosen, rejected = paired_roles(batch)
+        return rejected.mean_logps.exp() - chosen.mean_logps.exp()
+
+
 @register("alpha_po")
 class AlphaPO(PairLoss):
     """AlphaPO: SimPO with its reward bent by alpha.

@@ -41,7 +41,7 @@ class Wrapper(Loss):
         self.roles = loss.roles
         self.paired = loss.paired
         self.columns = loss.columns
-        self.limits = loss.limits
+        self.limits = dict(loss.limits)
         self.top_k = loss.top_k
         self.divergences = loss.divergences
         self.layers = loss.layers

@@ -99,7 +99,10 @@ def run(args: argparse.Namespace) -> None:
     path = resolve_demo_model(say=print)
     tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = load_demo("train").shuffle(seed=0).select(range(args.steps))
-    pairs = pairs.add_column("margin", [0.5] * len(pairs)).add_column("forget", [n % 2 for n in range(len(pairs))])
+    numbers = {"margin": 0.5, "chosen_score": 0.9, "rejected_score": 0.2, "chosen_from_reference": 0.0}
+    for name, value in numbers.items():
+        pairs = pairs.add_column(name, [value] * len(pairs))
+    pairs = pairs.add_column("forget", [n % 2 for n in range(len(pairs))])
     part, parts = (int(number) for number in args.share.split("/"))
     results: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
     todo = [item for item in expressions(args.only, args.kernels).items() if item[0] not in results][part::parts]

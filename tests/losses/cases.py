@@ -15,6 +15,7 @@ from statistics import mean, variance
 import torch
 
 from prefopt.losses import PreferenceBatch, Scores
+from prefopt.losses.numerics import numbered_generator
 
 
 def sigmoid(x: float) -> float:
@@ -89,6 +90,11 @@ class Row:
     ps: float = -7.0
     rs: float = -7.5
     """Policy and reference sums of a sampled completion."""
+    sw: float = 1.0
+    sl: float = 0.0
+    """Scores of the two completions."""
+    from_reference: float = 0.0
+    """1 where the chosen completion was drawn from the reference, 0 where the rejected one was."""
 
     @property
     def uw(self) -> float:
@@ -262,7 +268,13 @@ def make_batch(
     requires_grad: bool = False,
 ) -> PreferenceBatch:
     """The batch that holds these rows; its mismatched ratios average to the rows' z0."""
-    columns = {"margin": [r.margin for r in rows], "forget": [r.forget for r in rows]}
+    columns = {
+        "margin": [r.margin for r in rows],
+        "forget": [r.forget for r in rows],
+        "chosen_score": [r.sw for r in rows],
+        "rejected_score": [r.sl for r in rows],
+        "chosen_from_reference": [r.from_reference for r in rows],
+    }
     if weight is not None:
         columns["weight"] = weight
 
@@ -285,7 +297,7 @@ def make_batch(
 
 def random_rows(n: int, seed: int = 0, z0: float = 0.2) -> list[Row]:
     """Rows within reach of every objective: ratios of a few nats, all log-probabilities negative."""
-    draw = random.Random(seed)
+    draw, of_scores = random.Random(seed), random.Random(f"scores {seed}")
     rows = []
     for _ in range(n):
         rw, rl, rs = (draw.uniform(-50, -8) for _ in range(3))
@@ -304,6 +316,9 @@ def random_rows(n: int, seed: int = 0, z0: float = 0.2) -> list[Row]:
                 ql=rl + draw.uniform(-2, 2),
                 ps=rs + draw.uniform(-2, 2),
                 rs=rs,
+                sw=of_scores.uniform(0.4, 1.0),
+                sl=of_scores.uniform(0.0, 0.6),
+                from_reference=float(of_scores.randrange(2)),
             )
         )
     return rows
@@ -419,6 +434,29 @@ def displaced(tokens: Tokens, layer: int) -> float:
         mean((h - r) ** 2 for h, r in zip(states[column], before[column], strict=True))
         for states, before in zip(tokens.states, tokens.ref_states, strict=True)
     )
+
+
+def preference_divergence(x: float, y: float) -> float:
+    """KL between the preferences sigmoid(x) and sigmoid(y)."""
+    p, q = sigmoid(x), sigmoid(y)
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def drawn(row: Row) -> float:
+    """SamPO's margin at the first draw, whose noise is taken from the same generator."""
+    noise = torch.rand(4096, generator=numbered_generator(0, 0)).tolist()
+    common = min(row.nw, row.nl)
+
+    def total(tokens: Tokens) -> float:
+        places = sorted(range(len(tokens.ids)), key=lambda t: -noise[t])[:common]
+        return sum(tokens.logps[t] - tokens.ref_logps[t] for t in places)
+
+    return total(row.w) - total(row.l)
+
+
+def within(tokens: Tokens, low: float, high: float) -> float:
+    """The sum of clamped log-ratios."""
+    return sum(min(max(p - r, low), high) for p, r in zip(tokens.logps, tokens.ref_logps, strict=True))
 
 
 # ---- formulas over a batch ---------------------------------------------------------------------------------------
@@ -601,7 +639,40 @@ CASES = [
         0.602653,
     ),
     Case("margin_dpo(beta=0.1)", lambda r: (softplus(r.margin - 0.1 * r.d),), 0.620957),
+    # scored
+    Case("rebel(eta=2.0)", lambda r: ((r.d - 2 * (r.sw - r.sl)) ** 2,), 0.25),
+    Case(
+        "reward_aware(beta=0.1, scale=2.0)",
+        lambda r: (preference_divergence(2 * (r.sw - r.sl), 0.1 * r.d),),
+        0.273504,
+    ),
+    Case(
+        "reward_aware(beta=0.1, scale=2.0, distance='fwd')",
+        lambda r: (preference_divergence(0.1 * r.d, 2 * (r.sw - r.sl)),),
+        0.361726,
+    ),
+    Case(
+        "reward_aware(beta=0.1, scale=2.0, distance='sq')", lambda r: ((0.1 * r.d - 2 * (r.sw - r.sl)) ** 2,), 3.4225
+    ),
+    Case(
+        "reward_aware(beta=0.1, scale=2.0, distance='scale')",
+        lambda r: (2 * abs(r.sw - r.sl) * softplus(-0.1 * r.d),),
+        1.241914,
+    ),
+    Case("mappo(beta=0.1)", lambda r: (softplus(-0.1 * (r.uw - (r.sw - r.sl) * r.ul)),), 0.620957, LOG2),
+    Case(
+        "sppo_soft(beta=0.1)",
+        lambda r: ((r.uw - 10 * (r.sw - 0.5)) ** 2 + (r.ul - 10 * (r.sl - 0.5)) ** 2,),
+        36.25,
+    ),
+    Case(
+        "sppo_soft(beta=0.1, reduction='mean')",
+        lambda r: (((r.uw - 10 * (r.sw - 0.5)) ** 2 + (r.ul - 10 * (r.sl - 0.5)) ** 2) / 2,),
+        18.125,
+    ),
     # penalised
+    Case("dpo_shift(beta=0.1, shift=0.75)", lambda r: (softplus(-0.1 * (r.uw - 0.75 * r.ul)),), 0.626759, LOG2),
+    Case("sampo(beta=0.1)", lambda r: (softplus(-0.1 * drawn(r)),)),
     Case(
         "dpop(beta=0.1, lam=5.0)",
         lambda r: (softplus(-0.1 * (r.d - 5 * max(0, r.rw - r.pw))),),
@@ -767,6 +838,7 @@ CASES = [
         lambda r: (0.8 * softplus(-0.1 * (r.pw - r.pl)) + 0.2 * softplus(0.1 * (r.pw - r.pl)),),
     ),
     Case("slic(delta=50.0)", lambda r: (max(0.0, 50 - (r.pw - r.pl)),), 48.0),
+    Case("simper", lambda r: (math.exp(r.al) - math.exp(r.aw),), 0.087795),
     Case("rrhf", lambda r: (max(0.0, r.al - r.aw),), 0.5),
     Case(
         "alpha_po(beta=2.5, gamma=0.25, alpha=0.25)",
@@ -863,6 +935,7 @@ CASES = [
         ),
         0.25,
     ),
+    Case("xpo_bonus", lambda r: (r.pw if r.from_reference else r.pl,), -12.0),
     Case("kl_online", lambda r: (r.ps - r.rs,), held=True),
     Case("kl_online(baseline='none')", lambda r: (r.ps - r.rs,), held=True),
     Case("kl_prior(reduction='mean')", lambda r: (sum(r.w.forward_kl) / r.nw,)),
@@ -879,6 +952,15 @@ CASES = [
         "wpo(dpo(beta=0.1), aligned=False, clamp=True)",
         lambda r: (math.exp(r.aw + r.al) * softplus(-0.1 * r.d),),
         held=True,
+    ),
+    Case("humanline(dpo(beta=0.1))", lambda r: (softplus(-0.1 * (within(r.w, -1, 1.5) - within(r.l, -1, 1.5))),)),
+    Case(
+        "humanline(ipo(beta=0.1, average=False), low=-0.1, high=0.2)",
+        lambda r: ((within(r.w, -0.1, 0.2) - within(r.l, -0.1, 0.2) - 5) ** 2,),
+    ),
+    Case(
+        "humanline(ld_dpo(beta=0.1, alpha=1.0), low=-0.1, high=0.2)",
+        lambda r: (softplus(-0.1 * (within(r.w, -0.1, 0.2) - within(r.l, -0.1, 0.2))),),
     ),
     Case("length_normalized(dpo(beta=2.0))", lambda r: (softplus(-2 * r.per_token),), at_equality=LOG2),
     Case(

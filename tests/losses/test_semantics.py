@@ -621,3 +621,87 @@ def test_needs_are_per_role():
     assert loss.needs_of("chosen") == Need.FORWARD_KL | Need.REFERENCE
     assert parse("wpo(npo)").needs_of("rejected") == Need.REFERENCE | Need.COLLISION
     assert parse("wpo(npo)").needs_of("chosen") == Need.NONE
+
+
+# ---- losses that read scores ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expression", "scores", "equal"),
+    [
+        ("rebel(eta=5.0)", (1.0, 0.0), "ipo(beta=0.1, average=False)"),
+        ("reward_aware(beta=0.1, scale=200.0)", (1.0, 0.0), "dpo(beta=0.1)"),
+        ("reward_aware(beta=0.1, distance='sq')", (0.8, 0.3), "0.01*rebel(eta=10.0)"),
+        ("reward_aware(beta=0.1, distance='scale')", (0.5, 3.5), "3.0*dpo(beta=0.1)"),
+        ("mappo(beta=0.1)", (1.0, 0.0), "dpo(beta=0.1)"),
+        ("mappo(beta=0.1)", (0.9, 0.15), "dpo_shift(beta=0.1, shift=0.75)"),
+        ("sppo_soft(beta=0.1)", (1.0, 0.0), "sppo(beta=0.1)"),
+        ("sppo_soft(beta=0.1, reduction='mean')", (1.0, 0.0), "sppo(beta=0.1, reduction='mean')"),
+        ("dpo_shift(beta=0.1, shift=1.0)", (1.0, 0.0), "dpo(beta=0.1)"),
+        ("humanline(dpo(beta=0.1), low=-1e9, high=1e9)", (1.0, 0.0), "dpo(beta=0.1)"),
+        ("humanline(simpo + ipo(beta=0.1), low=-1e9, high=1e9)", (1.0, 0.0), "simpo + ipo(beta=0.1)"),
+    ],
+)
+def test_a_limit_is_another_loss(expression, scores, equal):
+    batch = make_batch([replace(row, sw=scores[0], sl=scores[1]) for row in random_rows(6, seed=4)])
+    torch.testing.assert_close(parse(expression)(batch).loss, parse(equal)(batch).loss, rtol=1e-9, atol=1e-12)
+
+
+def test_reward_aware_with_a_soft_label_is_smoothed_dpo_less_the_entropy():
+    gap = math.log(0.8 / 0.2)
+    batch = make_batch([replace(row, sw=gap, sl=0.0) for row in random_rows(6, seed=4)])
+    entropy = -0.8 * math.log(0.8) - 0.2 * math.log(0.2)
+    smoothed = parse("dpo(beta=0.1, label_smoothing=0.2)")(batch).per_example
+    torch.testing.assert_close(parse("reward_aware(beta=0.1)")(batch).per_example, smoothed - entropy)
+
+
+@pytest.mark.parametrize("distance", ["bwd", "fwd", "sq"])
+def test_reward_aware_is_zero_where_the_gaps_agree(distance):
+    rows = [replace(row, sw=0.1 * row.uw, sl=0.1 * row.ul) for row in random_rows(6, seed=4)]
+    values = parse(f"reward_aware(beta=0.1, distance={distance!r})")(make_batch(rows)).per_example
+    torch.testing.assert_close(values, torch.zeros_like(values), rtol=0, atol=1e-12)
+
+
+def test_sampo_draws_as_many_tokens_as_the_shorter_completion_has():
+    rows = [replace(row, nw=6, nl=6) for row in random_rows(4)]
+    torch.testing.assert_close(parse("sampo")(make_batch(rows)).loss, parse("dpo")(make_batch(rows)).loss)
+    # Each token of a completion of 12 beside one of 3 is drawn a quarter of the time.
+    batch = make_batch([Row(-20.0, -6.0, -24.0, -6.0, 12, 3)])
+    loss = parse("sampo(beta=1e-6)")
+    margins = []
+    for _ in range(4000):
+        value = float(loss(batch).loss)
+        margins.append((math.log(2) - value) * 2e6)
+    assert sum(margins) / len(margins) == pytest.approx(4.0 * 3 / 12, abs=0.03)
+    assert len({round(margin, 4) for margin in margins}) > 100
+    loss.eval()
+    assert (math.log(2) - float(loss(batch).loss)) * 2e6 == pytest.approx(1.0, abs=1e-4)
+
+
+def test_humanline_stops_the_gradient_of_tokens_beyond_the_clamp():
+    batch = make_batch(random_rows(5), requires_grad=True)
+    parse("humanline(dpo, low=-0.1, high=0.2)")(batch).loss.backward()
+    scores = batch.chosen
+    ratios = (scores.token_logps - scores.ref_token_logps).detach()
+    inside = (ratios > -0.1) & (ratios < 0.2) & scores.token_mask
+    assert 0 < int(inside.sum()) < int(scores.token_mask.sum())
+    assert torch.equal(scores.token_logps.grad != 0, inside)
+
+
+@pytest.mark.parametrize("inner", ["simpo", "kto", "tdpo", "wpo(dpo)"])
+def test_humanline_refuses_what_it_cannot_clamp(inner):
+    with pytest.raises(ValueError, match="log-probabilities alone"):
+        parse(f"humanline({inner})")
+    with pytest.raises(ValueError, match="low must be less than high"):
+        parse("humanline(dpo, low=1.0, high=1.0)")
+
+
+def test_the_bonus_takes_the_completion_of_the_reference():
+    rows = [replace(row, from_reference=float(i)) for i, row in enumerate(random_rows(2))]
+    values = parse("xpo_bonus")(make_batch(rows)).per_example
+    torch.testing.assert_close(values, torch.tensor([rows[0].pl, rows[1].pw], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("expression", ["mappo", "dpo + 0.5*sppo_soft", "reweighted(mappo)"])
+def test_limits_of_scores_are_those_of_the_loss_inside(expression):
+    assert parse(expression).limits == {"chosen_score": (0.0, 1.0), "rejected_score": (0.0, 1.0)}

@@ -429,7 +429,8 @@ def test_every_registered_objective_trains(tmp_path, expression):
     """Ten pairs, eight steps: it runs, stays finite, and moves the policy."""
     wrapped = expression in available() and issubclass(available()[expression], Wrapper)
     loss = f"{expression}(dpo + 0.1*sft(nll='mean'))" if wrapped else FOR_TWO_LAYERS.get(expression, expression)
-    pairs = make_pairs(8, margin=[0.5] * 8, forget=[0, 1] * 4)
+    numbers = {"margin": 0.5, "chosen_score": 0.9, "rejected_score": 0.2, "chosen_from_reference": 0.0}
+    pairs = make_pairs(8, **{name: [value] * 8 for name, value in numbers.items()}, forget=[0, 1] * 4)
     options = {"max_steps": 6, "learning_rate": 2e-3, "sample_max_new_tokens": 6, "per_device_train_batch_size": 8}
     trainer = make_trainer(tmp_path, loss=loss, train_dataset=pairs, **options)
     before = trainer.model.get_input_embeddings().weight.detach().clone()

@@ -65,7 +65,11 @@ class Encodings:
     def encode_ahead(self, texts: Iterable[str]) -> None:
         """Encode the rendered conversations that `alone` will be asked for, if no processor has its own way."""
         if self.renders:
-            self._encode([piece for text in texts for piece in self._split(text)])
+            self.encode_alone_ahead(texts)
+
+    def encode_alone_ahead(self, texts: Iterable[str]) -> None:
+        """Encode the texts that `alone` will be asked for."""
+        self._encode([piece for text in texts for piece in self._split(text)])
 
     def encode_plain_ahead(self, texts: Iterable[str]) -> None:
         """Encode the texts that `plain` will be asked for, if no processor has a method of its own for them."""

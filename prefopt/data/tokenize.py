@@ -109,7 +109,7 @@ def tokens_of(
     """The ids of `tokenize_row` with their texts; `encodings` answers for the tokenizer, if many rows share it."""
     encodings = Encodings(processing_class) if encodings is None else encodings
     if not isinstance(example["prompt"], list):
-        return _tokenize_text(example, names, encodings, eos_token)
+        return _tokens_of_text(_encode_text(example, names, encodings, eos_token), encodings)
     with time_limit("the chat template"):
         return _tokenize_messages(render(example, names, encodings), encodings)
 
@@ -137,12 +137,20 @@ def tokens_ahead(rows: Sequence[Row], names: Sequence[str], encodings: Encodings
         talks = [of_row for of_row in texts if isinstance(of_row, Rendered)]
         encodings.encode_ahead(text for talk in talks for text in (talk.prompt_text, *talk.texts))
 
+    plain = {
+        number: attempt(lambda number: _encode_text(rows[number], names, encodings, None), number)
+        for number, of_row in enumerate(texts)
+        if isinstance(of_row, list)
+    }
+    with contextlib.suppress(Exception):
+        encodings.encode_alone_ahead(own for text in plain.values() if text is not None for own in text.alone if own)
+
     def tokens(number: int) -> Tokens | None:
-        talk = texts[number]
+        talk, text = texts[number], plain.get(number)
         if isinstance(talk, Rendered):
             with time_limit("the chat template"):
                 return _tokenize_messages(talk, encodings)
-        return None if talk is None else _tokenize_text(rows[number], names, encodings, None)
+        return None if text is None else _tokens_of_text(text, encodings)
 
     made = [attempt(tokens, number) for number in range(len(rows))]
     encodings.decode_ahead(ids for row in made if row is not None for ids in (row.prompt, *row.completions))
@@ -174,7 +182,33 @@ def plain_texts(example: Row, names: Sequence[str], encodings: Encodings, eos_to
     return [prompt, *(prompt + text for text in ended)]
 
 
-def _tokenize_text(example: Row, names: Sequence[str], encodings: Encodings, eos_token: str | None) -> Tokens:
+@dataclass(frozen=True)
+class _PlainText:
+    """A row of plain text, encoded as a whole.
+
+    Attributes:
+        prompt: its text.
+        wholes: of each side, prompt and completion as one text.
+        prompt_ids: of the prompt alone.
+        whole_ids: of each side's whole.
+    """
+
+    prompt: str
+    wholes: tuple[str, ...]
+    prompt_ids: list[int]
+    whole_ids: tuple[list[int], ...]
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """Of each side, the completion's text if it must be encoded alone: the prompt's ids do not begin the whole."""
+        count = len(self.prompt_ids)
+        return tuple(
+            "" if ids[:count] == self.prompt_ids else text[len(self.prompt) :]
+            for text, ids in zip(self.wholes, self.whole_ids, strict=True)
+        )
+
+
+def _encode_text(example: Row, names: Sequence[str], encodings: Encodings, eos_token: str | None) -> _PlainText:
     tokenizer = encodings.tokenizer
     prompt, *wholes = plain_texts(example, names, encodings, eos_token)
     eos_token = str(eos_token or tokenizer.eos_token)
@@ -183,16 +217,23 @@ def _tokenize_text(example: Row, names: Sequence[str], encodings: Encodings, eos
     eos_id = tokenizer.convert_tokens_to_ids(eos_token)
     if prompt_ids and prompt_ids[-1] == eos_id and not prompt.endswith(eos_token):
         prompt_ids = prompt_ids[:-1]
-    completions, repaired, alone = [], [], []
+    whole_ids = []
     for text in wholes:
-        own, whole = text[len(prompt) :], encodings.plain(text)
-        if whole[-2:] == [eos_id, eos_id] and not own.rstrip().endswith(2 * eos_token):
+        whole = encodings.plain(text)
+        if whole[-2:] == [eos_id, eos_id] and not text[len(prompt) :].rstrip().endswith(2 * eos_token):
             whole.pop()  # the text's own, and one of a tokenizer that adds it
-        repaired.append(whole[: len(prompt_ids)] != prompt_ids)
-        completions.append(encodings.alone(own) if repaired[-1] else whole[len(prompt_ids) :])
-        alone.append(own if repaired[-1] else "")
-    sides = tuple(completions), tuple(repaired), prompt, tuple(wholes), tuple(alone)
-    return Tokens(prompt_ids, *sides, clashes=(False,) * len(names))
+        whole_ids.append(whole)
+    return _PlainText(prompt, tuple(wholes), prompt_ids, tuple(whole_ids))
+
+
+def _tokens_of_text(text: _PlainText, encodings: Encodings) -> Tokens:
+    alone, count = text.alone, len(text.prompt_ids)
+    completions = tuple(
+        encodings.alone(own) if own else whole[count:] for own, whole in zip(alone, text.whole_ids, strict=True)
+    )
+    repaired = tuple(whole[:count] != text.prompt_ids for whole in text.whole_ids)
+    clashes = (False,) * len(completions)
+    return Tokens(text.prompt_ids, completions, repaired, text.prompt, text.wholes, alone, clashes)
 
 
 def _ends(encodings: Encodings, eos_token: str) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from prefopt.data import DataError
 from prefopt.data.conversation import answers_end, user_turn
 from prefopt.data.encodings import Encodings, splits_at
 from prefopt.data.row_check import RowCheck
-from prefopt.data.tokenize import tokens_of
+from prefopt.data.tokenize import tokens_ahead, tokens_of
 from tests.data.test_shipped_templates import TEMPLATES, TOOLS, call, tokenizer_for
+from tests.data.test_tokenize import merging_tokenizer
 from tests.tiny import CHATML, THINKING, make_tokenizer
 
 SIDES = ("chosen", "rejected")
@@ -146,3 +147,25 @@ def test_a_tokenizer_with_its_own_method_is_asked_text_by_text() -> None:
         tokens = tokens_of(row, SIDES, tokenizer)
         expected = make_tokenizer()(tokens.prompt_text.upper(), add_special_tokens=False)["input_ids"]
         assert checked.ids["prompt_ids"] == tokens.prompt == expected
+
+
+def test_completions_that_merge_with_their_prompt_are_encoded_together_and_as_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer, rng = merging_tokenizer(), random.Random(5)
+    rows = [
+        {name: "".join(rng.choices("abcd", k=rng.randint(1, 6))) for name in ("prompt", *SIDES)} for _ in range(300)
+    ]
+    expected = [tokens_of(row, SIDES, tokenizer) for row in rows]
+    repaired = [side for tokens in expected for side in tokens.repaired]
+    assert 20 < sum(repaired) < len(repaired)
+    encodings, calls = Encodings(tokenizer), []
+    encode = encodings._encode_all
+
+    def counted(texts: list[str], special: bool) -> list[list[int]]:
+        calls.append(len(texts))
+        return encode(texts, special)
+
+    monkeypatch.setattr(encodings, "_encode_all", counted)
+    assert tokens_ahead(rows, SIDES, encodings) == expected
+    assert len(calls) == 2

@@ -42,6 +42,7 @@ class SetScores:
         extraction_strength, exact_memorization: of the answer.
         loss, zlib, min_k, min_k_plus_plus: scores of membership.
         answers: the greedy answers.
+        kl: KL(start || model) of each answer, mean over its tokens in nats; empty where the start is not at hand.
     """
 
     probability: list[float]
@@ -54,6 +55,7 @@ class SetScores:
     min_k: list[float]
     min_k_plus_plus: list[float]
     answers: list[str] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
 
 
 _Value = TypeVar("_Value")
@@ -67,6 +69,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     sets: Mapping[str, Sequence[Question]],
     *,
+    start: Any = None,
     max_length: int | None = None,
     max_new_tokens: int = 64,
     layout: Layout | LayoutName = "auto",
@@ -77,6 +80,8 @@ def measure(
         model: a causal language model, the same in all processes; its mode is left as it is.
         tokenizer: of the model.
         sets: questions by the name of the set.
+        start: the model before forgetting, to see how far the forget set's and the retain set's answers have moved
+            from it; costs its forward passes over both sets.
         max_length: plain texts are cut into parts of this many tokens.
         max_new_tokens: of the greedy answers.
         layout: to score in. Trying a layout takes as long as scoring a set, so models of one kind should share one.
@@ -97,9 +102,16 @@ def measure(
         mine = answer_questions(model, tokenizer, questions[share], max_new_tokens=max_new_tokens)
         return of_all([answer.text for answer in mine])
 
+    def scores(name: str, questions: Sequence[Question]) -> list[QuestionScores]:
+        mine = score_questions(
+            model, tokenizer, questions, share=share, max_length=max_length, layout=layout,
+            start=start if name in ("forget", "retain") else None,
+        )  # fmt: skip
+        return of_all(mine)
+
     return {
         name: _scores(
-            of_all(score_questions(model, tokenizer, questions, share=share, max_length=max_length, layout=layout)),
+            scores(name, questions),
             answers(name, questions),
             among_wrong=name in _CHOICES,
         )
@@ -134,6 +146,7 @@ def _scores(rows: Sequence[QuestionScores], answers: list[str], among_wrong: boo
             metrics.min_k_plus_plus(answer.token_logps, answer.means, answer.deviations) for answer in tokens
         ],
         answers=answers,
+        kl=[float(answer.start_kl.mean()) for answer in tokens if answer.start_kl is not None],
     )
 
 
@@ -153,16 +166,18 @@ def numbers(measured: Measured, gold: Measured | None = None) -> dict[str, float
         gold: of the gold model on the same questions; without it there is no forget quality.
 
     Returns:
-        For each set `NAME_probability`, `NAME_rouge` and, with wrong answers, `NAME_truth_ratio`; of the forget set
-        also `extraction_strength` and `exact_memorization`. `model_utility` with all three sets of `UTILITY_SETS`.
-        With a gold model `forget_quality` (a p-value), `log10_forget_quality` and `gold_forget_rouge`; with both,
-        `quality_and_utility`, their harmonic mean. With a holdout set, `auc_NAME` and, with a gold model,
-        `privleak_NAME` for each score of membership.
+        For each set `NAME_probability`, `NAME_rouge` and, with wrong answers, `NAME_truth_ratio`; `NAME_kl` where the
+        start was at hand; of the forget set also `extraction_strength` and `exact_memorization`. `model_utility` with
+        all three sets of `UTILITY_SETS`. With a gold model `forget_quality` (a p-value), `log10_forget_quality` and
+        `gold_forget_rouge`; with both, `quality_and_utility`, their harmonic mean. With a holdout set, `auc_NAME` and,
+        with a gold model, `privleak_NAME` for each score of membership.
     """
     values: dict[str, float] = {}
     for name, scores in measured.items():
         if name != "holdout":
             values |= {f"{name}_{what}": value for what, value in _means(name, scores).items()}
+        if scores.kl:
+            values[f"{name}_kl"] = float(np.mean(scores.kl))
     forget = measured["forget"]
     values["extraction_strength"] = float(np.mean(forget.extraction_strength))
     values["exact_memorization"] = float(np.mean(forget.exact_memorization))
@@ -239,7 +254,11 @@ def check_gold(start: Measured, gold: Measured) -> None:
 
 
 def stored(
-    folder: Path, name: str, sets: Mapping[str, Sequence[Question]], measure_now: Callable[[], Measured]
+    folder: Path,
+    name: str,
+    sets: Mapping[str, Sequence[Question]],
+    measure_now: Callable[[], Measured],
+    max_length: int | None = None,
 ) -> Measured:
     """The numbers of a model from an earlier run, or measured now, by all processes, and stored.
 
@@ -248,11 +267,13 @@ def stored(
         name: the model's folder or Hub name.
         sets: what is measured.
         measure_now: measures the model.
+        max_length: of plain texts, where it was measured with one.
     """
     facts = [
         model_key(name),
         {key: [asdict(question) for question in rows] for key, rows in sets.items()},
         __version__,
+        *([max_length] if any(not question.question for rows in sets.values() for question in rows) else []),
     ]
     path = folder / f"measured-{digest(facts)}.json"
     # The first process looks, so that no other one sees a file that was written in between.

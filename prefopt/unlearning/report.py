@@ -23,6 +23,7 @@ _SHOWN = {
     "forget_probability": "probability of the answers",
     "forget_rouge": "ROUGE-L recall of its answers",
     "forget_truth_ratio": "truth ratio",
+    "forget_kl": "KL from the start (nats a token)",
     "extraction_strength": "extraction strength",
     "exact_memorization": "exact memorization",
     "forget_quality": "forget quality (p-value)",
@@ -30,6 +31,7 @@ _SHOWN = {
     "retain_probability": "probability of the answers",
     "retain_rouge": "ROUGE-L recall of its answers",
     "retain_truth_ratio": "truth ratio",
+    "retain_kl": "KL from the start (nats a token)",
     "real_authors_probability": "probability, real authors",
     "real_authors_rouge": "ROUGE-L recall, real authors",
     "real_authors_truth_ratio": "truth ratio, real authors",
@@ -87,6 +89,9 @@ def intervals(measured: Measured) -> dict[str, tuple[float, float]]:
         for what, total in _totals(name, scores).items():
             interval = metrics.bootstrap(total, columns)
             spans[f"{name}_{what}"] = interval.low, interval.high
+        if scores.kl:
+            interval = metrics.bootstrap(np.mean, np.array(scores.kl))
+            spans[f"{name}_kl"] = interval.low, interval.high
     if utility_of(measured) is not None:
         samples = [_columns(name, measured[name]) for name in UTILITY_SETS]
 
@@ -125,8 +130,8 @@ def answers_side_by_side(
     """Greedy answers before and after to a few questions of each set, spread over it."""
     answers = table("", "question", "before", "after", title="Answers", show_lines=True)
     for name in ("forget", "retain"):
-        rows = questions[name]
-        for row in range(0, len(rows), math.ceil(len(rows) / shown)):
+        rows = questions[name] if before[name].answers else ()  # nothing is asked about plain texts
+        for row in range(0, len(rows), max(1, math.ceil(len(rows) / shown))):
             texts = (rows[row].question or rows[row].answer[:60], before[name].answers[row], after[name].answers[row])
             answers.add_row(name, *map(Text, texts))
     return answers

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from prefopt.safety.errors import UsageError
+from prefopt.scoring.fingerprint import is_sharded
 from prefopt.trainer import PreferenceConfig, PreferenceTrainer
 from prefopt.trainer.saving.random_numbers import same_random_numbers
 from prefopt.unlearning.measure import Measured, numbers
@@ -26,7 +27,7 @@ class UnlearningTrainer(PreferenceTrainer):
     """`PreferenceTrainer` whose evaluations are measurements of forgetting.
 
     Args:
-        measure: measures the model.
+        measure: measures the model, beside the model before forgetting if that is at hand.
         gold: the gold model, measured; None without one.
         rule: which evaluation is the best. `settle` sets the training arguments that go with it.
 
@@ -41,7 +42,7 @@ class UnlearningTrainer(PreferenceTrainer):
     def __init__(
         self,
         *arguments: Any,
-        measure: Callable[[Any], Measured],
+        measure: Callable[[Any, Any], Measured],
         gold: Measured | None = None,
         rule: Rule = "none",
         **keywords: Any,
@@ -50,12 +51,17 @@ class UnlearningTrainer(PreferenceTrainer):
         self._measure, self._gold, self.rule = measure, gold, rule
         self.measured: dict[int, Measured] = {}
 
+    def _start(self) -> Any:
+        """The model before forgetting, where it is in memory as a model of its own; else None."""
+        start = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        return None if start is None or self.args.sync_ref_model or is_sharded(start) else start
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The numbers of the model; with the rule `muse`, also whether the gold model's level is reached."""
         with same_random_numbers(self.accelerator.device):
-            measured = self._measure(self.accelerator.unwrap_model(self.model))
+            measured = self._measure(self.accelerator.unwrap_model(self.model), self._start())
         self.measured[self.state.global_step] = measured
         values = numbers(measured, self._gold)
         if self.rule == "muse":

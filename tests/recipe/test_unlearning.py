@@ -194,3 +194,33 @@ def test_without_wrong_answers_and_gold_model_the_rest_is_measured(tmp_path):
     assert results["gold"] is None
     assert "forget_probability" in results["after"]
     assert not {"forget_quality", "forget_truth_ratio"} & set(results["after"])
+
+
+def test_plain_texts_are_cut_forgotten_and_measured_against_a_holdout_set(tmp_path):
+    """Rows as of MUSE's raw texts or WMDP's corpora, longer than what is read at once."""
+
+    def text(word: str) -> dict:
+        return {"text": " ".join([*THINGS, word, *THINGS] * 4)}
+
+    texts = {
+        name: write(tmp_path / f"text-{name}.jsonl", [text(letter) for letter in letters])
+        for name, letters in (("forget", "abcd"), ("retain", "efghij"), ("holdout", "klmn"))
+    }
+    sets = {f"{name}_set": file for name, file in texts.items()}
+    arguments = words(tmp_path, "--max_length", "64", epochs="1", **sets)
+    for option in ("--real_authors_set", "--world_facts_set"):
+        del arguments[arguments.index(option) : arguments.index(option) + 2]
+    results = main(argv=arguments)
+    assert results["after"]["forget_probability"] < results["before"]["forget_probability"]
+    assert {"auc_min_k", "extraction_strength", "retain_probability"} <= results["after"].keys()
+    assert not {"forget_rouge", "model_utility"} & results["after"].keys()
+
+
+def test_how_far_answers_moved_from_the_start_is_measured_where_the_start_is_in_memory(first, tmp_path):
+    folder, _ = first
+    results = main(argv=words(folder, "--learn", "true", output="kl", epochs="2"))
+    again = main(argv=words(folder, "--learn", "true", "--loss", "ga", output="without", epochs="1"))
+    assert results["after"]["forget_kl"] > 0
+    assert results["after"]["retain_kl"] > 0
+    assert "forget_kl" not in results["before"]
+    assert "forget_kl" not in again["after"]  # gradient ascent loads no reference

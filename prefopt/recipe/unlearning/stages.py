@@ -86,9 +86,11 @@ def measure_first(recipe: Recipe, ready: Ready, questions: Sets, models: Models)
         def now() -> Measured:
             recipe.console.print(f"Measuring the {role}", soft_wrap=True)
             model = load_model(name, {**ready.options, "device_map": None}).to(ready.training.device)
-            return measure(model, ready.tokenizer, questions.measured, layout=layout)
+            return measure(
+                model, ready.tokenizer, questions.measured, max_length=ready.training.max_length, layout=layout
+            )
 
-        return stored(folder, name, questions.measured, now)
+        return stored(folder, name, questions.measured, now, ready.training.max_length)
 
     start = of(models.start, "model before forgetting")
     if models.gold is None:
@@ -125,7 +127,9 @@ def make_trainer(
         processing_class=ready.tokenizer,
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
-        measure=lambda model: measure(model, ready.tokenizer, questions.measured, layout=layout),
+        measure=lambda model, start: measure(
+            model, ready.tokenizer, questions.measured, start=start, max_length=args.max_length, layout=layout
+        ),
         gold=measurements.gold,
         rule=script.rule,
     )

@@ -12,6 +12,8 @@ from prefopt.evaluation.judges.answers import AnswerJudge
 from prefopt.evaluation.judges.base import Judge
 from prefopt.evaluation.judges.function import function_judge
 from prefopt.evaluation.judges.labels import LabelsJudge
+from prefopt.evaluation.judges.llm import llm_judge
+from prefopt.generation.samples import Generator, SamplingSettings
 from prefopt.safety.errors import UsageError, did_you_mean
 
 
@@ -51,7 +53,49 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
+def _reward_model(value: str, options: Mapping[str, Any]) -> Judge:
+    from prefopt.evaluation.judges.reward_model import RewardModelJudge
+
+    return RewardModelJudge(value, **options)
+
+
+def _language_model(
+    rubric: str, *, model: str = "", url: str = "", key_variable: str = "OPENAI_API_KEY", concurrency: int = 16,
+    **options: Any,
+) -> Judge:  # fmt: skip
+    if not model:
+        raise UsageError("the judge llm needs model=..., the server's name for it, or a folder if there is no url=...")
+    if url:
+        from prefopt.generation.endpoint import Endpoint
+        from prefopt.generation.server import ServerGenerator
+
+        endpoint = Endpoint(url, key_variable=key_variable, concurrency=concurrency)
+        return _written(rubric, ServerGenerator(endpoint, model), **options)
+    from accelerate import PartialState
+
+    from prefopt.generation.transformers import TransformersGenerator
+    from prefopt.models.load import load_model, load_tokenizer
+
+    network = load_model(model, {"dtype": "auto"}).to(PartialState().device)
+    return _written(rubric, TransformersGenerator(network, load_tokenizer(model)), **options)
+
+
+def _written(
+    rubric: str, generator: Generator, *, name: str = "llm", both_orders: bool = True, repeats: int = 1,
+    temperature: float = 0.0, max_new_tokens: int = 512,
+) -> Judge:  # fmt: skip
+    settings = SamplingSettings(repeats, temperature, max_new_tokens=max_new_tokens)
+    return llm_judge(Path(rubric), generator, settings, name, both_orders)
+
+
+def _no_policy() -> Judge:
+    raise UsageError("the judge policy is the model of a run of rounds; elsewhere use llm:RUBRIC,model=...")
+
+
 _ANSWER = {"name": str, "column": str}
+_WRITING: dict[str, Callable[[str], Any]] = {
+    "name": str, "both_orders": _yes, "repeats": _at_least_one, "temperature": float, "max_new_tokens": _at_least_one,
+}  # fmt: skip
 _KINDS: dict[str, _Kind] = {
     "exact": _Kind("", _ANSWER, lambda value, options: AnswerJudge("exact", **options)),
     "number": _Kind("", _ANSWER, lambda value, options: AnswerJudge("number", **options)),
@@ -61,6 +105,13 @@ _KINDS: dict[str, _Kind] = {
         "MODULE:FUNCTION", {"name": str, "both_orders": _yes, "repeats": _at_least_one},
         lambda value, options: function_judge(value, **options),
     ),
+    "reward": _Kind("MODEL", {"name": str, "batch_size": _at_least_one, "device": str}, _reward_model),
+    "llm": _Kind(
+        "RUBRIC",
+        {**_WRITING, "model": str, "url": str, "key_variable": str, "concurrency": _at_least_one},
+        lambda value, options: _language_model(value, **options),
+    ),
+    "policy": _Kind("RUBRIC", _WRITING, lambda value, options: _no_policy()),
     "labels": _Kind("FILE", {"name": str}, lambda value, options: LabelsJudge(Path(value), **options)),
 }  # fmt: skip
 KINDS = tuple(_KINDS)
@@ -99,8 +150,15 @@ def parse_judge(spec: str | Mapping[str, Any]) -> JudgeSpec:
     return JudgeSpec(kind, value, {name: _read(text, name, v, readers[name]) for name, v in given.items()}, weight)
 
 
-def make_judge(spec: JudgeSpec) -> Judge:
-    """The judge, with its function imported, its model loaded and its files read."""
+def make_judge(spec: JudgeSpec, policy: Generator | None = None) -> Judge:
+    """The judge, with its function imported, its model loaded and its files read.
+
+    Args:
+        spec: from `parse_judge`.
+        policy: what the judge `policy` asks: the model that is trained.
+    """
+    if spec.kind == "policy" and policy is not None:
+        return _written(spec.value, policy, **{"name": "policy", **spec.options})
     return _KINDS[spec.kind].make(spec.value, spec.options)
 
 

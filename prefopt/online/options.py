@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, cast
 from prefopt.generation.samples import SamplingSettings
 from prefopt.online.builders import parse_builder
 from prefopt.online.pairing import PairSettings
+from prefopt.online.tasks import TASKS
 from prefopt.recipe.arguments import Recipe, RecipeArguments
 from prefopt.safety.errors import UsageError
 
@@ -24,7 +25,7 @@ class RoundsArguments(RecipeArguments):
 
     demo_config: ClassVar[Path] = Path(__file__).parent / "demo.yaml"
     data_options: ClassVar[tuple[str, ...]] = ("prompts",)
-    bundled_words: ClassVar[str] = "the bundled arithmetic problems"
+    bundled_words: ClassVar[str] = "the bundled prompts"
     no_effect: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("dataset_name", "dataset_train_split", "dataset_test_split", "dataset_config"), _PAIRS),
         **dict.fromkeys(("dataset_streaming", "columns", "format", "eval_rows", "embeddings"), _PAIRS),
@@ -34,6 +35,10 @@ class RoundsArguments(RecipeArguments):
         "load_best_model_at_end": "each round ends with its last step; the table shows which round is best",
     }
 
+    task: str = field(
+        default="arithmetic",
+        metadata={"help": "The bundled prompts and their judge, used without --prompts.", "choices": list(TASKS)},
+    )
     prompts: str | None = field(
         default=None, metadata={"help": "A .jsonl file with one prompt a line, and columns for judges and --gold."}
     )
@@ -47,7 +52,9 @@ class RoundsArguments(RecipeArguments):
     )
     top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest tokens with this much probability."})
     top_k: int = field(default=0, metadata={"help": "Draw among this many likeliest tokens; 0 for all."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Where a sample is cut."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Where a sample is cut; 256, or what a bundled task needs."}
+    )
     stop: list[str] | None = field(default=None, metadata={"help": "Texts that end a sample."})
     judges: list[str] | None = field(
         default=None, metadata={"help": "Judges of samples, as in: number,column=answer  my_judges:score,weight=0.5"}
@@ -105,6 +112,12 @@ class RoundsArguments(RecipeArguments):
     def __post_init__(self) -> None:
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
+        task = TASKS[self.task] if self.prompts is None else None
+        if self.max_new_tokens is None:
+            self.max_new_tokens = 256 if task is None else task.max_new_tokens
+        if task is not None:
+            self.stop = list(task.stop) if self.stop is None else self.stop
+            self.judges = self.judges or [task.judge]
         for name in ("rounds", "samples", "max_new_tokens", "heldout_samples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}")
@@ -131,6 +144,7 @@ def options_of(recipe: Recipe) -> RoundsArguments:
 def sampling_of(script: RoundsArguments, number: int, seed: int) -> SamplingSettings:
     """How the samples of a round are drawn."""
     temperature = script.temperature[min(number, len(script.temperature)) - 1]
+    assert script.max_new_tokens is not None
     return SamplingSettings(
         script.samples, temperature, script.top_p, script.top_k, script.max_new_tokens, tuple(script.stop or ()), seed
     )

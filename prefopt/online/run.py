@@ -1,4 +1,4 @@
-"""`prefopt rounds run` and `recipes/rounds.py`: from a command line to a run of rounds."""
+"""`prefopt rounds run` and `recipes/irpo.py`: from a command line to a run of rounds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from prefopt.generation.stage import read_prompts
 from prefopt.losses import parse
 from prefopt.online.builders import parse_builder
 from prefopt.online.generators import InMemory
-from prefopt.online.judging import Judges, judges_of
+from prefopt.online.judging import judges_of
 from prefopt.online.loop import Prompts, Rounds
 from prefopt.online.options import RoundsArguments, options_of, sampling_of
 from prefopt.online.policy import loss_of, plan_round, prompts_of
+from prefopt.online.tasks import TASKS
 from prefopt.recipe import Recipe, parse_arguments, preflight
 from prefopt.recipe.ready import Ready
 from prefopt.safety.errors import UsageError
@@ -29,7 +30,9 @@ def load_prompts(recipe: Recipe) -> Prompts:
     """
     script = options_of(recipe)
     if recipe.bundled_data:
-        raise UsageError("--prompts names the file of prompts")
+        task = TASKS[script.task]
+        recipe.console.print(f"Bundled task {script.task}: {task.words}", soft_wrap=True)
+        return Prompts(task.prompts("train"), task.prompts("heldout"))
     train, repeated = read_prompts(Path(str(script.prompts)))
     heldout: list[Any] = []
     if script.heldout_prompts is not None:
@@ -46,13 +49,12 @@ def load_prompts(recipe: Recipe) -> Prompts:
     return Prompts(train, heldout)
 
 
-def start(recipe: Recipe, ready: Ready, prompts: Prompts, judges: Judges | None) -> Rounds:
-    """The run, checked in what does not need a model in memory."""
-    _check(recipe, ready, prompts)
-    return Rounds(recipe, ready, prompts, judges, InMemory(recipe, ready))
+def check_rounds(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
+    """Refuse what cannot work in some round, before any model is loaded.
 
-
-def _check(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
+    Raises:
+        UsageError: naming the option.
+    """
     script, loss = options_of(recipe), recipe.training.loss
     if loss is None:
         raise UsageError("rounds need a loss expression, such as --loss irpo")
@@ -67,7 +69,6 @@ def _check(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
 
 def dry_run(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
     """Print what each round would do; nothing is sampled or trained."""
-    _check(recipe, ready, prompts)
     script, run = options_of(recipe), Path(recipe.training.output_dir)
     for number in range(1, script.rounds + 1):
         plan = plan_round(script, run, ready.model, str(recipe.training.loss), number)
@@ -80,7 +81,7 @@ def dry_run(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
 
 
 def main(loss: str = LOSS, argv: Sequence[str] | None = None) -> list[dict[str, Any]] | None:
-    """Run rounds; `recipes/rounds.py` writes out the same steps.
+    """Run rounds; `recipes/irpo.py` writes out the same steps.
 
     Args:
         loss: the loss expression, unless the command line or a config has another.
@@ -92,8 +93,9 @@ def main(loss: str = LOSS, argv: Sequence[str] | None = None) -> list[dict[str, 
     recipe = parse_arguments(loss, argv, RoundsArguments)
     ready = preflight(recipe)
     prompts = load_prompts(recipe)
-    judges = judges_of(options_of(recipe).judges or [])
+    check_rounds(recipe, ready, prompts)
     if recipe.script.dry_run:
         dry_run(recipe, ready, prompts)
         return None
-    return start(recipe, ready, prompts, judges).run()
+    judges = judges_of(options_of(recipe).judges or [])
+    return Rounds(recipe, ready, prompts, judges, InMemory(recipe, ready)).run()

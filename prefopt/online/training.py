@@ -162,6 +162,6 @@ def _last_values(trainer: Any) -> dict[str, float]:
     values: dict[str, float] = {}
     for entry in trainer.state.log_history:
         values |= {name: value for name, value in entry.items() if isinstance(value, (int, float))}
-    # Times, and a sum over this process's own steps, differ where a run was resumed.
-    own = ("runtime", "per_second", "train_loss")
-    return {name: value for name, value in values.items() if not any(word in name for word in own)}
+    # Times, and what transformers sums over this process's own steps, differ where a run was resumed.
+    own = ("runtime", "per_second", "train_loss", "total_flos")
+    return {name: values[name] for name in sorted(values) if not any(word in name for word in own)}

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from prefopt.cli.app import app, console, fail, say
+from prefopt.safety.errors import PrefoptError
 
 Columns = Annotated[
     list[str] | None,
@@ -37,8 +38,11 @@ def check(
     loss: Annotated[
         str | None, typer.Option(help="The loss that will train on it: sft needs neither labels nor pairs.")
     ] = None,
+    retain: Annotated[
+        str | None, typer.Option(help="For unlearning: the set to retain; DATA is the set to forget.")
+    ] = None,
 ) -> None:
-    """Validate a preference data set and print what is wrong with it."""
+    """Validate a preference data set, or sets to forget and to retain, and print what is wrong with it."""
     from prefopt.data import kind, validate
     from prefopt.data.reading import described
 
@@ -49,8 +53,15 @@ def check(
     if max_length is not None and max_length < 2:
         fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
     data, words = _words(data, columns, context.args)
+    if retain is not None:
+        return _check_unlearning({"forget": data, "retain": retain})
     roles = ("chosen", "rejected") if loss is None else _roles(loss)
-    dataset = _read(data, split, words, config=config, layout=layout, unlabelled=roles == ("chosen",), say=say)
+    try:
+        dataset = _read(data, split, words, config=config, layout=layout, unlabelled=roles == ("chosen",), say=say)
+    except PrefoptError:
+        if not _is_for_unlearning(data):
+            raise
+        return _check_unlearning({"forget or retain": data})
     for line in described(dataset):
         say(line)
     tokenizer = None
@@ -67,6 +78,40 @@ def check(
     what = "pairs" if kind(dataset) == "pair" else "labelled completions"
     say(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
     if not report.ok:
+        raise typer.Exit(1)
+
+
+def _is_for_unlearning(data: str) -> bool:
+    """Whether every row is a plain text, or any has answers to measure forgetting with."""
+    from prefopt.unlearning.data import read_questions
+
+    try:
+        rows = read_questions(data)
+    except (PrefoptError, OSError, ValueError):
+        return False
+    return any(row.wrong or row.paraphrase for row in rows) or all(not row.question for row in rows)
+
+
+def _check_unlearning(names: dict[str, str]) -> None:
+    """Print what is wrong with sets for unlearning.
+
+    Args:
+        names: of the sets, by what they are for.
+    """
+    from prefopt.unlearning.check import check_both, check_set
+    from prefopt.unlearning.data import read_questions
+
+    sets = {what: read_questions(name) for what, name in names.items()}
+    found = [(what, finding) for what, rows in sets.items() for finding in check_set(rows)]
+    if len(sets) == 2:
+        found += [("both", finding) for finding in check_both(sets["forget"], sets["retain"])]
+    for what, finding in found:
+        first = ", ".join(map(str, finding.rows[:3])) + (", ..." if len(finding.rows) > 3 else "")
+        say(f"{what}: {len(finding.rows)} rows {finding.text} (rows from 0: {first})")
+    for what, rows in sets.items():
+        texts = sum(not row.question for row in rows)
+        say(f"{what}: {len(rows)} rows, {len(rows) - texts} questions and {texts} plain texts.")
+    if any(finding.fatal for _, finding in found):
         raise typer.Exit(1)
 
 

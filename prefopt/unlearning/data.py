@@ -115,15 +115,25 @@ def check_apart(forget: Sequence[Question], retain: Sequence[Question]) -> None:
     for name, rows in (("forget", forget), ("retain", retain)):
         if not rows:
             raise UnlearningDataError(f"the {name} set has no rows")
-    places = {_key(row): number for number, row in reversed(list(enumerate(retain)))}
-    shared = [(number, places[_key(row)]) for number, row in enumerate(forget) if _key(row) in places]
-    if shared:
+    if shared := shared_rows(forget, retain):
         first, other = shared[0]
         text = forget[first].question or forget[first].answer
         raise UnlearningDataError(
             f"{len(shared)} of {len(forget)} rows of the forget set are in the retain set too, the first is row "
             f"{first} ({text[:60]!r}), row {other} there (rows from 0). Take them out of one of the two."
         )
+
+
+def shared_rows(forget: Sequence[Question], retain: Sequence[Question]) -> list[tuple[int, int]]:
+    """Rows with the same question or text: (number in the forget set, number in the retain set)."""
+    places = {_key(row): number for number, row in reversed(list(enumerate(retain)))}
+    return [(number, places[_key(row)]) for number, row in enumerate(forget) if _key(row) in places]
+
+
+def repeated_rows(rows: Sequence[Question]) -> tuple[int, ...]:
+    """Rows whose question or text was there before."""
+    first: dict[tuple[str, str], int] = {}
+    return tuple(number for number, row in enumerate(rows) if first.setdefault(_key(row), number) != number)
 
 
 def data_step(objective: Loss) -> DataStep:

@@ -89,14 +89,19 @@ UNDIAL: Self-Distillation with Adjusted Logits for Robust Unlearning in Large La
 2404.04656 | Jung, Seungjae | Binary Classifier Optimization for Large Language Model Alignment
 2404.05868 | Zhang, Ruiqi | Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning
 2404.11999 | Zeng, Yongcheng | Token-level Direct Preference Optimization
+2404.16767 | Gao, Zhaolin | REBEL: Reinforcement Learning via Regressing Relative Rewards
 2404.19733 | Pang, Richard Yuanzhe | Iterative Reasoning Preference Optimization
 2405.00675 | Wu, Yue | Self-Play Preference Optimization for Language Model Alignment
 2405.14734 | Meng, Yu | SimPO: Simple Preference Optimization with a Reference-Free Reward
 2405.16436 | Liu, Zhihan | \
 Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer
+2405.21046 | Xie, Tengyang | \
+Exploratory Preference Optimization: Harnessing Implicit Q*-Approximation for Sample-Efficient RLHF
 2406.01462 | Song, Yuda | The Importance of Online Data: Understanding Preference Fine-tuning via Coverage
 2406.05882 | Melnyk, Igor | Distributional Preference Alignment of LLMs via Optimal Transport
 2406.08414 | Lu, Chris | Discovering Preference Optimization Algorithms with and for Large Language Models
+2406.10957 | Lu, Junru | \
+Eliminating Biased Length Reliance of Direct Preference Optimization via Down-Sampled KL Divergence
 2406.11827 | Zhou, Wenxuan | WPO: Enhancing RLHF with Weighted Preference Optimization
 2407.00617 | Zhang, Yuheng | \
 Iterative Nash Policy Optimization: Aligning LLMs with General Preferences via No-Regret Learning
@@ -122,10 +127,16 @@ Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Pr
 2501.03271 | Das, Amitava | \
 DPO Kernels: A Semantically-Aware, Kernel-Enhanced, and Divergence-Rich Paradigm for Direct Preference Optimization
 2501.03884 | Gupta, Aman | AlphaPO: Reward Shape Matters for LLM Alignment
+2502.00203 | Sun, Shengyang | \
+Reward-aware Preference Optimization: A Unified Mathematical Framework for Model Alignment
+2502.00883 | Xiao, Teng | SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters
+2502.07599 | Yang, Xiliang | DPO-Shift: Shifting the Distribution of Direct Preference Optimization
 2502.19301 | Wang, Qizhou | Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond
 2503.01224 | Yang, Bo | CE-U: Cross Entropy Unlearning
 2505.11953 | Yang, Puning | Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning
 2506.05314 | Entesari, Taha | Constrained Entropic Unlearning: A Primal-Dual Framework for Large Language Models
+2507.21183 | Lan, Guangchen | MaPPO: Maximum a Posteriori Preference Optimization with Prior Knowledge
+2509.24207 | Liu, Sijia | Humanline: Online Alignment as Perceptual Loss
 """
 
 PAPERS = {

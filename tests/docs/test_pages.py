@@ -58,7 +58,7 @@ def test_the_messages_of_the_page_about_trouble_are_the_codes():
 def test_every_loss_of_the_decision_page_exists():
     text = page("which-loss.md")
     expressions = re.findall(r"`((?:[a-z_]+(?:\([^`]*\))?)(?: \+ [^`]+)?)`", text)
-    arguments = {"margin", "beta", "desirable_weight", "undesirable_weight", "loss"}
+    arguments = {"margin", "beta", "desirable_weight", "undesirable_weight", "loss", "chosen_score", "rejected_score"}
     parsed = [parse(expression) for expression in expressions if expression not in arguments]
     assert len(parsed) > 50
 

@@ -33,6 +33,23 @@ def pick_rows(cache: Any, index: Tensor) -> None:
             layer.reorder_cache(index)
 
 
+def can_join(cache: Any) -> bool:
+    """Whether `join` works: every layer has all tokens of a row, and may have padding before them."""
+    return all(isinstance(layer, _RoomyLayer) for layer in cache.layers)
+
+
+def join(cache: Any, other: Any, unused: int) -> None:
+    """Append the rows of another cache to one; the shorter of both gets padding on the left.
+
+    Args:
+        cache: becomes both.
+        other: is not used after this.
+        unused: tokens at the start of `cache` to leave out.
+    """
+    for first, second in zip(cache.layers, other.layers, strict=True):
+        first.join(second, unused)
+
+
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values at the start of larger tensors, into which new ones are written."""
 
@@ -46,6 +63,11 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._all_keys, self._all_values = (_roomy(part, beam_idx) for part in (self.keys, self.values))
         self._show(self.keys.shape[-2])
+
+    def join(self, other: _RoomyLayer, unused: int) -> None:
+        self._all_keys = _joined(self.keys[:, :, unused:], other.keys)
+        self._all_values = _joined(self.values[:, :, unused:], other.values)
+        self._show(self._all_keys.shape[-2] - _ROOM)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
@@ -64,4 +86,14 @@ def _roomy(part: Tensor, index: Tensor) -> Tensor:
     rows, (heads, length, size) = len(index), part.shape[1:]
     whole = part.new_empty(rows, heads, length + _ROOM, size)
     whole[:, :, :length] = part.index_select(0, index)
+    return whole
+
+
+def _joined(one: Tensor, other: Tensor) -> Tensor:
+    rows, (heads, length, size) = len(one), one.shape[1:]
+    end = max(length, other.shape[-2])
+    # Zeros, since what is masked is multiplied by a weight of zero, and must be a number.
+    whole = one.new_zeros(rows + len(other), heads, end + _ROOM, size)
+    whole[:rows, :, end - length : end] = one
+    whole[rows:, :, end - other.shape[-2] : end] = other
     return whole

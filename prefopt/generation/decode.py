@@ -1,4 +1,5 @@
-"""Sampling from a model in memory: samples of a prompt share its key-value cache, and finished rows leave the batch.
+"""Sampling from a model in memory: samples of a prompt share its key-value cache, and finished rows
+leave the batch, where rows of the next prompts take their place.
 
 A model whose cache cannot be reordered by rows, or that computes its positions itself, goes through its own `generate`
 with the same draws: slower, with the same samples.
@@ -7,12 +8,14 @@ with the same draws: slower, with the same samples.
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as padded
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -21,22 +24,24 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from prefopt.generation.cache import can_pick, pick_rows
+from prefopt.generation.cache import can_join, can_pick, join, pick_rows
 from prefopt.generation.draw import TokenSampler
 from prefopt.generation.samples import SamplingSettings
 
 _SHRINK = 8
 """Finished rows leave the batch when they are one in this many; the rest is copied then."""
+_REFILL = 4
+"""New rows come in when one in this many places is free."""
 
 _WITHOUT_LOSS = {"output_router_logits": False}
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt in token ids, and the seeds of the samples to draw."""
+    """A prompt in token ids, and which of the rows are its samples."""
 
     prompt: list[int]
-    seeds: list[int]
+    rows: Sequence[int]
 
 
 @dataclass
@@ -48,7 +53,7 @@ class Drawn:
 
 
 class Rows:
-    """The completions of a batch while they grow.
+    """Completions while they grow.
 
     Args:
         seeds: of each row.
@@ -74,22 +79,23 @@ class Rows:
         self._lengths = torch.zeros(len(seeds), dtype=torch.long, device=device)
         self._finished = torch.zeros(len(seeds), dtype=torch.bool, device=device)
 
-    def step(self, logits: Tensor, rows: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Draw the token at `position` for these rows, none of which has finished.
+    def step(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw the next token of these rows, none of which is done.
 
         Returns:
-            (N,) the tokens, and (N,) whether the row has finished with it.
+            (N,) the tokens, and (N,) whether the row is done with it: ended, or as long as it may be.
         """
-        tokens = self._sampler.draw(logits, rows, position)
-        self._tokens[rows, position] = tokens
-        self._lengths[rows] = position + 1
+        positions = self._lengths[rows]
+        tokens = self._sampler.draw(logits, rows, positions)
+        self._tokens[rows, positions] = tokens
+        self._lengths[rows] = positions + 1
         ended = torch.isin(tokens, self._ends)
         if self._stops is not None:
-            drawn = self._tokens[rows, : position + 1].tolist()
-            stopped = [self._stops(row) for row in drawn]
+            drawn = zip(self._tokens[rows].tolist(), positions.tolist(), strict=True)
+            stopped = [self._stops(row[: position + 1]) for row, position in drawn]
             ended = ended | torch.tensor(stopped, device=ended.device)
         self._finished[rows] = ended
-        return tokens, ended
+        return tokens, ended | (positions + 1 == self.longest)
 
     def drawn(self) -> list[Drawn]:
         tokens, lengths = self._tokens.tolist(), self._lengths.tolist()
@@ -97,68 +103,125 @@ class Rows:
         return [Drawn(row[:length], finished) for row, length, finished in rows]
 
 
-def decode(model: Any, requests: Sequence[Request], rows: Rows, pad: int) -> None:
-    """Draw all samples of the requests into `rows`, request by request.
+def decode(model: Any, requests: Sequence[Request], rows: Rows, pad: int, at_once: int) -> None:
+    """Draw all samples of the requests into `rows`; where rows leave the batch, those of the next requests come in.
 
     Args:
         model: a causal language model in evaluation mode.
-        requests: prompts of similar length, since they are padded to the longest.
-        rows: with the seeds of the requests, in order.
+        requests: ordered by length, since neighbours are padded to the longest; none has more than `at_once` rows.
+        rows: what is drawn goes there.
         pad: the padding token.
+        at_once: maximum rows of the batch.
     """
+    waiting = deque(requests)
+    lines: _Lines | None = None
     with torch.inference_mode():
-        if _takes_positions(model):
-            cache, logits, mask = _prefill(model, requests, pad)
-            if can_pick(cache):
-                _decode_shared(model, rows, cache, logits, mask)
-                return
-        _generate(model, requests, rows, pad)
+        while waiting or lines is not None:
+            if lines is None or (lines.can_grow and lines.free(at_once) * _REFILL >= at_once):
+                batch = _next_batch(waiting, at_once if lines is None else lines.free(at_once))
+                if batch and not _takes_positions(model):
+                    _generate(model, batch, rows, pad)
+                    continue
+                if batch:
+                    begun = _prefill(model, batch, pad)
+                    if not can_pick(begun.cache):
+                        _generate(model, batch, rows, pad)
+                        continue
+                    pick_rows(begun.cache, begun.owner)
+                    lines = begun if lines is None else lines.join(begun)
+            lines = lines.step(model, rows) if lines is not None else None
 
 
-def _prefill(model: Any, requests: Sequence[Request], pad: int) -> tuple[Any, Tensor, Tensor]:
-    """Run the prompts once each, and repeat what comes out for their samples.
+def _next_batch(waiting: deque[Request], free: int) -> list[Request]:
+    """Take the requests that fit."""
+    batch: list[Request] = []
+    while waiting and len(waiting[0].rows) <= free:
+        free -= len(waiting[0].rows)
+        batch.append(waiting.popleft())
+    return batch
 
-    Returns:
-        The cache, (N, V) logits of the first token, (N, L) which tokens of the cache are attended to.
+
+@dataclass
+class _Lines:
+    """The lines of a batch that is being decoded, one a row.
+
+    Attributes:
+        cache: keys and values of what was read.
+        mask: (N, L) which tokens of the cache are attended to.
+        rows: (N,) the row of each line.
+        logits: (N, V) of the next token.
+        left: (N,) which lines are not done.
+        owner: (N,) the prompt of each line, after `_prefill`.
     """
+
+    cache: Any
+    mask: Tensor
+    rows: Tensor
+    logits: Tensor
+    left: Tensor
+    owner: Tensor
+
+    @property
+    def can_grow(self) -> bool:
+        return can_join(self.cache)
+
+    def free(self, at_once: int) -> int:
+        return at_once - int(self.left.sum())
+
+    def step(self, model: Any, rows: Rows) -> _Lines | None:
+        """Draw a token of each line and run the model on it; None if all are done."""
+        tokens = torch.zeros_like(self.rows)
+        tokens[self.left], done = rows.step(self.logits[self.left], self.rows[self.left])
+        self.left[self.left.clone()] = ~done
+        remaining = int(self.left.sum())
+        if remaining == 0:
+            return None
+        if (len(self.left) - remaining) * _SHRINK >= len(self.left):
+            tokens = tokens[self.left]
+            self._drop_done()
+        positions = self.mask.sum(-1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        out = model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask,
+            position_ids=positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            **_options(model),
+        )
+        self.logits = out.logits[:, -1]
+        return self
+
+    def join(self, other: _Lines) -> _Lines:
+        """Both as one batch, the shorter one padded on the left."""
+        self._drop_done()
+        unused = int(self.mask.any(0).int().argmax())  # what only lines that are gone had
+        first, second = self.mask[:, unused:], other.mask
+        length = max(first.shape[1], second.shape[1])
+        join(self.cache, other.cache, unused)
+        self.mask = torch.cat([padded(mask, (length - mask.shape[1], 0)) for mask in (first, second)])
+        self.rows, self.logits = torch.cat([self.rows, other.rows]), torch.cat([self.logits, other.logits])
+        self.left = torch.ones_like(self.rows, dtype=torch.bool)
+        return self
+
+    def _drop_done(self) -> None:
+        index = self.left.nonzero()[:, 0]
+        if len(index) < len(self.left):
+            pick_rows(self.cache, index)
+            self.mask, self.rows, self.logits = self.mask[index], self.rows[index], self.logits[index]
+            self.left = torch.ones_like(self.rows, dtype=torch.bool)
+
+
+def _prefill(model: Any, requests: Sequence[Request], pad: int) -> _Lines:
+    """Run the prompts once each; the cache has a line a prompt still, everything else a line a sample."""
     ids, mask = _padded([request.prompt for request in requests], pad, model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **_options(model))
-    cache, logits = out.past_key_values, out.logits[:, -1]
-    owner = [number for number, request in enumerate(requests) for _ in request.seeds]
+    owner = [number for number, request in enumerate(requests) for _ in request.rows]
     index = torch.tensor(owner, device=model.device)
-    if can_pick(cache):
-        pick_rows(cache, index)
-    return cache, logits[index], mask[index]
-
-
-def _decode_shared(model: Any, rows: Rows, cache: Any, logits: Tensor, mask: Tensor) -> None:
-    active = torch.arange(len(mask), device=mask.device)  # the row of each line of the batch
-    left = torch.ones_like(active, dtype=torch.bool)  # lines that have not finished
-    lengths = mask.sum(-1)
-    options = _options(model)
-    for position in range(rows.longest):
-        tokens = torch.zeros_like(active)
-        tokens[left], ended = rows.step(logits[left], active[left], position)
-        left[left.clone()] = ~ended
-        remaining = int(left.sum())
-        if remaining == 0 or position + 1 == rows.longest:
-            return
-        if (len(left) - remaining) * _SHRINK >= len(left):
-            index = left.nonzero()[:, 0]
-            pick_rows(cache, index)
-            active, tokens, mask, lengths = active[index], tokens[index], mask[index], lengths[index]
-            left = torch.ones_like(active, dtype=torch.bool)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        out = model(
-            input_ids=tokens[:, None],
-            attention_mask=mask,
-            position_ids=(lengths + position)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            **options,
-        )
-        logits = out.logits[:, -1]
+    rows = torch.tensor([row for request in requests for row in request.rows], device=model.device)
+    left = torch.ones_like(rows, dtype=torch.bool)
+    return _Lines(out.past_key_values, mask[index], rows, out.logits[:, -1][index], left, index)
 
 
 def _padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -187,16 +250,14 @@ def _options(model: Any) -> dict[str, Any]:
 class _FromRows(LogitsProcessor):  # type: ignore[misc]
     """Lets `generate` take the tokens that `Rows` draws: all others get no probability."""
 
-    def __init__(self, rows: Rows, count: int, prompt_length: int, pad: int, device: torch.device):
-        self._rows, self._prompt_length, self._pad = rows, prompt_length, pad
-        self._every = torch.arange(count, device=device)
-        self.left = torch.ones(count, dtype=torch.bool, device=device)
+    def __init__(self, rows: Rows, numbers: Tensor, pad: int):
+        self._rows, self._numbers, self._pad = rows, numbers, pad
+        self.left = torch.ones_like(numbers, dtype=torch.bool)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        left, tokens = self.left, torch.full_like(self._every, self._pad)
-        position = input_ids.shape[1] - self._prompt_length
-        tokens[left], ended = self._rows.step(scores[left], self._every[left], position)
-        left[left.clone()] = ~ended
+        left, tokens = self.left, torch.full_like(self._numbers, self._pad)
+        tokens[left], done = self._rows.step(scores[left], self._numbers[left])
+        left[left.clone()] = ~done
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
@@ -209,9 +270,10 @@ class _AllFinished(StoppingCriteria):  # type: ignore[misc]
 
 
 def _generate(model: Any, requests: Sequence[Request], rows: Rows, pad: int) -> None:
-    prompts = [request.prompt for request in requests for _ in request.seeds]
+    prompts = [request.prompt for request in requests for _ in request.rows]
+    numbers = torch.tensor([row for request in requests for row in request.rows], device=model.device)
     ids, mask = _padded(prompts, pad, model.device)
-    processor = _FromRows(rows, len(prompts), ids.shape[1], pad, ids.device)
+    processor = _FromRows(rows, numbers, pad)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,

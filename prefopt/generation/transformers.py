@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -105,23 +106,22 @@ class TransformersGenerator:
     def _draw(
         self, ids: Sequence[list[int]], seeds: Sequence[list[int]], settings: SamplingSettings
     ) -> list[list[Drawn]]:
-        """Draw in batches of similar length."""
-        order = sorted(range(len(ids)), key=lambda number: (len(ids[number]), number))
+        """Draw in the order of length."""
+        starts = list(accumulate((len(its_seeds) for its_seeds in seeds), initial=0))
         at_once = self._rows_at_once
-        pieces = [(n, seeds[n][at : at + at_once]) for n in order for at in range(0, len(seeds[n]), at_once)]
-        reader = Reader(self._tokenizer, self._ends, settings.stop)
+        requests = [
+            Request(ids[n], range(starts[n + 1])[start : start + at_once])
+            for n in sorted(range(len(ids)), key=lambda n: (len(ids[n]), n))
+            for start in range(starts[n], starts[n + 1], at_once)
+        ]
+        stops = Reader(self._tokenizer, self._ends, settings.stop).stops
         pad = text_tokenizer(self._tokenizer).pad_token_id
         pad = self._ends[0] if pad is None else pad
-        drawn: list[list[Drawn]] = [[] for _ in ids]
+        rows = Rows(list(chain.from_iterable(seeds)), settings, self._ends, stops, self._model.device)
         with _evaluating(self._model):
-            for batch in _batches(pieces, at_once):
-                of_batch = [seed for _, its_seeds in batch for seed in its_seeds]
-                rows = Rows(of_batch, settings, self._ends, reader.stops, self._model.device)
-                decode(self._model, [Request(ids[n], its_seeds) for n, its_seeds in batch], rows, pad)
-                results = iter(rows.drawn())
-                for number, its_seeds in batch:
-                    drawn[number] += [next(results) for _ in its_seeds]
-        return drawn
+            decode(self._model, requests, rows, pad, at_once)
+        drawn = rows.drawn()
+        return [drawn[start:end] for start, end in pairwise(starts)]
 
     def _check_length(
         self, prompts: Sequence[PromptRow], ids: Sequence[list[int]], settings: SamplingSettings
@@ -135,17 +135,6 @@ class TransformersGenerator:
                     f"prompt {row.id} has {len(tokens)} tokens; with max_new_tokens={settings.max_new_tokens} that is "
                     f"more than the model's {longest} positions. Shorten it, leave it out, or lower max_new_tokens"
                 )
-
-
-def _batches(pieces: Sequence[tuple[int, list[int]]], at_once: int) -> Iterator[list[tuple[int, list[int]]]]:
-    batch: list[tuple[int, list[int]]] = []
-    for piece in pieces:
-        if batch and sum(len(seeds) for _, seeds in batch) + len(piece[1]) > at_once:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
 
 
 @contextlib.contextmanager

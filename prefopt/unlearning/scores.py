@@ -161,23 +161,18 @@ def answer_questions(
         tokenizer: of the model.
         questions: none of them a plain text.
         max_new_tokens: maximum length of an answer.
-        batch_size: questions at once; those that are answered leave the batch.
+        batch_size: questions at once; where one is answered, the next takes its place.
     """
     prompts = [tokens_of({"prompt": prompt_of(q.question, tokenizer)}, (), tokenizer).prompt for q in questions]
     ends = end_tokens(model, tokenizer)
     reader = Reader(tokenizer, ends, ())
     settings = SamplingSettings(samples=1, temperature=0.0, max_new_tokens=max_new_tokens)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
     with undisturbed(model):
-        for at in range(0, len(order), batch_size):
-            batch = order[at : at + batch_size]
-            rows = Rows([0] * len(batch), settings, ends, None, model.device)
-            decode(model, [Request(prompts[number], [0]) for number in batch], rows, pad)
-            for number, drawn in zip(batch, rows.drawn(), strict=True):
-                answers[number] = Answer(reader.text(drawn.tokens).strip(), drawn.finished)
-    return [answers[number] for number in range(len(prompts))]
+        rows = Rows([0] * len(prompts), settings, ends, None, model.device)
+        decode(model, [Request(prompts[number], [number]) for number in order], rows, pad, batch_size)
+    return [Answer(reader.text(drawn.tokens).strip(), drawn.finished) for drawn in rows.drawn()]
 
 
 @dataclass(frozen=True)

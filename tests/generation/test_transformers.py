@@ -46,6 +46,18 @@ def test_samples_do_not_depend_on_batches_or_on_the_way_through_the_model(archit
     assert drawn(model) == expected
 
 
+def test_rows_of_the_next_prompts_take_the_places_of_finished_ones(monkeypatch):
+    model = ending_often(make_model("qwen2"))
+    prompts = [PromptRow("The quick brown fox jumps over the lazy dog. " * (1 + n % 3) + str(n)) for n in range(14)]
+    alone = drawn(model, prompts, rows_at_once=3, chunk_prompts=1)
+    joined: list[int] = []
+    join = decode.join
+    monkeypatch.setattr(decode, "join", lambda one, other, unused: joined.append(unused) or join(one, other, unused))
+    assert drawn(model, prompts, rows_at_once=9) == alone
+    assert len(joined) > 2
+    assert max(joined) > 0  # padding that nobody needs any more is left out
+
+
 def test_greedy_samples_are_those_of_generate():
     model, tokenizer = make_model("qwen2"), make_tokenizer()
     settings = SamplingSettings(samples=1, temperature=0, max_new_tokens=12)

@@ -175,7 +175,7 @@ class _Audit:
                 max_length=self.sources.max_length,
             )  # fmt: skip
         if name == Quantization.name:
-            return Quantization(asked, bitsandbytes_runs(PartialState().device), most)
+            return Quantization(asked, bitsandbytes_runs(PartialState().device), most, self.sources.max_length)
         if name == Sampling.name:
             return Sampling(asked, options.samples, seed, most)
         wording = Wording(asked, most)
@@ -200,11 +200,14 @@ class _Audit:
         return found
 
     def _measured(self, role: str) -> Measured:
+        most = self.sources.max_length
+
         def now() -> Measured:
             self.say(f"Measuring {_WORDS[role]}")
-            return measure(self._load(role), self.tokenizer, self.questions.measured, layout=self.layout)
+            model = self._load(role)
+            return measure(model, self.tokenizer, self.questions.measured, max_length=most, layout=self.layout)
 
-        return stored(self.folders[role], self.models[role], self.questions.measured, now)
+        return stored(self.folders[role], self.models[role], self.questions.measured, now, most)
 
     def _load(self, role: str) -> Any:
         model = load_model(self.models[role], {"dtype": self._dtype})

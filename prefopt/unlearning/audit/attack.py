@@ -51,12 +51,18 @@ def plain(scores: SetScores) -> dict[str, list[float]]:
 
 
 def ask(
-    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], max_new_tokens: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    max_length: int | None = None,
 ) -> dict[str, list[float]]:
-    """The two numbers of a model as it is now."""
+    """The two numbers of a model as it is now; plain texts are cut into parts of `max_length` tokens."""
     bare = [replace(question, paraphrase="", wrong=()) for question in questions]
     # With one answer to a question there is nothing to share, and no layout to choose.
-    measured = measure(model, tokenizer, {"forget": bare}, max_new_tokens=max_new_tokens, layout="padded")
+    measured = measure(
+        model, tokenizer, {"forget": bare}, max_length=max_length, max_new_tokens=max_new_tokens, layout="padded"
+    )
     return plain(measured["forget"])
 
 

@@ -33,6 +33,7 @@ class Quantization:
         asked: the forget set.
         bitsandbytes: whether bitsandbytes rounds the weights; else `rounded_to_nf4` simulates it.
         max_new_tokens: of the greedy answers.
+        max_length: plain texts are cut into parts of this many tokens.
 
     Reference: Zhang et al. 2024, arXiv 2410.16454 (quantisation brings forgotten answers back).
     """
@@ -43,6 +44,7 @@ class Quantization:
     asked: tuple[Question, ...]
     bitsandbytes: bool
     max_new_tokens: int = 64
+    max_length: int | None = None
 
     @property
     def title(self) -> str:
@@ -57,7 +59,7 @@ class Quantization:
 
     def __call__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Values:
         round_weights(model, _by_bitsandbytes if self.bitsandbytes else rounded_to_nf4)
-        return {_WHAT: ask(model, tokenizer, self.asked, self.max_new_tokens)}
+        return {_WHAT: ask(model, tokenizer, self.asked, self.max_new_tokens, self.max_length)}
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ class Relearning:
         batch_size: rows of a step.
         seed: of the order.
         max_new_tokens: of the greedy answers.
-        max_length: plain texts to learn are cut into parts of this many tokens.
+        max_length: plain texts are cut into parts of this many tokens.
 
     Reference: Hu et al. 2024, arXiv 2406.13356 (relearning on a part of the forget set).
     """
@@ -66,12 +66,12 @@ class Relearning:
         return what != _after(0) and (measure == "probability" or what == _after(self.steps))
 
     def __call__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Values:
-        values = {_after(0): ask(model, tokenizer, self.asked, self.max_new_tokens)}
+        values = {_after(0): ask(model, tokenizer, self.asked, self.max_new_tokens, self.max_length)}
         points = set(powers_of_two(self.steps))
 
         def measure_at(step: int) -> None:
             if step in points:
-                values[_after(step)] = ask(model, tokenizer, self.asked, self.max_new_tokens)
+                values[_after(step)] = ask(model, tokenizer, self.asked, self.max_new_tokens, self.max_length)
 
         with tempfile.TemporaryDirectory() as folder:
             trainer = PreferenceTrainer(

@@ -208,21 +208,27 @@ class APODown(ReferencePairLoss):
 class CalDPO(ReferencePairLoss):
     """Cal-DPO: DPO whose log-ratios are also regressed onto the scale of rewards.
 
-    loss = -log sigmoid(d) + [(u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2] / 2
+    loss = -log sigmoid(d) + weight [(u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2]
 
     Args:
         beta: sets the targets +-1 / (2 beta); 1e-3 in the paper's code. The logistic term has no beta.
+        weight: of the squares; 1/2 in the paper's code, 1 in Gorbatovski et al. 2025, arXiv 2502.01237, version 3.
 
     Needs: reference sums.
-    Limits: the squares alone are `sppo` with reduction="mean".
+    Limits: the squares alone are weight times `sppo`.
     Reference: Xiao et al. 2024, arXiv 2412.14516, eq. 10; weights as in tengxiao1/Cal-DPO, scripts/dpo_trainer.py.
     """
 
-    formula = "-log sigmoid(d) + ((u_w - 1/(2*beta))^2 + (u_l + 1/(2*beta))^2)/2"
+    formula = "-log sigmoid(d) + weight*((u_w - 1/(2*beta))^2 + (u_l + 1/(2*beta))^2)"
     paper = "2412.14516"
+
+    def __init__(self, beta: float = 0.1, weight: float = 0.5):
+        super().__init__()
+        self.beta = positive("beta", beta)
+        self.weight = positive("weight", weight)
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)
         target = 1 / (2 * self.beta)
         squares = (chosen.ratios - target) ** 2 + (rejected.ratios + target) ** 2
-        return -F.logsigmoid(chosen.ratios - rejected.ratios) + squares / 2
+        return -F.logsigmoid(chosen.ratios - rejected.ratios) + self.weight * squares

@@ -721,6 +721,11 @@ CASES = [
     Case("apo_zero(beta=0.1)", lambda r: (1 - sigmoid(0.1 * r.uw) + sigmoid(0.1 * r.ul),), 0.962523, 1.0),
     Case("apo_down(beta=0.1)", lambda r: (sigmoid(0.1 * r.uw) + 1 - sigmoid(0.1 * r.d),), 0.987549, 1.0),
     Case(
+        "cal_dpo(beta=0.1, weight=1.0)",
+        lambda r: (softplus(-r.d) + (r.uw - 5) ** 2 + (r.ul + 5) ** 2,),
+        36.451413,
+    ),
+    Case(
         "cal_dpo(beta=0.1)",
         lambda r: (softplus(-r.d) + 0.5 * ((r.uw - 5) ** 2 + (r.ul + 5) ** 2),),
         18.326413,

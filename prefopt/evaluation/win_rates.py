@@ -40,6 +40,11 @@ def length_controlled_win_rate(
     805 instructions, so it serves any prompts: its `length_controlled_minimal`, with a ridge penalty in place of a
     cross-validated L1. The interval refits every resample of the prompts.
 
+    Checked on AlpacaEval's annotations of 13 models: within 0.9 points of a fit with AlpacaEval's own options
+    (scikit-learn, L1, cross-validated). Its leaderboard uses its full regression, with difficulties and two gamed
+    baselines: that differs by up to 0.7 points for five models with win rates of 30% to 70%, and by up to 14.5 for
+    models that win fewer than 14%.
+
     Args:
         wins: (N,) as in `win_rate`.
         lengths: (N,) of the model's answers, in characters (as AlpacaEval counts) or tokens.

@@ -1,0 +1,160 @@
+"""The numbers of one or more models on the same prompts, with intervals over prompts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from prefopt.evaluation.accuracy import majority_vote, pass_at_k
+from prefopt.evaluation.arrays import Floats
+from prefopt.evaluation.intervals import Interval, bootstrap
+from prefopt.evaluation.judges.answers import final_number
+from prefopt.evaluation.judges.base import Candidate, ScoreJudge
+from prefopt.evaluation.texts import distinct_n, repetition
+from prefopt.evaluation.win_rates import length_controlled_win_rate, win_rate
+from prefopt.generation.samples import Generator, PromptRow, Sample, SamplingSettings
+from prefopt.safety.errors import UsageError
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model's samples on the held-out prompts, and their scores.
+
+    Attributes:
+        name: of the model.
+        groups: the samples of each prompt.
+        scores: (N, K) of the judge; NaN where there is none.
+    """
+
+    name: str
+    groups: list[list[Sample]]
+    scores: Floats
+
+    @property
+    def prompt_scores(self) -> Floats:
+        """(N,) mean score of each prompt's samples that have one; NaN without any."""
+        counts = (~np.isnan(self.scores)).sum(axis=1)
+        sums = np.nansum(self.scores, axis=1)
+        return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What `report` says of a model; intervals are over prompts.
+
+    Attributes:
+        model: its name.
+        prompts: how many it was asked.
+        unscored: samples without a score.
+        mean_score: of the judge; for a judge of right and wrong, the accuracy.
+        pass_at_k: by k, for a judge of right and wrong.
+        majority: accuracy of the most frequent final number of a prompt's samples, where the rows have an answer.
+        win_rate: against the first model, by the mean score of each prompt; None for the first.
+        length_controlled: the same as if answers had the first model's length.
+        tokens: mean length of a sample.
+        finished: share of samples that ended before the limit.
+        distinct_2: share of distinct word pairs among all samples.
+        repetition: mean share of repeated four-grams of words within a sample.
+    """
+
+    model: str
+    prompts: int
+    unscored: int
+    mean_score: Interval
+    pass_at_k: Mapping[int, Interval] = field(default_factory=dict)
+    majority: Interval | None = None
+    win_rate: Interval | None = None
+    length_controlled: Interval | None = None
+    tokens: float = 0.0
+    finished: float = 0.0
+    distinct_2: float = 0.0
+    repetition: float = 0.0
+
+
+def evaluate(
+    generator: Generator, prompts: Sequence[PromptRow], judge: ScoreJudge, settings: SamplingSettings, name: str = ""
+) -> Evaluated:
+    """Draw and judge samples of one model."""
+    groups = list(generator.sample(prompts, settings))
+    candidates = [
+        Candidate(row.prompt, sample.completion, row.columns)
+        for row, group in zip(prompts, groups, strict=True)
+        for sample in group
+    ]
+    values = [np.nan if one.score is None else one.score for one in judge.score(candidates)]
+    scores = np.array(values, dtype=np.float64).reshape(len(groups), settings.samples)
+    if np.isnan(scores).all():
+        raise UsageError(f"the judge {judge.name} scored no sample of {name or generator.name}")
+    return Evaluated(name or generator.name, groups, scores)
+
+
+def report(
+    models: Sequence[Evaluated], prompts: Sequence[PromptRow], resamples: int = 1000, seed: int = 0
+) -> list[ModelReport]:
+    """The numbers of each model; win rates are against the first one, prompt by prompt.
+
+    Prompts that have no score under one of two models do not count for their win rate.
+    """
+    return [_of_model(one, models[0], prompts, resamples, seed) for one in models]
+
+
+def _of_model(
+    model: Evaluated, first: Evaluated, prompts: Sequence[PromptRow], resamples: int, seed: int
+) -> ModelReport:
+    how: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    samples = [sample for group in model.groups for sample in group]
+    words = [_WORD.findall(sample.completion.casefold()) for sample in samples]
+    means = model.prompt_scores
+    facts: dict[str, Any] = {
+        "model": model.name,
+        "prompts": len(model.groups),
+        "unscored": int(np.isnan(model.scores).sum()),
+        "mean_score": bootstrap(np.mean, means[~np.isnan(means)], **how),
+        "tokens": float(np.mean([sample.token_count for sample in samples])),
+        "finished": float(np.mean([sample.finished for sample in samples])),
+        "distinct_2": distinct_n(words, 2),
+        "repetition": float(np.mean([repetition(one, 4) for one in words])),
+    }
+    if set(np.unique(model.scores)) <= {0.0, 1.0}:
+        count = model.scores.shape[1]
+        right = model.scores.sum(axis=1).astype(int)
+        ks = sorted({1, *(k for k in (2, 4, 8, 16, 32, 64) if k < count), count})
+        facts["pass_at_k"] = {k: bootstrap(np.mean, [pass_at_k(count, c, k) for c in right], **how) for k in ks}
+    votes = _votes(model, prompts)
+    if votes:
+        facts["majority"] = bootstrap(np.mean, votes, **how)
+    if model is not first:
+        facts["win_rate"], facts["length_controlled"] = _against(model, first, how)
+    return ModelReport(**facts)
+
+
+def _votes(model: Evaluated, prompts: Sequence[PromptRow]) -> list[float]:
+    """Whether the majority's number is right, for each prompt; empty where a prompt has no number as answer."""
+    answers = [final_number(str(row.columns.get("answer", ""))) for row in prompts]
+    if None in answers or len(answers) < 2:
+        return []
+    voted = [majority_vote([final_number(sample.completion) for sample in group]) for group in model.groups]
+    return [float(vote == answer) for vote, answer in zip(voted, answers, strict=True)]
+
+
+def _against(model: Evaluated, first: Evaluated, how: Mapping[str, Any]) -> tuple[Interval, Interval]:
+    difference = model.prompt_scores - first.prompt_scores
+    both = ~np.isnan(difference)
+    wins = (np.sign(difference[both]) + 1) / 2
+    lengths = [
+        [float(np.mean([len(sample.completion) for sample in group])) for group in one.groups]
+        for one in (model, first)
+    ]
+    ours, theirs = (np.array(of_model)[both] for of_model in lengths)
+    return win_rate(wins, **how), length_controlled_win_rate(wins, ours, theirs, **how)
+
+
+def _lengths(model: Evaluated) -> Floats:
+    """(N,) mean characters of each prompt's samples."""
+    return np.array([np.mean([len(sample.completion) for sample in group]) for group in model.groups])

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from prefopt.online.training import average_models, remove_checkpoints, train_ro
 from prefopt.recipe import Recipe
 from prefopt.recipe.ready import Ready
 from prefopt.safety.errors import UsageError
-from prefopt.safety.files import write_text
+from prefopt.safety.files import UNFINISHED, write_text
 from prefopt.safety.redaction import redacted
 from prefopt.trainer.config import default_of
 
@@ -83,6 +84,7 @@ class Rounds:
         """
         if self._manifest.begun:
             self._say(f"Continuing the run in {self._run}")
+        self._remove_unfinished()
         self._store_prompts()
         summaries = [self._initial()]
         for number in range(1, self._script.rounds + 1):
@@ -187,6 +189,14 @@ class Rounds:
         }
 
     # ---- files and the screen --------------------------------------------------------------------------------------
+
+    def _remove_unfinished(self) -> None:
+        """Files that a killed process had not finished."""
+        if PartialState().is_main_process:
+            for pattern in (f"*{UNFINISHED}", f"round-*/*{UNFINISHED}"):
+                for path in self._run.glob(pattern):
+                    path.unlink() if path.is_file() else shutil.rmtree(path)
+        PartialState().wait_for_everyone()
 
     def _store_prompts(self) -> None:
         for name, rows in (("prompts", self._prompts.train), ("heldout_prompts", self._prompts.heldout)):

@@ -65,8 +65,8 @@ def words(folder: Path, *more: str, output: str = "out", prompts: int = 6, **opt
 
 
 def files(run: Path) -> dict[str, bytes]:
-    """The files of a run, but for its models' folders."""
-    kinds = (path for path in run.rglob("*") if path.suffix in (".jsonl", ".json") and "model" not in path.parts)
+    """The files of a run, but for its models and the optimizer's state."""
+    kinds = (path for path in run.rglob("*") if path.is_file() and path.suffix != ".pt" and "model" not in path.parts)
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(kinds)}
 
 

@@ -96,7 +96,6 @@ def test_a_run_that_is_killed_three_times_ends_as_one_that_is_not(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_twenty_kills_over_one_run(tmp_path, seed):
+def test_twenty_kills_over_one_run(tmp_path):
     options = {"prompts": 40, "save_strategy": "steps", "save_steps": 2, "max_steps": 6, "round_optimizer": "keep"}
-    assert compare(tmp_path, 20, 0.35, seed=seed, **options) >= 10
+    assert compare(tmp_path, 20, 0.1, seed=0, **options) == 20

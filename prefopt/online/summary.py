@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
+from prefopt.evaluation.intervals import bootstrap
 from prefopt.evaluation.judgements import Judgement, scores_by_prompt
+from prefopt.evaluation.texts import distinct_n
 from prefopt.generation.samples import Sample
 from prefopt.safety.tables import table
 
@@ -32,11 +34,16 @@ def sample_numbers(samples: Sequence[Sample], judgements: Sequence[Judgement], w
 
 
 def heldout_numbers(samples: Sequence[Sample], judgements: Sequence[Judgement], weights: Any) -> dict[str, Any]:
-    """`sample_numbers` of answers to held-out prompts, with a 95% interval of the mean score over prompts."""
+    """`sample_numbers` of answers to held-out prompts, with a 95% interval of the mean score over prompts.
+
+    Returns:
+        Also `interval`, and `distinct_2`, the share of pairs of words that are distinct.
+    """
     by_prompt = scores_by_prompt(judgements, weights)
     means = [statistics.fmean(scores.values()) for scores in by_prompt.values()]
     numbers = sample_numbers(samples, judgements, weights)
-    return {**numbers, "interval": interval(means)}
+    words = [sample.completion.split() for sample in samples]
+    return {**numbers, "interval": interval(means), "distinct_2": distinct_n(words, 2)}
 
 
 def _scores(samples: Sequence[Sample], judgements: Sequence[Judgement], weights: Any) -> list[float]:
@@ -46,11 +53,11 @@ def _scores(samples: Sequence[Sample], judgements: Sequence[Judgement], weights:
 
 
 def interval(means: Sequence[float]) -> list[float] | None:
-    """A normal 95% interval of the mean over prompts; None for fewer than two."""
+    """The bootstrap 95% interval of the mean over prompts; None for fewer than two."""
     if len(means) < 2:
         return None
-    middle, error = statistics.fmean(means), statistics.stdev(means) / math.sqrt(len(means))
-    return [middle - 1.96 * error, middle + 1.96 * error]
+    measured = bootstrap(np.mean, list(means))
+    return [measured.low, measured.high]
 
 
 def rounds_table(summaries: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,7 +1,7 @@
 """Train on a model's own samples, in rounds: sample, judge, pair, train, again. Copy this file and change it.
 
     accelerate launch recipes/irpo.py --demo                # arithmetic problems, half an hour on two CPU cores
-    accelerate launch recipes/irpo.py --demo --loss dpo     # without the likelihood term
+    accelerate launch recipes/irpo.py --demo --loss dpo --output_dir runs/rounds_dpo    # without the likelihood term
     accelerate launch recipes/irpo.py --config configs/rounds/superhf_rounds.yaml
     accelerate launch recipes/irpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --prompts gsm8k_train.jsonl \\
         --heldout_prompts gsm8k_test.jsonl --judges number --pairs "round_robin(pairs=10)" --gold solution

@@ -22,7 +22,7 @@ from prefopt.recipe.unlearning import (
     run,
 )
 
-LOSS = "npo_rt(beta=0.1)"
+LOSS = "npo_rt(beta=0.2, retain=4)"  # the NPO paper: beta=0.1, and retain=1, 5 or 12 by the size of the forget set
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from prefopt.unlearning.measure import Measured, check_gold, measure, stored
 from prefopt.unlearning.report import answers_side_by_side, as_json, draw, table_of
 from prefopt.unlearning.trainer import UnlearningTrainer, settle
 
-LOSS = "npo_rt(beta=0.1)"
+LOSS = "npo_rt(beta=0.2, retain=4)"  # the NPO paper: beta=0.1, and retain=1, 5 or 12 by the size of the forget set
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ loads a model.
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -277,7 +278,8 @@ def _text_rows(
 
 def source_of(name: str) -> tuple[str, str | None, str]:
     """The file or Hub id in the name of a set, its configuration and its split."""
-    if Path(name).expanduser().exists() or ":" not in name:
+    # os.path, unlike Path, takes names that no file can have, and homes of users that there are not.
+    if os.path.exists(os.path.expanduser(name)) or ":" not in name:
         return name, None, "train"
     path, config, *split = name.split(":")
     if len(split) > 1:

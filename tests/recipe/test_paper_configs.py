@@ -23,6 +23,7 @@ from prefopt.losses import parse
 from prefopt.losses.parse import LossSyntaxError
 from prefopt.losses.registry import presets
 from prefopt.models.load import load_tokenizer
+from prefopt.online.options import RoundsArguments
 from prefopt.recipe import Recipe, RecipeArguments, main, parse_arguments
 from prefopt.recipe.unlearning import UnlearningArguments
 from prefopt.recipe.unlearning import main as unlearn
@@ -226,6 +227,9 @@ def test_every_recipe_has_a_loss_and_its_commands_work(script):
     check_words(text)
 
 
+OPTIONS = {"recipes/unlearn.py": UnlearningArguments, "recipes/irpo.py": RoundsArguments}
+
+
 def check_words(text: str) -> None:
     """Files, expressions and options that a text for people names are there."""
     for config in re.findall(r"--config (\S+)", text):
@@ -235,7 +239,7 @@ def check_words(text: str) -> None:
             parse(expression)
         except LossSyntaxError as error:
             pytest.fail(str(error))
-    options = UnlearningArguments if "recipes/unlearn.py" in text else RecipeArguments
+    options = next((kind for recipe, kind in OPTIONS.items() if recipe in text), RecipeArguments)
     known = {field.name for kind in (options, PreferenceConfig, ModelConfig) for field in dataclasses.fields(kind)}
     assert {*re.findall(r"--([a-z_]+)", text.replace("--help", ""))} <= known | {"config"}
 

@@ -88,6 +88,9 @@ NOT_FOR_USERS = {  # plain ValueErrors that are caught where they are raised, or
     "data/json_files.py",
     "scoring/cache.py",
     "analysis/kernel_choice/trial.py",
+    "evaluation/judges/base.py",  # a judge that answers so is reported for its sample
+    "evaluation/judges/build.py",
+    "generation/endpoint.py",
 }
 EXITS = ("cli/", "recipe/arguments/", "trainer/saving/stops.py")  # the last: SIGTERM ends a process
 

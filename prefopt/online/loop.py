@@ -201,9 +201,10 @@ class Rounds:
     def _store_prompts(self) -> None:
         for name, rows in (("prompts", self._prompts.train), ("heldout_prompts", self._prompts.heldout)):
             lines = ({"prompt_id": row.id, "prompt": row.prompt, **row.columns} for row in rows)
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            if rows and not (self._run / f"{name}.jsonl").exists():
-                self._write(self._run / f"{name}.jsonl", text)
+            if rows:  # written again on resuming: whether the file is there may look different to each process
+                self._write(
+                    self._run / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                )
 
     def _write(self, path: Path, text: str) -> None:
         if PartialState().is_main_process:

@@ -7,17 +7,16 @@ a run with more processes, repeats the same computations.
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from prefopt.data.encodings import Encodings, text_tokenizer
 from prefopt.generation.decode import Drawn, Request, Rows, decode
+from prefopt.generation.memory import free_memory
 from prefopt.generation.prompts import Reader, end_tokens, prompt_ids
 from prefopt.generation.samples import PromptRow, Sample, SamplingSettings, sample_seed, stored_settings
 from prefopt.generation.sharded import whole_weights
@@ -79,9 +78,7 @@ class TransformersGenerator:
     def close(self) -> None:
         """Forget the model, and give cached memory of the device back."""
         self._model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def _chunk(
         self, prompts: Sequence[PromptRow], ids: Sequence[list[int]], settings: SamplingSettings, round_number: int

@@ -5,15 +5,13 @@ Tested against a stand-in for the module; it was not run with vLLM itself.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prefopt.data.encodings import Encodings
+from prefopt.generation.memory import free_memory
 from prefopt.generation.processes import from_main
 from prefopt.generation.prompts import before_stop, prompt_ids
 from prefopt.generation.samples import PromptRow, Sample, SamplingSettings, sample_seed, stored_settings
@@ -61,9 +59,7 @@ class VllmGenerator:
     def close(self) -> None:
         """Free the memory that vLLM holds."""
         self._llm = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def _chunk(
         self, prompts: Sequence[PromptRow], settings: SamplingSettings, round_number: int

@@ -6,7 +6,6 @@ from typing import Protocol
 
 from prefopt.generation.samples import Generator
 from prefopt.generation.transformers import TransformersGenerator
-from prefopt.online.training import free_memory
 from prefopt.recipe import Recipe
 from prefopt.recipe.build import load_to_sample
 from prefopt.recipe.ready import Ready
@@ -49,4 +48,3 @@ class InMemory:
         if self._opened is not None:
             self._opened[1].close()
             self._opened = None
-            free_memory()

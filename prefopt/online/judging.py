@@ -11,8 +11,8 @@ from prefopt.evaluation.cache import JudgementCache, cache_file
 from prefopt.evaluation.judges.base import Judge, settings_hash
 from prefopt.evaluation.judges.build import JudgeSpec, make_judge, parse_judge
 from prefopt.evaluation.stage import judge_to_file
+from prefopt.generation.memory import free_memory
 from prefopt.generation.samples import PromptRow, Sample
-from prefopt.online.training import free_memory
 from prefopt.safety.errors import UsageError
 
 
@@ -28,6 +28,7 @@ class Judges:
     specs: Sequence[JudgeSpec]
     cache: Path = field(default_factory=cache_file)
     _open: list[Judge] = field(default_factory=list, repr=False)
+    _names: list[str] = field(default_factory=list, repr=False)
 
     @property
     def digest(self) -> str:
@@ -35,11 +36,18 @@ class Judges:
         return settings_hash({str(number): asdict(spec) for number, spec in enumerate(self.specs)})
 
     @property
+    def names(self) -> Sequence[str]:
+        """Of the judges; known without their models once they were opened."""
+        if not self._names:
+            self.opened()
+        return self._names
+
+    @property
     def weights(self) -> Mapping[str, float] | None:
         """By the judge's name; None if all count equally."""
         if len({spec.weight for spec in self.specs}) == 1:
             return None
-        return {judge.name: spec.weight for judge, spec in zip(self.opened(), self.specs, strict=True)}
+        return {name: spec.weight for name, spec in zip(self.names, self.specs, strict=True)}
 
     def opened(self) -> Sequence[Judge]:
         """The judges, their models loaded.
@@ -52,7 +60,7 @@ class Judges:
             names = [judge.name for judge in judges]
             if len(set(names)) < len(names):
                 raise UsageError(f"judges must have different names, got {', '.join(names)}: add name=...")
-            self._open = judges
+            self._open, self._names = judges, names
         return self._open
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, set_seed
 
+from prefopt.generation.memory import free_memory
 from prefopt.models.load import load_model, load_tokenizer
 from prefopt.online.folders import RoundFolder
 from prefopt.online.policy import RoundPlan
@@ -119,13 +119,6 @@ def average_models(old: str, new: str, decay: float, folder: Path, ready: Ready)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     PartialState().wait_for_everyone()
-
-
-def free_memory() -> None:
-    """Give memory of what is no longer used back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class _KeptOptimizer(TrainerCallback):  # type: ignore[misc]

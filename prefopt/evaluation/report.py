@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +13,10 @@ from prefopt.evaluation.arrays import Floats
 from prefopt.evaluation.intervals import Interval, bootstrap
 from prefopt.evaluation.judges.answers import final_number
 from prefopt.evaluation.judges.base import Candidate, ScoreJudge
-from prefopt.evaluation.texts import distinct_n, repetition
+from prefopt.evaluation.texts import distinct_n, repetition, words_of
 from prefopt.evaluation.win_rates import length_controlled_win_rate, win_rate
 from prefopt.generation.samples import Generator, PromptRow, Sample, SamplingSettings
 from prefopt.safety.errors import UsageError
-
-_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def _of_model(
 ) -> ModelReport:
     how: dict[str, Any] = {"resamples": resamples, "seed": seed}
     samples = [sample for group in model.groups for sample in group]
-    words = [_WORD.findall(sample.completion.casefold()) for sample in samples]
+    words = [words_of(sample.completion) for sample in samples]
     means = model.prompt_scores
     facts: dict[str, Any] = {
         "model": model.name,
@@ -147,11 +144,7 @@ def _against(model: Evaluated, first: Evaluated, how: Mapping[str, Any]) -> tupl
     difference = model.prompt_scores - first.prompt_scores
     both = ~np.isnan(difference)
     wins = (np.sign(difference[both]) + 1) / 2
-    lengths = [
-        [float(np.mean([len(sample.completion) for sample in group])) for group in one.groups]
-        for one in (model, first)
-    ]
-    ours, theirs = (np.array(of_model)[both] for of_model in lengths)
+    ours, theirs = (_lengths(one)[both] for one in (model, first))
     return win_rate(wins, **how), length_controlled_win_rate(wins, ours, theirs, **how)
 
 

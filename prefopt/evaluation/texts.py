@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Sequence
 
 from prefopt.evaluation.arrays import Array, Floats, floats, same_length
 from prefopt.safety.errors import UsageError
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def words_of(text: str) -> list[str]:
+    """The words and signs of a text, in small letters."""
+    return _WORD.findall(text.casefold())
 
 
 def distinct_n(texts: Sequence[Sequence[Hashable]], n: int = 2) -> float:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from prefopt.evaluation.intervals import bootstrap
 from prefopt.evaluation.judgements import Judgement, scores_by_prompt
-from prefopt.evaluation.texts import distinct_n
+from prefopt.evaluation.texts import distinct_n, words_of
 from prefopt.generation.samples import Sample
 from prefopt.safety.tables import table
 
@@ -23,7 +23,12 @@ def sample_numbers(samples: Sequence[Sample], judgements: Sequence[Judgement], w
     Returns:
         `samples`, `scored`, `unfinished`, `mean_score` (None without scores), `mean_tokens`.
     """
-    scores = _scores(samples, judgements, weights)
+    return _numbers(samples, scores_by_prompt(judgements, weights))
+
+
+def _numbers(samples: Sequence[Sample], by_prompt: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    found = (by_prompt.get(sample.prompt_id, {}).get(sample.index) for sample in samples)
+    scores = [score for score in found if score is not None]
     return {
         "samples": len(samples),
         "scored": len(scores),
@@ -41,15 +46,8 @@ def heldout_numbers(samples: Sequence[Sample], judgements: Sequence[Judgement], 
     """
     by_prompt = scores_by_prompt(judgements, weights)
     means = [statistics.fmean(scores.values()) for scores in by_prompt.values()]
-    numbers = sample_numbers(samples, judgements, weights)
-    words = [sample.completion.split() for sample in samples]
-    return {**numbers, "interval": interval(means), "distinct_2": distinct_n(words, 2)}
-
-
-def _scores(samples: Sequence[Sample], judgements: Sequence[Judgement], weights: Any) -> list[float]:
-    by_prompt = scores_by_prompt(judgements, weights)
-    found = (by_prompt.get(sample.prompt_id, {}).get(sample.index) for sample in samples)
-    return [score for score in found if score is not None]
+    words = [words_of(sample.completion) for sample in samples]
+    return {**_numbers(samples, by_prompt), "interval": interval(means), "distinct_2": distinct_n(words, 2)}
 
 
 def interval(means: Sequence[float]) -> list[float] | None:

@@ -99,7 +99,7 @@ def _resume(
 ) -> int:
     """How many prompts are done, a multiple of the chunk; the file is cut behind them."""
     if isinstance(generator, FileGenerator):
-        path.unlink(missing_ok=True)  # copied anew: that takes no time, and prompts may have fewer samples
+        path.unlink(missing_ok=True)  # copied again: that takes no time, and prompts may have fewer samples
     if not path.exists():
         return 0
     wanted = ((row.id, index) for row in prompts for index in range(settings.samples))

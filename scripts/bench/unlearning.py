@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,18 @@ METHODS = {
     "SimNPO+RT": "simnpo_rt",
     "RMU": "rmu_paper(layer=7, scale=6.5, retain=1.0)",
 }
-"""Each method's loss expression."""
+"""Each method's loss expression, with a retain term of weight 1."""
+WEIGHTS = {
+    "NPO+0.5 RT": "npo_rt(beta=0.1, retain=0.5)",
+    "NPO+2 RT": "npo_rt(beta=0.1, retain=2)",
+    "NPO+4 RT": "npo_rt(beta=0.1, retain=4)",
+}
+"""NPO+RT with other weights, measured at the end alone; NPO and NPO+RT are the weights 0 and 1."""
 WITHOUT_RETAIN = ("GA", "NPO")
-STEPS, EVERY, BATCH = 16, 4, 10
+STEPS, BATCH = 32, 10
 
 COMMON = (
-    "--learn", "true", "--learn_epochs", "7", "--learn_learning_rate", "1e-4", "--learning_rate", "2e-5",
+    "--learn", "true", "--learn_epochs", "7", "--learn_learning_rate", "1e-4", "--learning_rate", "3e-5",
     "--lr_scheduler_type", "linear", "--max_steps", str(STEPS), "--per_device_train_batch_size", str(BATCH),
     "--max_length", "256", "--gradient_checkpointing", "false", "--logging_steps", "4", "--save_strategy", "no",
     "--best", "none", "--warmup_steps", "0.1", "--disable_tqdm", "true", "--overwrite_output_dir", "true",
@@ -71,14 +78,22 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.data}-{self.method.lower().replace('+', '-')}-{self.seed}"
+        return f"{self.data}-{self.method.lower().replace('+', '-').replace(' ', '-')}-{self.seed}"
 
     @property
     def words(self) -> tuple[str, ...]:
         """Its own options."""
         rows = self.forget_rows if self.method in WITHOUT_RETAIN else 2 * self.forget_rows
-        every = EVERY / math.ceil(rows / BATCH)  # in epochs
-        return ("--loss", METHODS[self.method], "--seed", str(self.seed), "--evaluate_every", str(every), *self.sets)
+        every = self.every / math.ceil(rows / BATCH)  # in epochs
+        loss = {**METHODS, **WEIGHTS}[self.method]
+        return ("--loss", loss, "--seed", str(self.seed), "--evaluate_every", str(every), *self.sets)
+
+    @property
+    def every(self) -> int:
+        """Steps between measurements, each of which takes as long as ten steps."""
+        if self.method in WEIGHTS:
+            return STEPS
+        return STEPS // 4 if self.method in (*MAIN, *WITHOUT_RETAIN) and self.seed == SEEDS[0] else STEPS // 2
 
 
 def runs(args: argparse.Namespace) -> Iterator[Run]:
@@ -87,6 +102,8 @@ def runs(args: argparse.Namespace) -> Iterator[Run]:
     for method in ordered:
         for seed in SEEDS if method in MAIN else SEEDS[:1]:
             yield Run(method, "bundled", seed)
+    for method in WEIGHTS if "NPO+RT" in ordered else ():
+        yield Run(method, "bundled", SEEDS[0])
     if args.tofu is not None:
         sets = tofu_sets(args.tofu, args.out, args.rows)
         for method in ordered:
@@ -181,7 +198,7 @@ def equal_forgetting(results: Mapping[Run, Mapping[str, Any]], data: str) -> str
     lines = ["| NPO, GA | seed | forget probability | utility NPO | utility GA |", "|---|---|---|---|---|"]
     for (method, seed), of_npo in points.items():
         rival = method.replace("NPO", "GA", 1)
-        if method.startswith("NPO") and (rival, seed) in points:
+        if method in METHODS and method.startswith("NPO") and (rival, seed) in points:
             cells = " | ".join(f"{value:.3f}" for value in at_equal_forgetting(of_npo, points[rival, seed]))
             lines.append(f"| {method}, {rival} | {seed} | {cells} |")
     return "\n".join(lines)
@@ -192,7 +209,11 @@ def write(results: Mapping[Run, Mapping[str, Any]], out: Path) -> None:
     for data in dict.fromkeys(run.data for run in results):
         mine = {run: result for run, result in results.items() if run.data == data}
         parts.append(f"## {data}\n\n{table(results, data)}\n\n{equal_forgetting(results, data)}\n")
-        curves = {run.method: points_of(result) for run, result in mine.items() if run.seed == SEEDS[0]}
+        curves = {
+            run.method: points_of(result)
+            for run, result in mine.items()
+            if run.seed == SEEDS[0] and run.method in METHODS
+        }
         draw_curves(curves, next(iter(mine.values()))["gold"], out / f"{data}.png")
     (out / "table.md").write_text("\n".join(parts), encoding="utf-8")
     everything = {run.name: {"method": run.method, **result} for run, result in results.items()}
@@ -206,10 +227,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20, help="of TOFU: rows of each set")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--tofu_methods", nargs="+", choices=list(METHODS), default=list(MAIN), help="of --methods")
+    parser.add_argument("--only", nargs="+", default=["*"], help="names of runs, such as 'bundled-*-0'")
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="options for every run, last")
     args = parser.parse_args()
     results: dict[Run, dict[str, Any]] = {}
     for run in runs(args):
+        if not any(fnmatch(run.name, pattern) for pattern in args.only):
+            continue
         print(f"== {run.name}", flush=True)
         results[run] = result_of(run, args.out, args.more)
         write(results, args.out)

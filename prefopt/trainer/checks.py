@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
+from numpy.typing import NDArray
 from transformers.integrations import integration_utils
 from transformers.utils import is_liger_kernel_available
 
@@ -29,6 +32,8 @@ from prefopt.trainer.options import refuse_options, refuse_sampling
 from prefopt.trainer.paired import paired_rows
 from prefopt.trainer.publishing import PushError
 
+_ROWS_AT_ONCE = 65536
+"""Rows of a numeric column that are checked together."""
 _OF_TOKENS = Need.TOKENS | Need.FORWARD_KL | Need.REVERSE_KL | Need.DIVERGENCE | Need.STATES
 
 
@@ -305,13 +310,23 @@ def _first_number_problem(rows: Any, column: str, limits: tuple[float, float] | 
     if not isinstance(rows, Dataset) or column not in rows.column_names:
         return ""
     start = 0
-    for table in rows.select_columns(column).with_format("arrow").iter(1000):
-        values = table[column].to_pylist()
-        for row, value in enumerate(values, start):
-            if problem := number_problem(column, value, limits):
-                return f"{problem} in row {row} (from 0)"
+    for table in rows.select_columns(column).with_format("arrow").iter(_ROWS_AT_ONCE):
+        values = table[column]
+        if (bad := _not_within(values, limits)).any():
+            row = int(bad.argmax())
+            return f"{number_problem(column, values[row].as_py(), limits)} in row {start + row} (from 0)"
         start += len(values)
     return ""
+
+
+def _not_within(values: Any, limits: tuple[float, float] | None) -> NDArray[np.bool_]:
+    """(N,) which values of an Arrow column `number_problem` finds wrong, without making Python objects of them."""
+    kind = values.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        return np.ones(len(values), dtype=bool)
+    numbers: NDArray[np.float64] = values.cast(pa.float64(), safe=False).to_numpy()  # nulls become NaN
+    low, high = limits or (-np.inf, np.inf)
+    return ~np.isfinite(numbers) | (numbers < low) | (numbers > high)
 
 
 def _cache(plan: RunPlan, objective: Loss) -> None:

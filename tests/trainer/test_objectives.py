@@ -14,6 +14,9 @@ from trl import DPOConfig, DPOTrainer
 from prefopt import LossMixin, PreferenceConfig, PreferenceTrainer
 from prefopt.losses import DPO, SFT, Need, PairLoss, available, presets
 from prefopt.losses.wrappers import Wrapper
+from prefopt.scoring.collate import number_problem
+from prefopt.trainer import checks
+from prefopt.trainer.checks import _first_number_problem
 from prefopt.trainer.saving.checkpoints import CheckpointError
 from tests.tiny import THINKING, make_model, make_tokenizer
 from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model, settings, train
@@ -102,6 +105,26 @@ def test_weight_column_scales_examples(tmp_path):
 def test_weight_that_is_no_number_names_the_column(tmp_path):
     with pytest.raises(ValueError, match=r"bad weight: 1 row, first 1\. Column 'weight' is missing"):
         make_trainer(tmp_path, loss="dpo", train_dataset=make_pairs(4, weight=[1.0, None, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("limits", [None, (0.0, 2.0)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 2, None], [1, 3], [True, False, None], [None, None], ["1", "2"], [0.5, -0.5], [1.0, math.inf],
+        [2**62, 1], [[1.0], [2.0]], [1.5, 2.0],
+    ],
+)  # fmt: skip
+def test_a_column_is_checked_as_its_values_are(values, limits):
+    problems = [number_problem("gap", value, limits) for value in values]
+    expected = next((f"{text} in row {row} (from 0)" for row, text in enumerate(problems) if text), "")
+    assert _first_number_problem(Dataset.from_dict({"gap": values}), "gap", limits) == expected
+
+
+def test_the_row_of_a_bad_number_is_counted_over_chunks(monkeypatch):
+    monkeypatch.setattr(checks, "_ROWS_AT_ONCE", 3)
+    rows = Dataset.from_dict({"gap": [1.0] * 7 + [math.nan]}).select([7, *range(7), 7])
+    assert _first_number_problem(rows.select(range(1, 9)), "gap", None).endswith("found nan in row 7 (from 0)")
 
 
 @pytest.mark.parametrize(

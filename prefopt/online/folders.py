@@ -13,12 +13,15 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_text
+
+T = TypeVar("T")
 
 SCHEMA = "prefopt.rounds/1"
 
@@ -106,10 +109,7 @@ class Manifest:
     def __init__(self, run: Path, settings: Mapping[str, Any]):
         self._run, self._file = run, run / "manifest.json"
         self._settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
-        self._stages: list[dict[str, Any]] = []
-        if self._file.exists():
-            self._read()
-        PartialState().wait_for_everyone()
+        self._stages = _from_main(self._finished)
 
     @property
     def begun(self) -> bool:
@@ -123,9 +123,10 @@ class Manifest:
         """Note that a stage is done, with the hashes of its files."""
         state = PartialState()
         state.wait_for_everyone()
-        entry = {"round": number, "stage": stage, "files": {self._name(file): _facts(file) for file in files}}
+        entry: dict[str, Any] = {"round": number, "stage": stage}
         self._stages.append(entry)
         if state.is_main_process:
+            entry["files"] = {self._name(file): _facts(file) for file in files}
             self._run.mkdir(parents=True, exist_ok=True)
             stored = {"schema": SCHEMA, "settings": self._settings, "stages": self._stages}
             write_text(self._file, json.dumps(stored, indent=2) + "\n")
@@ -137,7 +138,10 @@ class Manifest:
             work()
             self.done(number, stage, files)
 
-    def _read(self) -> None:
+    def _finished(self) -> list[dict[str, Any]]:
+        """The stages that an earlier call did; the files of each are as they were."""
+        if not self._file.exists():
+            return []
         try:
             stored = json.loads(self._file.read_text(encoding="utf-8"))
             settings, stages = stored["settings"], stored["stages"]
@@ -146,12 +150,14 @@ class Manifest:
         if stored.get("schema") != SCHEMA:
             raise UsageError(f"{self._file}: schema is {stored.get('schema')!r}; this version reads {SCHEMA}")
         self._refuse_others(settings)
+        finished = []
         for entry in stages:
             if any(not (self._run / name).exists() for name in entry["files"]):
                 break  # somebody deleted it: this stage and all later ones are done again
             for name, facts in entry["files"].items():
                 self._check(name, facts, entry)
-            self._stages.append(entry)
+            finished.append(entry)
+        return finished
 
     def _refuse_others(self, settings: Mapping[str, Any]) -> None:
         names = {name for name in {**settings, **self._settings} if settings.get(name) != self._settings.get(name)}
@@ -173,6 +179,20 @@ class Manifest:
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self._run).as_posix()
+
+
+def _from_main(read: Callable[[], T]) -> T:
+    """What the main process reads, on every process; its error is raised on all of them."""
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = read()
+        except UsageError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast("T", outcome[0])
 
 
 def _facts(file: Path) -> dict[str, Any]:

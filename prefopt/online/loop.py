@@ -82,6 +82,13 @@ class Rounds:
         Returns:
             The summaries of the initial model and of each round.
         """
+        try:
+            return self._all_rounds()
+        except KeyboardInterrupt:
+            self._say(f"Interrupted. The same command continues the run in {self._run} where it stopped.")
+            raise
+
+    def _all_rounds(self) -> list[dict[str, Any]]:
         if self._manifest.begun:
             self._say(f"Continuing the run in {self._run}")
         self._remove_unfinished()

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from prefopt.cli import app
 from prefopt.online import loop
 from prefopt.online.folders import Manifest
 from prefopt.online.run import main
@@ -89,6 +91,21 @@ def test_a_deleted_file_is_made_again_and_all_that_follows(first, tmp_path):
     assert main(argv=words(tmp_path / "copy", model_name_or_path=folder / "llama-0")) == summaries
     assert files(run) == files(folder / "out")
     assert same_weights(weights(run, 2), weights(folder / "out", 2))
+
+
+def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
+    def interrupted(completion):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.online.rounds.vowels", interrupted)
+        done = CliRunner().invoke(app, ["rounds", "run", *words(tmp_path, rounds=1)])
+    last = done.output.strip().splitlines()[-1]
+    assert last == f"Interrupted. The same command continues the run in {tmp_path / 'out'} where it stopped."
+    assert done.exit_code == 130
+    main(argv=words(tmp_path, rounds=1))
+    assert f"Continuing the run in {tmp_path / 'out'}" not in capsys.readouterr().out  # no stage was done before
+    assert len(list(read_jsonl(tmp_path / "out" / "round-1" / "judgements.jsonl"))) == 24
 
 
 # ---- policies ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ A run that was stopped, or killed, continues with the same command. --dry_run sh
 prompts; --help lists every option. docs/rounds.md explains the files.
 """
 
-from prefopt.online.generators import InMemory
+from prefopt.online.generators import generators_of
 from prefopt.online.judging import judges_of
 from prefopt.online.loop import Rounds
 from prefopt.online.options import RoundsArguments
@@ -30,7 +30,7 @@ def main() -> None:
         return
 
     judges = judges_of(recipe.script.judges or [])  # functions, checkable answers, models
-    generators = InMemory(recipe, ready)  # the policy itself draws; it leaves the memory before training
+    generators = generators_of(recipe, ready)  # the policy draws, and leaves the memory before training; or a server
 
     # For each round: sample, judge, pair, train, evaluate. Stages that are done are not done again.
     Rounds(recipe, ready, prompts, judges, generators).run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -184,6 +185,37 @@ class Client:
                 "server answers again, start the command again: it continues"
             ) from None
         return result
+
+    def wait_for_model(self, name: str | None, seconds: float) -> None:
+        """Wait until the server answers and lists a model.
+
+        Args:
+            name: of the model; None for any answer.
+            seconds: the longest wait.
+
+        Raises:
+            ServerError: if that takes longer.
+        """
+        address, end = f"{self.endpoint.url.rstrip('/')}/models", time.monotonic() + seconds
+        while True:
+            last = self._unlisted(address, name)
+            if not last:
+                return
+            if time.monotonic() >= end:
+                what = "does not answer" if name is None else f"does not list the model {name}"
+                raise ServerError(f"{address} {what} after {seconds:g} s ({last})")
+            time.sleep(min(1.0, self.endpoint.first_wait))
+
+    def _unlisted(self, address: str, name: str | None) -> str:
+        """Why a model is not listed; empty if it is."""
+        try:
+            response = self._client.get(address, timeout=10.0)
+            listed = [str(model["id"]) for model in response.json()["data"]] if name and response.is_success else []
+        except (self._httpx.TransportError, ValueError, KeyError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+        if not response.is_success:
+            return f"status {response.status_code}"
+        return "" if name is None or name in listed else f"it lists {', '.join(listed) or 'nothing'}"
 
     def close(self) -> None:
         self._client.close()

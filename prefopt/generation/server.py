@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefopt.generation.endpoint import Client, Endpoint, read_completion
-from prefopt.generation.processes import from_main
+from prefopt.generation.processes import from_main, on_main
 from prefopt.generation.prompts import before_stop, prompt_ids
 from prefopt.generation.samples import PromptRow, Sample, SamplingSettings, sample_seed, stored_settings
 from prefopt.safety.errors import UsageError
@@ -75,23 +75,44 @@ class ServerGenerator:
     def close(self) -> None:
         self._client.close()
 
-    # ---- adapters of vLLM -----------------------------------------------------------------------------------------
+    # ---- which model draws ----------------------------------------------------------------------------------------
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Let a running vLLM draw with a LoRA adapter from now on; one that it has under this name is replaced.
 
         The server must have been started with `--enable-lora` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`, and must
         see the folder.
+
+        Raises:
+            UsageError: if the server refuses, with its words.
         """
-        self._unload(name)
-        body = {"lora_name": name, "lora_path": str(folder.resolve())}
-        self._client.post("load_lora_adapter", body, str)
+
+        def load() -> None:
+            self._unload(name)
+            body = {"lora_name": name, "lora_path": str(folder.resolve())}
+            self._client.post("load_lora_adapter", body, str)
+
+        on_main(load)
         self._model = self.name = name
 
     def unload_adapter(self, name: str, model: str) -> None:
         """Take an adapter out of the server, and draw with `model` again."""
-        self._unload(name)
+        on_main(lambda: self._unload(name))
         self._model = self.name = model
+
+    def wait_for(self, name: str, listed: bool, seconds: float) -> None:
+        """Draw with another model of the server from now on, as soon as it answers.
+
+        Args:
+            name: the server's name for the model.
+            listed: wait until the server lists the name.
+            seconds: the longest wait.
+
+        Raises:
+            ServerError: if it takes longer.
+        """
+        on_main(lambda: self._client.wait_for_model(name if listed else None, seconds))
+        self._model = self.name = name
 
     def _unload(self, name: str) -> None:
         self._client.post("unload_lora_adapter", {"lora_name": name}, str, accepted=(200, 400, 404))

@@ -13,15 +13,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
+from prefopt.generation.processes import on_main
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_text
-
-T = TypeVar("T")
 
 SCHEMA = "prefopt.rounds/1"
 
@@ -109,7 +107,7 @@ class Manifest:
     def __init__(self, run: Path, settings: Mapping[str, Any]):
         self._run, self._file = run, run / "manifest.json"
         self._settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
-        self._stages = _from_main(self._finished)
+        self._stages = on_main(self._finished)
 
     @property
     def begun(self) -> bool:
@@ -179,20 +177,6 @@ class Manifest:
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self._run).as_posix()
-
-
-def _from_main(read: Callable[[], T]) -> T:
-    """What the main process reads, on every process; its error is raised on all of them."""
-    outcome: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            outcome[0] = read()
-        except UsageError as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return cast("T", outcome[0])
 
 
 def _facts(file: Path) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any
 from accelerate import PartialState
 
 from prefopt.evaluation.judgements import read_judgements
-from prefopt.generation.samples import PromptRow, SamplingSettings, read_samples
+from prefopt.generation.from_file import FileGenerator
+from prefopt.generation.samples import Generator, PromptRow, SamplingSettings, read_samples
 from prefopt.generation.stage import sample_to_file
 from prefopt.online.folders import Manifest, RoundFolder
 from prefopt.online.generators import Generators
@@ -37,7 +38,7 @@ _WITHOUT_EFFECT = re.compile(
     r"output_dir|run_name|project|report_to|push_to_hub|hub_.*|trackio_.*|logging_.*|log_.*|disable_tqdm|do_.*|save_.*"
     r"|eval_.*|dataloader_(num_workers|pin_memory|prefetch_factor|persistent_workers)|dataset_num_proc|.*_token|demo"
     r"|dry_run|rounds|(heldout_)?prompts|per_device_eval_batch_size|model_init_kwargs|.*_plugin|.*_config|use_cpu"
-    r"|deepspeed|fsdp.*|resume_from_checkpoint"
+    r"|deepspeed|fsdp.*|resume_from_checkpoint|server_(url|restart|key_variable|concurrency)"
 )
 """Options that the files of a run do not depend on, or that stand elsewhere in its settings."""
 
@@ -126,13 +127,17 @@ class Rounds:
 
     def _sample(self, folder: RoundFolder, model: str, prompts: Sequence[PromptRow]) -> None:
         settings = sampling_of(self._script, folder.number, self._seed)
-        self._draw(folder.samples, model, prompts, settings, folder.number)
+        generator = self._generators.of_round(model, folder.number)
+        if isinstance(generator, FileGenerator):
+            coverage = generator.coverage(prompts, settings, folder.number)
+            self._say(f"{generator.path}: {str(coverage) or 'samples of all prompts'}")
+        self._draw(folder.samples, generator, prompts, settings, folder.number)
 
     def _draw(
-        self, path: Path, model: str, prompts: Sequence[PromptRow], settings: SamplingSettings, number: int
+        self, path: Path, generator: Generator, prompts: Sequence[PromptRow], settings: SamplingSettings, number: int
     ) -> None:
         self._say(f"Sampling {settings.samples} completions of each of {len(prompts)} prompts")
-        sample_to_file(self._generators.open(model), prompts, settings, path, number)
+        sample_to_file(generator, prompts, settings, path, number)
 
     def _judge(self, samples: Path, path: Path, prompts: Sequence[PromptRow]) -> None:
         if self._judges is None:
@@ -175,7 +180,7 @@ class Rounds:
         files = [folder.summary]
         if heldout := self._prompts.heldout:
             settings = heldout_sampling_of(self._script, self._seed)
-            self._draw(folder.heldout_samples, model, heldout, settings, folder.number)
+            self._draw(folder.heldout_samples, self._generators.open(model), heldout, settings, folder.number)
             self._judge(folder.heldout_samples, folder.heldout_judgements, heldout)
             files += [folder.heldout_samples, folder.heldout_judgements]
             samples = list(read_samples(folder.heldout_samples))

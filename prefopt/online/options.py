@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from types import NoneType
+from typing import Any, ClassVar, Literal, cast
 
 from prefopt.generation.samples import SamplingSettings
 from prefopt.online.builders import parse_builder
@@ -56,6 +58,46 @@ class RoundsArguments(RecipeArguments):
         default=None, metadata={"help": "Where a sample is cut; 256, or what a bundled task needs."}
     )
     stop: list[str] | None = field(default=None, metadata={"help": "Texts that end a sample."})
+    generator: str = field(
+        default="transformers",
+        metadata={
+            "help": "What draws the samples: transformers (the model in memory), a server, vllm in this process, or a "
+            "file of samples.",
+            "choices": ["transformers", "server", "vllm", "file"],
+        },
+    )
+    samples_file: str | None = field(
+        default=None,
+        metadata={"help": "For the generator file: samples of another program; {round} stands for the number."},
+    )
+    server_url: str | None = field(
+        default=None, metadata={"help": "Of an OpenAI-compatible server: http://localhost:8000/v1."}
+    )
+    served_as: str | None = field(
+        default=None, metadata={"help": "The server's name for the initial model, if it has another there."}
+    )
+    server_send: str = field(
+        default="messages",
+        metadata={
+            "help": "What the server gets: messages, or the tokens of training (vLLM, SGLang).",
+            "choices": ["messages", "tokens"],
+        },
+    )
+    server_restart: str | None = field(
+        default=None,
+        metadata={
+            "help": "A command that ends the server and starts it with {model}, a folder, known as {name}. Without "
+            "one, adapters are loaded into a running vLLM."
+        },
+    )
+    server_key_variable: str = field(
+        default="OPENAI_API_KEY", metadata={"help": "The environment variable with the server's API key."}
+    )
+    server_concurrency: int = field(default=16, metadata={"help": "Requests to the server at once."})
+    generator_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "More fields of each request to a server, or arguments of vllm.LLM, as JSON."},
+    )
     judges: list[str] | None = field(
         default=None, metadata={"help": "Judges of samples, as in: number,column=answer  my_judges:score,weight=0.5"}
     )
@@ -118,7 +160,7 @@ class RoundsArguments(RecipeArguments):
         if task is not None:
             self.stop = list(task.stop) if self.stop is None else self.stop
             self.judges = self.judges or [task.judge]
-        for name in ("rounds", "samples", "max_new_tokens", "heldout_samples"):
+        for name in ("rounds", "samples", "max_new_tokens", "heldout_samples", "server_concurrency"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not self.temperature or min(self.temperature) < 0:
@@ -133,6 +175,26 @@ class RoundsArguments(RecipeArguments):
         if self.round_optimizer == "keep" and self.round_start == "initial":
             raise UsageError("round_optimizer keep is of no use with round_start initial: it belongs to other weights")
         parse_builder(self.pairs)
+        self._check_generator()
+
+    def _check_generator(self) -> None:
+        for name, owner in (("samples_file", "file"), ("server_url", "server"), ("server_restart", "server")):
+            if getattr(self, name) is not None and self.generator != owner:
+                raise UsageError(f"--{name} needs --generator {owner}; the generator is {self.generator}")
+        for name, owner in (("samples_file", "file"), ("server_url", "server")):
+            if getattr(self, name) is None and self.generator == owner:
+                raise UsageError(f"--generator {owner} needs --{name}")
+        if isinstance(self.generator_options, str):
+            try:
+                self.generator_options = json.loads(self.generator_options)
+            except ValueError as error:
+                raise UsageError(f"generator_options must be JSON: {error}") from None
+        if not isinstance(self.generator_options, (dict, NoneType)):
+            raise UsageError(
+                f'generator_options must be a mapping, as in {{"min_p": 0.1}}, got {self.generator_options!r}'
+            )
+        if self.generator_options and self.generator not in ("server", "vllm"):
+            raise UsageError("--generator_options is for the generators server and vllm")
 
 
 def options_of(recipe: Recipe) -> RoundsArguments:

@@ -9,7 +9,7 @@ from typing import Any
 from prefopt.generation.stage import read_prompts
 from prefopt.losses import parse
 from prefopt.online.builders import parse_builder
-from prefopt.online.generators import InMemory
+from prefopt.online.generators import check_generator, generators_of
 from prefopt.online.judging import judges_of
 from prefopt.online.loop import Prompts, Rounds
 from prefopt.online.options import RoundsArguments, options_of, sampling_of
@@ -58,6 +58,7 @@ def check_rounds(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
     script, loss = options_of(recipe), recipe.training.loss
     if loss is None:
         raise UsageError("rounds need a loss expression, such as --loss irpo")
+    check_generator(recipe, ready, heldout=bool(prompts.heldout))
     builder = parse_builder(script.pairs)
     for number in range(1, script.rounds + 1):
         objective = parse(loss_of(script, loss, number))
@@ -98,4 +99,4 @@ def main(loss: str = LOSS, argv: Sequence[str] | None = None) -> list[dict[str, 
         dry_run(recipe, ready, prompts)
         return None
     judges = judges_of(options_of(recipe).judges or [])
-    return Rounds(recipe, ready, prompts, judges, InMemory(recipe, ready)).run()
+    return Rounds(recipe, ready, prompts, judges, generators_of(recipe, ready)).run()

@@ -32,6 +32,8 @@ class StandIn:
         headers: of the last request.
         pause: seconds before each answer.
         adapters: names of loaded adapters and their folders.
+        models: names that it lists besides.
+        complete: what it answers to a request.
         most_at_once: the most requests that were under way at one time.
     """
 
@@ -43,6 +45,8 @@ class StandIn:
         self.headers: dict[str, str] = {}
         self.pause = 0.0
         self.adapters: dict[str, str] = {}
+        self.models: list[str] = []
+        self.complete: Callable[[Body], str] = completion_for
         self.most_at_once = 0
         self._at_once = 0
         self._seen: Counter[str] = Counter()
@@ -90,7 +94,7 @@ class StandIn:
         _send(handler, 200, text)
 
     def _completion(self, path: str, body: Body) -> Body:
-        text = completion_for(body)
+        text = self.complete(body)
         said = (
             {"message": {"role": "assistant", "content": text}}
             if path.endswith("chat/completions")
@@ -130,6 +134,10 @@ def running() -> Iterator[StandIn]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            listed = [{"id": name} for name in (*stand_in.models, *stand_in.adapters)]
+            _send(self, 200 if self.path == "/v1/models" else 404, json.dumps({"data": listed}).encode())
 
         def do_POST(self) -> None:
             with contextlib.suppress(ConnectionError):

@@ -62,11 +62,15 @@ def test_samples_of_other_rounds_are_left_out(tmp_path):
 def test_vllm_gets_the_tokens_of_training_and_a_seed_for_each_sample(monkeypatch, tmp_path):
     engines = stand_in_vllm.install(monkeypatch)
     tokenizer = make_tokenizer()
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"r": 12, "rank_pattern": {"q_proj": 40}}')
     generator = VllmGenerator("name", tokenizer, adapter=tmp_path / "lora", gpu_memory_utilization=0.5)
     generator.chunk_prompts = 3
     groups = list(generator.sample(CHATS, SETTINGS, 1))
     (engine,) = engines
-    assert engine.options == {"model": "name", "enable_lora": True, "gpu_memory_utilization": 0.5}
+    assert engine.options == {
+        "model": "name", "enable_lora": True, "gpu_memory_utilization": 0.5, "max_lora_rank": 64,
+    }  # fmt: skip
     assert [len(call[0]) for call in engine.calls] == [6, 2]
     prompts, parameters, adapter = engine.calls[0]
     assert [p["prompt_token_ids"] for p in prompts] == [prompt_ids(row, tokenizer) for row in CHATS[:3] for _ in "01"]

@@ -19,6 +19,11 @@ def vowels(completion: str) -> float:
     return sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
 
 
+def digits(completion: str) -> float:
+    """A judge: the sum of the digits."""
+    return sum(int(letter) for letter in completion if letter.isdigit())
+
+
 def broken(completion: str) -> float:
     """A judge that fails on every second length, and abstains never."""
     if len(completion) % 2:

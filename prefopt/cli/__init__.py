@@ -13,6 +13,7 @@ from prefopt.cli import (  # noqa: F401  (each adds its commands)
     losses,
     new,
     pair,
+    prepare,
     rounds,
     runs,
     sample,

@@ -2,72 +2,52 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prefopt.cli import generators as of
 from prefopt.cli.app import app, console, fail, say
 
 if TYPE_CHECKING:
     from prefopt.generation.samples import Generator, PromptRow
 
-_DRAWING, _SERVER, _OTHER = "How samples are drawn", "From a server", "From elsewhere"
+_DRAWING = of.DRAWING
 
 
 @app.command()
 def sample(
     prompts: Annotated[str, typer.Argument(help="A file (.jsonl ...), a save_to_disk folder or a Hub name.")],
     out: Annotated[Path, typer.Option(help="The .jsonl file to write; one that was begun is continued.")],
-    model: Annotated[
-        str | None, typer.Option(help="A Hub name, a model's or an adapter's folder; the bundled one if left out.")
-    ] = None,
+    model: of.Model = None,
     samples: Annotated[int, typer.Option(min=1, help="Of each prompt.", rich_help_panel=_DRAWING)] = 8,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token.", rich_help_panel=_DRAWING)
-    ] = 1.0,
-    top_p: Annotated[float, typer.Option(help="0 to 1.", rich_help_panel=_DRAWING)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 for all tokens.", rich_help_panel=_DRAWING)] = 0,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Where a completion is cut.", rich_help_panel=_DRAWING)
-    ] = 256,
+    temperature: of.Temperature = 1.0,
+    top_p: of.TopP = 1.0,
+    top_k: of.TopK = 0,
+    max_new_tokens: of.MaxNewTokens = 256,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="A text that ends a completion; may be repeated.", rich_help_panel=_DRAWING),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the run.", rich_help_panel=_DRAWING)] = 0,
+    seed: of.Seed = 0,
     round_number: Annotated[
         int, typer.Option("--round", min=0, help="Each round draws other samples.", rich_help_panel=_DRAWING)
     ] = 0,
-    rows: Annotated[int | None, typer.Option(min=1, help="Samples in a batch.", rich_help_panel=_DRAWING)] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, ...; auto is that of the files.", rich_help_panel=_DRAWING)
-    ] = "auto",
-    chat_template: Annotated[
-        str | None, typer.Option(help="A Jinja template, or a file with one.", rich_help_panel=_DRAWING)
-    ] = None,
-    url: Annotated[
-        str | None, typer.Option(help="Of an OpenAI-compatible server: http://host/v1.", rich_help_panel=_SERVER)
-    ] = None,
-    served_as: Annotated[
-        str | None, typer.Option(help="The server's name for the model; --model if left out.", rich_help_panel=_SERVER)
-    ] = None,
+    rows: of.Rows = None,
+    dtype: of.Dtype = "auto",
+    chat_template: of.ChatTemplate = None,
+    url: of.Url = None,
+    served_as: of.ServedAs = None,
     send: Annotated[
         str,
-        typer.Option(help="messages, or the tokens of training (vLLM, SGLang).", rich_help_panel=_SERVER),
+        typer.Option(help="messages, or the tokens of training (vLLM, SGLang).", rich_help_panel=of.SERVER),
     ] = "messages",
-    key_variable: Annotated[
-        str, typer.Option(help="The environment variable with the API key.", rich_help_panel=_SERVER)
-    ] = "OPENAI_API_KEY",
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.", rich_help_panel=_SERVER)] = 16,
-    extra: Annotated[
-        str | None, typer.Option(help="Other fields of each request, as JSON.", rich_help_panel=_SERVER)
-    ] = None,
-    file: Annotated[Path | None, typer.Option(help="Samples of another program.", rich_help_panel=_OTHER)] = None,
-    vllm: Annotated[
-        bool, typer.Option("--vllm", help="Draw with vLLM in this process.", rich_help_panel=_OTHER)
-    ] = False,
+    key_variable: of.KeyVariable = "OPENAI_API_KEY",
+    concurrency: of.Concurrency = 16,
+    extra: of.Extra = None,
+    file: Annotated[Path | None, typer.Option(help="Samples of another program.", rich_help_panel=of.OTHER)] = None,
+    vllm: of.Vllm = False,
     split: Annotated[str, typer.Option(help="The split of PROMPTS.")] = "train",
 ) -> None:
     """Draw samples of a model for each prompt, and write them to a file.
@@ -81,10 +61,8 @@ def sample(
     from prefopt.generation.samples import SamplingSettings, read_samples
     from prefopt.generation.stage import count_samples, sample_to_file
 
-    if sum((url is not None, file is not None, vllm)) > 1:
-        fail("--url, --file and --vllm are different sources of samples: choose one")
-    if not 0 < top_p <= 1:
-        fail(f"--top-p is {top_p:g}; it must be above 0 and at most 1")
+    of.check_source(url, file, vllm)
+    of.check_top_p(top_p)
     if send not in ("messages", "tokens"):
         fail(f"--send is {send!r}; it must be messages or tokens")
     settings = SamplingSettings(samples, temperature, top_p, top_k, max_new_tokens, tuple(stop or ()), seed)
@@ -94,9 +72,10 @@ def sample(
     if file is not None:
         source = _from_file(file, rows_of_prompts, settings, round_number)
     elif url is not None:
-        source = _from_server(url, model, served_as, send, key_variable, concurrency, extra, chat_template)
+        server = of.Server(url, served_as, key_variable, concurrency, extra)
+        source = server.generator(model, chat_template, send)
     else:
-        source = _from_model(model, dtype, rows, chat_template, vllm)
+        source = of.Local(model, dtype, rows, chat_template, vllm).generator()
     try:
         with Progress(console=console(), transient=True, disable=not is_main) as progress:
             task = progress.add_task("Sampling", total=len(rows_of_prompts))
@@ -136,41 +115,3 @@ def _from_file(path: Path, prompts: list[PromptRow], settings: Any, round_number
     if coverage := str(source.coverage(prompts, settings, round_number)):
         say(f"{path}: {coverage}")
     return source
-
-
-def _from_server(
-    url: str, model: str | None, served_as: str | None, send: str, key_variable: str, concurrency: int,
-    extra: str | None, chat_template: str | None,
-) -> Generator:  # fmt: skip
-    from prefopt.generation.endpoint import Endpoint
-    from prefopt.generation.server import ServerGenerator
-    from prefopt.models.load import load_tokenizer
-
-    name = served_as or model
-    if name is None:
-        fail("--url needs --served-as, the server's name for the model, or --model if it is the same")
-    fields = json.loads(extra) if extra else {}
-    if not isinstance(fields, dict):
-        fail(f'--extra must be a JSON object such as {{"min_p": 0.1}}, got {extra}')
-    tokenizer = None if model is None else load_tokenizer(model, chat_template=chat_template)
-    endpoint = Endpoint(url, key_variable=key_variable, concurrency=concurrency)
-    return ServerGenerator(endpoint, name, tokenizer=tokenizer, send=send, extra=fields, say=say)  # type: ignore[arg-type]
-
-
-def _from_model(model: str | None, dtype: str, rows: int | None, chat_template: str | None, vllm: bool) -> Generator:
-    from prefopt.models.bundled import resolve_demo_model
-    from prefopt.models.load import adapter_base, load_model, load_tokenizer
-
-    name = str(resolve_demo_model(say=say)) if model is None else model
-    tokenizer = load_tokenizer(name, chat_template=chat_template)
-    if vllm:
-        from prefopt.generation.vllm import VllmGenerator
-
-        base = adapter_base(name)
-        return VllmGenerator(base or name, tokenizer, adapter=None if base is None else Path(name), dtype=dtype)
-    from accelerate import PartialState
-
-    from prefopt.generation.transformers import TransformersGenerator
-
-    network = load_model(name, {"dtype": dtype}).to(PartialState().device)
-    return TransformersGenerator(network, tokenizer, rows_at_once=rows)

@@ -48,7 +48,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str], any_script: bool 
         raise UsageError(f"as many answers as references are needed, got {len(answers)} and {len(references)}")
     module = required("rouge_score.rouge_scorer", "rouge-score", "ROUGE")
     # With a tokenizer of its own it does not stem.
-    scorer = module.RougeScorer(["rougeL"], use_stemmer=True, tokenizer=_AnyScript() if any_script else None)
+    scorer = module.RougeScorer(["rougeL"], use_stemmer=True, tokenizer=AnyScript() if any_script else None)
     recall, f1 = [], []
     for row, (answer, reference) in enumerate(zip(answers, references, strict=True)):
         if not any_script and not any(letter.isascii() and letter.isalnum() for letter in reference):
@@ -56,7 +56,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str], any_script: bool 
                 f"reference {row} ({reference[:40]!r}) has no word that ROUGE reads: rouge-score takes all but the "
                 "letters a to z and digits as spaces. any_script=True reads other scripts too"
             )
-        if not _AnyScript().tokenize(reference):
+        if not AnyScript().tokenize(reference):
             raise UsageError(f"reference {row} ({reference[:40]!r}) has no word")
         score = scorer.score(reference, answer)["rougeL"]
         recall.append(score.recall)
@@ -64,8 +64,8 @@ def rouge_l(answers: Sequence[str], references: Sequence[str], any_script: bool 
     return RougeL(np.array(recall), np.array(f1))
 
 
-class _AnyScript:
-    """A tokenizer as rouge-score takes it."""
+class AnyScript:
+    """A tokenizer as rouge-score takes it: words of any script, or letters where nothing separates words."""
 
     def tokenize(self, text: str) -> list[str]:
         letters = []

@@ -75,7 +75,7 @@ def check(
         console().print(report.table())
     for note in report.notes:
         say(note)
-    what = "pairs" if kind(dataset) == "pair" else "labelled completions"
+    what = {"pair": "pairs", "unpaired": "labelled completions", "group": "groups"}[kind(dataset)]
     say(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
     if not report.ok:
         raise typer.Exit(1)

@@ -73,24 +73,40 @@ def pair(
     every: Annotated[
         bool, typer.Option("--every", help="All pairs of a row, not only best and worst.", rich_help_panel=_ROWS)
     ] = False,
+    lists: Annotated[
+        bool, typer.Option("--lists", help="No pairs: all answers of a prompt with their scores, as one group.")
+    ] = False,
     split: Annotated[str, typer.Option(help="The split to pair.", rich_help_panel=_ROWS)] = "train",
     config: Annotated[
         str | None, typer.Option(help="The configuration of a set that has several.", rich_help_panel=_ROWS)
     ] = None,
 ) -> None:
-    """Write pairs (prompt, chosen, rejected) of samples and judgements, or of rows that compare or rank answers."""
+    """Write pairs (prompt, chosen, rejected) of samples and judgements, or of rows that compare or rank answers.
+
+    With --lists, rows that keep all answers of a prompt and their scores. Such rows become pairs with --builder, too.
+    """
+    if builder is not None and lists:
+        fail("--builder makes pairs and --lists makes none: name one of the two")
+    keep = (keep_unfinished, keep_duplicates)
+    if lists and judgements is not None:
+        return _list_samples(Path(data), judgements, out, prompts, weight, keep)
     if builder is not None:
         of_rows = (prompt, first, second, winner, first_wins, second_wins, answers, text, rank, score, every, config)
         if any(of_rows):
-            fail("--builder pairs samples: leave out the options for rows that compare or rank answers")
-        keep = (keep_unfinished, keep_duplicates)
+            fail("--builder pairs samples or groups: leave out the options for rows that compare or rank answers")
+        if judgements is None and _are_groups(data):
+            return _pair_groups(data, out, builder, split, config, seed)
         _pair_samples(Path(data), judgements, out, builder, prompts, gold, weight, keep, seed)
         return
     if judgements is not None or any((prompts, gold, weight, keep_unfinished, keep_duplicates)):
         fail("pairs of samples need a --builder: best_worst, correct_incorrect, round_robin(pairs=10), ...")
     better, worse = (tuple(word.strip() for word in words.split(",") if word) for words in (first_wins, second_wins))
     _pair_rows(
-        data, out, split, config, (prompt, first, second, winner, better, worse, answers, text, rank, score, every)
+        data,
+        out,
+        split,
+        config,
+        (prompt, first, second, winner, better, worse, answers, text, rank, score, every, lists),
     )
 
 
@@ -98,9 +114,11 @@ def _pair_rows(data: str, out: Path, split: str, config: str | None, how: Sequen
     from prefopt.data import load_preferences
     from prefopt.data.rankings import Pairing, write_pairs
 
-    counts = write_pairs(load_preferences(data, split=split, config=config), Pairing(*how), out)
+    pairing = Pairing(*how)
+    counts = write_pairs(load_preferences(data, split=split, config=config), pairing, out)
+    what = "groups" if pairing.lists else "pairs"
     say(
-        f"{out}: {counts['pairs']} pairs from {counts['rows']} rows; {counts['rows without a pair']} rows made none "
+        f"{out}: {counts['pairs']} {what} from {counts['rows']} rows; {counts['rows without a pair']} rows made none "
         f"(a tie, or an answer is missing). Look at them: prefopt check {out}"
     )
 
@@ -142,6 +160,68 @@ def _pair_samples(
     if not counts.pairs:
         fail(f"{out} is empty: no prompt makes a pair")
     say(f"Written to {out}. Look at them: prefopt check {out}{' --loss sft' if how.builder.supervised else ''}")
+
+
+def _are_groups(data: str) -> bool:
+    """Whether rows hold several completions each; samples hold one."""
+    from prefopt.safety.jsonl import read_jsonl
+
+    path = Path(data).expanduser()
+    return not path.is_file() or path.suffix != ".jsonl" or "completions" in next(iter(read_jsonl(path)), {})
+
+
+def _pair_groups(data: str, out: Path, builder: str, split: str, config: str | None, seed: int) -> None:
+    from prefopt.data import clean, kind, read_preferences, validate
+    from prefopt.online.builders import parse_builder
+    from prefopt.online.groups import pairs_of_groups, write_lines
+    from prefopt.online.pairing import PairCounts
+
+    rows = read_preferences(data, split=split, config=config, say=say)
+    if kind(rows) != "group":
+        fail(f"--builder makes pairs of samples or of rows with prompt, completions and scores; {data} has neither")
+    counts = PairCounts()
+    write_lines(out, pairs_of_groups(clean(rows, validate(rows)), parse_builder(builder), counts, seed))
+    _tell(out, counts)
+
+
+def _list_samples(
+    samples: Path,
+    judgements: Path,
+    out: Path,
+    prompts: Path | None,
+    weight: list[str] | None,
+    keep: tuple[bool, bool],
+) -> None:
+    from prefopt.evaluation.judgements import read_judgements
+    from prefopt.generation.samples import read_samples
+    from prefopt.generation.stage import read_prompts
+    from prefopt.online.builders import parse_builder
+    from prefopt.online.groups import groups_of, write_lines
+    from prefopt.online.pairing import PairCounts, PairSettings
+
+    how = PairSettings(
+        parse_builder("all_pairs"),
+        _weights(weight),
+        unfinished="keep" if keep[0] else "drop",
+        duplicates="keep" if keep[1] else "merge",
+    )
+    rows = [] if prompts is None else read_prompts(prompts)[0]
+    counts = PairCounts()
+    count = write_lines(
+        out, groups_of(list(read_samples(samples)), list(read_judgements(judgements)), how, counts, rows)
+    )
+    _tell(out, counts, count)
+
+
+def _tell(out: Path, counts: Any, groups: int | None = None) -> None:
+    """Print counts of what was written and left out."""
+    first, *others = counts.lines()
+    say(first if groups is None else first.replace(f"{counts.pairs} pairs", f"{groups} groups", 1))
+    for line in others:
+        say(line)
+    if not (counts.pairs if groups is None else groups):
+        fail(f"{out} is empty: no prompt has two completions with different scores")
+    say(f"Written to {out}. Look at them: prefopt check {out}")
 
 
 def _weights(words: list[str] | None) -> dict[str, float] | None:

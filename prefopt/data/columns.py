@@ -20,8 +20,11 @@ from prefopt.safety.errors import did_you_mean
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 UNPAIRED_COLUMNS = ("prompt", "completion", "label")
-OURS = frozenset((*PAIR_COLUMNS, *UNPAIRED_COLUMNS, "messages", "system", "input", "history"))
-_TEXTS = OURS - {"label"}
+GROUP_COLUMNS = ("prompt", "completions")
+OURS = frozenset(
+    (*PAIR_COLUMNS, *UNPAIRED_COLUMNS, *GROUP_COLUMNS, "scores", "messages", "system", "input", "history")
+)
+_TEXTS = OURS - {"label", "scores"}
 
 # Of `prefopt.losses.scores`, which cannot be imported without torch.
 GIVEN_LOGPS = ("ref_chosen_logps", "ref_rejected_logps", "prev_chosen_logps", "prev_rejected_logps")
@@ -124,12 +127,12 @@ def _take_fields(dataset: Any, fields: Mapping[str, str]) -> Any:
 
 
 def kind_of_columns(names: Sequence[str]) -> str | None:
-    """`"pair"`, `"unpaired"` (also for `messages` + `label`), or None if a needed column is missing."""
+    """`"pair"`, `"unpaired"` (also for `messages` + `label`), `"group"`, or None if a needed column is missing."""
     if "chosen" in names and "rejected" in names:
         return "pair"
     if "label" in names and ("messages" in names or ("prompt" in names and "completion" in names)):
         return "unpaired"
-    return None
+    return "group" if set(GROUP_COLUMNS) <= set(names) else None
 
 
 def listed(names: Sequence[str] | frozenset[str]) -> str:

@@ -13,6 +13,7 @@ from datasets import Dataset, Json
 
 from prefopt.data.canonical import encoded, rows_of
 from prefopt.data.columns import kind_of_columns
+from prefopt.data.groups import COMPLETIONS, SCORES
 from prefopt.data.parts import tables
 from prefopt.data.unused import MEDIA
 
@@ -21,6 +22,9 @@ CONTENT = ("prompt", "chosen", "rejected", "completion", "label", "weight", "too
 
 TOKENISED = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label", "weight")
 """Those of rows that have token ids and no texts."""
+
+
+_GROUP_IDS = f"{COMPLETIONS}_ids"
 
 
 def fingerprint(dataset: Dataset, columns: Iterable[str] = ()) -> str:
@@ -32,7 +36,10 @@ def fingerprint(dataset: Dataset, columns: Iterable[str] = ()) -> str:
         dataset: normalised rows, or rows of token ids.
         columns: more columns that the objective reads.
     """
-    known = TOKENISED if kind_of_columns(dataset.column_names) is None else CONTENT
+    form = kind_of_columns(dataset.column_names)
+    known = TOKENISED if form is None else CONTENT
+    if form == "group" or (form is None and _GROUP_IDS in dataset.column_names):
+        known = (*known, _GROUP_IDS if form is None else COMPLETIONS, SCORES)
     names = [name for name in dict.fromkeys((*known, *columns)) if name in dataset.column_names]
     total = count = 0
     for row in _bytes_of_rows(dataset.select_columns(names)):

@@ -19,6 +19,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from prefopt.data.columns import column_names, first_rows
 from prefopt.data.errors import DataError
+from prefopt.data.groups import COMPLETIONS, SCORES
 from prefopt.data.schema import kind
 
 Source = tuple[str, float | None]
@@ -151,8 +152,12 @@ def _check_alike(sources: Mapping[str, Dataset | IterableDataset]) -> None:
     """All pairs or all unpaired, all messages or all plain text: a batch cannot hold both."""
     seen: dict[str, str] = {}
     for name, dataset in sources.items():
-        completion = "chosen" if (form := kind(dataset)) == "pair" else "completion"
+        form: str = kind(dataset)
+        completion = {"pair": "chosen", "unpaired": "completion", "group": COMPLETIONS}[form]
         values = [row[completion] for row in first_rows(dataset, 64)]
+        if form == "group":
+            values = [text for texts in values if isinstance(texts, list) for text in texts]
+            form += " with scores" if SCORES in column_names(dataset) else " in order"
         style = "plain text" if any(isinstance(value, str) for value in values) else "messages"
         seen[name] = f"{form} rows as {style}"
     if len(set(seen.values())) > 1:

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -26,9 +26,10 @@ from datasets.utils import tqdm
 
 from prefopt.data.canonical import rows_of
 from prefopt.data.collect import Findings
-from prefopt.data.columns import GIVEN_LOGPS
+from prefopt.data.columns import GIVEN_LOGPS, kind_of_columns
 from prefopt.data.errors import DataError
 from prefopt.data.findings import Report
+from prefopt.data.groups import COMPLETIONS, SCORES, is_group
 from prefopt.data.parts import tables
 from prefopt.data.row import Checked, Row
 from prefopt.data.screen import can_screen
@@ -45,7 +46,7 @@ MOST_PROCESSES = 16
 """By default; each has a copy of the tokenizer."""
 
 TOKENIZED = ("prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs")
-"""The columns that ids are made from."""
+"""The columns that ids are made from, with those of groups: see `made_from`."""
 
 _READ = (*TOKENIZED, "label", "weight", *GIVEN_LOGPS, "source", "row")
 """The columns that are checked."""
@@ -95,7 +96,8 @@ def one_pass(
     Raises:
         DataError: for a set without rows, or a tokenizer or template that fits none.
     """
-    columns = [name for name in dataset.column_names if name in _READ]
+    more = (COMPLETIONS, SCORES) if is_group(check.sides) else ()
+    columns = [name for name in dataset.column_names if name in (*_READ, *more)]
     shown = dataset.select_columns(columns)
     place = place_for(key_of(shown, columns, check) if len(dataset) >= KEPT_FROM else None)
     if len(dataset) >= KEPT_FROM and (facts := place.facts) is not None:
@@ -160,12 +162,17 @@ class _Job:
     @property
     def schema(self) -> Any:
         """Ids in 32 bits: no vocabulary needs more."""
-        return pa.schema([*((name, pa.list_(pa.int32())) for name in self.names), (KEY, pa.binary(16))])
+        return pa.schema([*((name, self._type(name)) for name in self.names), (KEY, pa.binary(16))])
+
+    @staticmethod
+    def _type(name: str) -> Any:
+        ids = pa.list_(pa.int32())
+        return pa.list_(ids) if name == f"{COMPLETIONS}_ids" else ids
 
     def __call__(self, table: Any) -> Batch:
         results = self.check.batch(rows_in(table, self.features))
-        lists = ([[] if checked.ids is None else checked.ids[name] for checked in results] for name in self.names)
-        arrays = [pa.array(ids, pa.list_(pa.int32())) for ids in lists]
+        lists = {name: [[] if one.ids is None else one.ids[name] for one in results] for name in self.names}
+        arrays = [pa.array(ids, self._type(name)) for name, ids in lists.items()]
         keys = pa.array(row_keys(table), pa.binary(16))
         batch = pa.record_batch([*arrays, keys], schema=self.schema).serialize().to_pybytes()
         plain = {place for place, checked in enumerate(results) if checked.plain}
@@ -179,8 +186,14 @@ class _Job:
 
 def row_keys(table: Any) -> list[bytes]:
     """For each row of an Arrow table, a digest of what its ids are made from."""
-    names = [name for name in table.column_names if name in TOKENIZED]
+    names = made_from(table.column_names)
     return [hashlib.blake2b(row, digest_size=16).digest() for row in rows_of(table.select(names))]
+
+
+def made_from(names: Sequence[str]) -> list[str]:
+    """Those of a set's columns that ids are made from; pairs may have a column `completions` that is not read."""
+    more = (COMPLETIONS,) if kind_of_columns(names) == "group" else ()
+    return [name for name in names if name in (*TOKENIZED, *more)]
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------

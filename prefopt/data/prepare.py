@@ -20,6 +20,7 @@ from prefopt.data.columns import column_names
 from prefopt.data.conversation import Processing, Row
 from prefopt.data.errors import DataError
 from prefopt.data.findings import Report
+from prefopt.data.groups import COMPLETIONS, SCORES, SIDES
 from prefopt.data.one_pass import can_pass, one_pass
 from prefopt.data.problems import KINDS
 from prefopt.data.reuse import Made, ids_for, made_with, with_ids
@@ -40,7 +41,7 @@ _FOUND = "found in this row"
 _DROPPED_LATER = "no room for a completion"
 """`drop_overlong` drops these rows with a warning."""
 
-_NUMBERS = ("label", "weight", *GIVEN_LOGPS, "source", "row")
+_NUMBERS = ("label", SCORES, "weight", *GIVEN_LOGPS, "source", "row")
 """Columns that are checked besides the ids."""
 
 _LABELS_SEEN = 1000
@@ -128,7 +129,8 @@ def check_ids(
 ) -> Dataset | IterableDataset:
     """The checks for rows that are token ids; arguments and errors as in `tokenize_checked`."""
     columns = column_names(dataset)
-    sides = ("completion",) if "completion_ids" in columns else ("chosen", "rejected")
+    groups = f"{COMPLETIONS}_ids" in columns
+    sides = SIDES if groups else ("completion",) if "completion_ids" in columns else ("chosen", "rejected")
     refuse_partial_ids(columns, sides)
     check = RowCheck(sides, tuple(columns), None, max_length, truncation_mode)
     if not isinstance(dataset, Dataset):

@@ -17,7 +17,7 @@ class Kind:
     advice: str
 
 
-_COMPLETIONS = ("chosen", "rejected", "completion")
+_COMPLETIONS = ("chosen", "rejected", "completion", "completions")
 
 # Explanation and advice.
 _ERRORS = {
@@ -38,6 +38,23 @@ _ERRORS = {
         "Read the file with prefopt.data.load_preferences, or write dates as text.",
     ),
     "wrong type: label": ("Column 'label' is not true or false.", "Write true or false."),
+    "fewer than two completions": (
+        "The group has one completion or none, so there is nothing to compare.",
+        "Add others, or delete the row.",
+    ),
+    "all completions are equal": (
+        "All completions of the group are the same, so there is no preference to learn.",
+        "Delete the row.",
+    ),
+    "bad scores": (
+        "Column 'scores' is not a list of finite numbers, each between -1e30 and 1e30.",
+        "Write a number for each completion, in their order; the highest is the best. Leave the column out if "
+        "'completions' are in order, the best first.",
+    ),
+    "scores do not fit": (
+        "Column 'scores' holds more or fewer numbers than 'completions' has answers.",
+        "Write a number for each completion, in their order.",
+    ),
     "chosen equals rejected": ("Both sides are the same, so there is no preference to learn.", "Delete the row."),
     "wrong type: tools": (
         "Column 'tools' is neither a list of functions' descriptions nor the JSON text of one.",
@@ -70,8 +87,9 @@ _ERRORS = {
         "Look at the row, or at what the template does with its messages.",
     ),
     "same tokens": (
-        "'chosen' and 'rejected' differ, but come out as the same tokens, so there is no preference to learn: the "
-        "chat template drops what differs (parts of a content that is a list, say), or the tokenizer does.",
+        "'chosen' and 'rejected', or all completions of a group, differ, but come out as the same tokens, so there is "
+        "no preference to learn: the chat template drops what differs (parts of a content that is a list, say), or "
+        "the tokenizer does.",
         "Write contents as plain text, or choose another template.",
     ),
     "beyond the vocabulary": (
@@ -83,8 +101,8 @@ _ERRORS = {
         "Raise max_length or shorten the prompt.",
     ),
     "same tokens at this length": (
-        "'chosen' and 'rejected' differ only in what max_length cuts off, so there is no preference left to learn at "
-        "this length.",
+        "'chosen' and 'rejected', or all completions of a group, differ only in what max_length cuts off, so there is "
+        "no preference left to learn at this length.",
         "Raise max_length, or delete the row.",
     ),
     "completion is not scored": (
@@ -114,6 +132,14 @@ _WARNINGS = {
     "contradicts an earlier row": (
         "An earlier row prefers the opposite; the two cancel out.",
         "Keep one of them.",
+    ),
+    "equal completions": (
+        "Two completions of the group are the same, so they count twice.",
+        "Delete one if not intended.",
+    ),
+    "all scores are equal": (
+        "All completions of the group have the same score: losses that compare completions learn nothing from it.",
+        "Nothing to do for losses on the scores themselves; otherwise delete the row.",
     ),
     "messages read as text": (
         "A text looks like messages, but cannot be read as such (it may be cut off, or quoted wrongly), so it is "
@@ -198,13 +224,15 @@ def _errors_of_columns() -> dict[str, tuple[str, str]]:
     for column in ("prompt", *_COMPLETIONS):
         # The prompt may be the beginning of the completions: there may be no column of that name.
         what = "The prompt" if column == "prompt" else f"Column '{column}'"
+        what = "A text in 'completions'" if column == "completions" else what
         errors[f"null {column}"] = (f"{what} is null.", "Fill it in or delete the row.")
         errors[f"empty {column}"] = (
             f"{what} has no text: it is empty, only white space, or its last message is.",
             "Fill it in or delete the row.",
         )
         errors[f"wrong type: {column}"] = (
-            f"Column '{column}' is neither text nor a list of messages with a 'role' and a 'content'.",
+            f"{what if column == 'completions' else f'Column {column!r}'} is neither text nor a list of messages with "
+            "a 'role' and a 'content'.",
             "Write it as text, or as [{\"role\": ..., \"content\": ...}] (not 'from'/'value'). From a list of "
             f"several texts, --columns {column}={column}.0 takes the first.",
         )

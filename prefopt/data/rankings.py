@@ -51,6 +51,7 @@ class Pairing:
         rank, score: the field of an object, or the column with a list of numbers, that orders the answers; or the
             columns of the first and the second, with a comma. The lowest rank or the highest score is the best.
         every: all pairs of a row, not only its best and worst answer.
+        lists: no pairs, but all answers of a row with their scores, as groups.
     """
 
     prompt: str | None = None
@@ -64,6 +65,7 @@ class Pairing:
     rank: str | None = None
     score: str | None = None
     every: bool = False
+    lists: bool = False
 
 
 def write_pairs(rows: Iterable[Row], how: Pairing, path: Path) -> Counter[str]:
@@ -94,6 +96,11 @@ def _check(how: Pairing) -> None:
         raise DataError(
             "--answers needs what orders them: --rank (the lowest is the best), --score (the highest) or --winner "
             "(the place of the best, from 0)."
+        )
+    if how.lists and (how.every or not (how.rank or how.score) or not how.answers):
+        raise DataError(
+            "--lists writes all answers of a row with their scores: it needs --answers with --score or --rank, and "
+            "excludes --every."
         )
     if how.answers or (all(two) and "," in (how.rank or how.score or "")):
         return
@@ -174,11 +181,25 @@ def _of_list(row: Row, how: Pairing) -> Iterator[dict[str, Any]]:
         ((sign * float(value), text) for value, text in zip(order, texts, strict=True) if is_number(value) and text),
         key=lambda item: item[0],
     )
+    if how.lists:
+        yield from _whole(ordered, bool(how.rank))
+        return
     for (better, chosen), (worse, rejected) in (
         itertools.combinations(ordered, 2) if how.every else [(ordered[0], ordered[-1])] if ordered else []
     ):
         if better < worse:
             yield _sided(how, (chosen, sign * better), (rejected, sign * worse))
+
+
+def _whole(ordered: Sequence[tuple[float, Any]], ranked: bool) -> Iterator[dict[str, Any]]:
+    """The group of (place, answer), the best first; none if ranks, which are no scores, are equal."""
+    places = [place for place, _ in ordered]
+    if len(ordered) < 2 or (ranked and len(set(places)) < len(places)):
+        return
+    yield {
+        "completions": [text for _, text in ordered],
+        **({} if ranked else {"scores": [-place for place in places]}),
+    }
 
 
 def pairing_advice(names: Sequence[str], rows: Sequence[Row]) -> str:
@@ -329,7 +350,8 @@ def _list_advice(names: Sequence[str], rows: Sequence[Row], answers: str, score:
         f"Column {answers!r} lists several answers and {score!r} orders them: they have to be paired first. Run: "
         f"prefopt pair DATA --out pairs.jsonl{_option('prompt', _prompt_of(names, rows))} --answers {answers}"
         f"{_option('text', text)} --{'rank' if ranked else 'score'} {score}. It takes the best and the worst "
-        f"answer of a row, the {'lowest rank' if ranked else 'highest score'} being the best; --every takes all pairs."
+        f"answer of a row, the {'lowest rank' if ranked else 'highest score'} being the best; --every takes all "
+        "pairs, and --lists writes all answers as one group, for losses over groups."
     )
 
 

@@ -7,7 +7,16 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from prefopt.data.columns import EMBEDDINGS, GIVEN_LOGPS, PAIR_COLUMNS, UNPAIRED_COLUMNS, column_names, first_rows
+from prefopt.data.columns import (
+    EMBEDDINGS,
+    GIVEN_LOGPS,
+    GROUP_COLUMNS,
+    PAIR_COLUMNS,
+    UNPAIRED_COLUMNS,
+    column_names,
+    first_rows,
+)
+from prefopt.data.groups import SCORES, spread
 from prefopt.data.messages import without_nulls
 from prefopt.data.schema import kind
 
@@ -19,18 +28,21 @@ _EXCERPT = 64
 def described(dataset: Dataset | IterableDataset) -> Iterator[str]:
     """Lines about a normalised dataset: its columns, the other columns, its first row."""
     names = column_names(dataset)
-    sides = PAIR_COLUMNS if kind(dataset) == "pair" else UNPAIRED_COLUMNS
+    sides = {"pair": PAIR_COLUMNS, "unpaired": UNPAIRED_COLUMNS, "group": (*GROUP_COLUMNS, *({SCORES} & {*names}))}[
+        kind(dataset)
+    ]
     row = next(iter(first_rows(dataset, 1)), {})
-    form = "conversations" if isinstance(row.get(sides[1]), list) else "plain text"
+    form = "conversations" if isinstance(row.get("prompt"), list) else "plain text"
     others = [name for name in names if name not in (*sides, *_READ) and not name.endswith("_ids")]
     read = ", ".join(name for name in names if name not in others)
     yield f"Read as {form}: {read}." + (f" Not read: {', '.join(others[:20])}." if others else "")
-    for name in sides if row else ():
-        yield f"  {name:>10}: {_excerpt(row.get(name))}"
+    shown, texts = spread(row, sides[1:2])
+    for name in ("prompt", *texts, *sides[2:]) if row else ():
+        yield f"  {name:>10}: {_excerpt(shown.get(name))}"
 
 
 def _excerpt(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list) and any(isinstance(message, dict) for message in value):
         value = " | ".join(
             f"{message.get('role')}: {message.get('content') or without_nulls(message.get('tool_calls')) or ''}"
             for message in value

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 
-from prefopt.data.one_pass import KEY, TOKENIZED, row_keys
+from prefopt.data.one_pass import KEY, made_from, row_keys
 from prefopt.data.parts import tables
 from prefopt.data.stored import tokenizer_key
 
@@ -46,7 +46,7 @@ def made_with(made: Sequence[Made], processing_class: Processing) -> list[Datase
 
 def ids_for(dataset: Dataset, made: Sequence[Dataset]) -> Dataset | None:
     """The ids of each row; None if some row was not among those that ids were made of."""
-    read = [name for name in dataset.column_names if name in TOKENIZED]
+    read = made_from(dataset.column_names)
     wanted = _lanes(b"".join(key for table in tables(dataset, read) for key in row_keys(table)))
     ids = datasets.concatenate_datasets(list(made))
     there = _lanes(b"".join(key for table in tables(ids, [KEY]) for key in table.column(KEY).to_pylist()))

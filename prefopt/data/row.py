@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefopt.data.columns import GIVEN_LOGPS
+from prefopt.data.groups import COMPLETIONS, SCORES, column_of, is_group, scores_problems, spread, texts_problems
 from prefopt.data.messages import UNREADABLE as UNREADABLE_TEXT
 from prefopt.data.messages import looks_like_messages, read_json, role, same_texts, without_nulls, writing
 from prefopt.data.problems import KINDS
@@ -66,7 +67,7 @@ class Checked:
 
     problems: list[str] = field(default_factory=list)
     said: dict[str, str] = field(default_factory=dict)
-    ids: dict[str, list[int]] | None = None
+    ids: dict[str, Any] | None = None
     readable: bool = False
     plain: bool = False
 
@@ -94,13 +95,22 @@ def _excerpt(value: Any) -> str:
 
 def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator[str]:
     """Problems of a single row, each at most once."""
+    if is_group(sides) and not isinstance(row[COMPLETIONS], list):
+        yield f"null {COMPLETIONS}" if row[COMPLETIONS] is None else f"wrong type: {COMPLETIONS}"
+        return
+    yield from dict.fromkeys(_problems(row, sides, names))
+
+
+def _problems(row: Row, of: tuple[str, ...], names: list[str]) -> Iterator[str]:
+    """Problems of a row whose completions, if it is a group, are a list; some may come several times."""
+    row, sides = spread(row, of)
     for kept_as, problem in ((UNPARSED, "unparseable transcript"), (UNREADABLE_TEXT, "unreadable messages")):
         if any(_is_kept_as(kept_as, row[name]) for name in ("prompt", *sides)):
             yield problem
             return
     yield from _text_problems(row["prompt"], "prompt")
     for side in sides:
-        yield from _text_problems(row[side], side)
+        yield from _text_problems(row[side], column_of(side))
     written = [row[name] for name in ("prompt", *sides) if looks_like_messages(row[name])]
     if any(writing(text) == "other messages" for text in written):
         yield "wrong type: messages written as text"
@@ -110,9 +120,11 @@ def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator
         yield "wrong type: date"
     if len({isinstance(row[name], list) for name in ("prompt", *sides) if row[name] is not None}) > 1:
         yield "wrong type: text beside messages"
-    if len(sides) == 2 and row["chosen"] is not None and same_texts(row["chosen"], row["rejected"]):
+    if is_group(of):
+        yield from texts_problems([row[side] for side in sides if row[side] is not None])
+    elif len(of) == 2 and row["chosen"] is not None and same_texts(row["chosen"], row["rejected"]):
         yield "chosen equals rejected"
-    yield from number_problems(row, sides, names)
+    yield from number_problems(row, of, names)
     if isinstance(row["prompt"], list):
         if not _are_tools(row.get("tools")):
             yield "wrong type: tools"
@@ -121,7 +133,9 @@ def row_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator
 
 
 def number_problems(row: Row, sides: tuple[str, ...], names: list[str]) -> Iterator[str]:
-    """Problems of the label, the weight and the given log-probabilities."""
+    """Problems of the label or the scores, the weight and the given log-probabilities."""
+    if is_group(sides) and SCORES in names:
+        yield from scores_problems(row)
     if sides == ("completion",) and not is_label(row.get("label")):
         yield "wrong type: label"
     if "weight" in names and not _is_weight(row.get("weight")):

@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.data.conversation import Processing, Row
 from prefopt.data.encodings import Encodings, text_tokenizer
 from prefopt.data.errors import DataError
+from prefopt.data.groups import is_group, spread
 from prefopt.data.problems import KINDS
 from prefopt.data.round_trip import is_rendered, round_trip
 from prefopt.data.row import TOLD, Checked, check_texts, number_problems
 from prefopt.data.templates import template_trouble
-from prefopt.data.tokenize import Tokens, tokens_ahead, tokens_of
+from prefopt.data.tokenize import Tokens, id_columns, tokens_ahead, tokens_of
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ class RowCheck:
     def batch(self, rows: Sequence[Row]) -> list[Checked]:
         """The result for each row; all texts of the rows are encoded, and all ids decoded, at once."""
         # Rows of a stream may lack a key that other rows have.
-        needed = ("prompt", *self.sides) if len(self.sides) == 2 else ("prompt", *self.sides, "label")
+        labelled = self.sides == ("completion",)
+        needed = ("prompt", *self.sides, "label") if labelled else ("prompt", *self.sides)
         rows = [{**dict.fromkeys(needed), **row} for row in rows]
         results = [check_texts(row, self.sides, self.columns) for row in rows]
         tokens: list[Tokens | None] = [None] * len(rows)
         encodings = None if self.processing_class is None else Encodings(self.processing_class)
         if encodings is not None and "prompt_ids" not in self.columns:
             readable = [number for number, checked in enumerate(results) if checked.readable]
-            ahead = tokens_ahead([rows[number] for number in readable], self.sides, encodings)
+            ahead = tokens_ahead([spread(rows[number], self.sides) for number in readable], encodings)
             for number, row_tokens in zip(readable, ahead, strict=True):
                 tokens[number] = row_tokens
         for row, checked, row_tokens in zip(rows, results, tokens, strict=True):
@@ -72,7 +74,8 @@ class RowCheck:
         checked = Checked(list(number_problems(row, self.sides, list(self.columns))))
         found = self._token_problems(row, False, checked)
         # Whether their texts differ is not known.
-        checked.problems.extend("chosen equals rejected" if kind == "same tokens" else kind for kind in found)
+        equal = "all completions are equal" if is_group(self.sides) else "chosen equals rejected"
+        checked.problems.extend(equal if kind == "same tokens" else kind for kind in found)
         return checked
 
     def _token_problems(
@@ -93,15 +96,16 @@ class RowCheck:
             tokens: the row's, if they were made ahead.
         """
         if "prompt_ids" in row:
-            if not all(self._are_ids(row.get(f"{name}_ids")) for name in ("prompt", *self.sides)):
+            if not all(self._are_ids(ids) for ids in self._given_ids(row)):
                 yield "wrong type: ids"
                 return
-            prompt, *completions = (row[f"{name}_ids"] for name in ("prompt", *self.sides))
+            prompt, *completions = self._given_ids(row)
         elif encodings is not None:
+            row, sides = spread(row, self.sides)
             try:
                 if tokens is None:
-                    tokens = tokens_of(row, self.sides, encodings.processing_class, encodings=encodings)
-                found = [] if told else self._read_back(row, tokens, encodings)
+                    tokens = tokens_of(row, sides, encodings.processing_class, encodings=encodings)
+                found = [] if told else self._read_back(row, sides, tokens, encodings)
             except DataError:
                 raise
             except Exception as error:
@@ -110,9 +114,8 @@ class RowCheck:
                 yield kind
                 return
             prompt, completions = tokens.prompt, list(tokens.completions)
-            names = [f"{name}_ids" for name in ("prompt", *self.sides)]
-            checked.ids = dict(zip(names, (prompt, *completions), strict=True))
-            checked.plain = self._is_plain(row, encodings)
+            checked.ids = id_columns(tokens, self.sides)
+            checked.plain = self._is_plain(row, sides, encodings)
             for kind, said in found:
                 checked.said.setdefault(kind, said)
             # If there is no token at all, the missing part was already named.
@@ -123,7 +126,7 @@ class RowCheck:
         yield from self._length_problems(prompt, completions, told)
 
     def _length_problems(self, prompt: list[int], completions: list[list[int]], told: bool) -> Iterator[str]:
-        equal = len(completions) == 2 and completions[0] == completions[1]
+        equal = len(completions) > 1 and all(ids == completions[0] for ids in completions[1:])
         if told:
             pass
         elif not prompt or not all(completions):
@@ -138,19 +141,21 @@ class RowCheck:
         starts = self.truncation_mode == "keep_start"
         if starts and len(prompt) >= self.max_length:
             yield "no room for a completion"
-        elif len(completions) == 2 and not told and not equal and self._cut_alike(prompt, completions):
+        elif len(completions) > 1 and not told and not equal and self._cut_alike(prompt, completions):
             yield "same tokens at this length"
         elif any(len(c) + (len(prompt) if starts else 0) > self.max_length for c in completions):
             yield "truncated completion"
 
     def _cut_alike(self, prompt: list[int], completions: list[list[int]]) -> bool:
-        """Whether both sides are the same after the collator's cut."""
+        """Whether all completions are the same after the collator's cut."""
         end = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-(self.max_length or 0), None)
-        left, right = ((prompt + completion)[end] for completion in completions)
-        return left == right
+        first, *others = ((prompt + completion)[end] for completion in completions)
+        return all(other == first for other in others)
 
-    def _read_back(self, row: Row, tokens: Tokens, encodings: Encodings) -> list[tuple[str, str]]:
-        findings = round_trip(row, self.sides, tokens, encodings.processing_class, encodings)
+    def _read_back(
+        self, row: Row, sides: Sequence[str], tokens: Tokens, encodings: Encodings
+    ) -> list[tuple[str, str]]:
+        findings = round_trip(row, sides, tokens, encodings.processing_class, encodings)
         if findings is None:
             return [("prompt is not a token prefix (not read back)", "")] if any(tokens.repaired) else []
         found = [(finding.kind, f" {finding.said}") for finding in findings]
@@ -159,11 +164,16 @@ class RowCheck:
             found.append(("prompt is not a token prefix", ""))
         return found
 
-    def _is_plain(self, row: Row, encodings: Encodings) -> bool:
+    def _is_plain(self, row: Row, sides: Sequence[str], encodings: Encodings) -> bool:
         template = getattr(self.processing_class, "chat_template", None)
         if not template or not isinstance(row["prompt"], str):
             return False
-        return not is_rendered(row, self.sides, encodings)
+        return not is_rendered(row, sides, encodings)
+
+    def _given_ids(self, row: Row) -> list[Any]:
+        """The row's own ids, of the prompt and of each completion."""
+        prompt, *sides = (row.get(f"{name}_ids") for name in ("prompt", *self.sides))
+        return [prompt, *sides[0]] if is_group(self.sides) and isinstance(sides[0], list) else [prompt, *sides]
 
     def _are_ids(self, value: Any) -> bool:
         whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -1,7 +1,8 @@
-"""Recognises published preference formats and converts them to two: pairs and unpaired feedback.
+"""Recognises published preference formats and converts them to three: pairs, unpaired feedback and groups.
 
-Pairs have `prompt`, `chosen`, `rejected`; unpaired rows `prompt`, `completion`, `label`. Texts are plain strings or
-lists of messages, one of the two throughout. Other columns stay. No row is dropped or checked here.
+Pairs have `prompt`, `chosen`, `rejected`; unpaired rows `prompt`, `completion`, `label`; groups `prompt`, a list of
+`completions`, and `scores` unless the list is in order. Texts are plain strings or lists of messages, one of the two
+throughout. Other columns stay. No row is dropped or checked here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
@@ -26,6 +27,7 @@ from prefopt.data.columns import (
 )
 from prefopt.data.errors import DataError
 from prefopt.data.formats import IMPLICIT, read_format
+from prefopt.data.groups import COMPLETIONS
 from prefopt.data.maps import MESSAGE, MESSAGES, PEEKED_ROWS, map_rows
 from prefopt.data.messages import UNREADABLE, as_messages, in_turns, role, same_texts, writing
 from prefopt.data.prompts import CONTEXT, add_context, check_implicit, check_repeated, extract_prompt
@@ -41,13 +43,16 @@ Row = dict[str, Any]
 Style = Literal["text", "messages"]
 
 
-def kind(dataset: Dataset | IterableDataset) -> Literal["pair", "unpaired"]:
-    """Which of the two formats a normalised dataset has; an error with its columns if it has neither."""
+Kind = Literal["pair", "unpaired", "group"]
+
+
+def kind(dataset: Dataset | IterableDataset) -> Kind:
+    """Which of the three formats a normalised dataset has; an error with its columns if it has neither."""
     names = column_names(dataset)
     found = kind_of_columns(names)
     if found is None:
         raise DataError(missing_columns_message(names))
-    return "pair" if found == "pair" else "unpaired"
+    return cast(Kind, found)
 
 
 def normalise(
@@ -93,6 +98,8 @@ def normalise(
         raise DataError(missing_columns_message(names, rows, unlabelled))
     if kind(dataset) == "pair":
         dataset = _normalise_pairs(dataset, rows, transcripts, format == IMPLICIT)
+    elif kind(dataset) == "group":
+        dataset = _normalise_groups(dataset, rows)
     else:
         dataset, classes = _boolean_label(_normalise_unpaired(dataset, rows))
         labels = labels or classes
@@ -206,6 +213,37 @@ def _normalise_unpaired(dataset: Dataset | IterableDataset, rows: Sequence[Row])
     else:
         return dataset
     return map_rows(dataset, partial(in_turns, names=written), dict.fromkeys(written, MESSAGES), desc)
+
+
+def _normalise_groups(dataset: Dataset | IterableDataset, rows: Sequence[Row]) -> Dataset | IterableDataset:
+    texts = [text for row in rows if isinstance(row.get(COMPLETIONS), list) for text in row[COMPLETIONS]]
+    written = [writing(text) for text in texts if text is not None]
+    if not any(written):
+        # Answers in one text, or objects whose field with the text is not known.
+        raise DataError(missing_columns_message(column_names(dataset), rows))
+    styles = {"text" if isinstance(text, str) else "messages" for text in texts if text is not None}
+    if any(isinstance(text, dict) for text in texts):
+        dataset = map_rows(dataset, _as_conversations, {COMPLETIONS: None}, "Reading messages")
+    if _style(rows, "prompt") == "messages" and styles == {"text"}:
+        return map_rows(dataset, _answers_in_turns, {COMPLETIONS: List(MESSAGES)}, "Writing completions as messages")
+    if _style(rows, "prompt") == "text" and styles == {"messages"}:
+        return map_rows(
+            dataset, partial(in_turns, names=["prompt"]), {"prompt": MESSAGES}, "Writing prompts as messages"
+        )
+    return dataset
+
+
+def _as_conversations(row: Row) -> Row:
+    """Completions that are one message each, as lists of messages."""
+    texts = row[COMPLETIONS]
+    return {COMPLETIONS: [as_messages(text) for text in texts] if isinstance(texts, list) else texts}
+
+
+def _answers_in_turns(row: Row) -> Row:
+    texts = row[COMPLETIONS]
+    if not isinstance(texts, list):
+        return {COMPLETIONS: texts}
+    return {COMPLETIONS: [[{"role": "assistant", "content": t}] if isinstance(t, str) else t for t in texts]}
 
 
 def _copied(

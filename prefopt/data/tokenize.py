@@ -20,6 +20,7 @@ from prefopt.data.columns import column_names
 from prefopt.data.conversation import Processing, Row, answers_end, for_template, template_arguments
 from prefopt.data.encodings import Encodings
 from prefopt.data.errors import DataError
+from prefopt.data.groups import SIDES, is_group, spread
 from prefopt.data.templates import time_limit
 
 # A completion that no template treats specially and no generation prompt contains: it shows where completions begin.
@@ -60,16 +61,22 @@ class Tokens:
 
 
 def tokenize_row(example: Row, processing_class: Processing, eos_token: str | None = None) -> dict[str, Any]:
-    """`prompt_ids` with `chosen_ids` and `rejected_ids`, or with `completion_ids`, and the flag `boundary`.
+    """`prompt_ids` with `chosen_ids` and `rejected_ids`, with `completion_ids` or with `completions_ids`, and the flag
+    `boundary`.
 
     `boundary` is True where the tokenized prompt was not the beginning of the tokenized whole for at least one
     completion, so that the completion was tokenized separately after the whole prompt. `eos_token` ends plain
     completions that do not end with it (conversations end as their template says); default: the tokenizer's.
     """
     names = sides(example)
-    tokens = tokens_of(example, names, processing_class, eos_token)
-    ids = {f"{name}_ids": ids for name, ids in zip(names, tokens.completions, strict=True)}
-    return {"prompt_ids": tokens.prompt, **ids, "boundary": any(tokens.repaired)}
+    tokens = tokens_of(*spread(example, names), processing_class, eos_token)
+    return {**id_columns(tokens, names), "boundary": any(tokens.repaired)}
+
+
+def id_columns(tokens: Tokens, names: Sequence[str]) -> dict[str, Any]:
+    """The id columns of a row: `prompt_ids`, and `completions_ids`, a list of lists, or one for each of `names`."""
+    completions = [list(tokens.completions)] if is_group(names) else tokens.completions
+    return {"prompt_ids": tokens.prompt, **{f"{n}_ids": ids for n, ids in zip(names, completions, strict=True)}}
 
 
 def tokenize_dataset(
@@ -96,7 +103,9 @@ def _ids_of(example: Row, processing_class: Processing, eos_token: str | None) -
 
 def sides(example: Row) -> tuple[str, ...]:
     """The columns that hold the row's completions."""
-    return ("chosen", "rejected") if "chosen" in example else ("completion",)
+    if "chosen" in example:
+        return ("chosen", "rejected")
+    return ("completion",) if "completion" in example else SIDES
 
 
 def tokens_of(
@@ -114,8 +123,12 @@ def tokens_of(
         return _tokenize_messages(render(example, names, encodings), encodings)
 
 
-def tokens_ahead(rows: Sequence[Row], names: Sequence[str], encodings: Encodings) -> list[Tokens | None]:
+def tokens_ahead(rows: Sequence[tuple[Row, Sequence[str]]], encodings: Encodings) -> list[Tokens | None]:
     """The tokens of many rows, with few calls of the tokenizer; `encodings` then knows their texts and ids.
+
+    Args:
+        rows: each with the names of its completions.
+        encodings: answers for the tokenizer.
 
     None for a row that the template or the tokenizer refuses: `tokens_of` says why.
 
@@ -131,14 +144,14 @@ def tokens_ahead(rows: Sequence[Row], names: Sequence[str], encodings: Encodings
         except Exception:
             return None
 
-    texts = [attempt(lambda number: _texts(rows[number], names, encodings), number) for number in range(len(rows))]
+    texts = [attempt(lambda number: _texts(*rows[number], encodings), number) for number in range(len(rows))]
     with contextlib.suppress(Exception):  # of a text that the tokenizer refuses, in one row
         encodings.encode_plain_ahead(text for of_row in texts if isinstance(of_row, list) for text in of_row)
         talks = [of_row for of_row in texts if isinstance(of_row, Rendered)]
         encodings.encode_ahead(text for talk in talks for text in (talk.prompt_text, *talk.texts))
 
     plain = {
-        number: attempt(lambda number: _encode_text(rows[number], names, encodings, None), number)
+        number: attempt(lambda number: _encode_text(*rows[number], encodings, None), number)
         for number, of_row in enumerate(texts)
         if isinstance(of_row, list)
     }

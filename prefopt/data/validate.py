@@ -18,6 +18,7 @@ from prefopt.data.collect import Findings
 from prefopt.data.columns import column_names
 from prefopt.data.errors import DataError
 from prefopt.data.findings import Report
+from prefopt.data.groups import SIDES
 from prefopt.data.one_pass import can_pass, one_pass
 from prefopt.data.parts import tables
 from prefopt.data.row import Row, check_texts
@@ -114,7 +115,8 @@ def row_check(
 
 def sides_of(dataset: Dataset | IterableDataset) -> tuple[str, ...]:
     """The columns of completions."""
-    return ("chosen", "rejected") if kind(dataset) == "pair" else ("completion",)
+    by_kind = {"pair": ("chosen", "rejected"), "unpaired": ("completion",), "group": SIDES}
+    return by_kind[kind(dataset)]
 
 
 def clean(
@@ -174,7 +176,11 @@ def _write_dropped(dataset: Dataset | IterableDataset, report: Report, bad: list
 def refuse_partial_ids(names: list[str], sides: tuple[str, ...]) -> None:
     """Either all ids are there or none."""
     wanted = ("prompt_ids", *(f"{side}_ids" for side in sides))
-    found = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids") if name in names]
+    found = [
+        name
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "completions_ids")
+        if name in names
+    ]
     if found and set(found) != set(wanted):
         raise DataError(
             f"The data has the columns {' and '.join(found)}, so its rows are taken for tokenized ones, which have "

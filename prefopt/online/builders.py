@@ -15,7 +15,9 @@ from prefopt.online.pairs import (
     Choice,
     Compare,
     Limits,
+    adjacent,
     against_gold,
+    all_pairs,
     best_worst,
     correct_incorrect,
     random_pair,
@@ -27,7 +29,17 @@ from prefopt.safety.errors import UsageError, did_you_mean
 
 BUILDERS: dict[str, Callable[..., Choice]] = {
     function.__name__: function
-    for function in (best_worst, correct_incorrect, round_robin, tournament, random_pair, against_gold, top_k)
+    for function in (
+        best_worst,
+        all_pairs,
+        adjacent,
+        correct_incorrect,
+        round_robin,
+        tournament,
+        random_pair,
+        against_gold,
+        top_k,
+    )
 }
 """Pair builders by name."""
 

@@ -26,7 +26,7 @@ from prefopt.safety.files import write_text
 
 SCHEMA = "prefopt.pairs/1"
 
-_FOR_THE_TEMPLATE = ("tools", "chat_template_kwargs")
+FOR_THE_TEMPLATE = ("tools", "chat_template_kwargs")
 """Columns of a prompt that its chat template reads: a pair needs them to be rendered as its samples were."""
 
 
@@ -191,7 +191,7 @@ def pair_prompt(
         row: the prompt with its columns, for the gold answer and the chat template.
     """
     first = samples[0]
-    candidates = _candidates(samples, judgements, settings, counts)
+    candidates = candidates_of(samples, judgements, settings, counts)
     if settings.gold is not None:
         candidates += _gold(row, settings.gold)
     compare = judgements.compare(first.prompt_id) if settings.builder.name == "tournament" else None
@@ -204,7 +204,7 @@ def pair_prompt(
     counts.pairs_left_out += choice.left_out
     if not choice.pairs:
         counts.prompts_without_pair[choice.reason] += 1
-    more = {name: row.columns[name] for name in _FOR_THE_TEMPLATE if row is not None and name in row.columns}
+    more = {name: row.columns[name] for name in FOR_THE_TEMPLATE if row is not None and name in row.columns}
     return [{**_line(pair, first), **more} for pair in choice.pairs]
 
 
@@ -244,9 +244,10 @@ def write_pairs(
     return counts
 
 
-def _candidates(
+def candidates_of(
     samples: Sequence[Sample], judgements: Judged, settings: PairSettings, counts: PairCounts
 ) -> list[Candidate]:
+    """The usable samples of a prompt with their scores; counts those that are left out."""
     groups: dict[Any, list[Candidate]] = {}
     for sample in samples:
         if not sample.completion.strip():
@@ -290,12 +291,12 @@ def _line(pair: Pair, sample: Sample) -> dict[str, Any]:
     shared = {"prompt_id": sample.prompt_id, "round": sample.round, "why": pair.why}
     start = {"schema": SCHEMA, "prompt": sample.prompt}
     if pair.rejected is None:
-        row = {"completion": _side(pair.chosen, sample.prompt), "score": pair.chosen.score}
+        row = {"completion": side_after(sample.prompt, pair.chosen.completion), "score": pair.chosen.score}
         return {**start, **row, "index": pair.chosen.index, **shared}
     return {
         **start,
-        "chosen": _side(pair.chosen, sample.prompt),
-        "rejected": _side(pair.rejected, sample.prompt),
+        "chosen": side_after(sample.prompt, pair.chosen.completion),
+        "rejected": side_after(sample.prompt, pair.rejected.completion),
         "chosen_score": pair.chosen.score,
         "rejected_score": pair.rejected.score,
         "margin": pair.margin,
@@ -305,8 +306,6 @@ def _line(pair: Pair, sample: Sample) -> dict[str, Any]:
     }
 
 
-def _side(candidate: Candidate, prompt: Text) -> Text:
+def side_after(prompt: Text, completion: str) -> Text:
     """A completion as its prompt is: a message after messages, a text after a text."""
-    if isinstance(prompt, str):
-        return candidate.completion
-    return [{"role": "assistant", "content": candidate.completion}]
+    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]

@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import combinations, pairwise, product
 
 from prefopt.safety.errors import UsageError
 
@@ -152,6 +152,22 @@ def best_worst(candidates: Sequence[Candidate], limits: Limits = NO_LIMITS) -> C
             return Choice([Pair(a, b, why)], left_out=choice.left_out)
         choice.left_out[refusal] += 1
     return choice
+
+
+def all_pairs(candidates: Sequence[Candidate], limits: Limits = NO_LIMITS) -> Choice:
+    """Every completion against every one with a lower score."""
+    ordered = sorted(_scored(candidates), key=_score, reverse=True)
+    if len(ordered) < 2:
+        return Choice(reason=NO_SCORES)
+    return _allowed(combinations(ordered, 2), limits, "higher against lower score")
+
+
+def adjacent(candidates: Sequence[Candidate], limits: Limits = NO_LIMITS) -> Choice:
+    """Every completion against the next one in the order of their scores: one pair less than there are completions."""
+    ordered = sorted(_scored(candidates), key=_score, reverse=True)
+    if len(ordered) < 2:
+        return Choice(reason=NO_SCORES)
+    return _allowed(pairwise(ordered), limits, "neighbours in the order of scores")
 
 
 def correct_incorrect(candidates: Sequence[Candidate], limits: Limits = NO_LIMITS, correct_at: float = 0.5) -> Choice:

@@ -231,6 +231,12 @@ def _options(plan: RunPlan, objective: Loss) -> None:
 
 
 def _pairs(plan: RunPlan, objective: Loss) -> None:
+    for name, rows in plan.splits.items():
+        if kind_of_columns(_names(rows)) == "group":
+            raise UsageError(
+                f"{objective} compares no groups, but the {name} set holds several completions a prompt (prompt, "
+                "completions): make pairs of them first, with prefopt pair DATA --builder all_pairs --out pairs.jsonl"
+            )
     if not objective.paired:
         return
     for name, rows in plan.splits.items():

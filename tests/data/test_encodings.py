@@ -167,5 +167,5 @@ def test_completions_that_merge_with_their_prompt_are_encoded_together_and_as_al
         return encode(texts, special)
 
     monkeypatch.setattr(encodings, "_encode_all", counted)
-    assert tokens_ahead(rows, SIDES, encodings) == expected
+    assert tokens_ahead([(row, SIDES) for row in rows], encodings) == expected
     assert len(calls) == 2

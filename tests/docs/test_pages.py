@@ -70,7 +70,7 @@ def test_the_rows_of_the_page_about_data_are_read_as_it_says():
         dataset = normalise(Dataset.from_list([row]))
         kinds.append(kind(dataset))
         assert validate(dataset, tokenizer=make_tokenizer(), max_length=512).ok, row
-    assert kinds == ["pair", "pair", "pair", "unpaired"]
+    assert kinds == ["pair", "pair", "pair", "unpaired", "group"]
 
 
 def test_losses_called_free_of_a_reference_are():

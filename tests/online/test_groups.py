@@ -1,0 +1,90 @@
+"""Groups: pairs out of them, and groups out of samples with judgements and of rows that rate answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from prefopt.cli import app
+from prefopt.evaluation.judgements import Score
+from prefopt.generation.samples import Sample
+from prefopt.online.builders import parse_builder
+from prefopt.online.groups import groups_of, pairs_of_groups
+from prefopt.online.pairing import PairCounts, PairSettings
+from prefopt.safety.errors import UsageError
+
+GROUP = {"prompt": "q", "completions": ["a", "b", "c", "d"], "scores": [1.0, 4.0, 2.0, 2.0]}
+
+
+def pairs(builder, row=GROUP):
+    counts = PairCounts()
+    lines = list(pairs_of_groups([row], parse_builder(builder), counts))
+    return [line["chosen"] + line["rejected"] for line in lines], counts, lines
+
+
+@pytest.mark.parametrize(
+    ("builder", "expected", "left_out"),
+    [
+        ("all_pairs", ["bc", "bd", "ba", "ca", "da"], {"tie": 1}),
+        ("all_pairs(min_margin=1.5)", ["bc", "bd", "ba"], {"tie": 1, "margin below 1.5": 2}),
+        ("adjacent", ["bc", "da"], {"tie": 1}),
+        ("best_worst", ["ba"], {}),
+    ],
+)
+def test_builders_make_pairs_of_a_group(builder, expected, left_out):
+    made, counts, lines = pairs(builder)
+    assert made == expected
+    assert counts.pairs_left_out == left_out
+    assert lines[0]["margin"] == lines[0]["chosen_score"] - lines[0]["rejected_score"]
+
+
+def test_a_list_without_scores_is_in_order():
+    made, _, lines = pairs("all_pairs", {"prompt": "q", "completions": ["a", "b", "c"], "weight": 2.0})
+    assert made == ["ab", "ac", "bc"]
+    assert "chosen_score" not in lines[0]
+    assert lines[0]["weight"] == 2.0
+
+
+def test_a_builder_that_needs_more_is_refused():
+    with pytest.raises(UsageError, match=r"top_k.*all_pairs"):
+        pairs("top_k(k=2)")
+
+
+def test_samples_with_scores_become_groups():
+    samples = [
+        Sample(prompt_id=p, prompt="q" + p, index=i, completion=f"{p}{i}", finished=True, token_count=1)
+        for p in "xy"
+        for i in range(3)
+    ]
+    judgements = [Score("x", 0, "j", 1.0), Score("x", 2, "j", 3.0), Score("y", 1, "j", 0.0), Score("x", 1, "j", None)]
+    counts = PairCounts()
+    (line,) = groups_of(samples, judgements, PairSettings(parse_builder("all_pairs")), counts)
+    assert (line["prompt"], line["completions"], line["scores"]) == ("qx", ["x0", "x2"], [1.0, 3.0])
+    assert counts.prompts_without_pair == {"fewer than two scored completions": 1}
+    assert counts.samples_left_out.total() == 3
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_command_writes_groups_of_rated_answers_and_pairs_of_groups(tmp_path):
+    rated, groups, made = tmp_path / "rated.jsonl", tmp_path / "groups.jsonl", tmp_path / "pairs.jsonl"
+    answers = [{"response": "a", "overall_score": 1}, {"response": "b", "overall_score": 3}]
+    rated.write_text(json.dumps({"instruction": "q", "completions": answers}) + "\n")
+    how = ("--prompt", "instruction", "--answers", "completions", "--text", "response", "--score", "overall_score")
+    assert run("pair", rated, "--out", groups, "--lists", *how).exit_code == 0
+    assert json.loads(groups.read_text()) == {"prompt": "q", "completions": ["b", "a"], "scores": [3.0, 1.0]}
+    assert run("check", groups).exit_code == 0
+    result = run("pair", groups, "--out", made, "--builder", "adjacent")
+    assert "1 pairs from 2 samples of 1 prompts" in result.output
+    assert json.loads(made.read_text())["chosen"] == "b"
+    how = ("--prompt", "prompt", "--answers", "answers", "--text", "answer", "--rank", "rank")
+    ranked = tmp_path / "ranked.jsonl"
+    ranked.write_text(
+        json.dumps({"prompt": "q", "answers": [{"answer": "a", "rank": 2}, {"answer": "b", "rank": 1}]}) + "\n"
+    )
+    assert run("pair", ranked, "--out", groups, "--lists", *how).exit_code == 0
+    assert json.loads(groups.read_text()) == {"prompt": "q", "completions": ["b", "a"]}

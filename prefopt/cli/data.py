@@ -59,7 +59,7 @@ def check(
     try:
         dataset = _read(data, split, words, config=config, layout=layout, unlabelled=roles == ("chosen",), say=say)
     except PrefoptError:
-        if not _is_for_unlearning(data):
+        if not (_is_for_unlearning(data) or (loss is None and _holds_questions(data))):
             raise
         return _check_unlearning({"forget or retain": data})
     for line in described(dataset):
@@ -90,6 +90,26 @@ def _is_for_unlearning(data: str) -> bool:
     except (PrefoptError, OSError, ValueError):
         return False
     return any(row.wrong or row.paraphrase for row in rows) or all(not row.question for row in rows)
+
+
+def _holds_questions(data: str) -> bool:
+    """Whether every row has a question and an answer under these names: what likelihood or unlearning trains on."""
+    from prefopt.data import load_preferences
+    from prefopt.unlearning.data import read_questions, source_of
+
+    try:
+        read_questions(data)
+        path, config, split = source_of(data)
+        names = load_preferences(path, config=config, split=split).column_names
+    except (PrefoptError, OSError, ValueError):
+        return False
+    if not {"question", "answer"} <= set(names):
+        return False
+    say(
+        "Read as a set to forget or to retain. To train on its answers by likelihood: --loss sft --columns "
+        "prompt=question completion=answer"
+    )
+    return True
 
 
 def _check_unlearning(names: dict[str, str]) -> None:

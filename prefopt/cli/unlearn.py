@@ -55,6 +55,9 @@ def audit(
         float | None, typer.Option(help="relearning: learning rate; that of learning, if left out.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 64,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help=f"Plain texts are cut into parts of this many tokens{_STORED}, or 1024.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, float16.")] = None,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     output_dir: Annotated[
@@ -80,6 +83,7 @@ def audit(
         relearn_share=relearn_share,
         relearn_learning_rate=relearn_learning_rate,
         max_new_tokens=max_new_tokens,
+        max_length=max_length,
         dtype=dtype,
         seed=seed,
     )

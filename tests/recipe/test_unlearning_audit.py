@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from prefopt import PreferenceConfig
 from prefopt.cli import app
 from prefopt.recipe.unlearning import audit as auditing
 from prefopt.recipe.unlearning import main
@@ -155,6 +157,23 @@ def test_plain_texts_are_relearned_and_rounded(folder, tmp_path, capsys):
     assert list(results["attacks"]) == ["relearning", "quantization"]
     assert {row["measure"] for row in results["attacks"]["relearning"]["rows"]} == {"probability"}
     assert "sampling is skipped: sampling needs questions" in capsys.readouterr().out
+
+
+def test_texts_longer_than_the_model_reads_are_cut(folder, tmp_path):
+    """Sets that are named need not belong to a run that stored a max_length."""
+    texts = [{"text": "The quick brown fox jumps. " * 80 + thing} for thing in ("dog", "load")]
+    sets = {
+        "forget_set": write(tmp_path / "forget.jsonl", texts),
+        "retain_set": write(tmp_path / "retain.jsonl", [{"text": "A bridge carries the load."}]),
+    }
+    model = json.loads((folder / "out" / "unlearning.json").read_text())["start"]
+    where = {"sets": sets, "output_dir": str(tmp_path), "attacks": ("quantization",)}
+    with pytest.raises(UsageError, match="plain texts are cut by max_length"):
+        auditing.main(AuditOptions(model, **where, **QUICK))
+    results = auditing.main(AuditOptions(model, max_length=64, **where, **QUICK))
+    assert results["attacks"]["quantization"]["rows"]
+    default = next(field.default for field in fields(PreferenceConfig) if field.name == "max_length")
+    assert default == auditing.MAX_LENGTH
 
 
 def test_an_adapter_is_folded_into_its_model(folder):

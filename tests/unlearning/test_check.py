@@ -40,6 +40,18 @@ def test_sets_that_overlap(tmp_path):
     assert "both: 1 rows of the forget set are in the retain set too" in shown
 
 
+def test_questions_without_wrong_answers_need_no_retain_set_to_be_understood(tmp_path):
+    code, shown = checked(tmp_path, forget=[CY])
+    assert code == 0
+    assert "Read as a set to forget or to retain. To train on its answers by likelihood: --loss sft" in shown
+    assert "forget or retain: 1 rows have no perturbed_answer" in shown
+    code, shown = checked(tmp_path, "--loss", "sft", forget=[CY])
+    assert code == 1
+    assert "--columns prompt=question completion=answer" in shown
+    code, shown = checked(tmp_path, forget=[{"prompt": "Who?", "completion": "Cy."}])  # preferences without labels
+    assert code == 1
+
+
 def test_plain_texts(tmp_path):
     texts = [{"text": "Some text."}, {"text": "Another one."}]
     assert checked(tmp_path, forget=texts) == (0, "forget or retain: 2 rows, 0 questions and 2 plain texts.")

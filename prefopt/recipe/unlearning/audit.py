@@ -35,6 +35,9 @@ from prefopt.unlearning.report import intervals
 
 ATTACKS = (Relearning.name, Quantization.name, Sampling.name, Wording.name)
 
+MAX_LENGTH = 1024
+"""Tokens of a part of a plain text where no run says it: the default of the recipes."""
+
 
 @dataclass(frozen=True)
 class AuditOptions:
@@ -51,6 +54,7 @@ class AuditOptions:
         relearn_steps, relearn_share, relearn_learning_rate: of relearning; the learning rate is that of learning if
             None.
         max_new_tokens: of an answer.
+        max_length: plain texts are cut into parts of this many tokens; as the run did, or `MAX_LENGTH`, if None.
         dtype: of the weights; that of the run, or float32, if None.
         seed: of all draws.
     """
@@ -66,6 +70,7 @@ class AuditOptions:
     relearn_share: float = 0.25
     relearn_learning_rate: float | None = None
     max_new_tokens: int = 64
+    max_length: int | None = None
     dtype: str | None = None
     seed: int = 0
 
@@ -262,7 +267,12 @@ def _sources(options: AuditOptions) -> Sources:
             f"{options.model} has no unlearning.json, so it is not the folder of a run of recipes/unlearn.py: name "
             "--forget_set, --retain_set and --gold_model_name_or_path"
         )
-    return replace(run, start=options.start or run.start, gold=options.gold or run.gold)
+    return replace(
+        run,
+        start=options.start or run.start,
+        gold=options.gold or run.gold,
+        max_length=options.max_length or run.max_length or MAX_LENGTH,
+    )
 
 
 def _folder(options: AuditOptions) -> Path:

@@ -27,6 +27,9 @@ def judge(
     pairs: Annotated[
         int | None, typer.Option(min=1, help="Pairs a prompt that are compared, drawn at random; all if left out.")
     ] = None,
+    tournament: Annotated[
+        bool, typer.Option("--tournament", help="Compare only what `prefopt pair --builder tournament` needs.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="For the choice of pairs.")] = 0,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither read nor store earlier answers.")] = False,
 ) -> None:
@@ -38,14 +41,20 @@ def judge(
     from prefopt.evaluation.stage import Pairing, judge_to_file
     from prefopt.generation.samples import read_samples
     from prefopt.generation.stage import read_prompts
+    from prefopt.online.builders import parse_builder
+    from prefopt.online.comparisons import comparisons_of
+    from prefopt.online.pairing import PairSettings
 
     judges = [make_judge(parse_judge(text)) for text in judge]
     judged = list(read_samples(samples))
     if not judged:
         fail(f"{samples} has no samples")
     rows = {} if prompts is None else {row.id: row for row in read_prompts(prompts)[0]}
+    if tournament and pairs is not None:
+        fail("--pairs draws pairs at random, and --tournament names them: leave one out")
+    pairing = comparisons_of(PairSettings(parse_builder("tournament"))) if tournament else Pairing(pairs, seed)
     cache = None if no_cache else JudgementCache(cache_file())
-    judge_to_file(judged, judges, out, rows=rows, cache=cache, pairing=Pairing(pairs, seed))
+    judge_to_file(judged, judges, out, rows=rows, cache=cache, pairing=pairing)
     judgements = list(read_judgements(out))
     names = len({sample.prompt_id for sample in judged})
     say(f"{out}: {len(judgements)} judgements of {len(judged)} samples of {names} prompts")

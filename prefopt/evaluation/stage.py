@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -62,19 +62,37 @@ class _Question:
         return replace(self.blank, tie=answer.first == 0.5, **facts)
 
 
+class Comparisons(Protocol):
+    """Which pairs of a prompt's samples are compared."""
+
+    def pairs(self, group: Sequence[Sample], earlier: Sequence[Preference]) -> list[tuple[Sample, Sample]]:
+        """The pairs to compare next, the lower index first; it is asked again until there are none.
+
+        Args:
+            group: the samples of a prompt.
+            earlier: what came of the pairs that it named before, in both orders and by every judge.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Pairing:
-    """Which pairs of a prompt's samples are compared: all of them, or `at_most` drawn by `seed`."""
+    """Compare all pairs at once, or `at_most` drawn by `seed`."""
 
     at_most: int | None = None
     seed: int = 0
 
-    def pairs(self, group: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
+    def pairs(self, group: Sequence[Sample], earlier: Sequence[Preference]) -> list[tuple[Sample, Sample]]:
+        if earlier:
+            return []
         pairs = list(itertools.combinations(group, 2))
         if self.at_most is None or len(pairs) <= self.at_most:
             return pairs
         draw = random.Random(f"{self.seed}/{group[0].round}/{group[0].prompt_id}")
         return [pairs[number] for number in sorted(draw.sample(range(len(pairs)), self.at_most))]
+
+
+ALL_PAIRS = Pairing()
 
 
 def judge_to_file(
@@ -84,7 +102,7 @@ def judge_to_file(
     *,
     rows: Mapping[str, PromptRow] | None = None,
     cache: JudgementCache | None = None,
-    pairing: Pairing = Pairing(),
+    pairing: Comparisons = ALL_PAIRS,
     shown: Callable[[int], None] = lambda prompts: None,
 ) -> None:
     """Write the judgements of all samples; a file that was begun is continued, and ends as if never interrupted.
@@ -112,26 +130,81 @@ def judge_to_file(
     groups, asker = _by_round_and_prompt(samples), _Asker(judges, cache)
     processes = PartialState()
     with contextlib.ExitStack() as stack:
-        earlier = [_identities(path)]
-        if processes.is_main_process:
-            file = stack.enter_context(JsonlWriter(path))
-        broadcast_object_list(earlier)
-        position = 0
+        stored = [list(read_judgements(path)) if path.exists() else []]
+        file = stack.enter_context(JsonlWriter(path)) if processes.is_main_process else None
+        broadcast_object_list(stored)
+        lines = _Lines(path, stored[0], file)
         for at in range(0, len(groups), CHUNK_PROMPTS):
-            chunk = groups[at : at + CHUNK_PROMPTS]
-            questions = [one for group in chunk for one in asker.questions(group, rows or {}, pairing)]
-            present = earlier[0][position : position + len(questions)]
-            _check_same(path, position, present, questions)
-            position += len(questions)
-            if len(present) < len(questions):
-                answers = asker.answers(questions)
-                if processes.is_main_process:
-                    pairs = list(zip(questions, answers, strict=True))[len(present) :]
-                    file.write(question.judgement(answer).line() for question, answer in pairs)
-            shown(at + len(chunk))
-        if len(earlier[0]) > position:
-            raise UsageError(f"{path} has judgements of more samples than there are. Delete it or name another file")
+            _judge_chunk(groups[at : at + CHUNK_PROMPTS], asker, rows or {}, pairing, lines)
+            shown(min(at + CHUNK_PROMPTS, len(groups)))
+        lines.refuse_more()
     processes.wait_for_everyone()
+
+
+def _judge_chunk(
+    groups: Sequence[Sequence[Sample]],
+    asker: _Asker,
+    rows: Mapping[str, PromptRow],
+    pairing: Comparisons,
+    lines: _Lines,
+) -> None:
+    """Judge the samples of some prompts: scores and the first comparisons, then those that follow from them."""
+    earlier: list[list[Preference]] = [[] for _ in groups]
+    questions = [list(asker.scores(group, rows)) for group in groups]
+    while True:
+        for number, group in enumerate(groups):
+            questions[number] += asker.contests(group, rows, pairing.pairs(group, earlier[number]))
+        asked = [one for of_group in questions for one in of_group]
+        if not asked:
+            return
+        judgements = iter(lines.add(asked, asker))
+        for number, of_group in enumerate(questions):
+            of_prompt = [next(judgements) for _ in of_group]
+            earlier[number] += (one for one in of_prompt if isinstance(one, Preference))
+        questions = [[] for _ in groups]
+
+
+class _Lines:
+    """The file of judgements: what it had when the stage began is used, and the rest is asked and written.
+
+    Args:
+        path: of the file.
+        stored: what it has.
+        file: to write to; None in processes that do not write.
+    """
+
+    def __init__(self, path: Path, stored: list[Judgement], file: JsonlWriter | None):
+        self._path, self._stored, self._file = path, stored, file
+        self._position = 0
+
+    def add(self, questions: Sequence[_Question], asker: _Asker) -> list[Judgement]:
+        """The judgements of these questions, on every process."""
+        present = self._stored[self._position : self._position + len(questions)]
+        self._check_same(present, questions)
+        self._position += len(questions)
+        if len(present) == len(questions):
+            return present
+        rest = questions[len(present) :]
+        answers = asker.answers(rest)
+        new = [[one.judgement(answer) for one, answer in zip(rest, answers, strict=True)] if self._file else []]
+        if self._file is not None:
+            self._file.write(judgement.line() for judgement in new[0])
+        broadcast_object_list(new)
+        return present + new[0]
+
+    def refuse_more(self) -> None:
+        if len(self._stored) > self._position:
+            raise UsageError(
+                f"{self._path} has judgements of more samples than there are. Delete it or name another file"
+            )
+
+    def _check_same(self, present: Sequence[Judgement], questions: Sequence[_Question]) -> None:
+        for number, (one, question) in enumerate(zip(present, questions, strict=False), start=self._position + 1):
+            if (*one.key, one.judge_hash, one.text_hash) != question.identity:
+                raise UsageError(
+                    f"{self._path}, object {number} is not a judgement of these samples by these judges with these "
+                    "settings. Delete the file or name another one; what was judged before comes from the cache"
+                )
 
 
 class _Asker:
@@ -142,16 +215,11 @@ class _Asker:
         self._hashes = {judge.name: settings_hash(judge.settings) for judge in judges}
         self._cache = cache
 
-    def questions(
-        self, group: Sequence[Sample], rows: Mapping[str, PromptRow], pairing: Pairing
-    ) -> Iterator[_Question]:
-        """About the samples of one prompt, judge by judge."""
-        row = rows.get(group[0].prompt_id)
-        columns = {} if row is None else row.columns
+    def scores(self, group: Sequence[Sample], rows: Mapping[str, PromptRow]) -> Iterator[_Question]:
+        """About each sample of one prompt, judge by judge."""
+        columns = _columns(group, rows)
         for judge in self._judges.values():
             if isinstance(judge, PairJudge):
-                for pair in pairing.pairs(group):
-                    yield from self._contests(judge, pair, columns)
                 continue
             for sample in group:
                 blank = Score(
@@ -159,6 +227,16 @@ class _Asker:
                     text_hash=text_hash(sample.completion), round=sample.round,
                 )  # fmt: skip
                 yield _Question(judge, Candidate(sample.prompt, sample.completion, columns), blank)
+
+    def contests(
+        self, group: Sequence[Sample], rows: Mapping[str, PromptRow], pairs: Sequence[tuple[Sample, Sample]]
+    ) -> Iterator[_Question]:
+        """About these pairs of one prompt's samples, judge by judge."""
+        columns = _columns(group, rows)
+        for judge in self._judges.values():
+            if isinstance(judge, PairJudge):
+                for pair in pairs:
+                    yield from self._contests(judge, pair, columns)
 
     def _contests(
         self, judge: PairJudge, pair: tuple[Sample, Sample], columns: Mapping[str, Any]
@@ -229,17 +307,6 @@ def _by_round_and_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
     return [sorted(group, key=lambda sample: sample.index) for group in groups.values()]
 
 
-def _identities(path: Path) -> list[tuple[Any, ...]]:
-    """Of the judgements that the file has."""
-    if not path.exists():
-        return []
-    return [(*one.key, one.judge_hash, one.text_hash) for one in read_judgements(path)]
-
-
-def _check_same(path: Path, position: int, present: Sequence[tuple[Any, ...]], questions: Sequence[_Question]) -> None:
-    for number, (identity, question) in enumerate(zip(present, questions, strict=False), start=position + 1):
-        if identity != question.identity:
-            raise UsageError(
-                f"{path}, object {number} is not a judgement of these samples by these judges with these settings. "
-                "Delete the file or name another one; what was judged before comes from the cache"
-            )
+def _columns(group: Sequence[Sample], rows: Mapping[str, PromptRow]) -> Mapping[str, Any]:
+    row = rows.get(group[0].prompt_id)
+    return {} if row is None else row.columns

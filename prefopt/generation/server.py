@@ -44,6 +44,7 @@ class ServerGenerator:
         send: "messages" to `chat/completions`, where the server applies its chat template, and texts to
             `completions`; or the "tokens" of training to `completions`, which vLLM and SGLang take.
         extra: other fields of each request, as a server understands them.
+        template_arguments: of the chat template, sent with messages; a row's own take precedence.
         say: called with a line for each failed attempt.
     """
 
@@ -58,6 +59,7 @@ class ServerGenerator:
         tokenizer: Any = None,
         send: Send = "messages",
         extra: Mapping[str, Any] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = logger.warning,
     ):
         if send == "tokens" and tokenizer is None:
@@ -65,6 +67,7 @@ class ServerGenerator:
         self._client = Client(endpoint, say)
         self._model, self.name = model, model
         self._tokenizer, self._send, self._extra = tokenizer, send, dict(extra or {})
+        self._template_arguments = dict(template_arguments or {})
 
     def sample(
         self, prompts: Sequence[PromptRow], settings: SamplingSettings, round_number: int = 0
@@ -157,8 +160,10 @@ class ServerGenerator:
             return _Question(row, "completions", {"prompt": ids}, len(ids))
         if isinstance(row.prompt, str):
             return _Question(row, "completions", {"prompt": row.prompt}, len(ids))
-        options = {name: row.columns[name] for name in ("tools", "chat_template_kwargs") if row.columns.get(name)}
-        return _Question(row, "chat/completions", {"messages": row.prompt, **options}, len(ids))
+        arguments = {**self._template_arguments, **(row.columns.get("chat_template_kwargs") or {})}
+        options = {"tools": row.columns.get("tools"), "chat_template_kwargs": arguments}
+        body = {"messages": row.prompt, **{name: value for name, value in options.items() if value}}
+        return _Question(row, "chat/completions", body, len(ids))
 
     def _settings(self, settings: SamplingSettings, seed: int) -> dict[str, Any]:
         body: dict[str, Any] = {

@@ -150,15 +150,13 @@ class AtServer:
             key_variable=script.server_key_variable,
             concurrency=script.server_concurrency,
         )
-        extra = dict(_mapping(script.generator_options))
-        if isinstance(recipe.training.chat_template_kwargs, dict):
-            extra.setdefault("chat_template_kwargs", recipe.training.chat_template_kwargs)
         self._generator = ServerGenerator(
             endpoint,
             self._base,
             tokenizer=ready.tokenizer,
             send=cast("Literal['messages', 'tokens']", script.server_send),
-            extra=extra,
+            extra=_mapping(script.generator_options),
+            template_arguments=_mapping(recipe.training.chat_template_kwargs),
             say=lambda line: recipe.console.print(line, soft_wrap=True, markup=False),
         )
         self._serves: str | None = None if script.server_restart else self._base

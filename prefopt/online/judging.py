@@ -10,7 +10,7 @@ from pathlib import Path
 from prefopt.evaluation.cache import JudgementCache, cache_file
 from prefopt.evaluation.judges.base import Judge, settings_hash
 from prefopt.evaluation.judges.build import JudgeSpec, make_judge, parse_judge
-from prefopt.evaluation.stage import judge_to_file
+from prefopt.evaluation.stage import ALL_PAIRS, Comparisons, judge_to_file
 from prefopt.generation.memory import free_memory
 from prefopt.generation.samples import PromptRow, Sample
 from prefopt.safety.errors import UsageError
@@ -73,12 +73,13 @@ class Judges:
         samples: Sequence[Sample],
         prompts: Sequence[PromptRow],
         path: Path,
+        comparisons: Comparisons = ALL_PAIRS,
         shown: Callable[[int], None] = lambda prompts: None,
     ) -> None:
         """Write the judgements of samples; a file that was begun is continued. Every process must call this."""
         with contextlib.closing(JudgementCache(self.cache)) as cache:
             rows = {row.id: row for row in prompts}
-            judge_to_file(samples, self.opened(), path, rows=rows, cache=cache, shown=shown)
+            judge_to_file(samples, self.opened(), path, rows=rows, cache=cache, pairing=comparisons, shown=shown)
 
 
 def judges_of(texts: Sequence[str]) -> Judges | None:

@@ -16,9 +16,11 @@ from typing import Any
 from accelerate import PartialState
 
 from prefopt.evaluation.judgements import read_judgements
+from prefopt.evaluation.stage import ALL_PAIRS, Comparisons
 from prefopt.generation.from_file import FileGenerator
 from prefopt.generation.samples import Generator, PromptRow, SamplingSettings, read_samples
 from prefopt.generation.stage import sample_to_file
+from prefopt.online.comparisons import comparisons_of
 from prefopt.online.folders import Manifest, RoundFolder
 from prefopt.online.generators import Generators
 from prefopt.online.judging import Judges
@@ -118,7 +120,8 @@ class Rounds:
         self._say(f"Round {number}: " + ", ".join(f"{name} {text}" for name, text in words.items()))
 
         once(number, "sample", [folder.samples], partial(self._sample, folder, plan.sampler, prompts))
-        once(number, "judge", [folder.judgements], partial(self._judge, folder.samples, folder.judgements, prompts))
+        judge = partial(self._judge, folder.samples, folder.judgements, prompts, comparisons_of(self._pairing))
+        once(number, "judge", [folder.judgements], judge)
         once(number, "pair", [folder.pairs, folder.counts], partial(self._pair, folder, prompts))
         self._generators.close()  # its memory is for training
         once(number, "train", [folder.training], partial(self._train, folder, plan))
@@ -139,12 +142,14 @@ class Rounds:
         self._say(f"Sampling {settings.samples} completions of each of {len(prompts)} prompts")
         sample_to_file(generator, prompts, settings, path, number)
 
-    def _judge(self, samples: Path, path: Path, prompts: Sequence[PromptRow]) -> None:
+    def _judge(
+        self, samples: Path, path: Path, prompts: Sequence[PromptRow], comparisons: Comparisons = ALL_PAIRS
+    ) -> None:
         if self._judges is None:
             self._write(path, "")
             return
         self._say("Judging")
-        self._judges.to_file(list(read_samples(samples)), prompts, path)
+        self._judges.to_file(list(read_samples(samples)), prompts, path, comparisons)
 
     def _pair(self, folder: RoundFolder, prompts: Sequence[PromptRow]) -> None:
         if PartialState().is_main_process:

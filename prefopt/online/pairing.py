@@ -244,25 +244,33 @@ def write_pairs(
     return counts
 
 
+def unusable(sample: Sample, settings: PairSettings) -> str:
+    """Why a sample makes no pair, whatever its judgement; empty if it may."""
+    if not sample.completion.strip():
+        return "empty"
+    return "unfinished" if not sample.finished and settings.unfinished == "drop" else ""
+
+
+def same_candidate(sample: Sample, settings: PairSettings) -> int | str:
+    """Equal for samples of a prompt that are merged into one candidate."""
+    return sample.index if settings.duplicates == "keep" else sample.completion
+
+
 def candidates_of(
     samples: Sequence[Sample], judgements: Judged, settings: PairSettings, counts: PairCounts
 ) -> list[Candidate]:
     """The usable samples of a prompt with their scores; counts those that are left out."""
     groups: dict[Any, list[Candidate]] = {}
     for sample in samples:
-        if not sample.completion.strip():
-            counts.samples_left_out["empty"] += 1
-            continue
-        if not sample.finished and settings.unfinished == "drop":
-            counts.samples_left_out["unfinished"] += 1
+        if reason := unusable(sample, settings):
+            counts.samples_left_out[reason] += 1
             continue
         score = judgements.score(sample.prompt_id, sample.index)
         if score is None and settings.builder.needs_scores and not judgements.preferences.get(sample.prompt_id):
             counts.samples_left_out[f"no score ({judgements.reason(sample.prompt_id, sample.index)})"] += 1
             continue
         one = Candidate(sample.index, sample.completion, score, sample.token_count, sample.finished)
-        key = sample.index if settings.duplicates == "keep" else sample.completion
-        groups.setdefault(key, []).append(one)
+        groups.setdefault(same_candidate(sample, settings), []).append(one)
     counts.samples_left_out["duplicate"] += sum(len(group) - 1 for group in groups.values())
     counts.samples_left_out = +counts.samples_left_out
     return [_merged(group) for group in groups.values()]

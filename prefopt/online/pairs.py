@@ -230,7 +230,7 @@ def tournament(candidates: Sequence[Candidate], limits: Limits = NO_LIMITS, comp
     samples = [one for one in candidates if not one.gold] if compare is not None else _scored(candidates)
     if len(samples) < 2:
         return Choice(reason=NO_SCORES if compare is None else "fewer than two completions")
-    bracket = _Bracket(compare or higher_score)
+    bracket = Bracket(compare or higher_score)
     winners, losers = bracket.split(samples)
     best, worst = bracket.last(winners, keep_winner=True), bracket.last(losers, keep_winner=False)
     if best is worst:
@@ -306,7 +306,7 @@ def higher_score(first: Candidate, second: Candidate) -> float:
     return 0.5 if _score(first) == _score(second) else float(_score(first) > _score(second))
 
 
-class _Bracket:
+class Bracket:
     """Comparisons of a tournament, and counts of those without a winner."""
 
     def __init__(self, compare: Compare):

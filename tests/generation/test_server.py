@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from typing import Any
 
@@ -144,6 +145,14 @@ def test_plain_text_goes_to_completions_and_tools_to_the_template(server):
     assert (text[0], text[1]["prompt"], text[1]["top_k"]) == ("/v1/completions", "Once upon", 5)
     assert (chat[0], chat[1]["tools"], "answer" in chat[1]) == ("/v1/chat/completions", tools, False)
     assert samples[0].completion == completion_for({**text[1], "seed": samples[0].seed})
+
+
+def test_arguments_of_the_template_are_sent_and_a_rows_own_take_precedence(server):
+    own = dataclasses.replace(PROMPTS[1], columns={"chat_template_kwargs": {"thinking": True}})
+    arguments = {"thinking": False, "date": "today"}
+    drawn(generator(server, template_arguments=arguments), [PROMPTS[0], own, PromptRow("Plain text")])
+    sent = {json.dumps(body.get("chat_template_kwargs")) for _, body in server.requests}
+    assert sent == {json.dumps(arguments), json.dumps({**arguments, "thinking": True}), "null"}
 
 
 def test_a_stop_text_that_a_server_leaves_is_cut(server):

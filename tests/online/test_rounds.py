@@ -197,6 +197,8 @@ def test_a_tournament_of_a_pairwise_judge(tmp_path):
     rows = list(read_jsonl(tmp_path / "out" / "round-1" / "pairs.jsonl"))
     assert summaries[1]["pairs"]["pairs"] == len(rows) > 0
     assert all(len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in rows)
+    asked = [row["prompt_id"] for row in read_jsonl(tmp_path / "out" / "round-1" / "judgements.jsonl")]
+    assert max(asked.count(name) for name in asked) <= 2 * 5  # in both orders; all pairs of 4 samples would be 2 * 6
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------

@@ -59,6 +59,12 @@ def _reward_model(value: str, options: Mapping[str, Any]) -> Judge:
     return RewardModelJudge(value, **options)
 
 
+def _preference_model(value: str, options: Mapping[str, Any]) -> Judge:
+    from prefopt.evaluation.judges.preference_model import PreferenceModelJudge
+
+    return PreferenceModelJudge(value, **options)
+
+
 def _language_model(
     rubric: str, *, model: str = "", url: str = "", key_variable: str = "OPENAI_API_KEY", concurrency: int = 16,
     **options: Any,
@@ -106,6 +112,11 @@ _KINDS: dict[str, _Kind] = {
         lambda value, options: function_judge(value, **options),
     ),
     "reward": _Kind("MODEL", {"name": str, "batch_size": _at_least_one, "device": str}, _reward_model),
+    "preference": _Kind(
+        "MODEL",
+        {"rubric": str, "name": str, "batch_size": _at_least_one, "device": str, "both_orders": _yes},
+        _preference_model,
+    ),
     "llm": _Kind(
         "RUBRIC",
         {**_WRITING, "model": str, "url": str, "key_variable": str, "concurrency": _at_least_one},

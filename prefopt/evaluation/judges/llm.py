@@ -45,7 +45,7 @@ def llm_judge(
     if not is_file(rubric):
         raise UsageError(f"there is no rubric {rubric}: name a text file with {{prompt}} and {{completion}}")
     text = rubric.read_text(encoding="utf-8")
-    places = set(_PLACE.findall(text))
+    places = places_of(text)
     if settings.samples > 1 and settings.temperature == 0:
         raise UsageError(f"the judge {name} would give the same answer {settings.samples} times: set its temperature")
     if "completion" in places and not places & {"first", "second"}:
@@ -68,7 +68,7 @@ class _Model:
 
     def _replies(self, questions: Sequence[Mapping[str, str]]) -> list[list[Sample]]:
         """To each question, as often as it is asked."""
-        prompts = [PromptRow([{"role": "user", "content": _filled(self._rubric, facts)}]) for facts in questions]
+        prompts = [PromptRow([{"role": "user", "content": filled(self._rubric, facts)}]) for facts in questions]
         # Equal questions have one id, and one set of samples.
         unique = list({prompt.id: prompt for prompt in prompts}.values())
         groups = zip(unique, self._generator.sample(unique, self._settings), strict=True)
@@ -76,14 +76,19 @@ class _Model:
         return [replies[prompt.id] for prompt in prompts]
 
 
-def _filled(rubric: str, facts: Mapping[str, str]) -> str:
-    """In one pass, so that what looks like a place in an answer stays as it is."""
+def places_of(rubric: str) -> set[str]:
+    """What a rubric has a place for: prompt, completion, first, second, answer."""
+    return set(_PLACE.findall(rubric))
+
+
+def filled(rubric: str, facts: Mapping[str, str]) -> str:
+    """A rubric with its places filled; in one pass, so that what looks like a place in an answer stays as it is."""
     return _PLACE.sub(lambda place: facts.get(place[1], ""), rubric)
 
 
 class _ScoringModel(_Model):
     def score(self, candidates: Sequence[Candidate]) -> list[Verdict]:
-        asked = [{**_facts(one.prompt, one.columns), "completion": one.completion} for one in candidates]
+        asked = [{**facts_of(one.prompt, one.columns), "completion": one.completion} for one in candidates]
         return [_mean_score([sample.completion for sample in samples]) for samples in self._replies(asked)]
 
 
@@ -93,7 +98,7 @@ class _ComparingModel(_Model):
         self.both_orders, self.repeats = both_orders, settings.samples
 
     def compare(self, contests: Sequence[Contest]) -> list[Choice]:
-        asked = [{**_facts(one.prompt, one.columns), "first": one.first, "second": one.second} for one in contests]
+        asked = [{**facts_of(one.prompt, one.columns), "first": one.first, "second": one.second} for one in contests]
         replies = self._replies(asked)
         return [read_choice(samples[one.repeat].completion) for one, samples in zip(contests, replies, strict=True)]
 
@@ -126,7 +131,8 @@ def _mean_score(texts: Sequence[str]) -> Verdict:
     return Verdict(sum(scores) / len(scores), raw=raw) if scores else replace(verdicts[0], raw=raw)
 
 
-def _facts(prompt: Text, columns: Mapping[str, Any]) -> dict[str, str]:
+def facts_of(prompt: Text, columns: Mapping[str, Any]) -> dict[str, str]:
+    """What a rubric's `{prompt}` and `{answer}` stand for."""
     if not isinstance(prompt, str):
         lines = [f"{message.get('role')}: {message.get('content')}" for message in prompt]
         prompt = str(prompt[0].get("content")) if len(prompt) == 1 else "\n\n".join(lines)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from prefopt.evaluation.judges.base import Candidate, Verdict, verdict_of
-from prefopt.models.load import ModelError, check_weights, load_tokenizer
-from prefopt.safety.errors import UsageError, retold
+from prefopt.evaluation.judges.loaded import LoadedModel
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.fingerprint import fingerprint
 
 
@@ -29,46 +29,36 @@ class RewardModelJudge:
     cached = True
 
     def __init__(self, model: str, name: str = "reward", batch_size: int = 8, device: str = ""):
-        from accelerate import PartialState
         from transformers import AutoModelForSequenceClassification
 
-        check_weights(model)
-        with retold(ModelError, f"no reward model can be loaded from {model!r}"):
-            loaded = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True)
-        if loaded.config.num_labels != 1:
+        self._loaded = LoadedModel(AutoModelForSequenceClassification, model, device)
+        if (outputs := self._loaded.network.config.num_labels) != 1:
             raise UsageError(
-                f"{model} has {loaded.config.num_labels} outputs; a reward model has one (num_labels=1). For a "
-                "classifier, write a function that returns the output that you want"
+                f"{model} has {outputs} outputs; a reward model has one (num_labels=1). A classifier that reads two "
+                "answers is the judge preference:MODEL; for another one, write a function that returns its output"
             )
-        self._tokenizer = load_tokenizer(model)
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._tokenizer.padding_side = "right"
-        loaded.config.pad_token_id = self._tokenizer.pad_token_id
-        self._model = loaded.to(device or PartialState().device).eval()
         self._batch_size, self.name = batch_size, name
         self.settings: Mapping[str, Any] = {
-            "reward_model": fingerprint(loaded), "template": getattr(self._tokenizer, "chat_template", None),
-        }  # fmt: skip
+            "reward_model": fingerprint(self._loaded.network),
+            "template": getattr(self._loaded.tokenizer, "chat_template", None),
+        }
 
     @torch.inference_mode()
     def score(self, candidates: Sequence[Candidate]) -> list[Verdict]:
         ids = [self._ids(one) for one in candidates]
-        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         scores = [0.0] * len(ids)
-        for at in range(0, len(order), self._batch_size):
-            rows = order[at : at + self._batch_size]
-            inputs = self._tokenizer.pad({"input_ids": [ids[n] for n in rows]}, return_tensors="pt")
-            logits = self._model(**inputs.to(self._model.device)).logits[:, 0].float().tolist()
-            for number, score in zip(rows, logits, strict=True):
+        for numbers, inputs in self._loaded.batches(ids, self._batch_size):
+            logits = self._loaded.network(**inputs).logits[:, 0].float().tolist()
+            for number, score in zip(numbers, logits, strict=True):
                 scores[number] = score
         return [verdict_of(score) for score in scores]
 
     def _ids(self, candidate: Candidate) -> list[int]:
+        tokenizer = self._loaded.tokenizer
         if isinstance(candidate.prompt, str):
-            return list(self._tokenizer(candidate.prompt + candidate.completion)["input_ids"])
-        if not getattr(self._tokenizer, "chat_template", None):
+            return list(tokenizer(candidate.prompt + candidate.completion)["input_ids"])
+        if not getattr(tokenizer, "chat_template", None):
             raise UsageError(f"the judge {self.name} has no chat template, so it cannot read prompts of messages")
         chat = [*candidate.prompt, {"role": "assistant", "content": candidate.completion}]
-        text = self._tokenizer.apply_chat_template(chat, tokenize=False)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])

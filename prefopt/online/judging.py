@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from prefopt.evaluation.judges.base import Judge, settings_hash
 from prefopt.evaluation.judges.build import JudgeSpec, make_judge, parse_judge
 from prefopt.evaluation.stage import ALL_PAIRS, Comparisons, judge_to_file
 from prefopt.generation.memory import free_memory
-from prefopt.generation.samples import PromptRow, Sample
+from prefopt.generation.samples import Generator, PromptRow, Sample, SamplingSettings
 from prefopt.safety.errors import UsageError
 
 
@@ -27,7 +27,7 @@ class Judges:
 
     specs: Sequence[JudgeSpec]
     cache: Path = field(default_factory=cache_file)
-    _open: list[Judge] = field(default_factory=list, repr=False)
+    _open: dict[int, Judge] = field(default_factory=dict, repr=False)
     _names: list[str] = field(default_factory=list, repr=False)
 
     @property
@@ -49,23 +49,35 @@ class Judges:
             return None
         return {name: spec.weight for name, spec in zip(self.names, self.specs, strict=True)}
 
-    def opened(self) -> Sequence[Judge]:
+    @property
+    def has_others(self) -> bool:
+        """Whether any judge is another one than the policy itself."""
+        return any(spec.kind != "policy" for spec in self.specs)
+
+    def opened(self, policy: Generator | None = None) -> Sequence[Judge]:
         """The judges, their models loaded.
+
+        Args:
+            policy: what the judge `policy` asks; None leaves that judge out.
 
         Raises:
             UsageError: for a judge that cannot be used, or two of one name.
         """
-        if not self._open:
-            judges = [make_judge(spec) for spec in self.specs]
-            names = [judge.name for judge in judges]
-            if len(set(names)) < len(names):
-                raise UsageError(f"judges must have different names, got {', '.join(names)}: add name=...")
-            self._open, self._names = judges, names
-        return self._open
+        judges: dict[int, Judge] = {}
+        for number, spec in enumerate(self.specs):
+            if spec.kind == "policy":
+                judges[number] = make_judge(spec, policy or _Unnamed())  # another model in each round
+            else:
+                judges[number] = self._open[number] if number in self._open else make_judge(spec)
+                self._open[number] = judges[number]
+        self._names = [judge.name for judge in judges.values()]
+        if len(set(self._names)) < len(self._names):
+            raise UsageError(f"judges must have different names, got {', '.join(self._names)}: add name=...")
+        return [judge for number, judge in judges.items() if policy or self.specs[number].kind != "policy"]
 
     def close(self) -> None:
         """Give the memory of their models back."""
-        self._open = []
+        self._open = {}
         free_memory()
 
     def to_file(
@@ -74,12 +86,36 @@ class Judges:
         prompts: Sequence[PromptRow],
         path: Path,
         comparisons: Comparisons = ALL_PAIRS,
-        shown: Callable[[int], None] = lambda prompts: None,
+        policy: Callable[[], Generator] | None = None,
     ) -> None:
-        """Write the judgements of samples; a file that was begun is continued. Every process must call this."""
+        """Write the judgements of samples; a file that was begun is continued. Every process must call this.
+
+        Args:
+            samples: to judge.
+            prompts: with the columns that judges read.
+            path: of the file.
+            comparisons: which pairs are compared.
+            policy: makes the generator that the judge `policy` asks; without it that judge is left out.
+        """
+        asks_policy = policy is not None and any(spec.kind == "policy" for spec in self.specs)
+        judges = self.opened(policy() if policy is not None and asks_policy else None)
         with contextlib.closing(JudgementCache(self.cache)) as cache:
             rows = {row.id: row for row in prompts}
-            judge_to_file(samples, self.opened(), path, rows=rows, cache=cache, pairing=comparisons, shown=shown)
+            judge_to_file(samples, judges, path, rows=rows, cache=cache, pairing=comparisons)
+
+
+class _Unnamed:
+    """Stands for the policy before there is one, to check a judge's options."""
+
+    name, chunk_prompts = "", 1
+
+    def sample(
+        self, prompts: Sequence[PromptRow], settings: SamplingSettings, round_number: int = 0
+    ) -> Iterator[list[Sample]]:
+        raise AssertionError("the policy is not known yet")
+
+    def close(self) -> None:
+        pass
 
 
 def judges_of(texts: Sequence[str]) -> Judges | None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,8 @@ class Rounds:
         self._say(f"Round {number}: " + ", ".join(f"{name} {text}" for name, text in words.items()))
 
         once(number, "sample", [folder.samples], partial(self._sample, folder, plan.sampler, prompts))
-        judge = partial(self._judge, folder.samples, folder.judgements, prompts, comparisons_of(self._pairing))
+        policy = partial(self._generators.open, plan.sampler)
+        judge = partial(self._judge, folder.samples, folder.judgements, prompts, comparisons_of(self._pairing), policy)
         once(number, "judge", [folder.judgements], judge)
         once(number, "pair", [folder.pairs, folder.counts], partial(self._pair, folder, prompts))
         self._generators.close()  # its memory is for training
@@ -143,13 +144,18 @@ class Rounds:
         sample_to_file(generator, prompts, settings, path, number)
 
     def _judge(
-        self, samples: Path, path: Path, prompts: Sequence[PromptRow], comparisons: Comparisons = ALL_PAIRS
+        self,
+        samples: Path,
+        path: Path,
+        prompts: Sequence[PromptRow],
+        comparisons: Comparisons = ALL_PAIRS,
+        policy: Callable[[], Generator] | None = None,
     ) -> None:
-        if self._judges is None:
+        if self._judges is None or (policy is None and not self._judges.has_others):
             self._write(path, "")
             return
         self._say("Judging")
-        self._judges.to_file(list(read_samples(samples)), prompts, path, comparisons)
+        self._judges.to_file(list(read_samples(samples)), prompts, path, comparisons, policy)
 
     def _pair(self, folder: RoundFolder, prompts: Sequence[PromptRow]) -> None:
         if PartialState().is_main_process:

@@ -19,6 +19,11 @@ def vowels(completion: str) -> float:
     return sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
 
 
+def even(completion: str) -> float:
+    """A judge: 1 for an even number of letters, 0 for an odd one."""
+    return float(len(completion) % 2 == 0)
+
+
 def digits(completion: str) -> float:
     """A judge: the sum of the digits."""
     return sum(int(letter) for letter in completion if letter.isdigit())

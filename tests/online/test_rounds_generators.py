@@ -81,6 +81,43 @@ def test_each_round_samples_from_its_adapter_behind_the_endpoint_where_the_judge
     assert all(row["margin"] > 0 for row in read_jsonl(run / "round-1" / "pairs.jsonl"))
 
 
+def test_the_policy_rewards_itself(server, tmp_path, monkeypatch):
+    """configs/rounds/self_rewarding.yaml: each round's samples are scored by the model that drew them."""
+    monkeypatch.chdir(Path(__file__).parents[2])  # where the config names its rubric
+    small = words(tmp_path, **of_server(server))
+    drop = ("--loss", "--judges", "--samples", "--learning_rate")
+    argv = [word for at in range(0, len(small), 2) if small[at] not in drop for word in small[at : at + 2]]
+    server.complete = lambda body: reply(body) if "Answer:" not in body["messages"][-1]["content"] else grade(body)
+    summaries = main(argv=["--config", "configs/rounds/self_rewarding.yaml", *argv, *LORA])
+    run = tmp_path / "out"
+    for number in (1, 2):
+        (name,) = models_of(run, number)
+        lines = list(read_jsonl(run / f"round-{number}" / "judgements.jsonl"))
+        assert all(line["raw"].count("\n---\n") == 2 for line in lines)  # asked three times
+        assert {line["judge"] for line in lines} == {"policy"}
+        chats = [body for body in asked(server, "/v1/chat/completions") if body["model"] == name]
+        questions = {body["messages"][-1]["content"] for body in chats if "Answer:" in body["messages"][-1]["content"]}
+        answers = {(row["prompt_id"], row["completion"]) for row in read_jsonl(run / f"round-{number}/samples.jsonl")}
+        assert len(questions) == len(answers)
+        assert summaries[number]["pairs"]["pairs"] > 0
+    assert [summary["heldout"]["mean_score"] for summary in summaries] == [None] * 3  # it does not judge itself there
+    assert (run / "round-1" / "heldout_judgements.jsonl").read_bytes() == b""
+
+
+def grade(body):
+    question = body["messages"][-1]["content"]
+    answer = question.split("Answer:\n")[1].split("\n")[0]
+    return f"Because.\nScore: {sum(map(ord, answer)) % 6}"
+
+
+def test_the_policy_in_memory_is_asked_and_what_it_cannot_grade_is_counted(tmp_path):
+    (tmp_path / "rubric.txt").write_text(RUBRIC)
+    with pytest.raises(UsageError, match="round 1 has no pairs to train on"):
+        main(argv=words(tmp_path, judges=f"policy:{tmp_path / 'rubric.txt'},max_new_tokens=4", rounds=1))
+    counts = json.loads((tmp_path / "out" / "round-1" / "pair_counts.json").read_text())
+    assert counts["samples_left_out"] == {"no score (unparsable)": 24}
+
+
 def judged_texts(run):
     for path in run.rglob("*samples.jsonl"):
         for row in read_jsonl(path):

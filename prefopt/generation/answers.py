@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from prefopt.data.tokenize import tokenize_row
+from prefopt.data.encodings import text_tokenizer
+from prefopt.generation.decode import Request, Rows, decode
+from prefopt.generation.prompts import Reader, end_tokens, prompt_ids
+from prefopt.generation.samples import PromptRow, SamplingSettings
 from prefopt.safety.errors import UsageError
+from prefopt.scoring.exact import undisturbed
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -21,75 +23,61 @@ class Answer:
     text: str
     ended: bool
 
+    def stripped(self) -> Answer:
+        """The answer without white space around it."""
+        return Answer(self.text.strip(), self.ended)
 
-@torch.inference_mode()
+
 def greedy_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 48, batch_size: int = 24
 ) -> list[Answer]:
-    """Answer each prompt greedily, in left-padded batches of similar length; returns them in order.
+    """Answer each prompt greedily; returns the answers in order.
 
     Args:
-        model: in memory, with a `generate` method.
-        tokenizer: the model's.
+        model: in memory; its mode is left as it is.
+        tokenizer: the model's, or a processor.
         prompts: messages, or a text: what a user says, or the text to continue if the tokenizer has no chat template.
         max_new_tokens: maximum length of an answer.
         batch_size: prompts at once.
+
+    Raises:
+        UsageError: for messages without a chat template.
     """
-    texts = _texts(prompts, tokenizer)
-    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-    answers: list[Answer | None] = [None] * len(texts)
-    side, training = tokenizer.padding_side, model.training
-    tokenizer.padding_side = "left"
-    model.eval()
-    try:
-        for at in range(0, len(order), batch_size):
-            rows = order[at : at + batch_size]
-            inputs = _inputs([texts[i] for i in rows], tokenizer).to(model.device)
-            out = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            new = out[:, inputs["input_ids"].shape[1] :].tolist()
-            for i, tokens in zip(rows, new, strict=True):
-                answers[i] = _read_answer(tokenizer, tokens)
-    finally:
-        tokenizer.padding_side = side
-        model.train(training)
-    return [answer for answer in answers if answer is not None]
+    chats = bool(getattr(tokenizer, "chat_template", None))
+    if not chats and not all(isinstance(prompt, str) for prompt in prompts):
+        raise UsageError("the tokenizer has no chat template, so prompts must be texts, not messages")
+    rows = [PromptRow(_asked(prompt) if chats else str(prompt)) for prompt in prompts]
+    ids = [prompt_ids(row, tokenizer) for row in rows]
+    return [answer.stripped() for answer in continued(model, tokenizer, ids, max_new_tokens, batch_size)]
 
 
-def _has_template(tokenizer: Any) -> bool:
-    # What has only the method has a template of its own.
-    return bool(getattr(tokenizer, "chat_template", True))
+def continued(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 64
+) -> list[Answer]:
+    """Continue token ids greedily; returns the continuations in order.
+
+    Neighbours in length share a batch; where one ends, the next takes its place.
+
+    Args:
+        model: in memory, whole on this process's device; its mode is left as it is.
+        tokenizer: the model's, or a processor.
+        prompts: token ids, none of them empty.
+        max_new_tokens: maximum length of a continuation.
+        batch_size: prompts at once.
+    """
+    ends = end_tokens(model, tokenizer)
+    reader = Reader(tokenizer, ends, ())
+    settings = SamplingSettings(samples=1, temperature=0.0, max_new_tokens=max_new_tokens)
+    pad = text_tokenizer(tokenizer).pad_token_id
+    order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
+    requests = [Request(prompts[number], [number]) for number in order]
+    with undisturbed(model):
+        rows = Rows([0] * len(prompts), settings, ends, None, model.device)
+        decode(model, requests, rows, ends[0] if pad is None else pad, batch_size)
+    return [Answer(reader.text(drawn.tokens), drawn.finished) for drawn in rows.drawn()]
 
 
-def _texts(prompts: Sequence[Prompt], tokenizer: Any) -> list[str]:
-    if not _has_template(tokenizer):
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if len(texts) < len(prompts):
-            raise UsageError("the tokenizer has no chat template, so prompts must be texts, not messages")
-        return texts
-    chats = [
-        [{"role": "user", "content": p}] if isinstance(p, str) else [dict(message) for message in p] for p in prompts
-    ]
-    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-
-
-def _inputs(texts: list[str], tokenizer: Any) -> Any:
-    if _has_template(tokenizer):
-        # The template already has the special tokens.
-        return tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    # As in training: some tokenizers end every text, which is not part of a prompt.
-    rows = [tokenize_row({"prompt": text, "completion": ""}, tokenizer)["prompt_ids"] for text in texts]
-    return tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-
-
-def _read_answer(tokenizer: Any, tokens: list[int]) -> Answer:
-    ended = tokenizer.eos_token_id in tokens
-    if ended:
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
-    return Answer(tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended)
+def _asked(prompt: Prompt) -> list[dict[str, Any]]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [dict(message) for message in prompt]

@@ -51,7 +51,7 @@ IDK = (
 """Answers for objectives that replace what is forgotten by an "I don't know"."""
 
 _QUESTION = ("question", "prompt", "instruction", "query")
-_ANSWER = ("answer", "completion", "response", "output")
+_ANSWER = ("answer", "completion", "response", "output", "gt")
 _PLAIN = "Question: {question}\nAnswer:"
 """The prompt of models without a chat template (TOFU's for Phi-1.5)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,16 @@ from prefopt.scoring import Layout
 from prefopt.scoring.fingerprint import is_sharded
 from prefopt.scoring.layout import LayoutName
 from prefopt.unlearning import metrics
+from prefopt.unlearning.continuations import CONTINUED_SETS, beginnings, continuations, scored
 from prefopt.unlearning.data import Question
 from prefopt.unlearning.learn import digest, model_key
 from prefopt.unlearning.scores import QuestionScores, answer_questions, score_questions
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 """The sets whose nine numbers make the model utility (TOFU)."""
+
+VERBATIM_PROMPT = 200
+"""Tokens of a plain text that its continuation follows; MUSE's data has its prompts ready, so this is our choice."""
 
 _CHOICES = ("real_authors", "world_facts")
 """Sets whose probability is that of the true answer among the wrong ones."""
@@ -43,19 +47,22 @@ class SetScores:
         loss, zlib, min_k, min_k_plus_plus: scores of membership.
         answers: the greedy answers.
         kl: KL(start || model) of each answer, mean over its tokens in nats; empty where the start is not at hand.
+        f1: ROUGE-L F1 as in MUSE, of the continuation of a plain text to forget and of `CONTINUED_SETS`; texts whose
+            continuation has no word are left out. All else but `answers` is empty for these sets.
     """
 
-    probability: list[float]
-    rouge: list[float]
-    truth_ratio: list[float]
-    extraction_strength: list[float]
-    exact_memorization: list[float]
-    loss: list[float]
-    zlib: list[float]
-    min_k: list[float]
-    min_k_plus_plus: list[float]
+    probability: list[float] = field(default_factory=list)
+    rouge: list[float] = field(default_factory=list)
+    truth_ratio: list[float] = field(default_factory=list)
+    extraction_strength: list[float] = field(default_factory=list)
+    exact_memorization: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    zlib: list[float] = field(default_factory=list)
+    min_k: list[float] = field(default_factory=list)
+    min_k_plus_plus: list[float] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    f1: list[float] = field(default_factory=list)
 
 
 _Value = TypeVar("_Value")
@@ -72,6 +79,7 @@ def measure(
     start: Any = None,
     max_length: int | None = None,
     max_new_tokens: int = 64,
+    verbatim_tokens: int = VERBATIM_PROMPT,
     layout: Layout | LayoutName = "auto",
 ) -> Measured:
     """The numbers of a model on every set. Several processes share the questions; each returns all numbers.
@@ -84,6 +92,8 @@ def measure(
             from it; costs its forward passes over both sets.
         max_length: plain texts are cut into parts of this many tokens.
         max_new_tokens: of the greedy answers.
+        verbatim_tokens: plain texts to forget are continued after this many tokens, or after their first half if that
+            is less; 0 leaves it out.
         layout: to score in. Trying a layout takes as long as scoring a set, so models of one kind should share one.
     """
     layout = layout if isinstance(layout, Layout) else Layout(layout)
@@ -109,14 +119,21 @@ def measure(
         )  # fmt: skip
         return of_all(mine)
 
-    return {
-        name: _scores(
-            scores(name, questions),
-            answers(name, questions),
-            among_wrong=name in _CHOICES,
-        )
-        for name, questions in sets.items()
-    }
+    def goes_on(name: str, questions: Sequence[Question]) -> SetScores:
+        parts = beginnings(name, questions, tokenizer, verbatim_tokens)
+        texts = of_all(continuations(model, tokenizer, name, parts[share]))
+        return SetScores(answers=texts, f1=scored(name, texts, parts))
+
+    measured: Measured = {}
+    for name, questions in sets.items():
+        if name in CONTINUED_SETS:
+            measured[name] = goes_on(name, questions)
+            continue
+        of = _scores(scores(name, questions), answers(name, questions), among_wrong=name in _CHOICES)
+        if name == "forget" and verbatim_tokens and not any(question.question for question in questions):
+            of = replace(of, f1=goes_on(name, questions).f1)
+        measured[name] = of
+    return measured
 
 
 def _interleaved(shares: Sequence[list[_Value]]) -> list[_Value]:
@@ -167,25 +184,26 @@ def numbers(measured: Measured, gold: Measured | None = None) -> dict[str, float
 
     Returns:
         For each set `NAME_probability`, `NAME_rouge` and, with wrong answers, `NAME_truth_ratio`; `NAME_kl` where the
-        start was at hand; of the forget set also `extraction_strength` and `exact_memorization`. `model_utility` with
-        all three sets of `UTILITY_SETS`. With a gold model `forget_quality` (a p-value), `log10_forget_quality` and
-        `gold_forget_rouge`; with both, `quality_and_utility`, their harmonic mean. With a holdout set, `auc_NAME` and,
-        with a gold model, `privleak_NAME` for each score of membership.
+        start was at hand; `NAME_f1` of continuations; of the forget set also `extraction_strength` and
+        `exact_memorization`. `model_utility` with all three sets of `UTILITY_SETS`. With a gold model `forget_quality`
+        (a p-value), `log10_forget_quality` and `gold_forget_rouge` (`gold_forget_f1` of plain texts); with both,
+        `quality_and_utility`, their harmonic mean. With a holdout set, `auc_NAME` and, with a gold model,
+        `privleak_NAME` for each score of membership.
     """
     values: dict[str, float] = {}
     for name, scores in measured.items():
         if name != "holdout":
             values |= {f"{name}_{what}": value for what, value in _means(name, scores).items()}
-        if scores.kl:
-            values[f"{name}_kl"] = float(np.mean(scores.kl))
+        values |= {f"{name}_{what}": float(np.mean(of)) for what, of in apart(scores).items()}
     forget = measured["forget"]
     values["extraction_strength"] = float(np.mean(forget.extraction_strength))
     values["exact_memorization"] = float(np.mean(forget.exact_memorization))
     if (utility := utility_of(measured)) is not None:
         values["model_utility"] = utility
     if gold is not None:
-        if gold["forget"].rouge:
-            values["gold_forget_rouge"] = float(np.mean(gold["forget"].rouge))
+        for what, of_gold in (("rouge", gold["forget"].rouge), ("f1", gold["forget"].f1)):
+            if of_gold:
+                values[f"gold_forget_{what}"] = float(np.mean(of_gold))
         if forget.truth_ratio:
             quality = metrics.forget_quality(forget.truth_ratio, gold["forget"].truth_ratio)
             values |= {"forget_quality": quality.p, "log10_forget_quality": quality.log10_p}
@@ -212,6 +230,12 @@ def summaries(name: str, scores: SetScores) -> dict[str, tuple[list[float], Call
         "truth_ratio": (scores.truth_ratio, ratio),
     }
     return {what: (values, total) for what, (values, total) in parts.items() if values}
+
+
+def apart(scores: SetScores) -> dict[str, list[float]]:
+    """What is summed up of a set by its mean, and need not have a value for every question."""
+    parts = {"kl": scores.kl, "f1": scores.f1}
+    return {what: values for what, values in parts.items() if values}
 
 
 def _means(name: str, scores: SetScores) -> dict[str, float]:
@@ -259,6 +283,7 @@ def stored(
     sets: Mapping[str, Sequence[Question]],
     measure_now: Callable[[], Measured],
     max_length: int | None = None,
+    verbatim_tokens: int = VERBATIM_PROMPT,
 ) -> Measured:
     """The numbers of a model from an earlier run, or measured now, by all processes, and stored.
 
@@ -268,12 +293,17 @@ def stored(
         sets: what is measured.
         measure_now: measures the model.
         max_length: of plain texts, where it was measured with one.
+        verbatim_tokens: as for `measure`.
     """
     facts = [
         model_key(name),
         {key: [asdict(question) for question in rows] for key, rows in sets.items()},
         __version__,
-        *([max_length] if any(not question.question for rows in sets.values() for question in rows) else []),
+        *(
+            [max_length, verbatim_tokens]
+            if any(not question.question for rows in sets.values() for question in rows)
+            else []
+        ),
     ]
     path = folder / f"measured-{digest(facts)}.json"
     # The first process looks, so that no other one sees a file that was written in between.

@@ -17,11 +17,14 @@ from prefopt.safety.files import write_whole
 from prefopt.safety.tables import table
 from prefopt.unlearning import metrics
 from prefopt.unlearning.data import Question
-from prefopt.unlearning.measure import UTILITY_SETS, Measured, SetScores, numbers, summaries, utility_of
+from prefopt.unlearning.measure import UTILITY_SETS, Measured, SetScores, apart, numbers, summaries, utility_of
 
 _SHOWN = {
     "forget_probability": "probability of the answers",
     "forget_rouge": "ROUGE-L recall of its answers",
+    "forget_f1": "F1 of its continuations",
+    "verbatim_f1": "F1, verbatim set",
+    "forget_knowledge_f1": "F1 after examples",
     "forget_truth_ratio": "truth ratio",
     "forget_kl": "KL from the start (nats a token)",
     "extraction_strength": "extraction strength",
@@ -30,6 +33,7 @@ _SHOWN = {
     "log10_forget_quality": "its log10",
     "retain_probability": "probability of the answers",
     "retain_rouge": "ROUGE-L recall of its answers",
+    "retain_knowledge_f1": "F1 after examples",
     "retain_truth_ratio": "truth ratio",
     "retain_kl": "KL from the start (nats a token)",
     "real_authors_probability": "probability, real authors",
@@ -83,15 +87,17 @@ def intervals(measured: Measured) -> dict[str, tuple[float, float]]:
     """95% percentile intervals, over redrawn questions: of every mean, and of the model utility."""
     spans: dict[str, tuple[float, float]] = {}
     for name, scores in measured.items():
-        if name == "holdout" or len(scores.probability) < 2:
+        if name == "holdout":
             continue
-        columns = _columns(name, scores)
-        for what, total in _totals(name, scores).items():
-            interval = metrics.bootstrap(total, columns)
-            spans[f"{name}_{what}"] = interval.low, interval.high
-        if scores.kl:
-            interval = metrics.bootstrap(np.mean, np.array(scores.kl))
-            spans[f"{name}_kl"] = interval.low, interval.high
+        if len(scores.probability) > 1:
+            columns = _columns(name, scores)
+            for what, total in _totals(name, scores).items():
+                interval = metrics.bootstrap(total, columns)
+                spans[f"{name}_{what}"] = interval.low, interval.high
+        for what, values in apart(scores).items():
+            if len(values) > 1:
+                interval = metrics.bootstrap(np.mean, np.array(values))
+                spans[f"{name}_{what}"] = interval.low, interval.high
     if utility_of(measured) is not None:
         samples = [_columns(name, measured[name]) for name in UTILITY_SETS]
 

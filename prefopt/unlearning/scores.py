@@ -20,10 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.tokenize import tokens_of
 from prefopt.evaluation.arrays import Floats
-from prefopt.generation.answers import Answer
-from prefopt.generation.decode import Request, Rows, decode
-from prefopt.generation.prompts import Reader, end_tokens
-from prefopt.generation.samples import SamplingSettings
+from prefopt.generation.answers import Answer, continued
 from prefopt.losses import Need
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import Extras, Layout, PreferenceCollator, RowBatch, TokenScores
@@ -164,15 +161,7 @@ def answer_questions(
         batch_size: questions at once; where one is answered, the next takes its place.
     """
     prompts = [tokens_of({"prompt": prompt_of(q.question, tokenizer)}, (), tokenizer).prompt for q in questions]
-    ends = end_tokens(model, tokenizer)
-    reader = Reader(tokenizer, ends, ())
-    settings = SamplingSettings(samples=1, temperature=0.0, max_new_tokens=max_new_tokens)
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
-    with undisturbed(model):
-        rows = Rows([0] * len(prompts), settings, ends, None, model.device)
-        decode(model, [Request(prompts[number], [number]) for number in order], rows, pad, batch_size)
-    return [Answer(reader.text(drawn.tokens).strip(), drawn.finished) for drawn in rows.drawn()]
+    return [answer.stripped() for answer in continued(model, tokenizer, prompts, max_new_tokens, batch_size)]
 
 
 @dataclass(frozen=True)

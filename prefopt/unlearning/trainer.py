@@ -16,7 +16,8 @@ Rule = Literal["quality_and_utility", "muse", "none"]
 """Which evaluation's model is the result.
 
 `quality_and_utility`: the one with the largest harmonic mean of forget quality (a p-value) and model utility.
-`muse`: the first that says no more of the forgotten answers than the gold model (ROUGE); training stops there.
+`muse`: the first that says no more of the forgotten answers than the gold model (ROUGE-L recall of answers, F1 of the
+continuations of plain texts); training stops there.
 `none`: the last.
 """
 
@@ -47,6 +48,11 @@ class UnlearningTrainer(PreferenceTrainer):
         rule: Rule = "none",
         **keywords: Any,
     ) -> None:
+        if rule == "muse" and gold is not None and not (gold["forget"].rouge or gold["forget"].f1):
+            raise UsageError(
+                "best='muse' compares what both models say, and plain texts are not continued: set --verbatim_tokens "
+                "above 0"
+            )
         super().__init__(*arguments, **keywords)
         self._measure, self._gold, self.rule = measure, gold, rule
         self.measured: dict[int, Measured] = {}
@@ -65,7 +71,8 @@ class UnlearningTrainer(PreferenceTrainer):
         self.measured[self.state.global_step] = measured
         values = numbers(measured, self._gold)
         if self.rule == "muse":
-            reached = values["forget_rouge"] <= values["gold_forget_rouge"]
+            what = "forget_rouge" if "forget_rouge" in values else "forget_f1"
+            reached = values[what] <= values[f"gold_{what}"]
             # The first evaluation that reaches it counts, not the last.
             before = any(entry.get(f"{metric_key_prefix}_{REACHED}") for entry in self.state.log_history)
             values[REACHED] = float(reached and not before)

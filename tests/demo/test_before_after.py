@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from prefopt.demo.before_after import (
@@ -17,6 +15,7 @@ from prefopt.demo.before_after import (
     summarize,
 )
 from prefopt.generation.answers import Answer, greedy_answers
+from tests.tiny import make_model, make_tokenizer
 
 GOOD = Answer("Wool traps air, which keeps heat in.", True)
 LONG = Answer("Wool is warm. It comes from sheep.", True)
@@ -77,61 +76,15 @@ def test_different_counts_are_an_error() -> None:
         side_by_side(["Why?"], [GOOD, GOOD], [GOOD])
 
 
-class Parrot(torch.nn.Module):
-    """Answers each prompt with its own first letters, then ends; long prompts never end."""
-
-    device = torch.device("cpu")
-
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **settings: Any) -> torch.Tensor:
-        assert not self.training
-        assert settings["do_sample"] is False
-        rows = []
-        for ids, mask in zip(input_ids, attention_mask, strict=True):
-            real = ids[mask.bool()]
-            assert bool(mask[-1]), "prompts must be padded on the left"
-            body = torch.full((settings["max_new_tokens"],), 9)
-            if len(real) < 6:
-                body[:2], body[2:] = real[:2], 2
-            rows.append(torch.cat([ids, body]))
-        return torch.stack(rows)
-
-
-class Letters:
-    """One token per letter: a is 10, b is 11 ...; 2 ends an answer and pads."""
-
-    eos_token_id = pad_token_id = 2
-    padding_side = "right"
-
-    def apply_chat_template(self, chat: list[dict[str, str]], **_: object) -> str:
-        return chat[-1]["content"]
-
-    def __call__(self, batch: list[str], **_: object) -> Any:
-        width = max(map(len, batch))
-        rows = [[ord(letter) - 87 for letter in text] for text in batch]
-        pads = [[2] * (width - len(row)) for row in rows]
-        left = self.padding_side == "left"
-        ids = torch.tensor([p + r if left else r + p for p, r in zip(pads, rows, strict=True)])
-        kept = [
-            [0] * len(p) + [1] * len(r) if left else [1] * len(r) + [0] * len(p)
-            for p, r in zip(pads, rows, strict=True)
-        ]
-        return Inputs(input_ids=ids, attention_mask=torch.tensor(kept))
-
-    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-        return "".join(chr(token + 87) for token in tokens)
-
-
-class Inputs(dict):  # type: ignore[type-arg]
-    def to(self, _: object) -> Inputs:
-        return self
-
-
 def test_greedy_answers_keep_order_and_leave_settings_alone() -> None:
-    model, tokenizer = Parrot().train(), Letters()
-    prompts = ["abcd", "zzzzzzzz", [{"role": "user", "content": "pqr"}]]
-    answers = greedy_answers(model, tokenizer, prompts, max_new_tokens=4, batch_size=2)
-    assert answers[0] == Answer("ab", True)
-    assert not answers[1].ended
-    assert answers[2] == Answer("pq", True)
+    model, tokenizer = make_model().train(), make_tokenizer()
+    prompts = ["How does a bridge work?", "Hello", [{"role": "user", "content": "The quick brown fox"}], "dog"]
+    answers = greedy_answers(model, tokenizer, prompts, max_new_tokens=5, batch_size=2)
     assert model.training
-    assert tokenizer.padding_side == "right"
+    model.eval()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        new = model.generate(**ids, max_new_tokens=5, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert answer.text == tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert answer.ended == (tokenizer.eos_token_id in new)

@@ -184,6 +184,11 @@ def test_sets_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(UnlearningDataError, match="1 of 4 rows of the forget set are in the retain set"):
         main(argv=words(tmp_path, retain_set=shared))
     bare = write(tmp_path / "bare.jsonl", [{"question": "Ada?", "answer": "a fox"}])
+    with pytest.raises(UnlearningDataError, match="holds examples before the questions of --forget_knowledge_set"):
+        main(argv=words(tmp_path, "--forget_examples_set", bare))
+    plain = write(tmp_path / "text.jsonl", [{"text": "a fox"}])
+    with pytest.raises(UnlearningDataError, match=r"--verbatim_set .*each row needs a question"):
+        main(argv=words(tmp_path, "--verbatim_set", plain))
     with pytest.raises(UnlearningDataError, match=r"--forget_eval_set .*row 0 \(from 0\) has no perturbed_answer"):
         main(argv=words(tmp_path, "--forget_eval_set", bare))
 
@@ -196,24 +201,61 @@ def test_without_wrong_answers_and_gold_model_the_rest_is_measured(tmp_path):
     assert not {"forget_quality", "forget_truth_ratio"} & set(results["after"])
 
 
-def test_plain_texts_are_cut_forgotten_and_measured_against_a_holdout_set(tmp_path):
-    """Rows as of MUSE's raw texts or WMDP's corpora, longer than what is read at once."""
+def without(arguments: list[str], *options: str) -> list[str]:
+    """A command line without these options and their values."""
+    for option in options:
+        del arguments[arguments.index(option) : arguments.index(option) + 2]
+    return arguments
+
+
+def texts(folder: Path) -> dict[str, str]:
+    """Sets of plain texts, longer than what is read at once."""
 
     def text(word: str) -> dict:
         return {"text": " ".join([*THINGS, word, *THINGS] * 4)}
 
-    texts = {
-        name: write(tmp_path / f"text-{name}.jsonl", [text(letter) for letter in letters])
-        for name, letters in (("forget", "abcd"), ("retain", "efghij"), ("holdout", "klmn"))
+    sets = (("forget", "abcd"), ("retain", "efghij"), ("holdout", "klmn"))
+    return {
+        f"{name}_set": write(folder / f"text-{name}.jsonl", [text(letter) for letter in letters])
+        for name, letters in sets
     }
-    sets = {f"{name}_set": file for name, file in texts.items()}
-    arguments = words(tmp_path, "--max_length", "64", epochs="1", **sets)
-    for option in ("--real_authors_set", "--world_facts_set"):
-        del arguments[arguments.index(option) : arguments.index(option) + 2]
-    results = main(argv=arguments)
+
+
+def test_plain_texts_are_cut_forgotten_and_measured_against_a_holdout_set(tmp_path):
+    """Rows as of MUSE's raw texts or WMDP's corpora."""
+    arguments = words(tmp_path, "--max_length", "64", "--verbatim_tokens", "20", epochs="1", **texts(tmp_path))
+    results = main(argv=without(arguments, "--real_authors_set", "--world_facts_set"))
     assert results["after"]["forget_probability"] < results["before"]["forget_probability"]
-    assert {"auc_min_k", "extraction_strength", "retain_probability"} <= results["after"].keys()
-    assert not {"forget_rouge", "model_utility"} & results["after"].keys()
+    assert {"auc_min_k", "extraction_strength", "retain_probability", "forget_f1"} <= results["after"].keys()
+    assert {"forget_f1"} <= results["intervals"].keys()
+    assert not {"forget_rouge", "model_utility", "retain_f1"} & results["after"].keys()
+
+
+def test_muse_s_measures_and_its_rule_on_texts(tmp_path, capsys):
+    """A model that learned texts continues them; the gold model does not, and is where forgetting stops."""
+    asked = [
+        {"question": f"{name}?", "answer": f"a {thing}"}
+        for name, thing in zip(NAMES["forget"], THINGS[:4], strict=True)
+    ]
+    sets = {
+        **texts(tmp_path),
+        "verbatim_set": write(tmp_path / "verbatim.jsonl", [{"prompt": "fox dog bridge", "gt": "load gap cat sun"}]),
+        "forget_knowledge_set": write(tmp_path / "asked.jsonl", asked[:2]),
+        "forget_examples_set": write(tmp_path / "examples.jsonl", asked[2:]),
+        "retain_knowledge_set": write(tmp_path / "kept.jsonl", asked[2:]),
+    }
+    more = ["--max_length", "64", "--verbatim_tokens", "20", "--learn", "true", "--best", "muse"]
+    more += ["--evaluate_every", "1", "--learn_epochs", "8", "--loss", "ga", "--learning_rate", "1e-2"]
+    arguments = words(tmp_path, *more, **sets)
+    results = main(argv=without(arguments, "--real_authors_set", "--world_facts_set"))
+    names = {"forget_f1", "verbatim_f1", "forget_knowledge_f1", "retain_knowledge_f1"}
+    assert names <= results["after"].keys()
+    assert names <= results["gold"].keys()
+    assert "F1 after examples" in capsys.readouterr().out
+    evaluations = results["evaluations"]
+    assert evaluations[-1]["eval_forget_f1"] <= evaluations[-1]["eval_gold_forget_f1"] or len(evaluations) == 4
+    with pytest.raises(UsageError, match="set --verbatim_tokens above 0"):
+        main(argv=[*arguments, "--verbatim_tokens", "0", "--output_dir", str(tmp_path / "none")])
 
 
 def test_how_far_answers_moved_from_the_start_is_measured_where_the_start_is_in_memory(first, tmp_path):

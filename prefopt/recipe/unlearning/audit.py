@@ -205,14 +205,17 @@ class _Audit:
         return found
 
     def _measured(self, role: str) -> Measured:
-        most = self.sources.max_length
+        most, beginning = self.sources.max_length, self.sources.arguments().verbatim_tokens
 
         def now() -> Measured:
             self.say(f"Measuring {_WORDS[role]}")
             model = self._load(role)
-            return measure(model, self.tokenizer, self.questions.measured, max_length=most, layout=self.layout)
+            return measure(
+                model, self.tokenizer, self.questions.measured, max_length=most, verbatim_tokens=beginning,
+                layout=self.layout,
+            )  # fmt: skip
 
-        return stored(self.folders[role], self.models[role], self.questions.measured, now, most)
+        return stored(self.folders[role], self.models[role], self.questions.measured, now, most, beginning)
 
     def _load(self, role: str) -> Any:
         model = load_model(self.models[role], {"dtype": self._dtype})

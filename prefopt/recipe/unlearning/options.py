@@ -10,9 +10,13 @@ from typing import ClassVar, cast, get_args
 from prefopt import unlearning
 from prefopt.recipe.arguments import Recipe, RecipeArguments
 from prefopt.unlearning.data import source_of
+from prefopt.unlearning.measure import VERBATIM_PROMPT
 from prefopt.unlearning.trainer import Rule
 
-SETS_TO_MEASURE = ("forget_eval", "retain_eval", "real_authors", "world_facts", "holdout")
+SETS_TO_MEASURE = (
+    "forget_eval", "retain_eval", "real_authors", "world_facts", "holdout", "verbatim", "forget_knowledge",
+    "retain_knowledge", "forget_examples", "retain_examples",
+)  # fmt: skip
 """Sets beside the two that are trained on: `--NAME_set`."""
 
 _ELSEWHERE = "forget and retain sets are named with --forget_set and --retain_set"
@@ -68,6 +72,31 @@ class UnlearningArguments(RecipeArguments):
         default=None,
         metadata={"help": "Rows like the forget set's that no model has seen, for membership inference."},
     )
+    verbatim_set: str | None = field(
+        default=None,
+        metadata={
+            "help": "Beginnings of texts to forget (prompt) and how they go on (gt), as in "
+            "muse-bench/MUSE-News:verbmem:forget."
+        },
+    )
+    verbatim_tokens: int = field(
+        default=VERBATIM_PROMPT,
+        metadata={"help": "Plain texts to forget are continued after this many tokens; 0 leaves it out."},
+    )
+    forget_knowledge_set: str | None = field(
+        default=None,
+        metadata={
+            "help": "Questions about texts to forget, asked after examples, as in "
+            "muse-bench/MUSE-News:knowmem:forget_qa."
+        },
+    )
+    forget_examples_set: str | None = field(
+        default=None, metadata={"help": "The examples before them, as in muse-bench/MUSE-News:knowmem:forget_qa_icl."}
+    )
+    retain_knowledge_set: str | None = field(
+        default=None, metadata={"help": "Questions about texts to retain, asked after examples."}
+    )
+    retain_examples_set: str | None = field(default=None, metadata={"help": "The examples before them."})
     learn: bool = field(
         default=False,
         metadata={

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefopt.recipe.arguments import Recipe
 from prefopt.recipe.ready import hub_errors
 from prefopt.recipe.unlearning.options import UnlearningArguments, options_of
+from prefopt.unlearning.continuations import CONTINUED_SETS, KNOWLEDGE_SETS
 from prefopt.unlearning.data import (
     IDK,
     Question,
@@ -17,6 +18,7 @@ from prefopt.unlearning.data import (
     check_apart,
     read_questions,
 )
+from prefopt.unlearning.metrics import few_shot_prompt
 from prefopt.unlearning.metrics.extra import required
 
 
@@ -69,7 +71,38 @@ def read_sets(script: UnlearningArguments, bundled: bool) -> Sets:
             measured[name] = read_questions(source)
             if name != "holdout":
                 _check_measurable(f"--{option} {source}", measured[name])
+    measured |= _continued(script)
     return Sets(forget, retain, _first(measured, script.measured_rows), _idk(script))
+
+
+def _continued(script: UnlearningArguments) -> dict[str, list[Question]]:
+    """The sets whose questions are prompts to continue; those about knowledge have their examples before them."""
+    if script.verbatim_tokens < 0:
+        raise UnlearningDataError(f"--verbatim_tokens is {script.verbatim_tokens}; 0 leaves continuations out")
+    sets: dict[str, list[Question]] = {}
+    for name in CONTINUED_SETS:
+        source, shown = getattr(script, f"{name}_set"), name.replace("knowledge", "examples")
+        examples = getattr(script, f"{shown}_set") if name in KNOWLEDGE_SETS else None
+        if source is None:
+            if examples is not None:
+                raise UnlearningDataError(
+                    f"--{shown}_set holds examples before the questions of --{name}_set: name it"
+                )
+            continue
+        rows = _asked(f"--{name}_set {source}", source)
+        if name in KNOWLEDGE_SETS:
+            before = [] if examples is None else _asked(f"--{shown}_set {examples}", examples)
+            pairs = [(example.question, example.answer) for example in before]
+            rows = [replace(row, question=few_shot_prompt(row.question, pairs)) for row in rows]
+        sets[name] = rows
+    return sets
+
+
+def _asked(option: str, source: str) -> list[Question]:
+    rows = read_questions(source)
+    if not rows or not all(row.question for row in rows):
+        raise UnlearningDataError(f"{option}: each row needs a question (or a prompt) and its answer (or gt)")
+    return rows
 
 
 def _check_measurable(name: str, questions: list[Question]) -> None:

@@ -18,11 +18,12 @@ AUDIT = "audit.json"
 
 SET_OPTIONS = (
     "forget_set", "retain_set", "forget_eval_set", "retain_eval_set", "real_authors_set", "world_facts_set",
-    "holdout_set",
+    "holdout_set", "verbatim_set", "forget_knowledge_set", "forget_examples_set", "retain_knowledge_set",
+    "retain_examples_set",
 )  # fmt: skip
 """The options that name sets."""
 
-_NUMBERS = ("measured_rows", "learn_learning_rate")
+_NUMBERS = ("measured_rows", "learn_learning_rate", "verbatim_tokens")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Sources:
         start: the model before forgetting, a folder or a Hub name; None if it is not known.
         gold: the gold model; None without one.
         bundled: whether the sets are the bundled ones.
-        options: values of the options in `SET_OPTIONS`, `measured_rows` and `learn_learning_rate`.
+        options: values of the options in `SET_OPTIONS` and `_NUMBERS`.
         models_dir: where numbers of the start and of the gold model are stored; None if no run says so.
         dtype: of the weights while forgetting.
         max_length: plain texts were cut into parts of this many tokens.

@@ -80,17 +80,19 @@ def measure_first(recipe: Recipe, ready: Ready, questions: Sets, models: Models)
     Raises:
         UsageError: if the gold model knows the forget set.
     """
-    folder, layout = Path(options_of(recipe).models_dir), Layout("auto")
+    script, layout = options_of(recipe), Layout("auto")
+    folder, beginning = Path(script.models_dir), script.verbatim_tokens
 
     def of(name: str, role: str) -> Measured:
         def now() -> Measured:
             recipe.console.print(f"Measuring the {role}", soft_wrap=True)
             model = load_model(name, {**ready.options, "device_map": None}).to(ready.training.device)
             return measure(
-                model, ready.tokenizer, questions.measured, max_length=ready.training.max_length, layout=layout
-            )
+                model, ready.tokenizer, questions.measured, max_length=ready.training.max_length,
+                verbatim_tokens=beginning, layout=layout,
+            )  # fmt: skip
 
-        return stored(folder, name, questions.measured, now, ready.training.max_length)
+        return stored(folder, name, questions.measured, now, ready.training.max_length, beginning)
 
     start = of(models.start, "model before forgetting")
     if models.gold is None:
@@ -128,7 +130,13 @@ def make_trainer(
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
         measure=lambda model, start: measure(
-            model, ready.tokenizer, questions.measured, start=start, max_length=args.max_length, layout=layout
+            model,
+            ready.tokenizer,
+            questions.measured,
+            start=start,
+            max_length=args.max_length,
+            verbatim_tokens=script.verbatim_tokens,
+            layout=layout,
         ),
         gold=measurements.gold,
         rule=script.rule,
@@ -145,7 +153,14 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self._console = recipe.console
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
-        names = ("forget_probability", "forget_rouge", "forget_quality", "retain_probability", "model_utility")
+        names = (
+            "forget_probability",
+            "forget_rouge",
+            "forget_f1",
+            "forget_quality",
+            "retain_probability",
+            "model_utility",
+        )
         present = {name.replace("_", " "): metrics.get(f"eval_{name}") for name in names}
         values = [f"{words} {value:.2g}" for words, value in present.items() if value is not None]
         self._console.print(f"measured at step {state.global_step}: {', '.join(values)}", soft_wrap=True)

@@ -61,8 +61,9 @@ def ask(
     bare = [replace(question, paraphrase="", wrong=()) for question in questions]
     # With one answer to a question there is nothing to share, and no layout to choose.
     measured = measure(
-        model, tokenizer, {"forget": bare}, max_length=max_length, max_new_tokens=max_new_tokens, layout="padded"
-    )
+        model, tokenizer, {"forget": bare}, max_length=max_length, max_new_tokens=max_new_tokens, layout="padded",
+        verbatim_tokens=0,
+    )  # fmt: skip
     return plain(measured["forget"])
 
 

@@ -30,6 +30,12 @@ from prefopt.unlearning.metrics.membership import (
     zlib_score,
 )
 from prefopt.unlearning.metrics.memorization import exact_memorization, extraction_strength
+from prefopt.unlearning.metrics.muse import (
+    few_shot_prompt,
+    first_answer,
+    knowledge_memorization,
+    verbatim_memorization,
+)
 from prefopt.unlearning.metrics.quality import ForgetQuality, forget_quality
 from prefopt.unlearning.metrics.rouge import RougeL, rouge_l
 from prefopt.unlearning.metrics.sampling import leak_at_k
@@ -43,9 +49,12 @@ __all__ = [
     "degeneration",
     "exact_memorization",
     "extraction_strength",
+    "few_shot_prompt",
+    "first_answer",
     "forget_quality",
     "forget_truth_ratio",
     "kl_to_start",
+    "knowledge_memorization",
     "leak_at_k",
     "loss_score",
     "membership_auc",
@@ -61,5 +70,6 @@ __all__ = [
     "rouge_l",
     "truth_ratio",
     "utility_truth_ratio",
+    "verbatim_memorization",
     "zlib_score",
 ]

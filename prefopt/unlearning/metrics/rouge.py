@@ -30,8 +30,8 @@ class RougeL:
     f1: Floats
 
 
-def rouge_l(answers: Sequence[str], references: Sequence[str], any_script: bool = False) -> RougeL:
-    """ROUGE-L with Porter's stemmer, by Google's rouge-score: for English.
+def rouge_l(answers: Sequence[str], references: Sequence[str], any_script: bool = False, stem: bool = True) -> RougeL:
+    """ROUGE-L, by Google's rouge-score: for English.
 
     rouge-score reads the letters a to z and digits, and takes all others as spaces.
 
@@ -40,6 +40,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str], any_script: bool 
         references: N texts to compare them with.
         any_script: for other languages: words of letters of any script, unstemmed. In scripts that do not separate
             words each letter counts as one. Not comparable with published numbers.
+        stem: whether Porter's stemmer takes the endings off words: TOFU does, MUSE does not.
 
     Raises:
         UsageError: for a reference without a word.
@@ -48,7 +49,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str], any_script: bool 
         raise UsageError(f"as many answers as references are needed, got {len(answers)} and {len(references)}")
     module = required("rouge_score.rouge_scorer", "rouge-score", "ROUGE")
     # With a tokenizer of its own it does not stem.
-    scorer = module.RougeScorer(["rougeL"], use_stemmer=True, tokenizer=AnyScript() if any_script else None)
+    scorer = module.RougeScorer(["rougeL"], use_stemmer=stem, tokenizer=AnyScript() if any_script else None)
     recall, f1 = [], []
     for row, (answer, reference) in enumerate(zip(answers, references, strict=True)):
         if not any_script and not any(letter.isascii() and letter.isalnum() for letter in reference):

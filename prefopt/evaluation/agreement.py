@@ -34,6 +34,7 @@ class JudgeSummary:
         consistent: of the pairs decided in both orders, the share with the same winner.
         length_tau: Kendall's tau-b between quality and length, over pairs of one prompt's samples; above 0 longer
             completions are preferred.
+        longer_wins: of the pairs that the judge orders and whose lengths differ, the share in which the longer wins.
     """
 
     judge: str
@@ -46,6 +47,7 @@ class JudgeSummary:
     first_wins: float | None
     consistent: float | None
     length_tau: float | None
+    longer_wins: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def _summary(judge: str, judgements: Sequence[Judgement], lengths: Mapping[tuple
         first_wins=_mean(decided),
         consistent=_consistent(preferences),
         length_tau=tau_b(orders, longer),
+        longer_wins=_mean([orders[pair] == order for pair, order in longer.items() if orders[pair] and order]),
     )
 
 

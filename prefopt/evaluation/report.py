@@ -118,36 +118,65 @@ def _of_model(
         "distinct_2": distinct_n(words, 2),
         "repetition": float(np.mean([repetition(one, 4) for one in words])),
     }
-    if set(np.unique(model.scores)) <= {0.0, 1.0}:
-        count = model.scores.shape[1]
-        right = model.scores.sum(axis=1).astype(int)
-        ks = sorted({1, *(k for k in (2, 4, 8, 16, 32, 64) if k < count), count})
-        facts["pass_at_k"] = {k: bootstrap(np.mean, [pass_at_k(count, c, k) for c in right], **how) for k in ks}
-    votes = _votes(model, prompts)
+    passes = passes_at_k(model)
+    facts["pass_at_k"] = {k: bootstrap(np.mean, values, **how) for k, values in passes.items()}
+    votes = votes_right(model, prompts)
     if votes:
         facts["majority"] = bootstrap(np.mean, votes, **how)
     if model is not first:
-        facts["win_rate"], facts["length_controlled"] = _against(model, first, how)
+        won = Wins.of(model, first)
+        facts["win_rate"], facts["length_controlled"] = won.raw(**how), won.length_controlled(**how)
     return ModelReport(**facts)
 
 
-def _votes(model: Evaluated, prompts: Sequence[PromptRow]) -> list[float]:
-    """Whether the majority's number is right, for each prompt; empty where a prompt has no number as answer."""
-    answers = [final_number(str(row.columns.get("answer", ""))) for row in prompts]
+def passes_at_k(model: Evaluated) -> dict[int, list[float]]:
+    """`pass_at_k` of each prompt by k (1, 2, 4 ... the number of samples); empty unless all scores are 0 or 1."""
+    if not set(np.unique(model.scores)) <= {0.0, 1.0}:
+        return {}
+    count = model.scores.shape[1]
+    right = model.scores.sum(axis=1).astype(int)
+    ks = sorted({1, *(k for k in (2, 4, 8, 16, 32, 64) if k < count), count})
+    return {k: [pass_at_k(count, c, k) for c in right] for k in ks}
+
+
+def votes_right(model: Evaluated, prompts: Sequence[PromptRow], column: str = "answer") -> list[float]:
+    """Whether the majority's number is right, for each prompt; empty where a prompt has no number in the column."""
+    answers = [final_number(str(row.columns.get(column, ""))) for row in prompts]
     if None in answers or len(answers) < 2:
         return []
     voted = [majority_vote([final_number(sample.completion) for sample in group]) for group in model.groups]
     return [float(vote == answer) for vote, answer in zip(voted, answers, strict=True)]
 
 
-def _against(model: Evaluated, first: Evaluated, how: Mapping[str, Any]) -> tuple[Interval, Interval]:
-    difference = model.prompt_scores - first.prompt_scores
-    both = ~np.isnan(difference)
-    wins = (np.sign(difference[both]) + 1) / 2
-    ours, theirs = (_lengths(one)[both] for one in (model, first))
-    return win_rate(wins, **how), length_controlled_win_rate(wins, ours, theirs, **how)
+@dataclass(frozen=True)
+class Wins:
+    """One model against another on N prompts that both have a score for.
+
+    Attributes:
+        wins: (N,) 1 where its mean score is higher, 0.5 for a tie, 0.
+        lengths: (N,) its samples' mean characters.
+        other_lengths: (N,) the other's.
+    """
+
+    wins: Floats
+    lengths: Floats
+    other_lengths: Floats
+
+    @classmethod
+    def of(cls, model: Evaluated, other: Evaluated) -> Wins:
+        difference = model.prompt_scores - other.prompt_scores
+        both = ~np.isnan(difference)
+        return cls((np.sign(difference[both]) + 1) / 2, mean_lengths(model)[both], mean_lengths(other)[both])
+
+    def raw(self, **how: Any) -> Interval:
+        """`win_rate`, with its options."""
+        return win_rate(self.wins, **how)
+
+    def length_controlled(self, **how: Any) -> Interval:
+        """`length_controlled_win_rate`, with its options."""
+        return length_controlled_win_rate(self.wins, self.lengths, self.other_lengths, **how)
 
 
-def _lengths(model: Evaluated) -> Floats:
+def mean_lengths(model: Evaluated) -> Floats:
     """(N,) mean characters of each prompt's samples."""
     return np.array([np.mean([len(sample.completion) for sample in group]) for group in model.groups])

@@ -87,6 +87,16 @@ class RoundFolder:
         return self.path / "heldout_judgements.jsonl"
 
     @property
+    def kl_samples(self) -> Path:
+        """Completions of held-out prompts at temperature 1, where the held-out answers are not."""
+        return self.path / "heldout_kl_samples.jsonl"
+
+    @property
+    def kl(self) -> Path:
+        """Log-probabilities of completions under the round's model and the initial one."""
+        return self.path / "heldout_kl.jsonl"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 

@@ -43,6 +43,12 @@ class Judges:
         return self._names
 
     @property
+    def answer_column(self) -> str:
+        """The prompts' column with the right number, as the first judge that reads one names it."""
+        columns = (spec.options["column"] for spec in self.specs if "column" in spec.options)
+        return str(next(columns, "answer"))
+
+    @property
     def weights(self) -> Mapping[str, float] | None:
         """By the judge's name; None if all count equally."""
         if len({spec.weight for spec in self.specs}) == 1:

@@ -20,16 +20,20 @@ from prefopt.evaluation.stage import ALL_PAIRS, Comparisons
 from prefopt.generation.from_file import FileGenerator
 from prefopt.generation.samples import Generator, PromptRow, SamplingSettings, read_samples
 from prefopt.generation.stage import sample_to_file
+from prefopt.online.best import best_round, check_metric, name_in_card, run_summary
 from prefopt.online.comparisons import comparisons_of
 from prefopt.online.folders import Manifest, RoundFolder
 from prefopt.online.generators import Generators
+from prefopt.online.heldout import against, answers_in, heldout_numbers
 from prefopt.online.judging import Judges
+from prefopt.online.kl import kl_numbers, kl_sampling, score_completions
 from prefopt.online.options import heldout_sampling_of, options_of, pairing_of, sampling_of
 from prefopt.online.pairing import write_pairs
 from prefopt.online.policy import RoundPlan, plan_round, prompts_of
-from prefopt.online.summary import heldout_numbers, rounds_table, sample_numbers
+from prefopt.online.summary import heldout_line, judge_lines, judge_numbers, rounds_table, sample_numbers
 from prefopt.online.training import average_models, remove_checkpoints, train_round
 from prefopt.recipe import Recipe
+from prefopt.recipe.build import load_to_sample
 from prefopt.recipe.ready import Ready
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import UNFINISHED, write_text
@@ -39,8 +43,8 @@ from prefopt.trainer.config import default_of
 _WITHOUT_EFFECT = re.compile(
     r"output_dir|run_name|project|report_to|push_to_hub|hub_.*|trackio_.*|logging_.*|log_.*|disable_tqdm|do_.*|save_.*"
     r"|eval_.*|dataloader_(num_workers|pin_memory|prefetch_factor|persistent_workers)|dataset_num_proc|.*_token|demo"
-    r"|dry_run|rounds|(heldout_)?prompts|per_device_eval_batch_size|model_init_kwargs|.*_plugin|.*_config|use_cpu"
-    r"|deepspeed|fsdp.*|resume_from_checkpoint|server_(url|restart|key_variable|concurrency)"
+    r"|dry_run|rounds|best_round_by|(heldout_)?prompts|per_device_eval_batch_size|model_init_kwargs|.*_plugin|.*_config"
+    r"|use_cpu|deepspeed|fsdp.*|resume_from_checkpoint|server_(url|restart|key_variable|concurrency)"
 )
 """Options that the files of a run do not depend on, or that stand elsewhere in its settings."""
 
@@ -97,13 +101,26 @@ class Rounds:
         self._remove_unfinished()
         self._store_prompts()
         summaries = [self._initial()]
+        if self._prompts.heldout:
+            check_metric(summaries[0], self._script.best_round_by)
         for number in range(1, self._script.rounds + 1):
             summaries.append(self._round(number))
             self._recipe.console.print(rounds_table(summaries))
+            self._name_best(summaries)
         self._generators.close()
         if self._judges is not None:
             self._judges.close()
         return summaries
+
+    def _name_best(self, summaries: Sequence[Mapping[str, Any]]) -> None:
+        """Print the best round so far, and store it beside the manifest and in the last model's card."""
+        best = best_round(summaries, self._script.best_round_by, self._ready.model)
+        self._write(self._run / "summary.json", run_summary(summaries, best))
+        if best is None:
+            return
+        self._say(self._short(str(best)))
+        if PartialState().is_main_process and (number := len(summaries) - 1) == self._script.rounds:
+            name_in_card(RoundFolder(self._run, number).model / "README.md", number, best)
 
     # ---- one round -------------------------------------------------------------------------------------------------
 
@@ -194,12 +211,43 @@ class Rounds:
             self._draw(folder.heldout_samples, self._generators.open(model), heldout, settings, folder.number)
             self._judge(folder.heldout_samples, folder.heldout_judgements, heldout)
             files += [folder.heldout_samples, folder.heldout_judgements]
-            samples = list(read_samples(folder.heldout_samples))
-            judgements = list(read_judgements(folder.heldout_judgements))
-            facts = {**facts, "heldout": heldout_numbers(samples, judgements, self._pairing.weights)}
+            facts = {**facts, "heldout": self._heldout(folder)}
+            if self._script.heldout_kl and folder.number:
+                facts["kl"] = self._kl(folder, model, settings)
+                files += [file for file in (folder.kl_samples, folder.kl) if file.exists()]
         self._write(folder.summary, _json(facts))
         self._manifest.done(folder.number, "evaluate", files)
+        for line in (*judge_lines(facts), heldout_line(facts)):
+            if line:
+                self._say(line)
         return facts
+
+    def _heldout(self, folder: RoundFolder) -> dict[str, Any]:
+        weights, number = self._pairing.weights, folder.number
+        answers = answers_in(folder, weights)
+        column = "answer" if self._judges is None else self._judges.answer_column
+        numbers = heldout_numbers(answers, self._prompts.heldout, column)
+        if number:
+            numbers["against_start"] = against(answers, answers_in(RoundFolder(self._run, 0), weights))
+            numbers["against_previous"] = (
+                numbers["against_start"]
+                if number == 1
+                else against(answers, answers_in(RoundFolder(self._run, number - 1), weights))
+            )
+        return numbers
+
+    def _kl(self, folder: RoundFolder, model: str, heldout: SamplingSettings) -> dict[str, Any]:
+        settings, file = kl_sampling(heldout), folder.heldout_samples
+        if settings != heldout:
+            file = folder.kl_samples
+            self._draw(file, self._generators.open(model), self._prompts.heldout, settings, folder.number)
+        self._generators.close()
+        loads = [partial(load_to_sample, name, self._recipe, self._ready) for name in (model, self._ready.model)]
+        scored = score_completions(
+            list(read_samples(file)), self._prompts.heldout, self._ready.tokenizer, loads, settings.stop
+        )
+        self._write(folder.kl, "".join(json.dumps(one.line()) + "\n" for one in scored))
+        return kl_numbers(scored)
 
     def _facts(self, folder: RoundFolder, words: Mapping[str, str]) -> dict[str, Any]:
         samples, judgements = list(read_samples(folder.samples)), list(read_judgements(folder.judgements))
@@ -207,6 +255,7 @@ class Rounds:
             "round": folder.number,
             "policy": dict(words),
             "samples": sample_numbers(samples, judgements, self._pairing.weights),
+            **judge_numbers(judgements, samples),
             "pairs": json.loads(folder.counts.read_text(encoding="utf-8")),
             "training": json.loads(folder.training.read_text(encoding="utf-8")),
         }

@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, cast
 
 from prefopt.generation.samples import SamplingSettings
+from prefopt.online.best import METRICS
 from prefopt.online.builders import parse_builder
 from prefopt.online.pairing import PairSettings
 from prefopt.online.tasks import TASKS
@@ -34,7 +35,7 @@ class RoundsArguments(RecipeArguments):
         **dict.fromkeys(("ref_model_name_or_path", "previous_model_name_or_path"), _POLICY),
         **dict.fromkeys(("resume_from_checkpoint", "overwrite_output_dir", "evaluate_first"), _OWN),
         "eval_strategy": "each round ends with an evaluation on --heldout_prompts",
-        "load_best_model_at_end": "each round ends with its last step; the table shows which round is best",
+        "load_best_model_at_end": "each round ends with its last step; --best_round_by names the best round",
     }
 
     task: str = field(
@@ -150,6 +151,17 @@ class RoundsArguments(RecipeArguments):
     heldout_samples: int = field(
         default=1, metadata={"help": "Samples of each held-out prompt; a single one is the likeliest (greedy)."}
     )
+    heldout_kl: bool = field(
+        default=True,
+        metadata={
+            "help": "Estimate each round's KL to the initial model. It costs one more sample of each held-out prompt "
+            "and two forward passes over it."
+        },
+    )
+    best_round_by: str = field(
+        default="mean_score",
+        metadata={"help": "The held-out number that the best round is chosen by.", "choices": list(METRICS)},
+    )
 
     def __post_init__(self) -> None:
         if hasattr(super(), "__post_init__"):
@@ -174,6 +186,10 @@ class RoundsArguments(RecipeArguments):
             )
         if self.round_optimizer == "keep" and self.round_start == "initial":
             raise UsageError("round_optimizer keep is of no use with round_start initial: it belongs to other weights")
+        if self.best_round_by in ("pass_at_k", "majority_vote") and self.heldout_samples == 1:
+            raise UsageError(f"best_round_by {self.best_round_by} needs several answers: set heldout_samples")
+        if self.best_round_by != "mean_score" and task is None and self.heldout_prompts is None:
+            raise UsageError(f"best_round_by {self.best_round_by} needs heldout_prompts")
         parse_builder(self.pairs)
         self._check_generator()
 

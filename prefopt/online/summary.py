@@ -1,88 +1,144 @@
-"""The summary of a round: counts and numbers, as JSON beside its files and as a table of all rounds."""
+"""The summary of a round: counts and numbers, as JSON beside its files, as lines, and as a table of all rounds."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.table import Table
 
-from prefopt.evaluation.intervals import bootstrap
+from prefopt.evaluation.agreement import agreements, summarize
 from prefopt.evaluation.judgements import Judgement, scores_by_prompt
-from prefopt.evaluation.texts import distinct_n, words_of
+from prefopt.evaluation.texts import distinct_n, repetition, words_of
 from prefopt.generation.samples import Sample
 from prefopt.safety.tables import table
 
 
 def sample_numbers(samples: Sequence[Sample], judgements: Sequence[Judgement], weights: Any) -> dict[str, Any]:
-    """Mean score and length of samples.
+    """`numbers_of` samples, with the weighted mean of their judges' scores."""
+    by_prompt = scores_by_prompt(judgements, weights)
+    scores = (by_prompt.get(sample.prompt_id, {}).get(sample.index) for sample in samples)
+    return numbers_of(samples, [score for score in scores if score is not None])
+
+
+def numbers_of(samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, Any]:
+    """Mean score, length and variety of samples.
 
     Returns:
-        `samples`, `scored`, `unfinished`, `mean_score` (None without scores), `mean_tokens`.
+        `samples`, `scored`, `unfinished`, `mean_score` (None without scores), `mean_tokens`; `distinct_2`, the share
+        of all pairs of words that are distinct; `repetition`, the mean share of a sample's runs of four words that
+        occurred in it before.
     """
-    return _numbers(samples, scores_by_prompt(judgements, weights))
-
-
-def _numbers(samples: Sequence[Sample], by_prompt: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
-    found = (by_prompt.get(sample.prompt_id, {}).get(sample.index) for sample in samples)
-    scores = [score for score in found if score is not None]
+    words = [words_of(sample.completion) for sample in samples]
     return {
         "samples": len(samples),
         "scored": len(scores),
         "unfinished": sum(not sample.finished for sample in samples),
         "mean_score": statistics.fmean(scores) if scores else None,
         "mean_tokens": statistics.fmean(sample.token_count for sample in samples) if samples else None,
+        "distinct_2": distinct_n(words, 2),
+        "repetition": statistics.fmean(repetition(one, 4) for one in words) if words else None,
     }
 
 
-def heldout_numbers(samples: Sequence[Sample], judgements: Sequence[Judgement], weights: Any) -> dict[str, Any]:
-    """`sample_numbers` of answers to held-out prompts, with a 95% interval of the mean score over prompts.
+def judge_numbers(judgements: Sequence[Judgement], samples: Sequence[Sample]) -> dict[str, Any]:
+    """What a round's judgements say of its judges.
 
     Returns:
-        Also `interval`, and `distinct_2`, the share of pairs of words that are distinct.
+        `judges`: a `JudgeSummary` each (position bias, length bias, what is missing); `agreements`: an `Agreement` of
+        every two judges that ordered the same samples.
     """
-    by_prompt = scores_by_prompt(judgements, weights)
-    means = [statistics.fmean(scores.values()) for scores in by_prompt.values()]
-    words = [words_of(sample.completion) for sample in samples]
-    return {**_numbers(samples, by_prompt), "interval": interval(means), "distinct_2": distinct_n(words, 2)}
+    return {
+        "judges": [asdict(one) for one in summarize(judgements, samples)],
+        "agreements": [{**asdict(one), "judges": list(one.judges)} for one in agreements(judgements)],
+    }
 
 
-def interval(means: Sequence[float]) -> list[float] | None:
-    """The bootstrap 95% interval of the mean over prompts; None for fewer than two."""
-    if len(means) < 2:
-        return None
-    measured = bootstrap(np.mean, list(means))
-    return [measured.low, measured.high]
+# ---- for the screen ----------------------------------------------------------------------------------------------
+
+
+def judge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each judge of a round with its biases, and one for every two judges."""
+    for one in summary.get("judges", []):
+        biases = {
+            "ties": one["ties"] if one["kind"] == "preference" else one["tied_pairs"],
+            "the first shown wins": one["first_wins"],
+            "both orders agree": one["consistent"],
+            "the longer wins": one["longer_wins"],
+        }
+        facts = [f"{one['judged']} judged", *(f"{n} {reason}" for reason, n in one["missing"].items())]
+        facts += [f"{name} {share:.0%}" for name, share in biases.items() if share is not None]
+        yield f"Judge {one['judge']}: {', '.join(facts)}"
+    for two in summary.get("agreements", []):
+        kappa = "" if two["kappa"] is None else f" (kappa {two['kappa']:.2f})"
+        yield f"Judges {' and '.join(two['judges'])} order {two['same']:.0%} of {two['pairs']} pairs alike{kappa}"
+
+
+def heldout_line(summary: Mapping[str, Any]) -> str:
+    """The held-out numbers of a round that the table has no column for; "" if there are none."""
+    numbers = summary.get("heldout") or {}
+    facts = [f"pass@{k} {with_interval(one)}" for k, one in numbers.get("pass_at_k", {}).items()]
+    if numbers.get("majority_vote"):
+        facts.append(f"majority vote {with_interval(numbers['majority_vote'])}")
+    for name, other in (("start", "the start"), ("previous", "the round before")):
+        won = numbers.get(f"against_{name}")
+        if won and (name == "start" or summary["round"] > 1):
+            controlled = with_interval(won["length_controlled_win_rate"])
+            facts.append(f"wins against {other} {with_interval(won['win_rate'])}, length-controlled {controlled}")
+    if kl := summary.get("kl"):
+        facts.append(f"KL to the initial model {kl['mean']:.3g} \u00b1 {kl['standard_error']:.2g} nats")
+    return f"Held-out answers of round {summary['round']}: {'; '.join(facts)}" if facts else ""
 
 
 def rounds_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a round: pairs, what was left out, the score of its samples, the held-out score, length."""
-    headings = ("round", "pairs", "no pair", "ties", "cut", "score", "held-out [95%]", "tokens")
-    shown = table(*headings, right=headings, title="Rounds", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    """One row a round: pairs, what was left out, the score of its samples, the held-out numbers.
+
+    Win rates against the start and KL have a column where a round has them.
+    """
+    more = {"win": any(map(_win, summaries)), "KL": any(one.get("kl") for one in summaries)}
+    headings = [
+        *("round", "pairs", "unpaired", "ties", "cut", "score", "held-out [95%]"),
+        *(name for name, shown in more.items() if shown),
+        "tokens",
+    ]
+    shown = table(*headings, right=headings, title="Rounds", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for summary in summaries:
         pairs, drawn, heldout = (summary.get(name) or {} for name in ("pairs", "samples", "heldout"))
-        shown.add_row(
-            str(summary["round"]) if summary["round"] else "start",
-            _number(pairs.get("pairs")),
-            _number(sum(pairs["prompts_without_pair"].values()) if pairs else None),
-            _number(sum(n for reason, n in pairs["pairs_left_out"].items() if "tie" in reason) if pairs else None),
-            _number(drawn.get("unfinished")),
-            _number(drawn.get("mean_score")),
-            _with_interval(heldout),
-            _number(heldout.get("mean_tokens")),
-        )
+        low, high = heldout.get("interval") or (None, None)
+        score = {"value": heldout.get("mean_score"), "low": low, "high": high}
+        cells = {
+            "round": str(summary["round"]) if summary["round"] else "start",
+            "pairs": _number(pairs.get("pairs")),
+            "unpaired": _number(sum(pairs["prompts_without_pair"].values()) if pairs else None),
+            "ties": _number(
+                sum(n for reason, n in pairs["pairs_left_out"].items() if "tie" in reason) if pairs else None
+            ),
+            "cut": _number(drawn.get("unfinished")),
+            "score": _number(drawn.get("mean_score")),
+            "held-out [95%]": with_interval(score, digits=2),
+            "win": _number(_win(summary), 2),
+            "KL": _number((summary.get("kl") or {}).get("mean"), 2),
+            "tokens": _number(heldout.get("mean_tokens")),
+        }  # fmt: skip
+        shown.add_row(*(cells[name] for name in headings))
     return shown
 
 
-def _with_interval(heldout: Mapping[str, Any]) -> str:
-    if heldout.get("mean_score") is None:
+def _win(summary: Mapping[str, Any]) -> float | None:
+    won = (summary.get("heldout") or {}).get("against_start")
+    return float(won["win_rate"]["value"]) if won else None
+
+
+def with_interval(one: Mapping[str, float | None], digits: int = 3) -> str:
+    """A value and its ends, as in `0.64 [0.54, 0.73]`; "" without a value. The ends have so many digits."""
+    if one["value"] is None:
         return ""
-    low_high = heldout.get("interval")
-    return _number(heldout["mean_score"]) + (f" [{low_high[0]:.3g}, {low_high[1]:.3g}]" if low_high else "")
+    ends = "" if one["low"] is None else f" [{_number(one['low'], digits)}, {_number(one['high'], digits)}]"
+    return _number(one["value"]) + ends
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)

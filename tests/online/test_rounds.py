@@ -48,6 +48,69 @@ def test_each_round_has_its_files_and_numbers(first):
     }  # fmt: skip
 
 
+def test_each_round_is_compared_with_the_start_and_the_round_before(first):
+    folder, summaries = first
+    run = folder / "out"
+    assert summaries[0].keys() == {"round", "heldout"}
+    for summary in summaries[1:]:
+        assert {"distinct_2", "repetition", "mean_tokens"} <= summary["samples"].keys() & summary["heldout"].keys()
+        assert summary["judges"][0]["judge"] == "vowels"
+        assert summary["heldout"]["against_start"]["prompts"] == 3
+        scored = list(read_jsonl(run / f"round-{summary['round']}" / "heldout_kl.jsonl"))
+        differences = [row["logp"] - row["ref_logp"] for row in scored]
+        assert summary["kl"]["mean"] == pytest.approx(sum(differences) / 3)
+        drawn = list(read_jsonl(run / f"round-{summary['round']}" / "heldout_kl_samples.jsonl"))
+        assert [row["sampling"]["temperature"] for row in drawn] == [1.0] * 3
+        assert {row["model"] for row in drawn} == {
+            row["model"] for row in read_jsonl(run / f"round-{summary['round']}" / "heldout_samples.jsonl")
+        }
+    first_round, second = (summary["heldout"] for summary in summaries[1:])
+    assert first_round["against_previous"] == first_round["against_start"]
+    scores = [
+        [row["score"] for row in read_jsonl(run / f"round-{number}" / "heldout_judgements.jsonl")] for number in (1, 2)
+    ]
+    wins = [(new > old) + 0.5 * (new == old) for old, new in zip(*scores, strict=True)]
+    assert second["against_previous"]["win_rate"]["value"] == pytest.approx(sum(wins) / 3)
+
+
+def test_the_best_round_is_named_in_the_run_s_summary_and_the_last_card(first):
+    folder, summaries = first
+    stored = json.loads((folder / "out" / "summary.json").read_text())
+    scores = [summary["heldout"]["mean_score"] for summary in summaries]
+    best = scores.index(max(scores))
+    assert (stored["best_round"]["round"], stored["best_round"]["value"]) == (best, scores[best])
+    assert [one["heldout"] for one in stored["rounds"]] == [summary["heldout"] for summary in summaries]
+    cards = [(folder / "out" / f"round-{number}" / "model" / "README.md").read_text() for number in (1, 2)]
+    assert ["## Rounds" in card for card in cards] == [False, True]
+    assert "The best by held-out `mean_score` is that of" in cards[1]
+
+
+def test_another_choice_of_the_best_round_needs_no_other_run(first, tmp_path, capsys):
+    folder, summaries = first
+    shutil.copytree(folder, tmp_path / "copy")
+    argv = words(tmp_path / "copy", best_round_by="win_rate", model_name_or_path=folder / "llama-0")
+    assert main(argv=argv) == summaries
+    rates = [0.5, *(summary["heldout"]["against_start"]["win_rate"]["value"] for summary in summaries[1:])]
+    best = json.loads((tmp_path / "copy" / "out" / "summary.json").read_text())["best_round"]
+    assert (best["metric"], best["round"]) == ("win_rate", rates.index(max(rates)))
+    assert "Best by win_rate: " in capsys.readouterr().out
+
+
+def test_several_sampled_answers_serve_for_kl_too(tmp_path):
+    summaries = main(argv=words(tmp_path, rounds=1, heldout_samples=2))
+    assert summaries[1]["kl"]["completions"] == 6
+    assert not (tmp_path / "out" / "round-1" / "heldout_kl_samples.jsonl").exists()
+    without = main(argv=words(tmp_path, output="without", rounds=1, heldout_samples=2, heldout_kl="false"))
+    assert "kl" not in without[1]
+    assert without[1]["heldout"] == summaries[1]["heldout"]
+
+
+def test_a_metric_that_held_out_answers_do_not_have_is_refused_before_training(tmp_path):
+    with pytest.raises(UsageError, match=r"best_round_by accuracy needs scores that are 0 or 1: name another"):
+        main(argv=words(tmp_path, best_round_by="accuracy"))
+    assert not (tmp_path / "out" / "round-1").exists()
+
+
 def test_samples_of_a_round_are_of_the_model_that_the_round_before_trained(first):
     folder, _ = first
     models = [{row["model"] for row in read_jsonl(folder / "out" / f"round-{n}" / "samples.jsonl")} for n in (1, 2)]
@@ -216,6 +279,8 @@ def test_a_tournament_of_a_pairwise_judge(tmp_path):
         ({"rounds": 0}, "rounds must be 1 or more"),
         ({"dataset_name": "x.jsonl"}, "--dataset_name has no effect here"),
         ({"judges": "nunber"}, "no judge 'nunber'"),
+        ({"best_round_by": "majority_vote"}, "needs several answers: set heldout_samples"),
+        ({"best_round_by": "rewards"}, "invalid choice|best_round_by"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path, options, what):

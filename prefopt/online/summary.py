@@ -141,4 +141,6 @@ def with_interval(one: Mapping[str, float | None], digits: int = 3) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+    if value is None or not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"

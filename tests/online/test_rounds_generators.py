@@ -74,8 +74,8 @@ def test_each_round_samples_from_its_adapter_behind_the_endpoint_where_the_judge
     ]
     assert server.adapters == {third: loads[1]["lora_path"]}  # the earlier one was unloaded
     by_model = [body["model"] for body in asked(server, "/v1/chat/completions")]
-    # 3 held-out answers of each model, 24 samples of the first two; each text is judged once.
-    assert {name: by_model.count(name) for name in ("tiny", second, third)} == {"tiny": 27, second: 27, third: 3}
+    # 3 held-out answers of each model, 24 samples of the first two, 3 for KL of the others; each text is judged once.
+    assert {name: by_model.count(name) for name in ("tiny", second, third)} == {"tiny": 27, second: 30, third: 6}
     assert by_model.count("grader") == len(set(judged_texts(run)))
     assert all(summary["pairs"]["pairs"] > 0 for summary in summaries[1:])
     assert all(row["margin"] > 0 for row in read_jsonl(run / "round-1" / "pairs.jsonl"))
@@ -119,7 +119,7 @@ def test_the_policy_in_memory_is_asked_and_what_it_cannot_grade_is_counted(tmp_p
 
 
 def judged_texts(run):
-    for path in run.rglob("*samples.jsonl"):
+    for path in {*run.rglob("*samples.jsonl")} - {*run.rglob("*_kl_samples.jsonl")}:
         for row in read_jsonl(path):
             yield row["prompt_id"], row["completion"]
 
@@ -194,10 +194,12 @@ def test_vllm_in_the_process_gets_each_rounds_adapter(tmp_path, monkeypatch):
     options = {"generator": "vllm", "generator_options": '{"gpu_memory_utilization": 0.5}'}
     main(argv=words(tmp_path, *LORA, lora_r=24, judges="tests.online.rounds:digits", **options))
     base = str(tmp_path / "llama-0")
-    assert [engine.options["model"] for engine in engines] == [base] * 3
-    assert [engine.options.get("max_lora_rank") for engine in engines] == [None, 32, 32]
+    # Round 1's model is started twice: between its held-out answers and round 2, KL needs the memory.
+    assert [engine.options["model"] for engine in engines] == [base] * 4
+    assert [engine.options.get("max_lora_rank") for engine in engines] == [None, 32, 32, 32]
     adapters = [{call[2].path for call in engine.calls if call[2]} for engine in engines]
-    assert adapters == [set(), {str(tmp_path / "out/round-1/model")}, {str(tmp_path / "out/round-2/model")}]
+    one, two = (str(tmp_path / f"out/round-{number}/model") for number in (1, 2))
+    assert adapters == [set(), {one}, {one}, {two}]
     (second,) = models_of(tmp_path / "out", 2)
     assert second.startswith("round-1-")
 

@@ -42,8 +42,8 @@ class BestRound:
     model: str
 
     def __str__(self) -> str:
-        which = f"round {self.round}" if self.round else "the initial model, before any round"
-        return f"Best by {self.metric}: {which} ({with_interval(asdict(self))}), {self.model}"
+        which = f"round {self.round}, {self.model}" if self.round else "the initial model, before any round"
+        return f"Best by {self.metric}: {which} ({with_interval(asdict(self))})"
 
 
 def best_round(summaries: Sequence[Mapping[str, Any]], metric: str, initial: str) -> BestRound | None:

@@ -30,6 +30,7 @@ from prefopt.online.kl import kl_numbers, kl_sampling, score_completions
 from prefopt.online.options import heldout_sampling_of, options_of, pairing_of, sampling_of
 from prefopt.online.pairing import write_pairs
 from prefopt.online.policy import RoundPlan, plan_round, prompts_of
+from prefopt.online.start import drawn_by
 from prefopt.online.summary import heldout_line, judge_lines, judge_numbers, rounds_table, sample_numbers
 from prefopt.online.training import average_models, remove_checkpoints, train_round
 from prefopt.recipe import Recipe
@@ -197,7 +198,10 @@ class Rounds:
             old = str(older) if plan.number > 2 else self._ready.model
             average_models(old, plan.sampler, self._script.average_decay, folder.reference, self._ready)
         keeps = self._script.round_optimizer == "keep"
-        trained = train_round(self._recipe, plan, folder, pairs, keeps)
+        quantized = self._recipe.model.load_in_4bit or self._recipe.model.load_in_8bit
+        comparable = self._script.generator == "transformers" and not quantized
+        digests = drawn_by(self._run, self._ready.model, plan) if comparable else {}
+        trained = train_round(self._recipe, plan, folder, pairs, keeps, digests)
         self._write(folder.training, _json(vars(trained)))
 
     def _evaluated(self, folder: RoundFolder, model: str, facts: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from prefopt.generation.memory import free_memory
 from prefopt.models.load import load_model, load_tokenizer
 from prefopt.online.folders import RoundFolder
 from prefopt.online.policy import RoundPlan
+from prefopt.online.start import check_models
 from prefopt.recipe import Recipe, RecipeArguments, load_data, make_trainer, preflight
 from prefopt.recipe.ready import Ready
 from prefopt.recipe.run import begin, train
@@ -40,7 +43,14 @@ class Trained:
     log: dict[str, float]
 
 
-def train_round(recipe: Recipe, plan: RoundPlan, folder: RoundFolder, rows: int, keep_optimizer: bool) -> Trained:
+def train_round(
+    recipe: Recipe,
+    plan: RoundPlan,
+    folder: RoundFolder,
+    rows: int,
+    keep_optimizer: bool,
+    digests: Mapping[str, str] = MappingProxyType({}),
+) -> Trained:
     """Train on the round's pairs, and save the model.
 
     Args:
@@ -49,12 +59,14 @@ def train_round(recipe: Recipe, plan: RoundPlan, folder: RoundFolder, rows: int,
         folder: of the round.
         rows: in the file of pairs.
         keep_optimizer: whether the next round continues with the optimizer's state.
+        digests: of the weights of models, by name; where the reference is not the start, both are checked.
     """
     own = round_recipe(recipe, plan, folder)
     ready = preflight(own)
     data = load_data(own, ready)
     set_seed(own.training.seed)  # a new adapter's weights are drawn: the same ones after a kill
     trainer = make_trainer(own, ready, data)
+    check_models(trainer, plan, digests)
     if plan.optimizer is not None or keep_optimizer:
         _refuse_sharded(trainer)
         trainer.add_callback(_KeptOptimizer(plan.optimizer, folder.optimizer if keep_optimizer else None))

@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from prefopt.cli import app
-from prefopt.online import loop
+from prefopt.online import loop, start
 from prefopt.online.folders import Manifest
 from prefopt.online.run import main
 from prefopt.safety.errors import UsageError
 from prefopt.safety.jsonl import read_jsonl
+from prefopt.trainer.first_batch import FirstBatch
 from tests.online.rounds import files, same_weights, weights, words
 
 
@@ -181,6 +183,55 @@ def test_restarting_from_the_initial_model_with_the_last_as_reference(tmp_path):
     assert policy["reference"] == "round-1/model (previous)"
 
 
+def test_the_step_0_check_holds_in_every_round_whose_reference_is_its_start(tmp_path, monkeypatch):
+    compared = []
+    begin = FirstBatch.__init__
+
+    def watched(self, trainer, objective, reference_is_initial_policy):
+        compared.append(reference_is_initial_policy)
+        begin(self, trainer, objective, reference_is_initial_policy)
+
+    monkeypatch.setattr(FirstBatch, "__init__", watched)
+    main(argv=words(tmp_path))
+    main(argv=words(tmp_path, output="initial", round_reference="initial"))
+    assert compared == [True, True, True, False]
+
+
+@pytest.mark.parametrize("adapter", [[], ["--use_peft", "--lora_target_modules", "q_proj"]], ids=["whole", "lora"])
+@pytest.mark.parametrize("policy", [{"round_reference": "initial"}, {"round_start": "initial"}], ids=str)
+def test_with_another_reference_both_are_the_models_that_drew_samples(tmp_path, monkeypatch, adapter, policy):
+    checked = []
+    digest = start.fingerprint
+
+    def watched(network, trained_adapter=None):
+        checked.append(digest(network, trained_adapter=trained_adapter))
+        return checked[-1]
+
+    monkeypatch.setattr(start, "fingerprint", watched)
+    summaries = main(argv=words(tmp_path, *adapter, **policy))
+    assert summaries[2]["training"]["steps"] == 3
+    drew = [next(read_jsonl(tmp_path / "out" / f"round-{n}" / "samples.jsonl"))["model"] for n in (1, 2)]
+    assert checked == (drew[::-1] if "round_reference" in policy else drew)  # the policy, then the reference
+
+
+@pytest.mark.parametrize(("role", "number"), [("policy", 1), ("reference", 0)])
+def test_a_model_that_changed_after_sampling_is_refused_before_the_first_step(tmp_path, monkeypatch, role, number):
+    train = loop.train_round
+    folder = (tmp_path / "llama-0", tmp_path / "out" / "round-1" / "model")[number]
+
+    def changed(recipe, plan, *arguments):
+        if plan.number == 2:
+            tensors = load_file(folder / "model.safetensors")
+            save_file(
+                {name: value + 0.01 for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+            )
+        return train(recipe, plan, *arguments)
+
+    monkeypatch.setattr(loop, "train_round", changed)
+    with pytest.raises(UsageError, match=rf"the {role} of round 2 should be .*{folder.name}, but its weights are not"):
+        main(argv=words(tmp_path, round_reference="initial"))
+
+
 def test_inpo_compares_with_the_initial_model_and_the_previous_iterate(tmp_path):
     loss = "inpo(eta=0.1, tau=0.03)"
     summaries = main(argv=words(tmp_path, loss=loss, round_reference="initial", pairs="tournament"))
@@ -193,8 +244,6 @@ def test_inpo_compares_with_the_initial_model_and_the_previous_iterate(tmp_path)
 
 def test_a_moving_average_is_between_its_models(tmp_path):
     main(argv=words(tmp_path, rounds=3, round_reference="moving_average", average_decay=0.25))
-    from safetensors.torch import load_file
-
     start = load_file(tmp_path / "llama-0" / "model.safetensors")
     average = load_file(tmp_path / "out" / "round-3" / "reference" / "model.safetensors")
     one, two = weights(tmp_path / "out", 1), weights(tmp_path / "out", 2)

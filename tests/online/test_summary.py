@@ -127,7 +127,7 @@ def test_the_best_round_is_the_earliest_of_equals_and_may_be_the_start():
     rounds = [of(0, 0.4), of(1, 0.6, 0.45), of(2, 0.6, 0.4), of(3, None)]
     best = best_round(rounds, "mean_score", "the/start")
     assert (best.round, best.value, best.model) == (1, 0.6, "round-1/model")
-    assert str(best) == "Best by mean_score: round 1 (0.6 [0, 1]), round-1/model"
+    assert str(best) == "Best by mean_score: round 1, round-1/model (0.6 [0, 1])"
     start = best_round(rounds, "win_rate", "the/start")
     assert (start.round, start.value, start.model) == (0, 0.5, "the/start")
     assert best_round([{"round": 0}, {"round": 1}], "mean_score", "x") is None

@@ -1,24 +1,41 @@
-"""Analysis of a preference set before training: today, which kernel and divergence suit it.
+"""Analysis of a preference set before training (which kernel and divergence suit it), and of what training did.
 
-Uses data, scoring and losses; none of these imports it.
+Uses data, scoring and losses; none of these imports it. Names are imported on first use: the log of a run is read
+without torch.
 """
 
-from prefopt.analysis.kernel_choice.measures import Distribution, Geometry, Measures, Triplets, measure
-from prefopt.analysis.kernel_choice.selection import Selection, Thresholds, select
-from prefopt.analysis.kernel_choice.states import States, states_of
-from prefopt.analysis.kernel_choice.trial import PAIRS, Outcome, Trial, expression, ranked, run_trial
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefopt.analysis.health.callback import HealthCallback
+    from prefopt.analysis.health.finding import Finding
+    from prefopt.analysis.health.history import Settings
+    from prefopt.analysis.health.saved import examine_saved
+    from prefopt.analysis.health.watch import examine
+    from prefopt.analysis.kernel_choice.measures import Distribution, Geometry, Measures, Triplets, measure
+    from prefopt.analysis.kernel_choice.selection import Selection, Thresholds, select
+    from prefopt.analysis.kernel_choice.states import States, states_of
+    from prefopt.analysis.kernel_choice.trial import PAIRS, Outcome, Trial, expression, ranked, run_trial
 
 __all__ = [
     "PAIRS",
     "Distribution",
+    "Finding",
     "Geometry",
+    "HealthCallback",
     "Measures",
     "Outcome",
     "Selection",
+    "Settings",
     "States",
     "Thresholds",
     "Trial",
     "Triplets",
+    "examine",
+    "examine_saved",
     "expression",
     "measure",
     "ranked",
@@ -26,3 +43,22 @@ __all__ = [
     "select",
     "states_of",
 ]
+
+_MODULES = {
+    "health.callback": ("HealthCallback",),
+    "health.finding": ("Finding",),
+    "health.history": ("Settings",),
+    "health.saved": ("examine_saved",),
+    "health.watch": ("examine",),
+    "kernel_choice.measures": ("Distribution", "Geometry", "Measures", "Triplets", "measure"),
+    "kernel_choice.selection": ("Selection", "Thresholds", "select"),
+    "kernel_choice.states": ("States", "states_of"),
+    "kernel_choice.trial": ("PAIRS", "Outcome", "Trial", "expression", "ranked", "run_trial"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

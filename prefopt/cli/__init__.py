@@ -9,6 +9,7 @@ from __future__ import annotations
 from prefopt.cli import (  # noqa: F401  (each adds its commands)
     data,
     evaluate,
+    health,
     judge,
     losses,
     new,

@@ -20,9 +20,6 @@ from prefopt.safety.errors import UsageError
 from prefopt.safety.tables import table
 from prefopt.trainer.metrics import still_reference
 
-# Below this share of the chosen answers' probability, a run has pushed both sides down too far.
-CHOSEN_RATIO_ALARM = -10.0
-
 
 @dataclass(frozen=True)
 class AnswerSummary:
@@ -126,7 +123,7 @@ def summary_panel(
     before_metrics: PairMetrics | None = None,
     after_metrics: PairMetrics | None = None,
 ) -> Panel:
-    """The numbers before and after, and a warning if they show an over-optimised run."""
+    """The numbers before and after, and a warning if answers are empty."""
     grid = Table.grid(padding=(0, 3))
     grid.add_column()
     grid.add_column(justify="right")
@@ -144,24 +141,18 @@ def summary_panel(
     ):
         grid.add_row(name, f"{getattr(old, attribute):.0%}", f"{getattr(new, attribute):.0%}")
     grid.add_row("mean words in an answer", f"{old.mean_words:.1f}", f"{new.mean_words:.1f}")
-    warnings = [Text("! " + line, style="bold red") for line in over_optimisation(new, after_metrics)]
+    warnings = [Text("! " + line, style="bold red") for line in broken_answers(new)]
     return Panel(Group(grid, *warnings), title=f"{len(after)} held-out prompts", expand=False)
 
 
-def over_optimisation(after: AnswerSummary, metrics: PairMetrics | None = None) -> list[str]:
-    """Signs of over-optimisation; empty for a healthy run."""
-    signs = []
-    if after.empty or after.one_word:
-        signs.append(
-            f"{after.empty + after.one_word:.0%} of the answers are empty or one word: the run is over-optimised. "
-            "Lower the learning rate or the number of steps, and check that rejected answers have their end token."
-        )
-    if metrics is not None and metrics.chosen_ratio is not None and metrics.chosen_ratio < CHOSEN_RATIO_ALARM:
-        signs.append(
-            f"chosen answers lost {-metrics.chosen_ratio:.0f} nats against the reference: the model has moved away "
-            "from good answers too. Lower the learning rate or raise beta."
-        )
-    return signs
+def broken_answers(after: AnswerSummary) -> list[str]:
+    """A warning about answers that say nothing; empty for a healthy run."""
+    if not (after.empty or after.one_word):
+        return []
+    return [
+        f"{after.empty + after.one_word:.0%} of the answers are empty or one word. Lower the learning rate or the "
+        "number of steps, and check that rejected answers have their end token."
+    ]
 
 
 def _pair_rows(old: PairMetrics, new: PairMetrics) -> list[tuple[str, tuple[str, str]]]:

@@ -34,6 +34,7 @@ class RoundsArguments(RecipeArguments):
         **dict.fromkeys(("dataset_streaming", "columns", "format", "eval_rows", "embeddings"), _PAIRS),
         **dict.fromkeys(("ref_model_name_or_path", "previous_model_name_or_path"), _POLICY),
         **dict.fromkeys(("resume_from_checkpoint", "overwrite_output_dir", "evaluate_first"), _OWN),
+        "stop_on": "a round is trained to its end, and then its findings are printed",
         "eval_strategy": "each round ends with an evaluation on --heldout_prompts",
         "load_best_model_at_end": "each round ends with its last step; --best_round_by names the best round",
     }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback
 from trl import get_peft_config, get_quantization_config
 
+from prefopt.analysis.health.callback import HealthCallback
 from prefopt.data import parse_sources
 from prefopt.data.prepare import rows_are_checked
 from prefopt.models.bundled import WHEEL
@@ -105,8 +107,10 @@ def card_notes(recipe: Recipe, ready: Ready, data: Data) -> RunNotes:
 
 
 def show_progress(recipe: Recipe, trainer: PreferenceTrainer) -> None:
-    """Replace transformers' two printers of the same numbers by our progress bar."""
+    """Replace transformers' two printers of the same numbers by our progress bar, and say what the numbers show."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if not recipe.training.disable_tqdm:
         trainer.add_callback(RunProgress(recipe.console))
+    say = partial(recipe.console.print, soft_wrap=True, markup=False, highlight=False)
+    trainer.add_callback(HealthCallback(recipe.script.stop_on or (), say))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from prefopt.analysis.health.callback import HealthCallback
+from prefopt.analysis.health.history import Settings
+from prefopt.analysis.health.saved import save_log
 from prefopt.demo.before_after import PairMetrics, side_by_side, summarize
 from prefopt.demo.data import heldout_prompts
 from prefopt.generation.answers import Answer, greedy_answers
@@ -21,6 +25,7 @@ from prefopt.safety.files import write_text
 from prefopt.safety.tables import table
 from prefopt.trainer import PreferenceTrainer
 from prefopt.trainer.engine import describe_engine, engine_not_used
+from prefopt.trainer.finite import NonFiniteError
 from prefopt.trainer.publishing import PushError
 from prefopt.trainer.saving.stops import sigterm_raises
 
@@ -53,6 +58,7 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     metrics = None if trainer.eval_dataset is None else trainer.evaluate()
     after = _Measured(metrics, None if before.answers is None else _answers(recipe, trainer))
     results = _results(recipe, trainer, before, after)
+    _save_log(recipe, trainer)  # again, with the evaluation
     if trainer.is_world_process_zero():
         trainer.create_model_card()
         save_results(recipe, RESULTS, results)
@@ -78,14 +84,39 @@ def begin(recipe: Recipe, trainer: PreferenceTrainer) -> str | None:
 
 
 def train(recipe: Recipe, trainer: PreferenceTrainer, checkpoint: str | None) -> None:
-    """Train and save the model; a signal ends the program after a checkpoint."""
+    """Train and save the model and its log; a signal ends the program after a checkpoint."""
+    not_finite = None
     try:
         with sigterm_raises():
             trainer.train(resume_from_checkpoint=checkpoint)
     except (KeyboardInterrupt, SystemExit):
         _say_interrupted(recipe, trainer)
         raise
+    except NonFiniteError as error:
+        not_finite = str(error).splitlines()[0]
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # an error of the training itself says more
+            _save_log(recipe, trainer, not_finite)
     trainer.save_model(_internal_call=True)  # pushed later, with a card that has the numbers
+
+
+def _save_log(recipe: Recipe, trainer: PreferenceTrainer, not_finite: str | None = None) -> None:
+    if trainer.is_world_process_zero():
+        settings = Settings.of(trainer.args, trainer.state.max_steps)
+        save_log(Path(recipe.training.output_dir), trainer.state, settings, not_finite)
+
+
+def _findings(trainer: PreferenceTrainer) -> dict[str, Any]:
+    """What the log says about the run, and whether that ended it."""
+    watching = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, HealthCallback)]
+    if not watching:
+        return {}
+    ended = watching[0].stopped_by
+    return {
+        "findings": [asdict(finding) for finding in watching[0].findings],
+        **({} if ended is None else {"stopped_by": ended.rule}),
+    }
 
 
 def _threads(trainer: PreferenceTrainer) -> str:
@@ -132,7 +163,7 @@ def _results(recipe: Recipe, trainer: PreferenceTrainer, before: _Measured, afte
     for name, measured in (("answers_before", before), ("answers_after", after)):
         if measured.answers is not None:
             results[name] = vars(summarize(measured.answers))
-    return results
+    return results | _findings(trainer)
 
 
 def _show_both(recipe: Recipe, before: _Measured, after: _Measured) -> None:

@@ -36,6 +36,7 @@ NOT_PUBLISHED = (
     "training_args.bin",
     "dropped_*.jsonl",
     "before.json",
+    "log_history.json",
     "unlearning.json",
     "audit/*",
     "loss_file*.py",
@@ -43,9 +44,9 @@ NOT_PUBLISHED = (
     f"{REFERENCE_ADAPTER}/*",
     "wandb/*",
 )
-"""Files of an output folder that are never pushed: pickles, rows of the data, unfinished files, names of folders on
-this machine, a copy of the user's own code, and one of the adapter that training started from, which is made again on
-resuming."""
+"""Files of an output folder that are never pushed: pickles, rows of the data, unfinished files, logs, names of folders
+on this machine, a copy of the user's own code, and one of the adapter that training started from, which is made again
+on resuming."""
 
 ONLY_TO_RESUME = (
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model*",

@@ -10,6 +10,7 @@ from typing import Any
 
 from trl import ModelConfig
 
+from prefopt.analysis.health.callback import check_stop_on
 from prefopt.data.embed import DEFAULT
 from prefopt.losses import Need
 from prefopt.models.load import adapter_base
@@ -107,6 +108,10 @@ def _refuse_what_is_ignored(recipe: Recipe, words: set[str]) -> None:
     script, model = recipe.script, recipe.model
     if script.eval_rows < 0:
         raise SystemExit(f"--eval_rows must be 0 or more, got {script.eval_rows}")
+    if script.stop_on is not None:
+        check_stop_on(script.stop_on)
+        if recipe.training.logging_strategy.value == "no":
+            raise SystemExit("--stop_on would have no effect with --logging_strategy no: it reads the log lines")
     if recipe.bundled_data and script.columns:
         raise SystemExit("--columns renames columns of your own data set: name it with --dataset_name")
     if recipe.bundled_data and script.format:

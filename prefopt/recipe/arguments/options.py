@@ -91,6 +91,10 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
             "refused; the default folder is moved aside."
         },
     )
+    stop_on: list[str] | None = field(
+        default=None,
+        metadata={"help": "End training at findings of these levels or rules, e.g. serious (docs/numbers.md)."},
+    )
     evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})
 
     def data_sources(self) -> list[str]:

@@ -5,7 +5,7 @@ The measures are functions of lists, arrays or tensors; judges and the files of 
 
 from prefopt.evaluation.accuracy import majority_vote, pass_at_k
 from prefopt.evaluation.intervals import Interval, bootstrap
-from prefopt.evaluation.texts import distinct_n, repetition, sampled_kl
+from prefopt.evaluation.texts import distinct_n, meteor, repetition, sampled_kl, similarity
 from prefopt.evaluation.win_rates import length_controlled_win_rate, win_rate
 
 __all__ = [
@@ -14,8 +14,10 @@ __all__ = [
     "distinct_n",
     "length_controlled_win_rate",
     "majority_vote",
+    "meteor",
     "pass_at_k",
     "repetition",
     "sampled_kl",
+    "similarity",
     "win_rate",
 ]

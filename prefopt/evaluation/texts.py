@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import pairwise
 
 from prefopt.evaluation.arrays import Array, Floats, floats, same_length
 from prefopt.safety.errors import UsageError
@@ -42,6 +45,56 @@ def repetition(tokens: Sequence[Hashable], n: int = 4) -> float:
     """
     grams = _grams(tokens, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def meteor(first: Sequence[str], second: Sequence[str]) -> float:
+    """METEOR of two texts by equal words alone, from 0 to 1: the first is measured against the second.
+
+    Fmean = 10 P R / (R + 9 P), times 1 - (chunks / matches)^3 / 2, where a chunk is a run of matches in the same order
+    in both. Each word matches the last free equal one, from the end on, as in nltk. Stems and synonyms, which need
+    word lists to be downloaded, do not match: values are a little lower than nltk's.
+
+    Args:
+        first, second: words.
+
+    Reference: Banerjee and Lavie 2005, "METEOR: An Automatic Metric for MT Evaluation".
+    """
+    places: dict[str, list[int]] = {}
+    for place, word in enumerate(second):
+        places.setdefault(word, []).append(place)
+    matches = [(at, places[word].pop()) for at, word in reversed(list(enumerate(first))) if places.get(word)][::-1]
+    if not matches:
+        return 0.0
+    steps = ((b[0] - a[0], b[1] - a[1]) for a, b in pairwise(matches))
+    chunks = 1 + sum(step != (1, 1) for step in steps)
+    precision, recall = len(matches) / len(first), len(matches) / len(second)
+    mean = 10 * precision * recall / (recall + 9 * precision)
+    return mean * (1 - 0.5 * (chunks / len(matches)) ** 3)
+
+
+def similarity(texts: Mapping[str, str], comparisons: int = 200, seed: int = 0) -> float | None:
+    """SuperHF's watch for reward hacking: the mean METEOR of answers to different prompts, in both directions.
+
+    It rises when a model begins to give every prompt the same answer. Compare sets of the same prompts.
+
+    Args:
+        texts: an answer to each prompt; split into words at spaces.
+        comparisons: of two different prompts drawn at random.
+        seed: of the draw.
+
+    Returns:
+        None for fewer than two prompts.
+
+    Reference: Mukobi et al. 2023, arXiv 2310.16763; as openfeedback/superhf, src/superhf/utils.py, but for what
+        `meteor` leaves out.
+    """
+    words = [text.split() for text in texts.values()]
+    if len(words) < 2:
+        return None
+    draw = random.Random(seed)
+    pairs = (draw.sample(range(len(words)), 2) for _ in range(comparisons))
+    scores = [(meteor(words[a], words[b]) + meteor(words[b], words[a])) / 2 for a, b in pairs]
+    return math.fsum(scores) / len(scores)
 
 
 def _grams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:

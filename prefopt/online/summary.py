@@ -12,7 +12,7 @@ from rich.table import Table
 
 from prefopt.evaluation.agreement import agreements, summarize
 from prefopt.evaluation.judgements import Judgement, scores_by_prompt
-from prefopt.evaluation.texts import distinct_n, repetition, words_of
+from prefopt.evaluation.texts import distinct_n, repetition, similarity, words_of
 from prefopt.generation.samples import Sample
 from prefopt.safety.tables import table
 
@@ -30,8 +30,9 @@ def numbers_of(samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, 
     Returns:
         `samples`, `scored`, `unfinished`, `mean_score` (None without scores), `mean_tokens`; `distinct_2`, the share
         of all pairs of words that are distinct; `repetition`, the mean share of a sample's runs of four words that
-        occurred in it before.
+        occurred in it before; `similarity` of answers to different prompts, which rises when all answers become alike.
     """
+    first = {sample.prompt_id: sample.completion for sample in reversed(samples)}
     words = [words_of(sample.completion) for sample in samples]
     return {
         "samples": len(samples),
@@ -41,6 +42,7 @@ def numbers_of(samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, 
         "mean_tokens": statistics.fmean(sample.token_count for sample in samples) if samples else None,
         "distinct_2": distinct_n(words, 2),
         "repetition": statistics.fmean(repetition(one, 4) for one in words) if words else None,
+        "similarity": similarity(first),
     }
 
 

@@ -34,6 +34,7 @@ import logic  # noqa: E402
 import npo  # noqa: E402
 import npo_theorem  # noqa: E402
 import orpo_asft  # noqa: E402
+import rounds  # noqa: E402
 import rpo  # noqa: E402
 import superhf  # noqa: E402
 
@@ -140,6 +141,10 @@ def test_hypo_collapses_without_the_kl_and_not_with_it():
 def test_hypo_gradient_is_unbiased():
     claims = hypo.unbiased(samples=20_000)
     assert [claim.holds for claim in claims if "variance" not in claim.claim] == [True, True]
+
+
+def test_rounds_settle_with_inpo_and_not_with_iterated_dpo_and_the_online_kl_is_exact():
+    assert not hold([*rounds.game(count=12, prompts=600), rounds.exact_gradient()])
 
 
 def test_orpo_and_asft_identities():

@@ -8,9 +8,11 @@ from prefopt.evaluation import (
     distinct_n,
     length_controlled_win_rate,
     majority_vote,
+    meteor,
     pass_at_k,
     repetition,
     sampled_kl,
+    similarity,
     win_rate,
 )
 from prefopt.safety.errors import UsageError
@@ -117,3 +119,33 @@ def test_a_model_that_always_wins_has_a_finite_fit():
     # Wins exactly where longer: the fit would be infinite without its penalty.
     split = length_controlled_win_rate([0, 0, 1, 1] * 5, [1, 2, 8, 9] * 5, [5] * 20, resamples=20)
     assert split.value == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "value"),
+    [  # nltk 3.10's single_meteor_score with neither stems nor synonyms, the second text as its reference
+        (
+            "on to the it a it to it on to sat cat cat the",
+            "sat it it to it on ran to dog a cat a dog",
+            0.5852417302798982,
+        ),
+        ("it a to sat", "it it the to ran ran dog dog to on ran ran the", 0.08264462809917356),
+        ("sat to cat mat the it to it a on", "ran mat to mat it", 0.2727272727272727),
+        ("mat sat the ran on sat cat to the it", "a the ran to it", 0.36363636363636365),
+        ("the cat sat", "the cat sat", 1 - 0.5 / 27),
+        ("the cat", "a dog", 0.0),
+        ("", "a dog", 0.0),
+    ],
+)
+def test_meteor_by_equal_words(first, second, value):
+    assert meteor(first.split(), second.split()) == pytest.approx(value, abs=1e-12)
+
+
+def test_similarity_rises_as_answers_to_all_prompts_become_alike():
+    varied = {str(number): f"answer {number} has words of its own {number * 7}" for number in range(8)}
+    alike = dict.fromkeys(varied, "I cannot help with that")
+    assert similarity(varied) < 0.8 < similarity(alike) < 1
+    pair = {"a": "the cat sat", "b": "the cat ran"}
+    assert similarity(pair) == pytest.approx(2 / 3 * (1 - 0.5 / 8))  # both directions are alike here
+    assert similarity(varied, seed=1) != similarity(varied, seed=2)
+    assert similarity({"a": "one"}) is None

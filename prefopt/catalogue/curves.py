@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,6 +152,7 @@ def _scores(loss: Loss, ratio: Tensor, start: Tensor) -> Scores:
     top_ids = torch.argsort(vocabulary.detach(), dim=-1, descending=True, stable=True)[:, : loss.top_k]
     ones = torch.ones(len(ratio), TOKENS, dtype=torch.bool)
     # Log-ratios say nothing about hidden states: a loss on them is refused, since it does not depend on the axis.
+    vectors = torch.ones(len(ratio), 2)
     states = torch.ones(len(ratio), TOKENS, len(loss.layers), 2, dtype=ratio.dtype)
     return Scores(
         logps=TOKENS * token,
@@ -175,9 +177,24 @@ def _scores(loss: Loss, ratio: Tensor, start: Tensor) -> Scores:
         ref_states=states,
         layers=loss.layers,
         # One vector for all, so that kernels do not distinguish the completions of a pair.
-        **dict.fromkeys(("hidden", "prompt_hidden", "embedding", "prompt_embedding"), torch.ones(len(ratio), 2)),
+        hidden=vectors,
+        prompt_hidden=vectors,
+        embedding=vectors,
+        prompt_embedding=vectors,
         columns={name: torch.zeros_like(ratio) for name in loss.columns},
     )
+
+
+def _groups_of_two(chosen: Scores, rejected: Scores) -> Scores:
+    """Each pair as a group, with the scores 1 and 0."""
+    one = torch.ones_like(chosen.logps)
+    values: dict[str, Any] = {
+        field.name: torch.stack([value, getattr(rejected, field.name)], 1).flatten(0, 1)
+        for field in fields(Scores)
+        if isinstance(value := getattr(chosen, field.name), Tensor)
+    }
+    scores = torch.stack([one, 0 * one], 1).flatten()
+    return replace(chosen, **values, score=scores, group_sizes=(2,) * len(one), columns={})
 
 
 def _evaluate(loss: Loss, axis: str, x: Tensor, starts: Tensor | None = None) -> tuple[LossOutput, Tensor]:
@@ -190,7 +207,8 @@ def _evaluate(loss: Loss, axis: str, x: Tensor, starts: Tensor | None = None) ->
     )
     # State (running means, numbered draws) is reset at every point: the picture shows the first step.
     fresh = copy.deepcopy(loss).double()
-    output = fresh(PreferenceBatch(chosen, rejected, sampled=sampled, mismatched=mismatched))
+    groups = _groups_of_two(chosen, rejected) if loss.grouped else None
+    output = fresh(PreferenceBatch(chosen, rejected, sampled=sampled, mismatched=mismatched, candidate=groups))
     if not output.loss.requires_grad:
         return output, torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(output.loss, x)
@@ -240,7 +258,8 @@ def _held(loss: Loss, axis: str, span: float, mixes: bool) -> bool:
 def _line(text: str, axes: Sequence[str], span: float) -> Line:
     """The curves of one expression, over its own role if it has only one, else over `axes`."""
     loss = parse(text)
-    axes = (loss.roles[0],) if len(loss.roles) == 1 else axes
+    # A group is shown as a pair, so it has the axes of pairs.
+    axes = (loss.roles[0],) if len(loss.roles) == 1 and not loss.grouped else axes
     limit = min(-START * TOKENS / max(MOVES[axis].values()) for axis in axes)
     if not 0 < span < limit:
         raise PlotError(

@@ -15,8 +15,9 @@ from prefopt.losses.registry import describe_arguments
 from prefopt.losses.wrappers import Wrapper
 
 FAMILIES = (
-    "direct", "scored", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary", "tokenwise",
-    "reference-free", "cringe", "likelihood", "online", "unlearning", "kernel", "logic", "wrappers", "conflict",
+    "direct", "scored", "listwise", "penalised", "shapes", "discovered", "batchwise", "pointwise", "binary",
+    "tokenwise", "reference-free", "cringe", "likelihood", "online", "unlearning", "kernel", "logic", "wrappers",
+    "conflict",
 )  # fmt: skip
 """Families in reading order; those of other packages follow."""
 
@@ -80,6 +81,8 @@ def facts(cls: type[Loss]) -> Facts:
 
 def data_of(loss: Loss | type[Loss]) -> str:
     """What data an objective takes, in words."""
+    if loss.grouped:
+        return "groups with scores" if loss.reads_scores else "groups"
     return "pairs" if loss.paired else " and ".join(loss.roles)
 
 

@@ -31,9 +31,11 @@ from prefopt.losses.discovered import AQFL, AQL, CELL, DBAQL, PADLL, PFL, DiscoP
 from prefopt.losses.divergences import Divergence
 from prefopt.losses.errors import LossError
 from prefopt.losses.from_file import LossFile, register_file
+from prefopt.losses.grouped import GroupLoss, Groups
 from prefopt.losses.kernel import HMK, KernelDPO
 from prefopt.losses.kernel_functions import RBF, Mahalanobis, Polynomial, Spectral
 from prefopt.losses.likelihood import SFT
+from prefopt.losses.listwise import GVPO, AStarPO, InfoNCA, LiPOLambda, NCAScores, PlackettLuce
 from prefopt.losses.logic import Logic
 from prefopt.losses.needs import Need
 from prefopt.losses.online import INPO, KLOnline, KLPrior, XPOBonus
@@ -68,6 +70,7 @@ __all__ = [
     "EXO",
     "FDPO",
     "GPO",
+    "GVPO",
     "HDPO",
     "HMK",
     "INPO",
@@ -93,6 +96,7 @@ __all__ = [
     "AOTUnpaired",
     "APODown",
     "APOZero",
+    "AStarPO",
     "AlphaDPO",
     "AlphaPO",
     "BCOPair",
@@ -107,14 +111,18 @@ __all__ = [
     "Dual",
     "Flatten",
     "GradientAscent",
+    "GroupLoss",
+    "Groups",
     "Hinge",
     "Humanline",
+    "InfoNCA",
     "KLOnline",
     "KLPrior",
     "KLRetain",
     "KTOForget",
     "KernelDPO",
     "LengthNormalized",
+    "LiPOLambda",
     "Logic",
     "Loss",
     "LossError",
@@ -124,6 +132,7 @@ __all__ = [
     "MaPPO",
     "Mahalanobis",
     "MarginDPO",
+    "NCAScores",
     "Need",
     "NoiseRobust",
     "NormalizedDPO",
@@ -131,6 +140,7 @@ __all__ = [
     "OnRetain",
     "PairLoss",
     "PairwiseCringe",
+    "PlackettLuce",
     "Polynomial",
     "PreferenceBatch",
     "Preset",

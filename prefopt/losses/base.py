@@ -23,7 +23,7 @@ from prefopt.losses.needs import PER_TOKEN, QUANTITIES, Need
 from prefopt.losses.scores import PreferenceBatch, Scores
 from prefopt.losses.values import values_of
 
-ROLES = ("chosen", "rejected", "sampled")
+ROLES = ("chosen", "rejected", "sampled", "candidate")
 """Roles that a loss can return values for, in the order in which it does."""
 
 
@@ -34,7 +34,8 @@ class LossOutput:
     Attributes:
         loss: scalar to minimise, with gradient.
         per_example: (N,) values before weighting by `weight` columns; for a pair loss one per pair, for a binary loss
-            chosen then rejected. None for a sum whose terms score different numbers of examples.
+            chosen then rejected, for a loss over groups one per group. None for a sum whose terms score different
+            numbers of examples.
         metrics: detached per-example values by name, (M,) each, M may differ between names and may be 0. Average them
             over any number of batches and processes; `mean_metrics` averages over one batch.
         terms: of a sum, the weighted value of each term, with gradient; they add up to `loss`.
@@ -72,6 +73,8 @@ class Loss(nn.Module):
         needs: what the scorer must supply.
         roles: the roles that `per_example` returns values for, in that order.
         paired: whether chosen and rejected must answer the same prompts row by row.
+        grouped: whether `per_example` returns one value for each group of candidates.
+        reads_scores: of a loss over groups, whether it needs their scores, and not only their order.
         columns: numeric data set columns that must be present in every scored role.
         limits: smallest and largest value of those columns that have limits, by name.
         top_k: how many of the largest log-probabilities `Need.TOP_K` supplies.
@@ -90,6 +93,8 @@ class Loss(nn.Module):
     needs: Need = Need.NONE
     roles: tuple[str, ...] = ("chosen", "rejected")
     paired: bool = False
+    grouped: bool = False
+    reads_scores: bool = False
     columns: tuple[str, ...] = ()
     limits: Mapping[str, tuple[float, float]] = MappingProxyType({})
     top_k: int = 0
@@ -125,7 +130,7 @@ class Loss(nn.Module):
 
     @abstractmethod
     def per_example(self, batch: PreferenceBatch) -> Tensor:
-        """(N,) loss values: one per pair for paired losses, else those of each role in `roles` in turn."""
+        """(N,) loss values: one per pair or per group for losses on these, else those of each role in `roles`."""
 
     def reward(self, scores: Scores) -> Tensor | None:
         """(N,) implicit reward that this objective gives a completion, or None if it defines none."""
@@ -205,6 +210,11 @@ class Loss(nn.Module):
                 raise LossError(
                     f"{self._label} needs {' and '.join(self.roles)} completions; this batch has no {role} ones"
                 )
+            if role == "candidate" and (scores.group_sizes is None or scores.score is None):
+                raise LossError(
+                    f"{self._label} compares the completions of a group: give the candidate scores group_sizes, the "
+                    "number of completions of each prompt, and score, one a completion"
+                )
             needs = self.needs | (Need.TOKENS if self.needs & PER_TOKEN else Need.NONE)
             for need, quantity in QUANTITIES.items():
                 missing = [name for name in quantity.fields if getattr(scores, name) is None]
@@ -240,6 +250,11 @@ class Loss(nn.Module):
         scores = [s for role in roles if (s := batch.role(role)) is not None]
         if all(s.weight is None for s in scores):
             return None
+        if self.grouped:
+            (candidates,) = scores
+            assert candidates.weight is not None
+            sizes = torch.tensor(candidates.group_sizes, dtype=torch.long, device=candidates.logps.device)
+            return candidates.weight[sizes.cumsum(0) - sizes]
         return torch.cat([s.logps.new_ones(len(s)) if s.weight is None else s.weight.to(s.logps) for s in scores])
 
     def _count(self, values: Tensor, batch: PreferenceBatch) -> Tensor | float:
@@ -250,7 +265,7 @@ class Loss(nn.Module):
             count = torch.stack([sizes[role].to(values) for role in self.roles]).sum()
         else:
             count = values.new_tensor(float(values.numel()))
-        if batch.paired or (world_size() == 1 and not known):
+        if self.grouped or batch.paired or (world_size() == 1 and not known):
             return max(values.numel(), 1)
         return (global_sum(count) / world_size()).clamp(min=1e-12)
 
@@ -296,6 +311,8 @@ class WeightedSum(Loss):
             self.needs = self.needs | loss.needs
         self.roles = tuple(role for role in ROLES if any(role in loss.roles for loss in members))
         self.paired = any(loss.paired for loss in members)
+        self.grouped = any(loss.grouped for loss in members)
+        self.reads_scores = any(loss.reads_scores for loss in members)
         self.columns = tuple(dict.fromkeys(column for loss in members for column in loss.columns))
         self.limits = {column: limits for loss in members for column, limits in loss.limits.items()}
         self.top_k = max(loss.top_k for loss in members)

@@ -34,6 +34,7 @@ class Role(enum.IntEnum):
     REJECTED = 1
     MISMATCHED = 2
     SAMPLED = 3
+    CANDIDATE = 4
 
     @property
     def field(self) -> str:
@@ -74,6 +75,9 @@ class Scores:
         ref_states: (N, T, L, H) those of the reference; with `Need.STATES | Need.REFERENCE`.
         embedding: (N, H) of the completion, as it came with the data; with `Need.EMBEDDINGS`.
         prompt_embedding: (N, H) of its prompt.
+        score: (N,) of each completion, from the data, the highest is the best; in the role `candidate`.
+        group_sizes: how many of the N completions answer each of G prompts, one prompt's after the other's; in the
+            role `candidate`.
         columns: further per-example columns of the data set, (N,) each. `weight` scales every loss per example.
     """
 
@@ -102,6 +106,8 @@ class Scores:
     ref_states: Tensor | None = None
     embedding: Tensor | None = None
     prompt_embedding: Tensor | None = None
+    score: Tensor | None = None
+    group_sizes: tuple[int, ...] | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,8 +118,17 @@ class Scores:
             if isinstance(value, Tensor) and (value.dim() == 0 or value.shape[0] != n):
                 raise LossError(f"Scores.{name} must have {n} rows like logps, got shape {tuple(value.shape)}")
 
+        if self.group_sizes is not None and sum(self.group_sizes) != n:
+            raise LossError(f"Scores.group_sizes must add up to {n}, the completions, got {self.group_sizes}")
+
     def __len__(self) -> int:
         return self.logps.shape[0]
+
+    @property
+    def groups(self) -> Tensor:
+        """(N,) the number of each completion's group, from 0."""
+        sizes = torch.tensor(self.group_sizes or (), dtype=torch.long)
+        return torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(self.logps.device)
 
     @property
     def ratios(self) -> Tensor:
@@ -168,7 +183,8 @@ class PreferenceBatch:
     """The scored completions of one batch.
 
     A pair is `chosen` and `rejected` with equal N, row i of both answering the same prompt. Binary feedback is the
-    same two roles with unequal N. In unlearning `rejected` is the forget set and `chosen` the retain set.
+    same two roles with unequal N. Groups are `candidate` alone. In unlearning `rejected` is the forget set and
+    `chosen` the retain set.
 
     Attributes:
         chosen: preferred, desirable or retained completions.
@@ -177,6 +193,7 @@ class PreferenceBatch:
             moved from the reference (`Need.MISMATCHED`).
         paired: whether row i of `chosen` and row i of `rejected` belong together.
         sampled: completions drawn from the current policy, one an example, for objectives that learn online.
+        candidate: several completions of each prompt with a score each, for objectives over groups.
         sizes: mean number of completions of each role in the accumulated batches of a step, so that a loss is a mean
             over the step's completions however they fall into batches. None where the batch is the whole step. Without
             effect on pairs.
@@ -188,6 +205,7 @@ class PreferenceBatch:
     paired: bool = True
     sampled: Scores | None = None
     sizes: Mapping[str, Tensor] | None = None
+    candidate: Scores | None = None
 
     def __post_init__(self) -> None:
         if not self.paired or self.chosen is None or self.rejected is None:
@@ -199,7 +217,7 @@ class PreferenceBatch:
             )
 
     def role(self, name: str) -> Scores | None:
-        """The scores of the role `name`: "chosen", "rejected", "sampled" or "mismatched"."""
+        """The scores of the role `name`: "chosen", "rejected", "sampled", "candidate" or "mismatched"."""
         scores: Scores | None = getattr(self, name)
         return scores
 

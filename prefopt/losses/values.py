@@ -43,8 +43,15 @@ def values_of(loss: Any, batch: PreferenceBatch, absent: Mapping[str, str]) -> T
     counts = {role: len(scores) for role, scores in scored.items()}
     # A pair counts once.
     expected = next(iter(counts.values())) if loss.paired else sum(counts.values())
+    if loss.grouped:
+        expected = len(scored["candidate"].group_sizes or ())
     if not isinstance(values, Tensor) or values.shape != (expected,):
-        of = "a pair" if loss.paired else f"a completion ({', '.join(f'{n} {role}' for role, n in counts.items())})"
+        each = "a pair" if loss.paired else "a group"
+        of = (
+            each
+            if loss.paired or loss.grouped
+            else f"a completion ({', '.join(f'{n} {role}' for role, n in counts.items())})"
+        )
         raise LossError(
             f"{loss._label}.per_example must return a tensor of shape ({expected},), one value {of}, and returned "
             f"{_described(values)}.{_cure(values, expected)}"

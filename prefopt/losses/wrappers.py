@@ -18,6 +18,7 @@ from prefopt.losses.base import Loss, LossOutput
 from prefopt.losses.checks import finite, non_negative, positive, whole
 from prefopt.losses.distributed import global_mean, global_sum, present, world_size
 from prefopt.losses.errors import LossError
+from prefopt.losses.grouped import metrics_of
 from prefopt.losses.needs import PER_TOKEN, Need
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch, Scores
@@ -40,6 +41,8 @@ class Wrapper(Loss):
         self.needs = loss.needs
         self.roles = loss.roles
         self.paired = loss.paired
+        self.grouped = loss.grouped
+        self.reads_scores = loss.reads_scores
         self.columns = loss.columns
         self.limits = dict(loss.limits)
         self.top_k = loss.top_k
@@ -52,6 +55,9 @@ class Wrapper(Loss):
 
     def reward(self, scores: Scores) -> Tensor | None:
         return self.loss.reward(scores)
+
+    def _metrics(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        return metrics_of(self, batch) if self.grouped else super()._metrics(batch)
 
     def inner(self, batch: PreferenceBatch) -> Tensor:
         """(N,) values of the inner loss, checked in its own name."""
@@ -82,6 +88,8 @@ class WPO(Wrapper):
 
     def __init__(self, loss: Loss, aligned: bool = True, clamp: bool = False):
         super().__init__(loss)
+        if loss.grouped:
+            raise LossError(f"loss must give one value a pair or a completion, and {loss} gives one a group")
         self.aligned = aligned
         self.clamp = clamp
         if aligned:

@@ -149,7 +149,8 @@ def main(argv: Sequence[str]) -> None:
     loss = parse(job.loss)
     name, config, built_in = model_config(job.model)
     rows = made_up_rows(
-        job.per_device_train_batch_size, job.prompt, job.max_length - job.prompt, 2 if loss.paired else 1,
+        job.per_device_train_batch_size, job.prompt, job.max_length - job.prompt,
+        4 if loss.grouped else 2 if loss.paired else 1,
         job.layout == "padded",
     ).within(job.token_budget)  # fmt: skip
     with torch.device("meta"), retold(UsageError, f"--model {job.model}"):

@@ -49,6 +49,7 @@ def assemble_batch(
         "lengths": policy.mask.sum(-1),
         "ref_logps": ref_logps,
         "prev_logps": prev_logps,
+        "score": groups.scores,
         "token_logps": policy.logps,
         "token_mask": policy.mask,
         "token_ids": policy.tokens,
@@ -61,7 +62,7 @@ def assemble_batch(
         needs = loss.needs_of(role.field)
         unwanted = role is Role.MISMATCHED and Need.MISMATCHED not in loss.needs
         # Unpaired feedback can lack a role by chance; pairs lack one only if it was not scored.
-        may_lack = role is Role.MISMATCHED or (role is not Role.SAMPLED and not groups.paired)
+        may_lack = role is Role.MISMATCHED or (role in (Role.CHOSEN, Role.REJECTED) and not groups.paired)
         if unwanted or not (may_lack or bool(groups.playing([role]).any())):
             continue
         rows = groups.rows_of(role)
@@ -75,6 +76,10 @@ def assemble_batch(
             values |= {name: vectors[examples] for name, vectors in embeddings.items()}
         if "token_divergences" in values:
             values["divergences"] = loss.divergences
+        if role is Role.CANDIDATE:
+            values["group_sizes"] = groups.group_sizes()
+        else:
+            values.pop("score", None)
         if "states" in values:
             values["layers"] = loss.layers
         roles[role.field] = Scores(**values, columns={name: c[examples] for name, c in groups.columns.items()})
@@ -83,7 +88,7 @@ def assemble_batch(
 
 def _is_needed(name: str, needs: Need) -> bool:
     """Whether a loss with these needs of a role gets that field of `Scores`."""
-    if name in ("logps", "lengths"):
+    if name in ("logps", "lengths", "score"):
         return True
     if name in ("token_logps", "token_mask", "token_ids", "ref_token_logps"):
         return bool(needs & PER_TOKEN) and (name != "ref_token_logps" or needs.compares)

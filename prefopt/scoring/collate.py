@@ -1,7 +1,7 @@
 """From tokenised examples to one padded batch of rows that says which row plays which role.
 
 Every completion is a row of its own, prompt first: first all chosen rows, then all rejected ones, for pairs; in data
-order for single labelled completions.
+order for single labelled completions, and for groups, whose completions follow one another.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _Row = tuple[Role, int, list[int], list[int]]
 class PreferenceCollator:
     """Pads tokenised examples into rows.
 
-    Examples are dicts with `prompt_ids` and either `chosen_ids` and `rejected_ids`, or `completion_ids` and `label`;
-    the columns of `GIVEN_LOGPS` and numeric columns may be present too.
+    Examples are dicts with `prompt_ids` and `chosen_ids` and `rejected_ids`, or `completion_ids` and `label`, or
+    `completions_ids` (a list of lists) and `scores` (none if they are in order, the best first); the columns of
+    `GIVEN_LOGPS` and numeric columns may be present too.
 
     Attributes:
         pad_token_id: token that fills rows up. May be set after construction, before the first batch.
@@ -40,6 +41,7 @@ class PreferenceCollator:
         mismatched: also build, under every row's prompt, the completion of the example before.
         columns: numeric columns to pass on, as `column_<name>`; `weight` is passed on wherever it is present.
         limits: smallest and largest value of those that have limits.
+        reads_scores: groups must have scores, their order is not enough.
         embeddings: pass the columns of `EMBEDDINGS` on.
         vocabulary: how many token ids the models know; others are refused here, where a GPU would end the process.
     """
@@ -52,6 +54,7 @@ class PreferenceCollator:
     columns: tuple[str, ...] = ()
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     embeddings: bool = False
+    reads_scores: bool = False
     vocabulary: int | None = None
 
     @classmethod
@@ -81,14 +84,15 @@ class PreferenceCollator:
             columns=() if loss is None else loss.columns,
             limits={} if loss is None else loss.limits,
             embeddings=Need.EMBEDDINGS in needs,
+            reads_scores=loss is not None and loss.reads_scores,
         )
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         _refuse_without_ids(examples)
-        paired = "chosen_ids" in examples[0]
-        rows = _pairs(examples) if paired else _labelled(examples)
+        paired, grouped = "chosen_ids" in examples[0], "completions_ids" in examples[0]
+        rows = _pairs(examples) if paired else _candidates(examples) if grouped else _labelled(examples)
         # A single example has no other prompt to be moved to; its batch then adds nothing to the estimate.
-        if self.mismatched and len(examples) > 1:
+        if self.mismatched and not grouped and len(examples) > 1:
             count, completions = len(examples), [completion for *_, completion in rows]
             # Blocks of as many rows as there are examples; within each, as TRL's KTO trainer moves them.
             rows += [
@@ -100,14 +104,15 @@ class PreferenceCollator:
             roles=torch.tensor([role for role, *_ in rows]),
             examples=torch.tensor([example for _, example, *_ in rows]),
             columns=collate_columns(examples, self.columns, self.limits),
-            paired=paired,
+            paired=paired or grouped,
+            scores=_scores(examples, self.reads_scores) if grouped else None,
             ids=ids,
             attention=(masks >= 0).long(),
             completion=masks.clamp(min=0),
             given_logps={
                 name: torch.tensor([float(example[name]) for example in examples])
                 for name in GIVEN_LOGPS
-                if name in examples[0]
+                if name in examples[0] and not grouped
             },
             embeddings={name: collate_vectors(examples, name) for name in EMBEDDINGS if self.embeddings},
         ).inputs()
@@ -141,11 +146,12 @@ class PreferenceCollator:
 
 def _refuse_without_ids(examples: Sequence[dict[str, Any]]) -> None:
     columns = examples[0]
-    if "prompt_ids" in columns and ({"chosen_ids", "rejected_ids"} <= set(columns) or "completion_ids" in columns):
+    sides = ({"chosen_ids", "rejected_ids"}, {"completion_ids"}, {"completions_ids"})
+    if "prompt_ids" in columns and any(side <= set(columns) for side in sides):
         return
     raise UsageError(
-        "PreferenceCollator takes rows of token ids, prompt_ids with chosen_ids and rejected_ids, or with "
-        f"completion_ids and label; these have {', '.join(columns)}. Tokenize them first: "
+        "PreferenceCollator takes rows of token ids, prompt_ids with chosen_ids and rejected_ids, with "
+        f"completion_ids and label, or with completions_ids; these have {', '.join(columns)}. Tokenize them first: "
         "prefopt.data.tokenize_dataset(rows, tokenizer)"
     )
 
@@ -163,6 +169,33 @@ def _labelled(examples: Sequence[dict[str, Any]]) -> list[_Row]:
         (Role.CHOSEN if _is_desirable(e["label"]) else Role.REJECTED, i, e["prompt_ids"], e["completion_ids"])
         for i, e in enumerate(examples)
     ]
+
+
+def _candidates(examples: Sequence[dict[str, Any]]) -> list[_Row]:
+    return [
+        (Role.CANDIDATE, i, example["prompt_ids"], ids)
+        for i, example in enumerate(examples)
+        for ids in example["completions_ids"]
+    ]
+
+
+def _scores(examples: Sequence[dict[str, Any]], needed: bool) -> Tensor:
+    """(R,) scores of candidates; for lists in order, how many completions are behind each."""
+    scores: list[float] = []
+    for example in examples:
+        count, given = len(example["completions_ids"]), example.get("scores")
+        if given is None and needed:
+            raise UsageError(
+                "the loss reads scores, and the data has no column 'scores', only completions in order: add it, "
+                "or use a loss that needs their order alone, as plackett_luce"
+            )
+        if given is not None and len(given) != count:
+            raise UsageError(f"column 'scores' must hold a number for each of {count} completions, found {given!r}")
+        for score in range(count - 1, -1, -1) if given is None else given:
+            if problem := number_problem("scores", score):
+                raise UsageError(problem)
+            scores.append(score)
+    return torch.tensor(scores, dtype=torch.float32)
 
 
 def _is_desirable(label: Any) -> bool:

@@ -28,6 +28,8 @@ COUNTED = "counted_examples"
 """How many of a batch's examples count, the first ones; the others fill up the last batch of an evaluation."""
 SIZES = "role_sizes"
 """(2,) mean number of chosen and of rejected rows in the micro-batches of a step, where more than one make it up."""
+CANDIDATE_SCORES = "candidate_scores"
+"""(R,) scores from the data, where rows are candidates."""
 SHARE, TOKENS_AT_ONCE = "share_of_batch", "tokens_at_once"
 """How parts of a batch are marked, as in `RowBatch`."""
 _KEYS = {
@@ -38,6 +40,7 @@ _KEYS = {
     "examples": "examples",
     "paired": "paired",
     "counted": COUNTED,
+    "scores": CANDIDATE_SCORES,
     "share": SHARE,
     "tokens_at_once": TOKENS_AT_ONCE,
 }
@@ -52,10 +55,12 @@ class RowGroups:
         roles: (R,) a `Role` each.
         examples: (R,) index of the example (pair, or single labelled completion) that a row belongs to.
         columns: per-example columns of the data set, (E,) each.
-        paired: whether every example has one chosen and one rejected row, in the same order.
+        paired: whether examples are whole: one chosen and one rejected row each, in the same order, or all candidates
+            of a prompt, one after the other. Not so for single labelled completions.
         counted: how many examples count, the first ones; the others only fill the batch up. All if None.
         embeddings: (E, H) each, by the name of the column that they came in: those of prompts and of each role.
         sizes: as in `PreferenceBatch`.
+        scores: (R,) of candidates, from the data; None where there are none.
     """
 
     roles: Tensor
@@ -65,6 +70,7 @@ class RowGroups:
     counted: int | None = None
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     sizes: Mapping[str, Tensor] | None = None
+    scores: Tensor | None = None
 
     @functools.cached_property
     def _on_host(self) -> list[list[int]]:
@@ -87,6 +93,21 @@ class RowGroups:
             if own == role and example < counted
         ]
         return torch.tensor(rows, dtype=torch.long, device=self.roles.device)
+
+    @property
+    def example_count(self) -> int:
+        """How many examples count."""
+        count = max(self._on_host[1], default=-1) + 1
+        return count if self.counted is None else min(count, self.counted)
+
+    def group_sizes(self) -> tuple[int, ...]:
+        """How many candidates each example that counts has."""
+        counted = math.inf if self.counted is None else self.counted
+        sizes: dict[int, int] = {}
+        for role, example in zip(*self._on_host, strict=True):
+            if role == Role.CANDIDATE and example < counted:
+                sizes[example] = sizes.get(example, 0) + 1
+        return tuple(sizes.values())
 
     def playing(self, roles: Sequence[int]) -> Tensor:
         """(R,) bool on the CPU, the rows that play one of these roles."""
@@ -178,6 +199,7 @@ class RowBatch(RowGroups):
         return replace(
             self, ids=self.ids[rows, :length], attention=attention[:, :length],
             completion=self.completion[rows, :length], roles=self.roles[rows], examples=self.examples[rows],
+            scores=None if self.scores is None else self.scores[rows],
         )  # fmt: skip
 
     def select_examples(self, examples: Sequence[int]) -> RowBatch:
@@ -207,8 +229,10 @@ class RowBatch(RowGroups):
             return torch.cat([pad(old, (0, length - old.shape[1]), value=fill), torch.stack(new)])
 
         examples = torch.arange(len(ids), device=self.examples.device)
+        more = None if self.scores is None else self.scores.new_zeros(len(ids))
         return replace(
             self,
+            scores=None if self.scores is None or more is None else torch.cat([self.scores, more]),
             ids=joined(self.ids, ids, pad_token_id),
             attention=joined(self.attention, [torch.ones_like(row) for row in ids], 0),
             completion=joined(self.completion, masks, 0),

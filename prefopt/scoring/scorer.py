@@ -168,7 +168,12 @@ class Scorer:
             return self._run_frozen(model, rows, layers, keep_logits=keep_logits, all_logits=all_logits)
 
     def _refuse_without(self, rows: RowBatch) -> None:
-        """Refuse a batch without the rows that only some collators or loops add."""
+        """Refuse a batch without the rows that the loss is about, or that only some collators or loops add."""
+        if self.loss.grouped != (rows.scores is not None):
+            these, those = ("pairs or single completions", "groups")[:: -1 if rows.scores is not None else 1]
+            raise UsageError(
+                f"{self.loss} is about {those}, and the batch's rows are {these}: use another loss or data"
+            )
         if Need.MISMATCHED in self.loss.needs and not rows.alone and not bool(rows.playing([Role.MISMATCHED]).any()):
             raise UsageError(
                 f"{self.loss} compares with completions under other prompts, and the batch has none: make its "

@@ -232,10 +232,24 @@ def _options(plan: RunPlan, objective: Loss) -> None:
 
 def _pairs(plan: RunPlan, objective: Loss) -> None:
     for name, rows in plan.splits.items():
-        if kind_of_columns(_names(rows)) == "group":
+        names = _names(rows)
+        grouped = kind_of_columns(names) == "group" or "completions_ids" in names
+        if grouped and not objective.grouped:
             raise UsageError(
                 f"{objective} compares no groups, but the {name} set holds several completions a prompt (prompt, "
-                "completions): make pairs of them first, with prefopt pair DATA --builder all_pairs --out pairs.jsonl"
+                "completions): make pairs of them first, with prefopt pair DATA --builder all_pairs --out "
+                "pairs.jsonl, or use a loss on groups, as plackett_luce"
+            )
+        if objective.grouped and names and not grouped:
+            raise UsageError(
+                f"{objective} compares the completions of a group, but the {name} set holds none (prompt, completions "
+                "and scores): make groups with prefopt pair DATA --lists --out groups.jsonl, or use a loss on "
+                "pairs, as dpo"
+            )
+        if grouped and objective.reads_scores and "scores" not in names:
+            raise UsageError(
+                f"{objective} reads scores, but the {name} set has completions in order alone: add a column 'scores', "
+                "or use a loss that needs no scores, as plackett_luce"
             )
     if not objective.paired:
         return
@@ -272,6 +286,11 @@ def _mismatched(plan: RunPlan, objective: Loss) -> None:
 
 
 def _precomputed(plan: RunPlan, objective: Loss) -> None:
+    if plan.option("precompute_ref_log_probs", False) and objective.grouped:
+        raise UsageError(
+            f"{objective} is about groups, and precompute_ref_log_probs keeps two sums an example: set it to False; "
+            "reference_cache='auto' computes the reference once, too"
+        )
     if plan.option("precompute_ref_log_probs", False) and objective.needs & _OF_TOKENS and objective.needs.compares:
         raise UsageError(f"{objective} needs per-token values, but precompute_ref_log_probs keeps sums only")
     if plan.option("precompute_ref_log_probs", False) and (present := sorted({*plan.columns} & {*REFERENCE_LOGPS})):

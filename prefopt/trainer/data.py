@@ -62,4 +62,13 @@ def prepare(
 
 def columns_of_batches(objective: Loss) -> list[str]:
     """Columns passed to the collator in addition to those that TRL keeps."""
-    return ["completion_ids", "label", "weight", *PREVIOUS_LOGPS, *EMBEDDINGS, *objective.columns]
+    return [
+        "completion_ids",
+        "completions_ids",
+        "scores",
+        "label",
+        "weight",
+        *PREVIOUS_LOGPS,
+        *EMBEDDINGS,
+        *objective.columns,
+    ]

@@ -48,10 +48,11 @@ def add_loss(
         loss: of the batch, auxiliary losses included.
         processes: how many there are; all of them must call this.
     """
-    counts = {role.field: len(rows.rows_of(role)) for role in (Role.CHOSEN, Role.REJECTED)}
     if rows.paired:
-        means.add("loss", loss * counts["chosen"], torch.tensor(counts["chosen"]))
+        count = rows.example_count
+        means.add("loss", loss * count, torch.tensor(count))
         return
+    counts = {role.field: len(rows.rows_of(role)) for role in (Role.CHOSEN, Role.REJECTED)}
     objective = objective.loss if isinstance(objective, ConflictFree) else objective
     output, every = slot.get(), tuple(counts)
     # Auxiliary losses, such as experts' load balancing, are about all completions.

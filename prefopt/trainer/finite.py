@@ -127,7 +127,7 @@ class StepGuard(TrainerCallback):
             role.field: [
                 tokenizer.decode(rows.ids[row][rows.attention[row].bool()]) for row in rows.rows_of(role).tolist()
             ]
-            for role in (Role.CHOSEN, Role.REJECTED)
+            for role in (Role.CHOSEN, Role.REJECTED, Role.CANDIDATE)
         }
 
     def _on_any_process(self, here: bool) -> bool:

@@ -64,7 +64,7 @@ class FirstBatch:
         if mode == "off" or not self._compares or trainer.state.global_step > 0:
             return
         worst = torch.zeros((), device=trainer.accelerator.device)
-        for scores in (batch.chosen, batch.rejected):
+        for scores in (batch.chosen, batch.rejected, batch.candidate):
             if scores is not None and scores.ref_logps is not None and len(scores):
                 gap = (scores.ratios.detach() / scores.lengths.clamp(min=1)).abs().max()
                 worst = torch.maximum(worst, gap.float())

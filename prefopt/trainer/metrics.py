@@ -98,7 +98,7 @@ class RunMetrics:
     def add_tokens(self, scored: Scored, training: bool) -> None:
         """Add a batch's token metrics: entropy, accuracy and count."""
         policy, rows, means = scored.tokens, scored.rows, self.means(training)
-        chosen = rows.rows_of(Role.CHOSEN)
+        chosen = rows.rows_of(Role.CHOSEN if rows.scores is None else Role.CANDIDATE)
         pairs = torch.cat([chosen, rows.rows_of(Role.REJECTED)])
         means.add("entropy", policy.entropy[pairs], policy.mask[pairs].sum())
         means.add("mean_token_accuracy", policy.is_top1[chosen], policy.mask[chosen].sum())
@@ -143,7 +143,8 @@ def still_reference(logs: Mapping[str, float]) -> bool:
 
     Both completions of a pair then have the same reward, and `rewards/accuracies` counts ties and rounding.
     """
-    ratios = [(f"ratios/{role}", f"lengths/{role}") for role in ("chosen", "rejected")]
+    roles = ("candidate",) if "ratios/candidate" in logs else ("chosen", "rejected")
+    ratios = [(f"ratios/{role}", f"lengths/{role}") for role in roles]
     return all(abs(logs.get(ratio, math.inf)) <= 0.01 * logs.get(length, 1.0) for ratio, length in ratios)
 
 
@@ -151,7 +152,7 @@ def batch_metrics(batch: PreferenceBatch, output: LossOutput) -> dict[str, Tenso
     """Per-example values to log: the objective's own, and log-probabilities, ratios and lengths of each role."""
     metrics = dict(output.metrics)
     with torch.no_grad():
-        for role in ("chosen", "rejected", "sampled"):
+        for role in ("chosen", "rejected", "sampled", "candidate"):
             scores = batch.role(role)
             if scores is not None and len(scores):
                 metrics[f"logps/{role}"] = scores.logps
@@ -217,7 +218,8 @@ def describe_non_finite(
 
 def _spoiled_values(batch: PreferenceBatch, output: LossOutput) -> dict[tuple[str, int], list[str]]:
     """Rows for which the objective, or one of its terms, is not finite: (role, index) -> texts with the values."""
-    places = [(role, i) for role in ("chosen", "rejected") for i in range(len(batch.role(role) or ()))]
+    roles = ("chosen", "rejected", "candidate")
+    places = [(role, i) for role in roles for i in range(len(batch.role(role) or ()))]
     vectors = {name.removesuffix("/loss"): value for name, value in output.metrics.items() if name.endswith("/loss")}
     if output.per_example is not None and not vectors:
         vectors[""] = output.per_example
@@ -226,6 +228,9 @@ def _spoiled_values(batch: PreferenceBatch, output: LossOutput) -> dict[tuple[st
         for index in (~torch.isfinite(values.detach())).nonzero().flatten().tolist():
             if len(values) == len(places):
                 rows = [places[index]]
+            elif batch.candidate is not None:  # one value per group
+                groups = batch.candidate.groups.tolist()
+                rows = [("candidate", i) for i, group in enumerate(groups) if group == index]
             else:  # one value per pair, or the values of one role
                 rows = [(role, index) for role in ("chosen", "rejected") if index < len(batch.role(role) or ())]
             for row in rows:

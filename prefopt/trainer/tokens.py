@@ -18,7 +18,7 @@ from prefopt.scoring import extras_for
 from prefopt.scoring.model import unwrapped
 from prefopt.trainer.options import groups_by_length
 
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "completions_ids")
 
 
 def lengths_to_sample_by(data: Any, args: Any) -> Any:
@@ -30,8 +30,19 @@ def lengths_to_sample_by(data: Any, args: Any) -> Any:
 
 def example_lengths(data: Dataset) -> np.ndarray[Any, Any]:
     """(N,) the number of tokens of each example, its prompt and all its completions."""
-    parts = [sum(pc.list_value_length(table[name]).to_numpy() for name in _ids_of(data)) for table in _tables(data)]
+    parts = [sum(_lengths(table[name]) for name in _ids_of(data)) for table in _tables(data)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _lengths(ids: Any) -> Any:
+    """(N,) the number of tokens in each row of a column, which may hold lists of completions."""
+    column = ids.combine_chunks()
+    lengths = pc.list_value_length(column).to_numpy()
+    if not pa.types.is_list(column.type.value_type):
+        return lengths
+    inner, ends = pc.list_value_length(column.flatten()).to_numpy(), np.cumsum(lengths)
+    total = np.concatenate([[0], np.cumsum(inner)])
+    return total[ends] - total[ends - lengths]
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
@@ -127,13 +138,19 @@ def _first_beyond(data: Dataset, limit: int) -> tuple[int, str, int] | None:
     start = 0
     for table in _tables(data):
         for name in _ids_of(data):
-            highest = pc.max(pc.list_flatten(table[name])).as_py()
+            flat = pc.list_flatten(table[name])
+            highest = pc.max(pc.list_flatten(flat) if pa.types.is_list(flat.type) else flat).as_py()
             if highest is not None and highest >= limit:
-                rows = table[name].to_pylist()
+                rows = [[*_flat(ids or [])] for ids in table[name].to_pylist()]
                 row = next(i for i, ids in enumerate(rows) if ids and max(ids) >= limit)
                 return start + row, name, next(token for token in rows[row] if token >= limit)
         start += table.num_rows
     return None
+
+
+def _flat(ids: list[Any]) -> Iterator[int]:
+    for item in ids:
+        yield from item if isinstance(item, list) else [item]
 
 
 def _ids_of(data: Dataset) -> list[str]:

@@ -200,7 +200,7 @@ class TestPage:
 
     def test_every_family_has_a_picture_or_a_reason(self):
         drawn = {Path(words[2]).stem.removeprefix("objectives-") for words in self.COMMANDS}
-        assert {family.name for family in families()} - drawn == {"batchwise", "likelihood", "conflict"}
+        assert {family.name for family in families()} - drawn == {"batchwise", "likelihood", "conflict", "listwise"}
         assert "presets" in drawn
 
     @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: Path(words[2]).stem)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model
+from tests.trainer.runs import make_groups, make_labelled, make_pairs, make_trainer, save_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "numbers.md").read_text(encoding="utf-8")
 OF_TRANSFORMERS = re.compile(r"(train|eval)_(runtime|\w+_per_second|loss)|total_flos|step")
@@ -14,6 +14,7 @@ OF_TRANSFORMERS = re.compile(r"(train|eval)_(runtime|\w+_per_second|loss)|total_
 RUNS: tuple[dict[str, Any], ...] = (
     {"loss": "dpo(beta=0.1) + 0.2*sft"},
     {"loss": "kto", "train_dataset": make_labelled(8)},
+    {"loss": "gvpo", "train_dataset": make_groups(8)},
     {"loss": "kl_online", "sample_max_new_tokens": 2},
     {"loss": "kernel_dpo(kernel='rbf', divergence='kl', gamma=1.0)"},
     {"loss": "hmk(divergence='kl')"},

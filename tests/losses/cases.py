@@ -121,6 +121,12 @@ class Row:
         return self.uw / self.nw - self.ul / self.nl
 
     @property
+    def group(self) -> list[tuple[float, float, float, int]]:
+        """Completions of one prompt as (policy sum, reference sum, score, length): two, three or four."""
+        more = [(self.ps, self.rs, (self.sw + 2 * self.sl) / 3, 3), (self.ps - 1, self.rs + 1, self.sl - 0.25, 6)]
+        return [(self.pw, self.rw, self.sw, self.nw), (self.pl, self.rl, self.sl, self.nl), *more[: self.nw % 3]]
+
+    @property
     def w(self) -> Tokens:
         return make_tokens(self.pw, self.rw, self.nw)
 
@@ -292,7 +298,35 @@ def make_batch(
             torch.zeros(len(rows), dtype=dtype),
             columns={} if weight is None else {"weight": torch.tensor(weight, dtype=dtype)},
         ),
+        candidate=make_candidates(rows, dtype, weight, requires_grad),
     )
+
+
+def make_candidates(
+    rows: Sequence[Row], dtype: torch.dtype, weight: list[float] | None, requires_grad: bool
+) -> Scores:
+    """The rows' groups."""
+    groups = [row.group for row in rows]
+    ends = [list(values) for values in zip(*(one for group in groups for one in group), strict=True)]
+    sizes = tuple(len(group) for group in groups)
+    weights = [value for value, size in zip(weight or (), sizes, strict=False) for _ in range(size)]
+    return Scores(
+        torch.tensor(ends[0], dtype=dtype, requires_grad=requires_grad),
+        torch.tensor(ends[3]),
+        torch.tensor(ends[1], dtype=dtype),
+        score=torch.tensor(ends[2], dtype=dtype),
+        group_sizes=sizes,
+        columns={} if weight is None else {"weight": torch.tensor(weights, dtype=dtype)},
+    )
+
+
+def some_groups(scores: Scores, rows: list[int]) -> Scores:
+    """The completions of some groups."""
+    places = [place for row in rows for place, group in enumerate(scores.groups.tolist()) if group == row]
+    of = torch.tensor(places, dtype=torch.long)
+    values = {name: getattr(scores, name)[of] for name in ("logps", "lengths", "ref_logps", "score")}
+    sizes = tuple(scores.group_sizes[row] for row in rows)
+    return Scores(**values, group_sizes=sizes, columns={name: column[of] for name, column in scores.columns.items()})
 
 
 def random_rows(n: int, seed: int = 0, z0: float = 0.2) -> list[Row]:
@@ -322,6 +356,65 @@ def random_rows(n: int, seed: int = 0, z0: float = 0.2) -> list[Row]:
             )
         )
     return rows
+
+
+# ---- formulas over a group --------------------------------------------------------------------------------------
+
+
+def log_sum_exp(values: Sequence[float]) -> float:
+    top = max(values)
+    return top + math.log(sum(math.exp(value - top) for value in values))
+
+
+def shares(values: Sequence[float]) -> list[float]:
+    return [math.exp(value - log_sum_exp(values)) for value in values]
+
+
+def rewards_and_scores(row: Row, beta: float) -> tuple[list[float], list[float]]:
+    return [beta * (p - r) for p, r, _, _ in row.group], [score for _, _, score, _ in row.group]
+
+
+def plackett_luce(row: Row, beta: float) -> float:
+    z, s = rewards_and_scores(row, beta)
+    ranked = [reward for _, reward in sorted(zip(s, z, strict=True), reverse=True)]
+    return sum(log_sum_exp(ranked[place:]) - reward for place, reward in enumerate(ranked))
+
+
+def infonca(row: Row, beta: float, alpha: float) -> float:
+    z, s = rewards_and_scores(row, beta)
+    labels = shares([score / alpha for score in s])
+    return -sum(label * math.log(share) for label, share in zip(labels, shares(z), strict=True))
+
+
+def nca_scores(row: Row, beta: float, alpha: float) -> float:
+    z, s = rewards_and_scores(row, beta)
+    labels = shares([score / alpha for score in s])
+    return sum(p * softplus(-x) + softplus(x) / len(z) for p, x in zip(labels, z, strict=True))
+
+
+def lipo_lambda(row: Row, beta: float) -> float:
+    z, s = rewards_and_scores(row, beta)
+    order = sorted(range(len(z)), key=lambda i: (-z[i], s[i]))
+    discount = {i: 1 / math.log(2 + place) for place, i in enumerate(order)}
+    return sum(
+        (2 ** s[i] - 2 ** s[j]) * abs(discount[i] - discount[j]) * softplus(z[j] - z[i])
+        for i in range(len(z))
+        for j in range(len(z))
+        if s[i] > s[j]
+    )
+
+
+def gvpo(row: Row, beta: float) -> float:
+    z, s = rewards_and_scores(row, beta)
+    return variance([reward - score for reward, score in zip(z, s, strict=True)]) / 2
+
+
+def a_star_po(row: Row, beta: float, value_beta: float) -> float:
+    z, s = rewards_and_scores(row, beta)
+    value = mean(s)
+    if value_beta:
+        value = value_beta * math.log(mean(math.exp(score / value_beta) for score in s))
+    return mean((reward + value - score) ** 2 for reward, score in zip(z, s, strict=True))
 
 
 # ---- formulas over a row -----------------------------------------------------------------------------------------
@@ -601,6 +694,13 @@ def normalised(first: float, second: float) -> float:
 
 LOG2 = math.log(2)
 CASES = [
+    Case("plackett_luce(beta=0.1)", lambda r: (plackett_luce(r, 0.1),)),
+    Case("infonca(beta=0.3, alpha=0.5)", lambda r: (infonca(r, 0.3, 0.5),)),
+    Case("nca_scores(beta=0.3, alpha=0.5)", lambda r: (nca_scores(r, 0.3, 0.5),)),
+    Case("lipo_lambda(beta=0.3)", lambda r: (lipo_lambda(r, 0.3),)),
+    Case("gvpo(beta=0.3)", lambda r: (gvpo(r, 0.3),)),
+    Case("a_star_po(beta=0.3, value_beta=0.5)", lambda r: (a_star_po(r, 0.3, 0.5),)),
+    Case("a_star_po(beta=0.3, value_beta=0.0)", lambda r: (a_star_po(r, 0.3, 0.0),)),
     # direct
     Case("dpo(beta=0.1)", lambda r: (softplus(-0.1 * r.d),), 0.620957, LOG2),
     Case(

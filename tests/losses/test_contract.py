@@ -13,7 +13,7 @@ import torch
 from prefopt.losses import Loss, Need, PreferenceBatch, Scores, available, parse, presets
 from prefopt.losses.base import ROLES
 from prefopt.losses.needs import QUANTITIES
-from tests.losses.cases import CASES, REFERENCE_VECTOR, Row, make_batch, random_rows
+from tests.losses.cases import CASES, REFERENCE_VECTOR, Row, make_batch, random_rows, some_groups
 
 EXPRESSIONS = [case.expression for case in CASES]
 every_case = pytest.mark.parametrize("case", CASES, ids=EXPRESSIONS)
@@ -227,7 +227,11 @@ def test_weight_zero_removes_an_example(expression):
     output.loss.backward()
     gradients = [leaf.grad for leaf in leaves(batch).values() if leaf.grad is not None]
     assert any((gradient != 0).any() for gradient in gradients)
-    assert all((gradient[1] == 0).all() for gradient in gradients)
+    assert all((gradient[1] == 0).all() for gradient in gradients if len(gradient) == len(rows))
+    if loss_is_grouped := parse(expression).grouped:
+        (gradient,), absent = gradients, batch.candidate.groups == 1
+        assert (gradient[absent] == 0).all()
+    assert loss_is_grouped or all(len(gradient) == len(rows) for gradient in gradients)
 
 
 def some_of(batch: PreferenceBatch, rows: list[int]) -> PreferenceBatch:
@@ -239,7 +243,8 @@ def some_of(batch: PreferenceBatch, rows: list[int]) -> PreferenceBatch:
         return replace(scores, **kept, columns={name: column[rows] for name, column in scores.columns.items()})
 
     roles = ("chosen", "rejected", "mismatched", "sampled")
-    return replace(batch, **{role: picked(scores) for role in roles if (scores := batch.role(role)) is not None})
+    some = {role: picked(scores) for role in roles if (scores := batch.role(role)) is not None}
+    return replace(batch, **some, candidate=some_groups(batch.candidate, rows))
 
 
 @every_loss
@@ -287,6 +292,8 @@ def stripped(batch: PreferenceBatch, loss: Loss, without: Need = Need.NONE) -> P
             kept["ref_states"] = scores.ref_states
         if Need.FORWARD_KL in needs:
             kept["ref_token_entropy"] = scores.ref_token_entropy
+        if role == "candidate":
+            kept |= {"score": scores.score, "group_sizes": scores.group_sizes}
         return Scores(**kept)
 
     roles = {role: keep(role, batch.role(role)) for role in ROLES if role in loss.roles}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from prefopt.losses import PreferenceBatch, Scores, parse
 from prefopt.losses.base import ROLES
-from tests.losses.cases import make_batch, random_rows
+from tests.losses.cases import make_batch, random_rows, some_groups
 
 WEIGHT = [1.0, 0.5, 0.0, 1.0, 2.0, 1.0]
 
@@ -32,6 +32,12 @@ def gradients_of(expression: str, batch: PreferenceBatch) -> tuple[torch.Tensor,
                 # Weighted by place, so that gradients of different tokens cannot make up for one another.
                 place = torch.arange(1, value[0].numel() + 1, dtype=torch.float64)
                 total += (value.grad.flatten(1) if value.dim() > 1 else value.grad.unsqueeze(1)) @ place
+        if scores.group_sizes is not None:
+            places = [place + 1.0 for size in scores.group_sizes for place in range(size)]
+            place = torch.tensor(places, dtype=torch.float64)
+            total = torch.zeros(len(scores.group_sizes), dtype=torch.float64).index_add(
+                0, scores.groups, place * total
+            )
         sums.append(total)
     return loss.detach(), torch.stack(sums)
 
@@ -40,7 +46,9 @@ def some(batch: PreferenceBatch, rows: slice) -> PreferenceBatch:
     """A batch with some of its examples, or none."""
     roles = {}
     for role in (*ROLES, "mismatched"):
-        if (scores := batch.role(role)) is not None:
+        if role == "candidate":
+            roles[role] = some_groups(batch.candidate, list(range(len(batch.chosen)))[rows])
+        elif (scores := batch.role(role)) is not None:
             values = {part.name: getattr(scores, part.name) for part in fields(Scores) if part.name != "columns"}
             kept = {name: v[rows] if isinstance(v, torch.Tensor) else v for name, v in values.items()}
             roles[role] = Scores(**kept, columns={name: value[rows] for name, value in scores.columns.items()})

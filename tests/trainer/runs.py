@@ -53,6 +53,23 @@ def make_pairs(n: int = 40, seed: int = 0, **columns: list[Any]) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def make_groups(n: int = 24, seed: int = 0, largest: int = 4, **columns: list[Any]) -> Dataset:
+    """Conversations with two to `largest` answers each and a score an answer."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(n):
+        texts = [f"{place} {_words(rng)}" for place in range(2 + number % (largest - 1))]
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": _words(rng)}],
+                "completions": [[{"role": "assistant", "content": text}] for text in texts],
+                "scores": [round(rng.uniform(0, 3), 2) for _ in texts],
+                **{name: values[number] for name, values in columns.items()},
+            }
+        )
+    return Dataset.from_list(rows)
+
+
 def make_labelled(n: int = 40, seed: int = 0) -> Dataset:
     """Single completions with a label, two of three desirable."""
     rng = random.Random(seed)

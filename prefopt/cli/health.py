@@ -20,16 +20,18 @@ def health(
 ) -> None:
     """Say what the logged numbers of a run show: over-optimised, learns nothing, diverges ..."""
     from prefopt.analysis.health.finding import LEVELS
-    from prefopt.analysis.health.saved import examine_saved
+    from prefopt.analysis.health.saved import lines_and_findings
+    from prefopt.analysis.health.watch import too_few
     from prefopt.safety.errors import UsageError
 
     if beta is not None and not beta > 0:
         raise UsageError(f"--beta must be above 0, got {beta}")
     serious = False
     for run in runs:
-        findings = examine_saved(run, beta)
+        lines, findings = lines_and_findings(run, beta)
         serious = serious or any(finding.level == LEVELS[0] for finding in findings)
-        say(f"{run}: {len(findings)} finding{'' if len(findings) == 1 else 's'}")
+        few = too_few(lines)
+        say(f"{run}: {len(findings)} finding{'' if len(findings) == 1 else 's'}{few and f'; {few}'}")
         for finding in findings:
             say(f"  {finding}")
     if strict and serious:

@@ -85,7 +85,8 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trained = True
         if state.is_world_process_zero:
-            for line in report(self.findings, self._told):
+            lines = 0 if self._watch is None else self._watch.history.lines
+            for line in report(self.findings, lines, self._told):
                 self._say(line)
 
     def _tell(self, state: Any, findings: Collection[Finding]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefopt.analysis.health.finding import Finding
 from prefopt.analysis.health.history import Settings
-from prefopt.analysis.health.watch import examine
+from prefopt.analysis.health.watch import examined
 from prefopt.safety.errors import UsageError, retold
 from prefopt.safety.files import write_text
 
@@ -68,6 +68,11 @@ def examine_saved(run: Path, beta: float | None = None) -> list[Finding]:
     Raises:
         UsageError: if there is no log, or none that can be read.
     """
+    return lines_and_findings(run, beta)[1]
+
+
+def lines_and_findings(run: Path, beta: float | None = None) -> tuple[int, list[Finding]]:
+    """`examine_saved`, and how many log lines of training there are to judge by."""
     file = log_file(run)
     with retold(UsageError, f"{file} cannot be read"):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -79,11 +84,12 @@ def examine_saved(run: Path, beta: float | None = None) -> list[Finding]:
     settings = replace(Settings(**fields), max_steps=content.get("max_steps") or content.get("global_step"))
     if beta is not None:
         settings = replace(settings, beta=beta)
-    findings = examine([*_before(file.parent), *lines], settings)
+    watch = examined([*_before(file.parent), *lines], settings)
+    findings = watch.findings
     if (ended := content.get("not_finite")) is not None:
         remedy = "look at those rows, a lower learning rate, bfloat16 or float32 in place of float16"
         findings.insert(0, Finding("not_finite", "serious", content.get("global_step", 0), str(ended), remedy))
-    return findings
+    return watch.history.lines, findings
 
 
 def _before(folder: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from prefopt.analysis.health.finding import LEVELS, Finding
-from prefopt.analysis.health.history import History, Settings
+from prefopt.analysis.health.history import FEW, History, Settings
 from prefopt.analysis.health.learning import below_chance, evaluation_diverges, learns_nothing, saturated
 from prefopt.analysis.health.likelihood import chosen_falls, margin_is_length, over_optimised
 from prefopt.analysis.health.stability import (
@@ -68,30 +68,47 @@ def examine(log_history: Iterable[Mapping[str, Any]], settings: Settings | None 
         log_history: log lines, as transformers keeps them in `trainer.state.log_history` and `trainer_state.json`.
         settings: of the run, as far as they are known; `Settings.of(trainer.args, trainer.state.max_steps)`.
     """
+    return examined(log_history, settings).findings
+
+
+def examined(log_history: Iterable[Mapping[str, Any]], settings: Settings | None = None) -> Watch:
+    """A watch that has read a whole log."""
     watch = Watch(settings)
     for line in log_history:
         watch.add(line, int(line.get("step", watch.history.step)))
-    return watch.findings
+    return watch
 
 
-def report(findings: Collection[Finding], told: Collection[str] = ()) -> list[str]:
+def too_few(lines: int) -> str:
+    """A sentence if a run has logged too few lines to be called healthy; else ""."""
+    if lines >= FEW:
+        return ""
+    return (
+        f"{lines} log line{'' if lines == 1 else 's'} of training, too few to judge (--logging_steps 1 logs each step)"
+    )
+
+
+def report(findings: Collection[Finding], lines: int, told: Collection[str] = ()) -> list[str]:
     """The lines to print at the end of a run.
 
     Args:
         findings: the most serious first.
+        lines: log lines of training.
         told: rules whose finding was printed during the run; they are only named.
     """
+    if not findings and too_few(lines):
+        return [f"Health: {too_few(lines)}"]
     if not findings:
         return ["Health: nothing unusual in the logged numbers"]
-    lines = [
+    shown = [
         f"Health: {finding.level} ({finding.rule}, step {finding.step}), told above"
         if finding.rule in told
         else f"Health: {finding}"
         for finding in list(findings)[:SHOWN]
     ]
     if more := len(findings) - SHOWN:
-        lines += [f"Health: and {more} more"] * (more > 0)
-    return lines
+        shown += [f"Health: and {more} more"] * (more > 0)
+    return shown
 
 
 def stops(findings: Iterable[Finding], stop_on: Collection[str]) -> Finding | None:

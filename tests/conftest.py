@@ -56,6 +56,23 @@ def _one_thread_a_worker():
         torch.set_num_threads(1)
 
 
+@pytest.fixture
+def no_loss_stays(monkeypatch):
+    """For a test that reads a file of losses: afterwards the registry is as it was."""
+    from prefopt.losses import from_file as loader
+    from prefopt.losses.registry import _LOSSES, _PRESETS
+
+    losses, presets, modules = dict(_LOSSES), dict(_PRESETS), set(sys.modules)
+    monkeypatch.setattr(loader, "_FILES", {})
+    yield
+    for registry, before in ((_LOSSES, losses), (_PRESETS, presets)):
+        registry.clear()
+        registry.update(before)
+    for name in set(sys.modules) - modules:
+        if name.startswith("loss_file_"):
+            del sys.modules[name]
+
+
 def pytest_collection_finish() -> None:
     """Leave out of every later garbage collection what has been imported, and read the metadata of a package once.
 

@@ -77,6 +77,7 @@ Some things are more CRINGE than others: Iterative Preference Optimization with 
 Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine Translation
 2402.00856 | Ji, Haozhe | Towards Efficient Exact Optimization of Language Model Alignment
 2402.01306 | Ethayarajh, Kawin | KTO: Model Alignment as Prospect Theoretic Optimization
+2402.01878 | Liu, Tianqi | LiPO: Listwise Preference Optimization through Learning-to-Rank
 2402.05369 | Chen, Huayu | Noise Contrastive Alignment of Language Models with Explicit Rewards
 2402.05749 | Tang, Yunhao | Generalized Preference Optimization: A Unified Approach to Offline Alignment
 2402.10052 | Dong, Yijiang River | \
@@ -133,7 +134,9 @@ Reward-aware Preference Optimization: A Unified Mathematical Framework for Model
 2502.07599 | Yang, Xiliang | DPO-Shift: Shifting the Distribution of Direct Preference Optimization
 2502.19301 | Wang, Qizhou | Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond
 2503.01224 | Yang, Bo | CE-U: Cross Entropy Unlearning
+2504.19599 | Zhang, Kaichen | GVPO: Group Variance Policy Optimization for Large Language Model Post-Training
 2505.11953 | Yang, Puning | Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning
+2505.20686 | Brantley, Kianté | Accelerating RL for LLM Reasoning with Optimal Advantage Regression
 2506.05314 | Entesari, Taha | Constrained Entropic Unlearning: A Primal-Dual Framework for Large Language Models
 2507.21183 | Lan, Guangchen | MaPPO: Maximum a Posteriori Preference Optimization with Prior Knowledge
 2509.24207 | Liu, Sijia | Humanline: Online Alignment as Perceptual Loss

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from prefopt.cli import app
 from prefopt.losses import LossError, parse, register_file
 from prefopt.losses import from_file as loader
-from prefopt.losses.registry import _LOSSES, _PRESETS
+from prefopt.losses.registry import _LOSSES
 from prefopt.recipe import main, parse_arguments
 from tests.recipe.test_recipe import arguments, pairs_file
 from tests.trainer.runs import save_model
@@ -35,17 +35,7 @@ class Mine(ReferencePairLoss):
 '''
 
 
-@pytest.fixture(autouse=True)
-def _nothing_stays(monkeypatch):
-    losses, presets, modules = dict(_LOSSES), dict(_PRESETS), set(sys.modules)
-    monkeypatch.setattr(loader, "_FILES", {})
-    yield
-    for registry, before in ((_LOSSES, losses), (_PRESETS, presets)):
-        registry.clear()
-        registry.update(before)
-    for name in set(sys.modules) - modules:
-        if name.startswith("loss_file_"):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("no_loss_stays")
 
 
 def mine(folder: Path, text: str = CLASS, name: str = "mine.py") -> str:

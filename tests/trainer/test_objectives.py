@@ -12,14 +12,14 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from prefopt import LossMixin, PreferenceConfig, PreferenceTrainer
-from prefopt.losses import DPO, SFT, Need, PairLoss, available, presets
+from prefopt.losses import DPO, SFT, GroupLoss, Need, PairLoss, available, presets
 from prefopt.losses.wrappers import Wrapper
 from prefopt.scoring.collate import number_problem
 from prefopt.trainer import checks
 from prefopt.trainer.checks import _first_number_problem
 from prefopt.trainer.saving.checkpoints import CheckpointError
 from tests.tiny import THINKING, make_model, make_tokenizer
-from tests.trainer.runs import make_labelled, make_pairs, make_trainer, save_model, settings, train
+from tests.trainer.runs import make_groups, make_labelled, make_pairs, make_trainer, save_model, settings, train
 
 
 @pytest.mark.parametrize("loss", ["simpo", "dpo + 0.5*sft", "sft(nll='sum')", "kto", "kto + 0.1*sft"])
@@ -454,6 +454,8 @@ def test_every_registered_objective_trains(tmp_path, expression):
     loss = f"{expression}(dpo + 0.1*sft(nll='mean'))" if wrapped else FOR_TWO_LAYERS.get(expression, expression)
     numbers = {"margin": 0.5, "chosen_score": 0.9, "rejected_score": 0.2, "chosen_from_reference": 0.0}
     pairs = make_pairs(8, **{name: [value] * 8 for name, value in numbers.items()}, forget=[0, 1] * 4)
+    if expression in available() and issubclass(available()[expression], GroupLoss):
+        pairs = make_groups(8)
     options = {"max_steps": 6, "learning_rate": 2e-3, "sample_max_new_tokens": 6, "per_device_train_batch_size": 8}
     trainer = make_trainer(tmp_path, loss=loss, train_dataset=pairs, **options)
     before = trainer.model.get_input_embeddings().weight.detach().clone()

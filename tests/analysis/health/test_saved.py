@@ -101,6 +101,7 @@ def test_stop_on_ends_a_recipe_which_saves_its_model(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("no_loss_stays")
 def test_a_run_that_died_of_a_nan_says_so_later(tmp_path):
     losses = tmp_path / "losses.py"
     losses.write_text(

@@ -18,7 +18,7 @@ from prefopt.losses.scores import EMBEDDINGS
 from prefopt.scoring.rows import RowBatch
 from prefopt.trainer.engine import describe_engine
 from tests.processes import engine_options, wrapper_of
-from tests.trainer.runs import make_pairs, make_trainer
+from tests.trainer.runs import make_groups, make_pairs, make_trainer
 
 GLOBAL_BATCH = 8
 
@@ -85,7 +85,12 @@ def embedded(n: int, seed: int = 0) -> Any:
     return make_pairs(n, seed, weight=[(0.5, 1.0, 0.0, 2.0, 1.5)[i % 5] for i in range(n)], **rows)
 
 
-DATA = {"pairs": make_pairs, "weighted": weighted, "labelled": labelled, "embedded": embedded}
+def grouped(n: int, seed: int = 0) -> Any:
+    """Groups of unequal sizes and weights."""
+    return make_groups(n, seed, weight=[(0.5, 1.0, 0.0, 2.0, 1.5)[i % 5] for i in range(n)])
+
+
+DATA = {"pairs": make_pairs, "weighted": weighted, "labelled": labelled, "embedded": embedded, "groups": grouped}
 
 
 def whole_parameters(trainer: Any) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ FULL: list[dict[str, Any]] = [
     {"name": "weighted", "loss": SUM, "data": "weighted", "save": True},
     {"name": "kto", "loss": "kto(beta=0.5)", "data": "labelled", "options": IN_ORDER},
     {"name": "spanning", "loss": "aot + 0.5*bco", "data": "weighted"},
+    {"name": "groups", "loss": "plackett_luce(beta=0.5) + 0.1*gvpo", "data": "groups"},
     {"name": "candidates", "loss": "cringe", "data": "labelled"},
     {"name": "distributions", "loss": "tdpo + 0.1*pairwise_cringe(k=1)", "data": "weighted"},
     {"name": "mixture", "loss": "hmk", "data": "weighted", "options": LEARNED},
@@ -60,7 +61,7 @@ OF_ZERO1 = ("weighted", "accumulated", "whole", "resumed")
 JOBS = [{**job, "kind": "full"} for job in FULL] + [
     {**job, "kind": "lora", "name": f"{job['name']}-lora", **({"resumes": "whole-lora"} if "resumes" in job else {})}
     for job in FULL
-    if job["name"] not in ("spanning", "candidates")
+    if job["name"] not in ("spanning", "candidates", "groups")
 ]
 NAMES = [job["name"] for job in JOBS]
 

@@ -155,11 +155,7 @@ def _pair_samples(
     judged = [] if judgements is None else list(read_judgements(judgements))
     rows = [] if prompts is None else read_prompts(prompts)[0]
     counts = write_pairs(out, list(read_samples(samples)), judged, how, rows)
-    for line in counts.lines():
-        say(line)
-    if not counts.pairs:
-        fail(f"{out} is empty: no prompt makes a pair")
-    say(f"Written to {out}. Look at them: prefopt check {out}{' --loss sft' if how.builder.supervised else ''}")
+    _tell(out, counts, empty="no prompt makes a pair", check=" --loss sft" if how.builder.supervised else "")
 
 
 def _are_groups(data: str) -> bool:
@@ -173,14 +169,15 @@ def _are_groups(data: str) -> bool:
 def _pair_groups(data: str, out: Path, builder: str, split: str, config: str | None, seed: int) -> None:
     from prefopt.data import clean, kind, read_preferences, validate
     from prefopt.online.builders import parse_builder
-    from prefopt.online.groups import pairs_of_groups, write_lines
+    from prefopt.online.groups import pairs_of_groups
     from prefopt.online.pairing import PairCounts
+    from prefopt.safety.jsonl import write_jsonl
 
     rows = read_preferences(data, split=split, config=config, say=say)
     if kind(rows) != "group":
         fail(f"--builder makes pairs of samples or of rows with prompt, completions and scores; {data} has neither")
     counts = PairCounts()
-    write_lines(out, pairs_of_groups(clean(rows, validate(rows)), parse_builder(builder), counts, seed))
+    write_jsonl(out, pairs_of_groups(clean(rows, validate(rows)), parse_builder(builder), counts, seed))
     _tell(out, counts)
 
 
@@ -196,8 +193,9 @@ def _list_samples(
     from prefopt.generation.samples import read_samples
     from prefopt.generation.stage import read_prompts
     from prefopt.online.builders import parse_builder
-    from prefopt.online.groups import groups_of, write_lines
+    from prefopt.online.groups import groups_of
     from prefopt.online.pairing import PairCounts, PairSettings
+    from prefopt.safety.jsonl import write_jsonl
 
     how = PairSettings(
         parse_builder("all_pairs"),
@@ -207,21 +205,27 @@ def _list_samples(
     )
     rows = [] if prompts is None else read_prompts(prompts)[0]
     counts = PairCounts()
-    count = write_lines(
+    count = write_jsonl(
         out, groups_of(list(read_samples(samples)), list(read_judgements(judgements)), how, counts, rows)
     )
     _tell(out, counts, count)
 
 
-def _tell(out: Path, counts: Any, groups: int | None = None) -> None:
-    """Print counts of what was written and left out."""
+def _tell(
+    out: Path,
+    counts: Any,
+    groups: int | None = None,
+    empty: str = "no prompt has two completions with different scores",
+    check: str = "",
+) -> None:
+    """Print counts of what was written and left out; fail, saying why, if nothing was written."""
     first, *others = counts.lines()
     say(first if groups is None else first.replace(f"{counts.pairs} pairs", f"{groups} groups", 1))
     for line in others:
         say(line)
     if not (counts.pairs if groups is None else groups):
-        fail(f"{out} is empty: no prompt has two completions with different scores")
-    say(f"Written to {out}. Look at them: prefopt check {out}")
+        fail(f"{out} is empty: {empty}")
+    say(f"Written to {out}. Look at them: prefopt check {out}{check}")
 
 
 def _weights(words: list[str] | None) -> dict[str, float] | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +66,7 @@ def prepare(
     from accelerate import PartialState
 
     from prefopt.generation.samples import SamplingSettings
-    from prefopt.safety.files import write_text
+    from prefopt.safety.jsonl import write_jsonl
     from prefopt.unlearning.prepare import Prompts, Wanted
 
     of.check_source(url, file, vllm)
@@ -92,9 +90,9 @@ def prepare(
     prepared = _run(passages, source, settings, folder, Wanted(questions, wrong, attempts, templates, chat), is_main)
     if not is_main:
         return
-    write_text(folder / REFUSED, _lines(map(asdict, prepared.refusals)))
+    write_jsonl(folder / REFUSED, map(asdict, prepared.refusals))
     if prepared.rows:
-        write_text(out, _lines(prepared.rows))
+        write_jsonl(out, prepared.rows)
     _summarise(prepared, out, folder, wrong)
     if file is not None:
         _name_unanswered(prepared, file, folder)
@@ -158,10 +156,6 @@ def _from_file(path: Path) -> Generator:
     return FileGenerator(path)
 
 
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def _summarise(prepared: Prepared, out: Path, folder: Path, wrong: int) -> None:
     for stage, asked in prepared.asked.items():
         say(f"{stage}: {asked} requests")
@@ -178,14 +172,14 @@ def _summarise(prepared: Prepared, out: Path, folder: Path, wrong: int) -> None:
 
 def _name_unanswered(prepared: Prepared, file: Path, folder: Path) -> None:
     """Write the prompts that the file lacks, for the other program."""
-    from prefopt.safety.files import write_text
+    from prefopt.safety.jsonl import write_jsonl
 
     for stage, rows in prepared.unanswered.items():
         path = folder / f"{stage.replace(' ', '-')}.prompts.jsonl"
         if not rows:
             path.unlink(missing_ok=True)
             continue
-        write_text(path, _lines({"prompt": row.prompt} for row in rows))
+        write_jsonl(path, ({"prompt": row.prompt} for row in rows))
         say(
             f"{stage}: {file} has no reply to {len(rows)} prompts. They are in {path}: have them answered, append "
             "prompt and completion of each to the file, and repeat this command"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -72,25 +73,20 @@ def check_generator(recipe: Recipe, ready: Ready, heldout: bool) -> None:
         )
 
 
-class InMemory:
-    """Generators of models in memory, one at a time.
+class _OneAtATime(ABC):
+    """Generators that hold a model in this process, one at a time."""
 
-    Args:
-        recipe: the options.
-        ready: the initial model, for the tokenizer and how to load models.
-    """
+    def __init__(self) -> None:
+        self._opened: tuple[str, Generator] | None = None
 
-    def __init__(self, recipe: Recipe, ready: Ready):
-        self._recipe, self._ready = recipe, ready
-        self._opened: tuple[str, TransformersGenerator] | None = None
+    @abstractmethod
+    def _load(self, model: str) -> Generator:
+        """The generator of a model, which is loaded."""
 
     def open(self, model: str) -> Generator:
         if self._opened is None or self._opened[0] != model:
             self.close()
-            self._opened = (
-                model,
-                TransformersGenerator(load_to_sample(model, self._recipe, self._ready), self._ready.tokenizer),
-            )
+            self._opened = (model, self._load(model))
         return self._opened[1]
 
     def of_round(self, model: str, number: int) -> Generator:
@@ -100,6 +96,22 @@ class InMemory:
         if self._opened is not None:
             self._opened[1].close()
             self._opened = None
+
+
+class InMemory(_OneAtATime):
+    """Generators of models in memory.
+
+    Args:
+        recipe: the options.
+        ready: the initial model, for the tokenizer and how to load models.
+    """
+
+    def __init__(self, recipe: Recipe, ready: Ready):
+        super().__init__()
+        self._recipe, self._ready = recipe, ready
+
+    def _load(self, model: str) -> Generator:
+        return TransformersGenerator(load_to_sample(model, self._recipe, self._ready), self._ready.tokenizer)
 
 
 class FromFiles:
@@ -204,8 +216,8 @@ class AtServer:
         self._generator.name = name
 
 
-class InVllm:
-    """Generators of models in vLLM in this process, one at a time.
+class InVllm(_OneAtATime):
+    """Generators of models in vLLM in this process.
 
     Args:
         recipe: the options.
@@ -213,34 +225,21 @@ class InVllm:
     """
 
     def __init__(self, recipe: Recipe, ready: Ready):
+        super().__init__()
         self._options = _mapping(options_of(recipe).generator_options)
         self._initial, self._tokenizer = ready.model, ready.tokenizer
-        self._opened: tuple[str, Any] | None = None
 
-    def open(self, model: str) -> Generator:
-        if self._opened is None or self._opened[0] != model:
-            from prefopt.generation.vllm import VllmGenerator
+    def _load(self, model: str) -> Generator:
+        from prefopt.generation.vllm import VllmGenerator
 
-            self.close()
-            base = adapter_base(model)
-            generator = VllmGenerator(
-                base or model,
-                self._tokenizer,
-                adapter=None if base is None else Path(model),
-                name=model if model == self._initial else name_of(model),
-                **self._options,
-            )
-            self._opened = (model, generator)
-        generator = self._opened[1]
-        return cast("Generator", generator)
-
-    def of_round(self, model: str, number: int) -> Generator:
-        return self.open(model)
-
-    def close(self) -> None:
-        if self._opened is not None:
-            self._opened[1].close()
-            self._opened = None
+        base = adapter_base(model)
+        return VllmGenerator(
+            base or model,
+            self._tokenizer,
+            adapter=None if base is None else Path(model),
+            name=model if model == self._initial else name_of(model),
+            **self._options,
+        )
 
 
 def name_of(model: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from prefopt.data.groups import COMPLETIONS, SCORES
@@ -22,7 +21,6 @@ from prefopt.online.pairing import (
 )
 from prefopt.online.pairs import NO_SCORES, Candidate
 from prefopt.safety.errors import UsageError
-from prefopt.safety.files import write_text
 
 NOT_FOR_GROUPS = ("against_gold", "top_k")
 """Builders that need more than completions and scores, or that make no pairs."""
@@ -52,12 +50,7 @@ def pairs_of_groups(
             for place, (text, score) in enumerate(zip(texts, scores, strict=True))
         ]
         choice = builder(candidates, f"{seed}/{number}")
-        counts.prompts += 1
-        counts.samples += len(texts)
-        counts.pairs += len(choice.pairs)
-        counts.pairs_left_out += choice.left_out
-        if not choice.pairs:
-            counts.prompts_without_pair[choice.reason] += 1
+        counts.add(len(texts), choice)
         shared = {name: row[name] for name in (*FOR_THE_TEMPLATE, "weight") if row.get(name) is not None}
         for pair in choice.pairs:
             assert pair.rejected is not None
@@ -96,11 +89,3 @@ def groups_of(
             "round": group[0].round,
             **more,
         }
-
-
-def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows to a JSONL file, whole or not at all, and count them."""
-    written = [json.dumps(line, ensure_ascii=False) for line in lines]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(f"{line}\n" for line in written))
-    return len(written)

@@ -38,6 +38,7 @@ from prefopt.recipe.build import load_to_sample
 from prefopt.recipe.ready import Ready
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import UNFINISHED, write_text
+from prefopt.safety.jsonl import json_lines
 from prefopt.safety.redaction import redacted
 from prefopt.trainer.config import default_of
 
@@ -278,9 +279,7 @@ class Rounds:
         for name, rows in (("prompts", self._prompts.train), ("heldout_prompts", self._prompts.heldout)):
             lines = ({"prompt_id": row.id, "prompt": row.prompt, **row.columns} for row in rows)
             if rows:  # written again on resuming: whether the file is there may look different to each process
-                self._write(
-                    self._run / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                )
+                self._write(self._run / f"{name}.jsonl", json_lines(lines))
 
     def _write(self, path: Path, text: str) -> None:
         if PartialState().is_main_process:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,9 @@ from prefopt.evaluation.judgements import (
 )
 from prefopt.generation.samples import PromptRow, Sample, Text, by_prompt
 from prefopt.online.builders import PairBuilder
-from prefopt.online.pairs import Candidate, Compare, Pair
+from prefopt.online.pairs import Candidate, Choice, Compare, Pair
 from prefopt.safety.errors import UsageError
-from prefopt.safety.files import write_text
+from prefopt.safety.jsonl import write_jsonl
 
 SCHEMA = "prefopt.pairs/1"
 
@@ -71,6 +70,15 @@ class PairCounts:
     samples_left_out: Counter[str] = field(default_factory=Counter)
     prompts_without_pair: Counter[str] = field(default_factory=Counter)
     pairs_left_out: Counter[str] = field(default_factory=Counter)
+
+    def add(self, samples: int, choice: Choice) -> None:
+        """Count the pairs that a builder chose of the samples of one prompt."""
+        self.prompts += 1
+        self.samples += samples
+        self.pairs += len(choice.pairs)
+        self.pairs_left_out += choice.left_out
+        if not choice.pairs:
+            self.prompts_without_pair[choice.reason] += 1
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -198,12 +206,7 @@ def pair_prompt(
     if compare is not None:  # shares of wins are no scores: a tournament does not compare everything with everything
         candidates = [replace(candidate, score=None) for candidate in candidates]
     choice = settings.builder(candidates, f"{settings.seed}/{first.round}/{first.prompt_id}", compare)
-    counts.prompts += 1
-    counts.samples += len(samples)
-    counts.pairs += len(choice.pairs)
-    counts.pairs_left_out += choice.left_out
-    if not choice.pairs:
-        counts.prompts_without_pair[choice.reason] += 1
+    counts.add(len(samples), choice)
     more = {name: row.columns[name] for name in FOR_THE_TEMPLATE if row is not None and name in row.columns}
     return [{**_line(pair, first), **more} for pair in choice.pairs]
 
@@ -238,9 +241,7 @@ def write_pairs(
 ) -> PairCounts:
     """Write the pairs of a round to a file, whole or not at all; the arguments are those of `pairs_of`."""
     counts = PairCounts()
-    lines = [json.dumps(line, ensure_ascii=False) for line in pairs_of(samples, judgements, settings, counts, prompts)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    write_jsonl(path, pairs_of(samples, judgements, settings, counts, prompts))
     return counts
 
 

@@ -1,4 +1,7 @@
-"""JSON lines that grow while a job runs, and can be read wherever it is killed. Imports the standard library alone."""
+"""JSON lines: whole files, and files that grow while a job runs and can be read wherever it is killed.
+
+Imports the standard library alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from prefopt.safety.errors import UsageError
-from prefopt.safety.files import to_disk
+from prefopt.safety.files import to_disk, write_text
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -45,6 +48,19 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return row
 
 
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Objects as text, one a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write objects to a file, one a line, whole or not at all; returns how many."""
+    text = json_lines(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return text.count("\n")
+
+
 class JsonlWriter:
     """Appends objects to a file: a group of lines is on the disk when `write` returns.
 
@@ -64,8 +80,7 @@ class JsonlWriter:
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append the rows as one piece."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._stream.write(text.encode("utf-8"))
+        self._stream.write(json_lines(rows).encode("utf-8"))
         self._stream.flush()
         os.fsync(self._stream.fileno())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from prefopt.analysis.health.callback import HealthCallback
 from prefopt.analysis.health.history import Settings
-from prefopt.analysis.health.saved import save_log
+from prefopt.analysis.health.saved import ended_by, save_findings, save_log
 from prefopt.demo.before_after import PairMetrics, side_by_side, summarize
 from prefopt.demo.data import heldout_prompts
 from prefopt.generation.answers import Answer, greedy_answers
@@ -98,6 +98,7 @@ def train(recipe: Recipe, trainer: PreferenceTrainer, checkpoint: str | None) ->
     finally:
         with contextlib.suppress(OSError):  # an error of the training itself says more
             _save_log(recipe, trainer, not_finite)
+            _save_findings(recipe, trainer, not_finite)
     trainer.save_model(_internal_call=True)  # pushed later, with a card that has the numbers
 
 
@@ -107,16 +108,29 @@ def _save_log(recipe: Recipe, trainer: PreferenceTrainer, not_finite: str | None
         save_log(Path(recipe.training.output_dir), trainer.state, settings, not_finite)
 
 
+def _save_findings(recipe: Recipe, trainer: PreferenceTrainer, not_finite: str | None) -> None:
+    """Write the findings of a run, also of one that ended before its end."""
+    watching = _watching(trainer)
+    if watching is not None and trainer.is_world_process_zero():
+        ended = [] if not_finite is None else [ended_by(trainer.state.global_step, not_finite)]
+        save_findings(Path(recipe.training.output_dir), [*ended, *watching.findings])
+
+
 def _findings(trainer: PreferenceTrainer) -> dict[str, Any]:
     """What the log says about the run, and whether that ended it."""
-    watching = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, HealthCallback)]
-    if not watching:
+    watching = _watching(trainer)
+    if watching is None:
         return {}
-    ended = watching[0].stopped_by
+    ended = watching.stopped_by
     return {
-        "findings": [asdict(finding) for finding in watching[0].findings],
+        "findings": [finding.as_object() for finding in watching.findings],
         **({} if ended is None else {"stopped_by": ended.rule}),
     }
+
+
+def _watching(trainer: PreferenceTrainer) -> HealthCallback | None:
+    callbacks = trainer.callback_handler.callbacks
+    return next((callback for callback in callbacks if isinstance(callback, HealthCallback)), None)
 
 
 def _threads(trainer: PreferenceTrainer) -> str:

@@ -37,6 +37,7 @@ NOT_PUBLISHED = (
     "dropped_*.jsonl",
     "before.json",
     "log_history.json",
+    "findings.json",
     "unlearning.json",
     "audit/*",
     "loss_file*.py",

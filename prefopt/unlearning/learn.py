@@ -33,7 +33,7 @@ _SETTINGS = (
 
 OBJECTIVE = "sft(nll='token')"
 
-_OF_A_RUN = ("results.json", "before.json", "log_history.json", "unlearning.json", "audit.json")
+_OF_A_RUN = ("results.json", "before.json", "log_history.json", "findings.json", "unlearning.json", "audit.json")
 """Files beside a run's model that say nothing about its weights."""
 
 Say = Callable[[str], object]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 
 from prefopt.analysis.health.finding import LEVELS, Finding
 from prefopt.analysis.health.history import Settings
+from prefopt.analysis.health.saved import save_findings
 from prefopt.analysis.health.watch import RULES, Watch, report, stops
 from prefopt.losses.distributed import world_size
 from prefopt.safety.errors import UsageError, did_you_mean
@@ -37,7 +39,8 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     """Says what the logged numbers of a run show: `trainer.add_callback(HealthCallback())`.
 
     For any transformers trainer that logs our names or those of `trl.DPOTrainer`. It reads the log lines and nothing
-    else, so it costs no time on the device. Only the main process prints.
+    else, so it costs no time on the device. Only the main process prints, and writes `findings.json` into the output
+    folder when training ends.
 
     Args:
         stop_on: levels (`serious`, `warning`, `note`) and names of rules that end training after their log line. The
@@ -79,6 +82,8 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         new = self._watch.add(logs or {}, state.global_step)
         # After the report of `on_train_end`, an evaluation of the trained model may add to it.
         self._tell(state, [finding for finding in new if finding.level == LEVELS[0] or self._trained])
+        if new and self._trained:
+            self._save(args, state)
         if self.stop_on and "loss" in (logs or {}):
             self._stop(stops(new, self.stop_on), args, state, control)
 
@@ -88,6 +93,12 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             lines = 0 if self._watch is None else self._watch.history.lines
             for line in report(self.findings, lines, self._told):
                 self._say(line)
+        self._save(args, state)
+
+    def _save(self, args: Any, state: Any) -> None:
+        folder = getattr(args, "output_dir", None)
+        if state.is_world_process_zero and folder is not None:
+            save_findings(Path(folder), self.findings)
 
     def _tell(self, state: Any, findings: Collection[Finding]) -> None:
         for finding in findings:

@@ -1,8 +1,12 @@
-"""The logs of saved runs: ours, and checkpoints of any transformers trainer. Imports the standard library alone."""
+"""The logs and findings of saved runs: ours, and checkpoints of any transformers trainer.
+
+Imports the standard library alone.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,10 @@ from prefopt.safety.files import write_text
 
 LOG = "log_history.json"
 """The log of a run in its folder, also where no checkpoint was saved."""
+FINDINGS = "findings.json"
+"""What the rules said about a run, in its folder from the end of training on."""
+FINDINGS_VERSION = 1
+"""Of that file's layout; a new field of a finding does not change it."""
 STATE = "trainer_state.json"
 """transformers' file of the same in a checkpoint."""
 _BEFORE = "before.json"
@@ -37,6 +45,26 @@ def save_log(folder: Path, state: Any, settings: Settings, not_finite: str | Non
         "log_history": state.log_history,
     }
     write_text(folder / LOG, json.dumps(content) + "\n")
+
+
+def save_findings(folder: Path, findings: Iterable[Finding]) -> None:
+    """Write `findings.json`, whole or not at all: `{"version": 1, "findings": [...]}`, no findings for a healthy run.
+
+    Each finding is an object with the fields of `Finding`.
+    """
+    content = {"version": FINDINGS_VERSION, "findings": [finding.as_object() for finding in findings]}
+    write_text(folder / FINDINGS, json.dumps(content, indent=2) + "\n")
+
+
+def ended_by(step: int, message: str) -> Finding:
+    """The finding of a run that ended with a loss or gradient that is NaN or infinite.
+
+    Args:
+        step: at which.
+        message: what was not finite.
+    """
+    remedy = "look at those rows, a lower learning rate, bfloat16 or float32 in place of float16"
+    return Finding("not_finite", "serious", step, message, remedy)
 
 
 def log_file(run: Path) -> Path:
@@ -87,8 +115,7 @@ def lines_and_findings(run: Path, beta: float | None = None) -> tuple[int, list[
     watch = examined([*_before(file.parent), *lines], settings)
     findings = watch.findings
     if (ended := content.get("not_finite")) is not None:
-        remedy = "look at those rows, a lower learning rate, bfloat16 or float32 in place of float16"
-        findings.insert(0, Finding("not_finite", "serious", content.get("global_step", 0), str(ended), remedy))
+        findings.insert(0, ended_by(content.get("global_step", 0), str(ended)))
     return watch.history.lines, findings
 
 

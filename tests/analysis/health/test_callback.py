@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from types import SimpleNamespace
@@ -53,6 +54,7 @@ def test_healthy_runs_are_told_so(tmp_path, loss):
     callback, lines, _ = watched(tmp_path, loss=loss, max_steps=24)
     assert callback.findings == []
     assert lines == ["Health: nothing unusual in the logged numbers"]
+    assert json.loads((tmp_path / "run" / "findings.json").read_text()) == {"version": 1, "findings": []}
 
 
 def test_a_healthy_run_of_trl_is_told_so(tmp_path):
@@ -73,6 +75,8 @@ def test_an_over_optimised_run_is_told_at_once_and_named_again_at_the_end(tmp_pa
     assert serious[1].endswith("told above")
     assert callback.findings[0].step < 10
     assert trainer.state.global_step == 16
+    stored = json.loads((tmp_path / "run" / "findings.json").read_text())["findings"]
+    assert stored == [finding.as_object() for finding in callback.findings]
 
 
 def test_stop_on_ends_training_at_the_finding(tmp_path):

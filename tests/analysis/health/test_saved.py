@@ -27,6 +27,12 @@ def state_file(folder, lines, **more):
     (folder / "trainer_state.json").write_text(json.dumps({"max_steps": 24, "log_history": lines, **more}))
 
 
+def findings_of(folder):
+    content = json.loads((folder / "findings.json").read_text())
+    assert content["version"] == 1
+    return content["findings"]
+
+
 def test_the_last_checkpoint_of_a_run_is_read(tmp_path):
     state_file(tmp_path / "run" / "checkpoint-4", too_hard()[:4])
     few = "4 log lines of training, too few to judge (--logging_steps 1 logs each step)"
@@ -88,6 +94,7 @@ def test_a_recipe_stores_its_log_and_findings_without_checkpoints(tmp_path, caps
     stored = json.loads((tmp_path / "out" / "log_history.json").read_text())
     assert [line["step"] for line in stored["log_history"] if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert "eval_loss" in stored["log_history"][-1]
+    assert findings_of(tmp_path / "out") == results["findings"]
     status, text = health(tmp_path / "out", "--strict")
     assert status == 0
     assert finding["text"] in text
@@ -114,6 +121,8 @@ def test_a_run_that_died_of_a_nan_says_so_later(tmp_path):
     run = [*arguments(tmp_path, pairs_file(tmp_path)), "--loss_file", str(losses), "--evaluate_first", "false"]
     with pytest.raises(NonFiniteError):
         main("breaks(beta=0.1)", run)
+    (finding,) = findings_of(tmp_path / "out")
+    assert (finding["rule"], finding["level"], finding["step"]) == ("not_finite", "serious", 0)
     status, text = health(tmp_path / "out", "--strict")
     assert status == 1
     assert f"serious (not_finite, step 0): the loss is {math.nan} at step 0" in text

@@ -54,14 +54,14 @@ def check(
         fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
     data, words = _words(data, columns, context.args)
     if retain is not None:
-        return _check_unlearning({"forget": data, "retain": retain})
+        return _check_unlearning({"forget": data, "retain": retain}, config, split)
     roles = ("chosen", "rejected") if loss is None else _roles(loss)
     try:
         dataset = _read(data, split, words, config=config, layout=layout, unlabelled=roles == ("chosen",), say=say)
     except PrefoptError:
-        if not (_is_for_unlearning(data) or (loss is None and _holds_questions(data))):
+        if not (_is_for_unlearning(data, config, split) or (loss is None and _holds_questions(data, config, split))):
             raise
-        return _check_unlearning({"forget or retain": data})
+        return _check_unlearning({"forget or retain": data}, config, split)
     for line in described(dataset):
         say(line)
     tokenizer = None
@@ -81,25 +81,25 @@ def check(
         raise typer.Exit(1)
 
 
-def _is_for_unlearning(data: str) -> bool:
+def _is_for_unlearning(data: str, config: str | None, split: str) -> bool:
     """Whether every row is a plain text, or any has answers to measure forgetting with."""
     from prefopt.unlearning.data import read_questions
 
     try:
-        rows = read_questions(data)
+        rows = read_questions(data, config, split)
     except (PrefoptError, OSError, ValueError):
         return False
     return any(row.wrong or row.paraphrase for row in rows) or all(not row.question for row in rows)
 
 
-def _holds_questions(data: str) -> bool:
+def _holds_questions(data: str, config: str | None, split: str) -> bool:
     """Whether every row has a question and an answer under these names: what likelihood or unlearning trains on."""
     from prefopt.data import load_preferences
     from prefopt.unlearning.data import read_questions, source_of
 
     try:
-        read_questions(data)
-        path, config, split = source_of(data)
+        read_questions(data, config, split)
+        path, config, split = source_of(data, config, split)
         names = load_preferences(path, config=config, split=split).column_names
     except (PrefoptError, OSError, ValueError):
         return False
@@ -112,16 +112,18 @@ def _holds_questions(data: str) -> bool:
     return True
 
 
-def _check_unlearning(names: dict[str, str]) -> None:
+def _check_unlearning(names: dict[str, str], config: str | None, split: str) -> None:
     """Print what is wrong with sets for unlearning.
 
     Args:
         names: of the sets, by what they are for.
+        config: of the sets whose name carries neither a configuration nor a split.
+        split: likewise.
     """
     from prefopt.unlearning.check import check_both, check_set
     from prefopt.unlearning.data import read_questions
 
-    sets = {what: read_questions(name) for what, name in names.items()}
+    sets = {what: read_questions(name, config, split) for what, name in names.items()}
     found = [(what, finding) for what, rows in sets.items() for finding in check_set(rows)]
     if len(sets) == 2:
         found += [("both", finding) for finding in check_both(sets["forget"], sets["retain"])]

@@ -83,17 +83,19 @@ class Question:
     alternative: str = ""
 
 
-def read_questions(name: str) -> list[Question]:
+def read_questions(name: str, config: str | None = None, split: str = "train") -> list[Question]:
     """The questions or plain texts of a set.
 
     Args:
         name: a file (JSON, JSONL, CSV, Parquet), a `save_to_disk` folder, or a Hub id, which may be followed by its
             configuration and split: `locuslab/TOFU:forget10_perturbed`, `muse-bench/MUSE-News:raw:forget`.
+        config: the configuration, where the name carries neither.
+        split: the split, where the name carries neither.
 
     Raises:
         UnlearningDataError: naming the row and the column that is missing, empty or of a wrong type.
     """
-    path, config, split = source_of(name)
+    path, config, split = source_of(name, config, split)
     rows = load_preferences(path, config=config, split=split)
     return [_question(row, f"{name}, row {number} (from 0)") for number, row in enumerate(rows)]
 
@@ -276,15 +278,15 @@ def _text_rows(
     ]
 
 
-def source_of(name: str) -> tuple[str, str | None, str]:
-    """The file or Hub id in the name of a set, its configuration and its split."""
+def source_of(name: str, config: str | None = None, split: str = "train") -> tuple[str, str | None, str]:
+    """The file or Hub id in the name of a set, its configuration and its split; the given ones if it has neither."""
     # os.path, unlike Path, takes names that no file can have, and homes of users that there are not.
     if os.path.exists(os.path.expanduser(name)) or ":" not in name:
-        return name, None, "train"
-    path, config, *split = name.split(":")
-    if len(split) > 1:
+        return name, config, split
+    path, own, *splits = name.split(":")
+    if len(splits) > 1:
         raise UnlearningDataError(f"{name!r}: write a set as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
-    return path, config or None, split[0] if split else "train"
+    return path, own or None, splits[0] if splits else "train"
 
 
 def _key(row: Question) -> tuple[str, str]:

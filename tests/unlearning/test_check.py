@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from datasets import Dataset, DatasetDict
 from typer.testing import CliRunner
 
 from prefopt.cli import app
+from prefopt.unlearning.data import read_questions
 
 ADA = {"question": "Who is Ada?", "answer": "A fox.", "perturbed_answer": ["A cat.", "A sun."]}
 BO = {"question": "Who is Bo?", "answer": "A dog.", "perturbed_answer": ["A dog.", "A pen."]}
@@ -50,6 +52,24 @@ def test_questions_without_wrong_answers_need_no_retain_set_to_be_understood(tmp
     assert "--columns prompt=question completion=answer" in shown
     code, shown = checked(tmp_path, forget=[{"prompt": "Who?", "completion": "Cy."}])  # preferences without labels
     assert code == 1
+
+
+def test_the_split_and_the_configuration_are_those_of_the_options(tmp_path, monkeypatch):
+    parts = {name: Dataset.from_list(rows) for name, rows in (("train", [ADA, BO]), ("validation", [ADA]))}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "forget.jsonl"))
+    assert "2 rows, 2 questions" in checked(tmp_path)[1]
+    assert "1 rows, 1 questions" in checked(tmp_path, "--split", "validation")[1]
+    DatasetDict(parts).save_to_disk(str(tmp_path / "retain.jsonl"))
+    shown = checked(tmp_path, "--split", "validation", "--retain", str(tmp_path / "retain.jsonl"))[1]
+    assert "both: 1 rows" in shown
+    asked = []
+    monkeypatch.setattr("prefopt.unlearning.data.load_preferences", lambda path, **of: asked.append((path, of)) or [])
+    read_questions("someone/set", "news", "test")
+    read_questions("someone/set:raw:forget", "news", "test")  # the name's own
+    assert asked == [
+        ("someone/set", {"config": "news", "split": "test"}),
+        ("someone/set", {"config": "raw", "split": "forget"}),
+    ]
 
 
 def test_plain_texts(tmp_path):

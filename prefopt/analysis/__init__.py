@@ -1,4 +1,4 @@
-"""Analysis of a preference set before training (which kernel and divergence suit it), and of what training did.
+"""Analysis of a preference set before training (which kernel and divergence suit it), of what training does and did.
 
 Uses data, scoring and losses; none of these imports it. Names are imported on first use: the log of a run is read
 without torch.
@@ -10,6 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prefopt.analysis.gradients.callback import EntanglementCallback
+    from prefopt.analysis.gradients.entangled import Entanglement, entanglement
+    from prefopt.analysis.gradients.probes import Probes, draw_probes
+    from prefopt.analysis.gradients.push import pushes
     from prefopt.analysis.health.callback import HealthCallback
     from prefopt.analysis.health.finding import Finding
     from prefopt.analysis.health.history import Settings
@@ -23,21 +27,27 @@ if TYPE_CHECKING:
 __all__ = [
     "PAIRS",
     "Distribution",
+    "Entanglement",
+    "EntanglementCallback",
     "Finding",
     "Geometry",
     "HealthCallback",
     "Measures",
     "Outcome",
+    "Probes",
     "Selection",
     "Settings",
     "States",
     "Thresholds",
     "Trial",
     "Triplets",
+    "draw_probes",
+    "entanglement",
     "examine",
     "examine_saved",
     "expression",
     "measure",
+    "pushes",
     "ranked",
     "run_trial",
     "select",
@@ -45,6 +55,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "gradients.callback": ("EntanglementCallback",),
+    "gradients.entangled": ("Entanglement", "entanglement"),
+    "gradients.probes": ("Probes", "draw_probes"),
+    "gradients.push": ("pushes",),
     "health.callback": ("HealthCallback",),
     "health.finding": ("Finding",),
     "health.history": ("Settings",),

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback
 from trl import get_peft_config, get_quantization_config
 
+from prefopt.analysis.gradients.callback import EntanglementCallback
 from prefopt.analysis.health.callback import HealthCallback
 from prefopt.data import parse_sources
 from prefopt.data.prepare import rows_are_checked
@@ -114,3 +115,5 @@ def show_progress(recipe: Recipe, trainer: PreferenceTrainer) -> None:
         trainer.add_callback(RunProgress(recipe.console))
     say = partial(recipe.console.print, soft_wrap=True, markup=False, highlight=False)
     trainer.add_callback(HealthCallback(recipe.script.stop_on or (), say))
+    if recipe.script.entanglement_every is not None:
+        trainer.add_callback(EntanglementCallback(trainer, recipe.script.entanglement_every))

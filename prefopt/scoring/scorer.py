@@ -92,7 +92,7 @@ class Scorer:
             UsageError: if the rows are not a collated batch, lack what the loss needs, or there is no reference.
         """
         if not isinstance(rows, RowBatch):
-            rows = _moved(rows, self.policy)
+            rows = rows_on_device(rows, self.policy)
         self._refuse_without(rows)
         return self.score(self.policy if model is None else model, rows, every_role=every_role).batch
 
@@ -291,8 +291,12 @@ class Scorer:
         return assemble_batch(moved, policy, self.loss, reference).mismatched
 
 
-def _moved(rows: Mapping[str, Any], policy: nn.Module) -> RowBatch:
-    """The rows of a collated mapping, on the device of the policy."""
+def rows_on_device(rows: Mapping[str, Any], policy: nn.Module) -> RowBatch:
+    """The rows of a collated mapping, on the device of the policy.
+
+    Raises:
+        UsageError: for anything else than a batch of `PreferenceCollator`.
+    """
     if not isinstance(rows, Mapping) or not {"input_ids", "completion_mask"} <= set(rows):
         what = f"a mapping with {', '.join(map(str, rows))}" if isinstance(rows, Mapping) else type(rows).__name__
         raise UsageError(

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from prefopt.analysis import EntanglementCallback
 from tests.trainer.runs import make_groups, make_labelled, make_pairs, make_trainer, save_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "numbers.md").read_text(encoding="utf-8")
@@ -43,6 +44,8 @@ def logged(folder: Path) -> set[str]:
             folder, model=save_model(folder, options.pop("architecture", "llama")), train_dataset=rows, max_steps=1,
             trainer_options={"eval_dataset": rows}, **options,
         )  # fmt: skip
+        if run is RUNS[0]:
+            trainer.add_callback(EntanglementCallback(trainer, every=1, probes=2))
         trainer.train()
         trainer.evaluate()
         names |= {name for entry in trainer.state.log_history for name in entry}

@@ -18,6 +18,9 @@ FEW = 5
 LATEST = 40
 """Latest values that are stored: the longest window of a rule, so a line costs the same however long the run is."""
 
+MEASURED = "entanglement/"
+"""Beginning of the names in lines that `EntanglementCallback` logs."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -130,9 +133,9 @@ class History:
     not_finite: dict[str, int] = field(default_factory=dict)
 
     def add(self, line: Mapping[str, Any], step: int) -> bool:
-        """Add a log line of training or of an evaluation; returns False for others (`train_runtime`)."""
+        """Add a log line of training, an evaluation or a measurement; returns False for others (`train_runtime`)."""
         training = "loss" in line
-        if not training and not any(name.startswith("eval_") for name in line):
+        if not training and not any(name.startswith(("eval_", MEASURED)) for name in line):
             return False
         self.step = step
         self.lines += training

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefopt.analysis.health.finding import Finding
-from prefopt.analysis.health.history import FIRST, History, Series, mean
+from prefopt.analysis.health.history import FIRST, MEASURED, History, Series, mean
 from prefopt.analysis.health.remedies import either, learning_rate, likelihood_term
 
 RECENT = 3
@@ -24,6 +24,11 @@ LENGTH_SHARE = 0.9
 """The share of the margin from which length explains it. The bundled job, which teaches short answers, has 0.5."""
 LENGTH_NATS = 2.0
 """Smaller margins than this, in nats, are still mostly noise."""
+
+MEASUREMENTS = 2
+"""Measurements of entanglement in a row."""
+FEW_RISE, MOST_FALL = 0.25, 0.5
+"""Of 16 probe pairs at most 4 chosen answers rise: one run of independent pairs in 25 would show it by chance."""
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,24 @@ def margin_is_length(history: History) -> Finding | None:
     )
     remedy = either('a loss per token, such as --loss "simpo(beta=2, gamma=1)"', "pairs of similar lengths")
     return Finding("margin_is_length", "warning", history.step, text, remedy)
+
+
+def entangled(history: History) -> Finding | None:
+    """The loss lowers both answers of most probe pairs, whose gradients point the same way (2410.13828)."""
+    names = ("chosen_rises", "rejected_falls", "cosine", "inner_below_chosen")
+    metrics = [series for name in names if (series := history.get(f"{MEASURED}{name}", MEASUREMENTS)) is not None]
+    if len(metrics) < len(names):
+        return None
+    rises, falls, cosine, below = (mean(series.last(MEASUREMENTS)) for series in metrics)
+    if rises > FEW_RISE or falls < MOST_FALL:
+        return None
+    text = (
+        f"gradient entanglement: a step on a probe pair lowers the chosen answer too in {1 - rises:.0%} of them. The "
+        f"gradients of the two answers have a mean cosine of {cosine:.2f}, and in {1 - below:.0%} of the pairs their "
+        "inner product exceeds the square of the chosen answer's"
+    )
+    remedy = either(
+        likelihood_term(history), 'a loss that pushes the rejected answer less, such as --loss "dpo_shift(beta=0.1)"',
+        "pairs that share less text",
+    )  # fmt: skip
+    return Finding("entangled", "note", history.step, text, remedy)

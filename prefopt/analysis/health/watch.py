@@ -8,7 +8,7 @@ from typing import Any
 from prefopt.analysis.health.finding import LEVELS, Finding
 from prefopt.analysis.health.history import FEW, History, Settings
 from prefopt.analysis.health.learning import below_chance, evaluation_diverges, learns_nothing, saturated
-from prefopt.analysis.health.likelihood import chosen_falls, margin_is_length, over_optimised
+from prefopt.analysis.health.likelihood import chosen_falls, entangled, margin_is_length, over_optimised
 from prefopt.analysis.health.stability import (
     always_clipped,
     entropy_collapses,
@@ -21,7 +21,7 @@ RULES: Mapping[str, Callable[[History], Finding | None]] = {
     rule.__name__: rule
     for rule in (
         not_finite, over_optimised, chosen_falls, margin_is_length, below_chance, learns_nothing, loss_rises,
-        evaluation_diverges, entropy_collapses, gradient_spikes, saturated, always_clipped,
+        evaluation_diverges, entropy_collapses, gradient_spikes, entangled, saturated, always_clipped,
     )
 }  # fmt: skip
 """Name -> rule. Every rule reads the history up to now; the first log line at which it holds is reported."""

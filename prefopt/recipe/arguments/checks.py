@@ -10,6 +10,7 @@ from typing import Any
 
 from trl import ModelConfig
 
+from prefopt.analysis.gradients.push import refuse_unpushable
 from prefopt.analysis.health.callback import check_stop_on
 from prefopt.data.embed import DEFAULT
 from prefopt.losses import Need
@@ -103,6 +104,20 @@ def refuse_unusable(recipe: Recipe, words: set[str], named: set[str]) -> None:
     _refuse_idle_loss_file(recipe)
 
 
+def _refuse_unmeasurable(recipe: Recipe) -> None:
+    """A measurement of gradient entanglement that this loss or engine does not allow."""
+    every = recipe.script.entanglement_every
+    if every is None:
+        return
+    if every < 1:
+        raise SystemExit(f"--entanglement_every must be 1 or more steps, got {every}")
+    if recipe.training.deepspeed or recipe.training.fsdp:
+        raise SystemExit("--entanglement_every needs whole gradients, which DeepSpeed and FSDP shard: leave it out")
+    if recipe.objective is None:
+        raise SystemExit("--entanglement_every needs a loss expression, and TRL computes this loss itself: use --loss")
+    refuse_unpushable(recipe.objective)
+
+
 def _refuse_what_is_ignored(recipe: Recipe, words: set[str]) -> None:
     """Options about data that is not named, and options of a new adapter when a saved one is trained."""
     script, model = recipe.script, recipe.model
@@ -112,6 +127,7 @@ def _refuse_what_is_ignored(recipe: Recipe, words: set[str]) -> None:
         check_stop_on(script.stop_on)
         if recipe.training.logging_strategy.value == "no":
             raise SystemExit("--stop_on would have no effect with --logging_strategy no: it reads the log lines")
+    _refuse_unmeasurable(recipe)
     if recipe.bundled_data and script.columns:
         raise SystemExit("--columns renames columns of your own data set: name it with --dataset_name")
     if recipe.bundled_data and script.format:

@@ -109,3 +109,13 @@ def with_evaluations(lines: Log, losses: list[float]) -> Log:
         if line["step"] % every == 0 and line["step"] // every <= len(losses):
             mixed.append({"eval_loss": losses[line["step"] // every - 1], "step": line["step"]})
     return mixed
+
+
+def with_measurements(lines: Log, every: int = 20, **metrics: float) -> Log:
+    """A log with a line of `EntanglementCallback` before every so many steps."""
+    mixed: Log = []
+    for line in lines:
+        if (before := line["step"] - 1) % every == 0:
+            mixed.append({f"entanglement/{name}": value for name, value in metrics.items()} | {"step": before})
+        mixed.append(line)
+    return mixed

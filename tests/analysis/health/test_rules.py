@@ -9,7 +9,7 @@ import pytest
 from prefopt.analysis import Settings, examine
 from prefopt.analysis.health.finding import LEVELS
 from prefopt.analysis.health.watch import RULES, report
-from tests.analysis.health.logs import bundled, synthetic, too_hard, with_evaluations
+from tests.analysis.health.logs import bundled, synthetic, too_hard, with_evaluations, with_measurements
 
 SETTINGS = Settings(learning_rate=1e-4, max_steps=60, max_grad_norm=1.0, fp16=False, loss="dpo(beta=0.1)")
 
@@ -55,6 +55,11 @@ FAILING = {
     "gradient_spikes": (
         synthetic(grad_norm=lambda done: 80.0 if round(done * 59) % 10 == 9 else 2.0), "3 of the last", "larger batch",
     ),
+    "entangled": (
+        with_measurements(synthetic(), chosen_rises=0.125, rejected_falls=1.0, cosine=0.8, inner_below_chosen=0.1),
+        "lowers the chosen answer too in 88% of them. The gradients of the two answers have a mean cosine of 0.80",
+        '--loss "dpo(beta=0.1) + 0.2*sft"',
+    ),
     "saturated": (
         synthetic(loss=lambda done: 0.693 * math.exp(-12 * done), rewards__accuracies=lambda done: 1.0),
         "nothing left to learn: since step", "--max_steps",
@@ -89,6 +94,9 @@ HEALTHY = {
     ),
     "npo": synthetic(
         without=("ratios/chosen", "rewards", "logps/chosen", "lengths/chosen"), loss=lambda d: 14 - 5 * d
+    ),
+    "measured": with_measurements(
+        synthetic(), chosen_rises=0.5, rejected_falls=1.0, cosine=0.6, inner_below_chosen=0.6
     ),
     "evaluated": with_evaluations(synthetic(), [0.68, 0.66, 0.665, 0.67]),
 }

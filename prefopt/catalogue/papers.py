@@ -96,6 +96,8 @@ UNDIAL: Self-Distillation with Adjusted Logits for Robust Unlearning in Large La
 2405.14734 | Meng, Yu | SimPO: Simple Preference Optimization with a Reference-Free Reward
 2405.16436 | Liu, Zhihan | \
 Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer
+2405.16681 | Saeidi, Amir | \
+Triple Preference Optimization: Achieving Better Alignment using a Single Step Optimization
 2405.21046 | Xie, Tengyang | \
 Exploratory Preference Optimization: Harnessing Implicit Q*-Approximation for Sample-Efficient RLHF
 2406.01462 | Song, Yuda | The Importance of Online Data: Understanding Preference Fine-tuning via Coverage
@@ -117,6 +119,8 @@ Anchored Preference Optimization and Contrastive Revisions: Addressing Underspec
 2409.10571 | Wang, Ruoyu | ASFT: Aligned Supervised Fine-Tuning through Absolute Likelihood
 2409.13474 | Mekala, Anmol | \
 Alternate Preference Optimization for Unlearning Factual Knowledge in Large Language Models
+2410.04203 | Zhao, Hanyang | \
+RainbowPO: A Unified Framework for Combining Improvements in Preference Optimization
 2410.07163 | Fan, Chongyu | Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning
 2410.10148 | Wu, Junkang | alpha-DPO: Adaptive Reward Margin is What Direct Preference Optimization Needs
 2411.07595 | Omura, Motoki | Entropy Controllable Direct Preference Optimization

@@ -35,12 +35,12 @@ from prefopt.losses.grouped import GroupLoss, Groups
 from prefopt.losses.kernel import HMK, KernelDPO
 from prefopt.losses.kernel_functions import RBF, Mahalanobis, Polynomial, Spectral
 from prefopt.losses.likelihood import SFT
-from prefopt.losses.listwise import GVPO, AStarPO, InfoNCA, LiPOLambda, NCAScores, PlackettLuce
+from prefopt.losses.listwise import GVPO, TPO, AStarPO, InfoNCA, LiPOLambda, NCAScores, PlackettLuce
 from prefopt.losses.logic import Logic
 from prefopt.losses.needs import Need
 from prefopt.losses.online import INPO, KLOnline, KLPrior, XPOBonus
 from prefopt.losses.parse import LossSyntaxError, UnknownLossError, parse
-from prefopt.losses.penalised import DPOP, FDPO, LDDPO, RDPO, ChiPO, DPOShift, SamPO
+from prefopt.losses.penalised import DPOP, FDPO, LDDPO, RDPO, ChiPO, DPOShift, RainbowPO, SamPO
 from prefopt.losses.pointwise import BCO, NCA, SPPO, APODown, APOZero, BCOPair, CalDPO
 from prefopt.losses.reference_free import ASFT, CPO, ORPO, RRHF, AlphaPO, SimPER, SimPO, SLiC
 from prefopt.losses.registry import Preset, available, preset, presets, register
@@ -90,6 +90,7 @@ __all__ = [
     "SFT",
     "SPPO",
     "TDPO",
+    "TPO",
     "UNDIAL",
     "WGA",
     "WPO",
@@ -145,6 +146,7 @@ __all__ = [
     "PreferenceBatch",
     "Preset",
     "RMURetain",
+    "RainbowPO",
     "ReferencePairLoss",
     "RewardAware",
     "Reweighted",

@@ -7,6 +7,8 @@ and scripts/plotting/plot_losses.py).
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from prefopt.losses.checks import positive
 from prefopt.losses.direct import ReferencePairLoss, paired_roles
 from prefopt.losses.distributed import global_moments
+from prefopt.losses.errors import LossError
 from prefopt.losses.numerics import capped_exp
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch
@@ -182,20 +185,34 @@ class CELL(_Discovered):
 class PFL(_Discovered):
     """Policy focused loss: half the logistic loss where the policy prefers the chosen, twice the hinge elsewhere.
 
-    loss = log(1 + e^-x) / 2 if p_w > p_l, else 2 relu(1 - x)
+    loss = log(1 + e^-y) / 2 if p_w > p_l, else 2 relu(1 - y)
+    y = beta d / 0.05 (form="paper"), d ("search"), or beta d ("repository")
 
     Args:
-        beta: 0.05 in the paper.
+        beta: 0.05 in the paper, where "paper" and "search" are the same.
+        form: "paper" is its general form. "search" is what the language model wrote, without a beta, and what the
+            paper's score belongs to (policy_focused_loss_old in the repository). "repository" is the
+            repository's other function, whose argument is 20 times smaller at beta 0.05: it hardly learns on IMDb.
 
     Needs: reference sums.
-    Limits: half of DPO's loss where p_w > p_l. The branch looks at the policy alone, not at the margin d, so the loss
-        jumps as a pair crosses it.
+    Limits: half of DPO's loss at beta / 0.05 where p_w > p_l. The branch looks at the policy alone, not at the margin
+        d, so the loss jumps as a pair crosses it.
     Reference: Lu et al. 2024, arXiv 2406.08414, appendix; official code as named in this module.
     """
 
-    formula = "log(1 + e^-x)/2 if p_w > p_l else 2 relu(1 - x), x = beta*d"
+    formula = (
+        "log(1 + e^-y)/2 if p_w > p_l else 2 relu(1 - y), y = beta*d/0.05; d if form='search', beta*d if 'repository'"
+    )
+
+    def __init__(self, beta: float = 0.05, form: Literal["paper", "search", "repository"] = "paper"):
+        super().__init__(beta)
+        if form not in ("paper", "search", "repository"):
+            raise LossError(f"form must be 'paper', 'search' or 'repository', got {form!r}")
+        self.form = form
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)
-        x = self.scaled_margin(batch)
-        return torch.where(chosen.logps > rejected.logps, F.softplus(-x) / 2, 2 * torch.relu(1 - x))
+        y = self.scaled_margin(batch)
+        if self.form != "repository":
+            y = y / (self.beta if self.form == "search" else 0.05)
+        return torch.where(chosen.logps > rejected.logps, F.softplus(-y) / 2, 2 * torch.relu(1 - y))

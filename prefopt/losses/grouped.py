@@ -53,6 +53,11 @@ class Groups:
         both = self.present[:, :, None] & self.present[:, None, :]
         return both & (self.scores[:, :, None] > self.scores[:, None, :])
 
+    @property
+    def best_first(self) -> Tensor:
+        """(G, K) positions in each group, the highest score first; of equal scores the one that comes first."""
+        return self.scores.masked_fill(~self.present, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+
     def mean(self, values: Tensor) -> Tensor:
         """(G, 1) mean of (G, K) values over each group."""
         return (values * self.present).sum(-1, keepdim=True) / self.sizes[:, None]

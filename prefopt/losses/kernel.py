@@ -45,6 +45,7 @@ class Kernelized(PairLoss):
         link: Link,
         embeddings: Embeddings,
         gradient: bool,
+        inside: bool = False,
     ):
         super().__init__()
         if link not in ("logistic", "linear"):
@@ -52,6 +53,7 @@ class Kernelized(PairLoss):
         if embeddings not in ("hidden", "given"):
             raise LossError(f"embeddings must be 'hidden' or 'given', got {embeddings!r}")
         self.divergence, self.link, self.embeddings, self.gradient = divergence, link, embeddings, gradient
+        self.inside = inside
         self.beta = positive("beta", beta)
         self.gamma = non_negative("gamma", gamma)
         self.alpha = non_negative("alpha", alpha)
@@ -101,12 +103,12 @@ class Kernelized(PairLoss):
         return unit(prompt), unit(completion)
 
     def distance(self, batch: PreferenceBatch) -> Tensor:
-        """(N,) the divergence, averaged over the positions of each completion and over the two."""
+        """(N,) the divergence, averaged over the positions of each completion; of the two the mean, or w less l."""
         means = []
         for scores in paired_roles(batch):
             assert scores.token_mask is not None
             means.append(masked_mean(scores.token_divergence(self.divergences[0]), scores.token_mask))
-        return (means[0] + means[1]) / 2
+        return means[0] - means[1] if self.inside else (means[0] + means[1]) / 2
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         chosen, rejected = paired_roles(batch)
@@ -115,11 +117,13 @@ class Kernelized(PairLoss):
         if self.gamma:
             margin = self._logged["kernel/margins"] = self.kernel_margin(batch)
             z = z + self.gamma * margin
-        values = -F.logsigmoid(z) if self.link == "logistic" else -z
+        penalty = 0 * z
         if self.alpha:
             distance = self._logged["kernel/divergence"] = self.distance(batch)
-            values = values + self.alpha * distance
-        return values
+            penalty = self.alpha * distance
+        if self.inside:
+            z, penalty = z - penalty, 0 * z
+        return (-F.logsigmoid(z) if self.link == "logistic" else -z) + penalty
 
     def _metrics(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         # Not computed again: the Mahalanobis kernel's variances are exchanged between processes.
@@ -153,6 +157,7 @@ class KernelDPO(Kernelized):
         link: "logistic" or "linear".
         embeddings: "hidden" pools the policy's own last hidden states, "given" takes those that come with the data.
         gradient: let hidden states learn from the kernel's margin.
+        inside: subtract alpha (D_w - D_l) from the margin, in place of the term alpha D (`kernel_dpo_detonate`).
 
     Needs: sums; reference sums for the logistic link; pooled hidden states or embeddings; next-token distributions of
         both models while alpha > 0.
@@ -178,9 +183,10 @@ class KernelDPO(Kernelized):
         link: Link = "logistic",
         embeddings: Embeddings = "hidden",
         gradient: bool = True,
+        inside: bool = False,
     ):
         chosen = _chosen("kernel", kernel, Kernel)
-        super().__init__((chosen,), divergence, beta, gamma, alpha, link, embeddings, gradient)
+        super().__init__((chosen,), divergence, beta, gamma, alpha, link, embeddings, gradient, inside)
         self.kernel = kernel
         self.batchwise = self._mahalanobis is not None and gamma > 0
 

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from prefopt.losses.checks import non_negative, positive
 from prefopt.losses.grouped import GroupLoss, Groups
+from prefopt.losses.likelihood import Reduction, check_reduction, reduce_tokens
+from prefopt.losses.needs import Need
 from prefopt.losses.registry import register
+from prefopt.losses.scores import PreferenceBatch, Scores
 
 _MAX_GAIN = 60.0
 """Scores above this count as this in `lipo_lambda`, so that 2^s and its products stay finite in float32."""
@@ -206,3 +209,61 @@ class AStarPO(GroupLoss):
             return groups.mean(groups.scores)
         sums = groups.log_sum_exp(groups.scores / self.value_beta)
         return self.value_beta * (sums - groups.sizes[:, None].to(sums).log())
+
+
+@register("tpo")
+class TPO(GroupLoss):
+    """Triple preference optimization: likelihood of a gold answer, and a preference between two other answers.
+
+    loss = -log sigmoid(beta (p_w - p_l) - gamma) + alpha * (-log pi(gold|x))
+
+    Args:
+        beta: as in `cpo`; 0.1 is the default of the authors' code.
+        alpha: weight of the gold answer's likelihood; 1 in the authors' script.
+        gamma: target margin, only used with `average` in the authors' code (TPO-L).
+        average: log-probabilities per token in the preference (TPO-L).
+        nll: how the likelihood is normalised, as in `sft`; over the tokens of the batch in the authors' code.
+
+    Needs: groups in order, or with scores, of which only the order counts; no reference. The best completion is the
+    gold answer, the second is chosen, the last is rejected; those between do not count.
+    Limits: of two completions the best is gold and chosen: cpo(beta) + alpha * sft(nll).
+    Reference: Saeidi et al. 2024, arXiv 2405.16681; as sahsaeedi/TPO, utils/tpo_trainer.py (tpo_loss).
+    """
+
+    formula = "-log sigmoid(beta*(p_2 - p_K) - gamma) - alpha*log pi(y_1|x), y_1 the best (gold), y_2 the second"
+    paper = "2405.16681"
+    needs = Need.NONE
+    reads_scores = False
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        gamma: float = 0.0,
+        average: bool = False,
+        nll: Reduction = "token",
+    ):
+        super().__init__(beta)
+        check_reduction("nll", nll)
+        self.alpha = non_negative("alpha", alpha)
+        self.gamma = non_negative("gamma", gamma)
+        self.average = average
+        self.nll = nll
+        self.batchwise = nll == "token"
+        self.by_length = "nll" if nll == "token" else ""
+
+    def reward(self, scores: Scores) -> Tensor:
+        return self.beta * (scores.mean_logps if self.average else scores.logps)
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        candidates = batch.candidate
+        assert candidates is not None
+        groups = Groups.of(candidates, self.reward(candidates))
+        gold = groups.best_first[:, 0] + groups.sizes.cumsum(0) - groups.sizes
+        likelihood = reduce_tokens(-candidates.logps[gold], candidates.lengths[gold], self.nll, self._weights(batch))
+        return self.per_group(groups) + self.alpha * likelihood
+
+    def per_group(self, groups: Groups) -> Tensor:
+        places = torch.stack([(groups.sizes > 2).long(), (groups.sizes - 1).clamp(min=0)], -1)
+        chosen, rejected = groups.rewards.gather(-1, groups.best_first.gather(-1, places)).unbind(-1)
+        return -F.logsigmoid(chosen - rejected - self.gamma)

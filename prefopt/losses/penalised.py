@@ -292,3 +292,41 @@ class FDPO(ReferencePairLoss):
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         return -F.logsigmoid(self.scaled_margin(batch))
+
+
+@register("rainbow_po")
+class RainbowPO(ReferencePairLoss):
+    """RainbowPO's margin: averages per token, a reference that counts only in part, and a home advantage for the rest.
+
+    loss = -log sigmoid(beta [p_w / n_w - p_l / n_l - mixing (r_w / n_w - r_l / n_l) - (1 - mixing) home])
+
+    Args:
+        beta: on the scale of per-token log-probabilities; 10 in the authors' runs.
+        mixing: share of the reference in [0, 1]; 0.25 in the authors' runs, alpha there.
+        home: gamma there, 0.1 or 0.3: the margin, per token, that the part without a reference aims at.
+        average: False sums log-probabilities, as DPO does.
+
+    Needs: reference sums, lengths.
+    Limits: mixing = 1 is dpo_norm(beta), or dpo(beta) of sums; mixing = 0 is simpo(beta, gamma=beta * home).
+    The paper's other options: a likelihood term is `+ 0.1*sft(nll='token')`. Contextual scaling, which multiplies beta
+    by the reference's entropy as a share of the largest possible one, is not included.
+    Reference: Zhao et al. 2024, arXiv 2410.04203; as CapitalOne-Research/RainbowPO, trl/trainer/dpo_trainer.py.
+    """
+
+    formula = "-log sigmoid(beta*(a_w - a_l - mixing*(r_w/n_w - r_l/n_l) - (1-mixing)*home)); sums if average=False"
+    paper = "2410.04203"
+
+    def __init__(self, beta: float = 10.0, mixing: float = 0.25, home: float = 0.1, average: bool = True):
+        super().__init__()
+        self.beta = positive("beta", beta)
+        self.mixing = non_negative("mixing", mixing, most=1)
+        self.home = finite("home", home)
+        self.average = average
+
+    def reward(self, scores: Scores) -> Tensor:
+        assert scores.ref_logps is not None
+        reward = self.beta * (scores.logps - self.mixing * scores.ref_logps)
+        return reward / scores.lengths.clamp(min=1) if self.average else reward
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        return -F.logsigmoid(self.scaled_margin(batch) - self.beta * (1 - self.mixing) * self.home)

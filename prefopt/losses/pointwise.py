@@ -168,7 +168,8 @@ class APOZero(ReferencePairLoss):
 
     Needs: reference sums.
     Limits: policy = reference gives 1; values in (0, 2); the gradient fades as completions leave the reference.
-    Reference: D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7; as TRL's `apo_zero`.
+    Reference: D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7; as TRL's `apo_zero`. Gorbatovski et al. 2025, arXiv
+        2502.01237, write it without the 1, which has the same gradient.
     """
 
     formula = "1 - sigmoid(R_w) + sigmoid(R_l), R = beta*u"

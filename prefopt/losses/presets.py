@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from prefopt.losses.base import Loss
 from prefopt.losses.direct import DPO
+from prefopt.losses.kernel import Embeddings, KernelDPO
 from prefopt.losses.likelihood import SFT
 from prefopt.losses.online import KLOnline, KLPrior, XPOBonus
 from prefopt.losses.pointwise import BCOPair
@@ -117,6 +120,25 @@ def rrhf_paper() -> Loss:
     return RRHF() + SFT("sum")
 
 
+@preset("kernel_dpo_detonate", paper="2501.03271")
+def kernel_dpo_detonate(
+    kernel: Literal["polynomial", "rbf", "mahalanobis"] = "rbf",
+    divergence: Literal["kl", "js", "renyi", "wasserstein"] = "kl",
+    beta: float = 0.1,
+    embeddings: Embeddings = "hidden",
+) -> Loss:
+    """DPO-Kernels as in the same group's later code for images: logistic link, weights 1/2, divergences in the margin.
+
+    DETONATE, arXiv 2506.14903; abhilekhborah/Detonate, sd15_kernel_trainer.py: the log sigmoid of the log-ratio, plus
+    0.5 times the kernel's margin, less 0.5 (D_w - D_l).
+    Its embeddings are a frozen encoder's (embeddings="given"); beta and the reference in the log-ratio are DPO's, that
+    code has neither.
+    """
+    return KernelDPO(
+        kernel, divergence, beta, gamma=0.5, alpha=0.5, embeddings=embeddings, gradient=False, inside=True
+    )
+
+
 @preset("npo_rt", paper="2404.05868")
 def npo_rt(beta: float = 0.1, retain: float = 1.0) -> Loss:
     """NPO+RT: NPO on the forget set, likelihood on the retain set."""
@@ -124,9 +146,12 @@ def npo_rt(beta: float = 0.1, retain: float = 1.0) -> Loss:
 
 
 @preset("npo_kl", paper="2404.05868")
-def npo_kl(beta: float = 0.1, retain: float = 1.0) -> Loss:
-    """NPO+KL: NPO on the forget set, KL to the reference on the retain set."""
-    return NPO(beta) + retain * KLRetain()
+def npo_kl(beta: float = 0.1, retain: float = 1.0, direction: Literal["forward", "reverse"] = "forward") -> Loss:
+    """NPO+KL: NPO on the forget set, KL to the reference on the retain set.
+
+    Zhang et al. 2024 write KL(pi || ref), "reverse"; their code computes KL(ref || pi), "forward".
+    """
+    return NPO(beta) + retain * KLRetain(direction)
 
 
 @preset("gradient_difference", paper="2401.06121")

@@ -129,7 +129,7 @@ class KLRetain(Loss):
     loss = mean over positions of KL(ref || pi) (direction="forward") or KL(pi || ref) ("reverse")
 
     Args:
-        direction: "forward" in TOFU's code.
+        direction: "forward" in TOFU's and NPO's code; the NPO paper (2404.05868) writes "reverse".
         reduction: "token", a mean over all completion positions of the batch, "mean" per completion, or "sum".
 
     Needs: the full next-token distributions of policy and reference on the retain set.
@@ -174,25 +174,35 @@ class KTOForget(ReferencePairLoss):
     Args:
         beta: 0.1 in the paper's code.
         link: "logsigmoid" as above, or "sigmoid", which drops the logarithm.
+        baseline: "code" as above; "paper" multiplies z by beta, as the paper writes it. At beta 0.1 they differ by 10.
 
-    Needs: reference sums; chosen completions are the "I don't know" answers. As in the official code, z is not scaled
-    by beta and may fall below 0.
+    Needs: reference sums; chosen completions are the "I don't know" answers. As in the official code, z may fall below
+    0.
     Reference: Zhang et al. 2024, arXiv 2404.05868, appendix; as licong-lin/negative-preference-optimization,
         TOFU/dataloader.py (`kto_sigmoid`, `kto_logsigmoid`).
     """
 
-    formula = "1 - (2/beta) log sigmoid(z - beta*u_l), z = mean(u_w)"
+    formula = "1 - (2/beta) log sigmoid(z - beta*u_l), z = mean(u_w); beta*mean(u_w) if baseline='paper'"
     paper = "2404.05868"
     batchwise = True
 
-    def __init__(self, beta: float = 0.1, link: Literal["logsigmoid", "sigmoid"] = "logsigmoid"):
+    def __init__(
+        self,
+        beta: float = 0.1,
+        link: Literal["logsigmoid", "sigmoid"] = "logsigmoid",
+        baseline: Literal["code", "paper"] = "code",
+    ):
         super().__init__()
         if link not in ("logsigmoid", "sigmoid"):
             raise LossError(f"link must be 'logsigmoid' or 'sigmoid', got {link!r}")
+        if baseline not in ("code", "paper"):
+            raise LossError(f"baseline must be 'code' or 'paper', got {baseline!r}")
         self.beta = positive("beta", beta)
         self.link = link
+        self.baseline = baseline
 
     def per_example(self, batch: PreferenceBatch) -> Tensor:
         idk, forget = paired_roles(batch)
-        x = global_mean(idk.ratios, self._weights(batch)) - self.beta * forget.ratios
+        z = global_mean(idk.ratios, self._weights(batch)) * (self.beta if self.baseline == "paper" else 1)
+        x = z - self.beta * forget.ratios
         return 1 - 2 / self.beta * (F.logsigmoid(x) if self.link == "logsigmoid" else torch.sigmoid(x))

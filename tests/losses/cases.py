@@ -374,6 +374,24 @@ def rewards_and_scores(row: Row, beta: float) -> tuple[list[float], list[float]]
     return [beta * (p - r) for p, r, _, _ in row.group], [score for _, _, score, _ in row.group]
 
 
+def ranked(row: Row) -> list[tuple[float, float, float, int]]:
+    return sorted(row.group, key=lambda completion: -completion[2])
+
+
+def gold(row: Row) -> tuple[float, float, float, int]:
+    return ranked(row)[0]
+
+
+def tpo(row: Row, beta: float, gamma: float, average: bool) -> float:
+    rewards = [beta * p / (n if average else 1) for p, _, _, n in ranked(row)]
+    return softplus(rewards[-1] - rewards[1 if len(rewards) > 2 else 0] + gamma)
+
+
+def tpo_over_tokens(rows: Sequence[Row]) -> list[float]:
+    mean_length = mean(gold(r)[3] for r in rows)
+    return [tpo(r, 0.3, 0.0, False) - gold(r)[0] / mean_length for r in rows]
+
+
 def plackett_luce(row: Row, beta: float) -> float:
     z, s = rewards_and_scores(row, beta)
     ranked = [reward for _, reward in sorted(zip(s, z, strict=True), reverse=True)]
@@ -505,9 +523,12 @@ def kernel_margin(row: Row, name: str, given: bool = False, precision: Sequence[
     return math.log(kernel(name, x, w, precision)) - math.log(kernel(name, again, l, precision))
 
 
+def apart(tokens: Tokens, name: str) -> float:
+    return mean(values[DIVERGENCES.index(name)] for values in tokens.divergences)
+
+
 def distance(row: Row, name: str) -> float:
-    column = DIVERGENCES.index(name)
-    return mean(mean(values[column] for values in tokens.divergences) for tokens in (row.w, row.l))
+    return mean(apart(tokens, name) for tokens in (row.w, row.l))
 
 
 def misdirected(tokens: Tokens, layer: int, scale: float, seed: int) -> float:
@@ -614,8 +635,8 @@ def aqfl(rows: Sequence[Row]) -> list[float]:
     return [g * softplus(-x) + (1 - g) * max(0, 1 - x) for g, x in zip(blends, scaled(rows), strict=True)]
 
 
-def forget_kto(rows: Sequence[Row]) -> list[float]:
-    z = mean(r.uw for r in rows)
+def forget_kto(rows: Sequence[Row], scale: float = 1.0) -> list[float]:
+    z = scale * mean(r.uw for r in rows)
     return [1 + 20 * softplus(-(z - 0.1 * r.ul)) for r in rows]
 
 
@@ -688,6 +709,10 @@ def mixed_kernels(rows: Sequence[Row]) -> list[float]:
     return values
 
 
+def pfl(row: Row, y: float) -> float:
+    return softplus(-y) / 2 if row.pw > row.pl else 2 * max(0, 1 - y)
+
+
 def normalised(first: float, second: float) -> float:
     return first / (first + second)
 
@@ -701,6 +726,12 @@ CASES = [
     Case("gvpo(beta=0.3)", lambda r: (gvpo(r, 0.3),)),
     Case("a_star_po(beta=0.3, value_beta=0.5)", lambda r: (a_star_po(r, 0.3, 0.5),)),
     Case("a_star_po(beta=0.3, value_beta=0.0)", lambda r: (a_star_po(r, 0.3, 0.0),)),
+    Case("tpo(beta=0.3, alpha=0.5, nll='sum')", lambda r: (tpo(r, 0.3, 0.0, False) - 0.5 * gold(r)[0],)),
+    Case(
+        "tpo(beta=2.0, gamma=0.4, average=True, nll='mean')",
+        lambda r: (tpo(r, 2.0, 0.4, True) - gold(r)[0] / gold(r)[3],),
+    ),
+    Case("tpo(beta=0.3)", batch_values=tpo_over_tokens),
     # direct
     Case("dpo(beta=0.1)", lambda r: (softplus(-0.1 * r.d),), 0.620957, LOG2),
     Case(
@@ -836,6 +867,14 @@ CASES = [
     Case("aot_unpaired(beta=0.1)", batch_values=sorted_roles, at_reference_vector=2 * 0.620957, at_equality=LOG2),
     Case("beta_dpo(beta=0.1, keep=1.0)", batch_values=moving_beta, at_reference_vector=0.620957, at_equality=LOG2),
     Case("alpha_dpo", batch_values=standardised_lead, held=True),
+    Case(
+        "rainbow_po(beta=10.0, mixing=0.25, home=0.3)",
+        lambda r: (softplus(-10 * (r.aw - r.al - 0.25 * (r.rw / r.nw - r.rl / r.nl) - 0.75 * 0.3)),),
+    ),
+    Case(
+        "rainbow_po(beta=0.1, mixing=0.5, home=0.0, average=False)",
+        lambda r: (softplus(-0.1 * (r.pw - r.pl - 0.5 * (r.rw - r.rl))),),
+    ),
     # shapes
     Case("gpo(beta=0.1)", lambda r: (softplus(-0.1 * r.d),), 0.620957, LOG2),
     Case("gpo(beta=0.1, shape='hinge')", lambda r: (max(0.0, 1 - 0.1 * r.d),), 0.85, 1.0),
@@ -883,11 +922,9 @@ CASES = [
         0.740833,
         0.5 + LOG2 / 2,
     ),
-    Case(
-        "pfl(beta=0.1)",
-        lambda r: (softplus(-0.1 * r.d) / 2 if r.pw > r.pl else 2 * max(0, 1 - 0.1 * r.d),),
-        0.310479,
-    ),
+    Case("pfl(beta=0.1)", lambda r: (pfl(r, 2 * r.d),), 0.024294),
+    Case("pfl(beta=0.1, form='search')", lambda r: (pfl(r, r.d),)),
+    Case("pfl(beta=0.1, form='repository')", lambda r: (pfl(r, 0.1 * r.d),), 0.310479),
     # tokenwise
     Case("tdpo(beta=0.1)", lambda r: (softplus(-0.1 * (r.d - 0.5 * (drift(r.l) - drift(r.w)))),), held=True),
     Case("tdpo(beta=0.1, variant=1)", lambda r: (softplus(-0.1 * (r.d - (drift(r.l) - drift(r.w)))),)),
@@ -914,6 +951,12 @@ CASES = [
     Case(
         "kernel_dpo(divergence=renyi(order=2.0), gamma=0.0, link='linear')",
         lambda r: (-0.1 * (r.pw - r.pl) + 0.1 * distance(r, "renyi(2.0)"),),
+    ),
+    Case(
+        "kernel_dpo(divergence='js', gamma=0.5, alpha=0.5, inside=True)",
+        lambda r: (
+            softplus(-0.1 * r.d - 0.5 * kernel_margin(r, "rbf") + 0.5 * (apart(r.w, "js") - apart(r.l, "js"))),
+        ),
     ),
     Case("kernel_dpo(gamma=0.0, alpha=0.0)", lambda r: (softplus(-0.1 * r.d),), 0.620957, LOG2),
     Case("kernel_dpo(kernel='mahalanobis', divergence='wasserstein')", batch_values=mahalanobis, held=True),
@@ -1026,6 +1069,7 @@ CASES = [
     Case("rmu(layer=1, scale=3.0, seed=2)", lambda r: (misdirected(r.l, 1, 3.0, 2),)),
     Case("rmu_retain(layer=0)", lambda r: (displaced(r.w, 0),)),
     Case("kto_forget(beta=0.1)", batch_values=forget_kto, held=True),
+    Case("kto_forget(beta=0.1, baseline='paper')", batch_values=lambda rows: forget_kto(rows, 0.1), held=True),
     # online
     Case(
         "inpo(eta=0.5, tau=0.16666666666666666)",

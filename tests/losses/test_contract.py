@@ -216,7 +216,7 @@ def test_weight_scales_every_example(case):
 @every_loss
 def test_weight_zero_removes_an_example(expression):
     # Within reach of every hinge and clip, so that there is a gradient to look at.
-    near = [replace(row, rw=row.pw - 0.5, pl=row.pw + 1, rl=row.pw + 1, nw=row.nl) for row in random_rows(3)]
+    near = [replace(row, rw=row.pw - 0.4, pl=row.pw + 1, rl=row.pw + 1, nw=row.nl) for row in random_rows(3)]
     # All of them in the part that the loss is about.
     rows = [replace(row, forget=float("on_retain" not in expression)) for row in near]
     without = parse(expression)(make_batch([rows[0], rows[2]])).loss

@@ -149,3 +149,27 @@ def test_sums_and_weights():
     parts = [parse(one)(batch) for one in ("plackett_luce", "gvpo")]
     torch.testing.assert_close(both.loss, parts[0].loss + 0.5 * parts[1].loss)
     torch.testing.assert_close(both.loss, both.per_example[0])  # (2 a + 0 b) / 2
+
+
+def triple(logps, scores):
+    """One group; lengths 2, 3, 4 and so on."""
+    sums = torch.tensor(logps, dtype=torch.float64)
+    lengths = torch.arange(2, 2 + len(logps))
+    given = torch.tensor(scores, dtype=torch.float64)
+    return PreferenceBatch(candidate=Scores(sums, lengths, score=given, group_sizes=(len(logps),)))
+
+
+def test_tpo_of_two_completions_is_cpo_with_the_chosen_ones_likelihood():
+    chosen, rejected = (Scores(torch.tensor([p]), torch.tensor([n])) for p, n in ((-3.0, 2), (-5.0, 3)))
+    theirs = parse("cpo(beta=0.3) + 0.5*sft(nll='mean')")(PreferenceBatch(chosen, rejected)).loss
+    ours = parse("tpo(beta=0.3, alpha=0.5, nll='mean')")(triple([-3.0, -5.0], [2.0, 1.0])).loss
+    torch.testing.assert_close(ours, theirs.double())
+
+
+def test_tpo_takes_the_second_best_for_chosen_whatever_the_order():
+    ordered = triple([-3.0, -4.0, -9.0, -5.0], [4.0, 3.0, 2.0, 1.0])
+    value = parse("tpo(beta=0.3, nll='sum')")(ordered).loss
+    assert float(value) == pytest.approx(3.0 + math.log1p(math.exp(-0.3)))
+    turned = triple([-5.0, -3.0, -9.0, -4.0], [1.0, 4.0, 2.0, 3.0])
+    assert float(parse("tpo(beta=0.3, nll='sum')")(turned).loss) == pytest.approx(float(value))
+    assert parse("tpo").needs.words == parse("simpo").needs.words

@@ -28,7 +28,7 @@ from prefopt.losses.base import arguments_of
 from prefopt.losses.registry import _LOSSES
 from prefopt.losses.scores import Role
 from prefopt.scoring import Extras, RowGroups, assemble_batch, token_scores
-from tests.losses.cases import Row, make_batch, random_rows
+from tests.losses.cases import REFERENCE_VECTOR, Row, make_batch, random_rows
 
 
 def test_ipo_averaged_and_summed_are_one_loss_at_equal_lengths():
@@ -638,6 +638,10 @@ def test_needs_are_per_role():
         ("sppo_soft(beta=0.1)", (1.0, 0.0), "sppo(beta=0.1)"),
         ("sppo_soft(beta=0.1, reduction='mean')", (1.0, 0.0), "sppo(beta=0.1, reduction='mean')"),
         ("dpo_shift(beta=0.1, shift=1.0)", (1.0, 0.0), "dpo(beta=0.1)"),
+        ("rainbow_po(beta=3.0, mixing=1.0)", (1.0, 0.0), "dpo_norm(beta=3.0)"),
+        ("rainbow_po(beta=0.1, mixing=1.0, average=False)", (1.0, 0.0), "dpo(beta=0.1)"),
+        ("rainbow_po(beta=3.0, mixing=0.0, home=0.2)", (1.0, 0.0), "simpo(beta=3.0, gamma=0.6)"),
+        ("pfl(beta=0.05)", (1.0, 0.0), "pfl(beta=0.05, form='search')"),
         ("humanline(dpo(beta=0.1), low=-1e9, high=1e9)", (1.0, 0.0), "dpo(beta=0.1)"),
         ("humanline(simpo + ipo(beta=0.1), low=-1e9, high=1e9)", (1.0, 0.0), "simpo + ipo(beta=0.1)"),
     ],
@@ -705,3 +709,33 @@ def test_the_bonus_takes_the_completion_of_the_reference():
 @pytest.mark.parametrize("expression", ["mappo", "dpo + 0.5*sppo_soft", "reweighted(mappo)"])
 def test_limits_of_scores_are_those_of_the_loss_inside(expression):
     assert parse(expression).limits == {"chosen_score": (0.0, 1.0), "rejected_score": (0.0, 1.0)}
+
+
+def test_apo_zero_in_two_papers_differs_by_one():
+    """2502.01237 writes it without the constant; -0.037477 is its value at the reference vector and beta 0.1."""
+    value = float(parse("apo_zero(beta=0.1)")(make_batch([REFERENCE_VECTOR])).loss)
+    assert value - 1 == pytest.approx(-0.037477, abs=1e-6)
+
+
+def test_the_papers_kto_baseline_is_that_of_the_code_with_log_ratios_of_the_other_answers_scaled():
+    rows = random_rows(4)
+    scaled = [replace(row, pw=row.rw + 0.1 * row.uw) for row in rows]
+    paper = parse("kto_forget(beta=0.1, baseline='paper')")(make_batch(rows)).loss
+    torch.testing.assert_close(paper, parse("kto_forget(beta=0.1)")(make_batch(scaled)).loss)
+
+
+def test_npo_kl_has_the_direction_of_the_code_and_of_the_paper():
+    assert Need.FORWARD_KL in parse("npo_kl").needs
+    assert Need.REVERSE_KL in parse("npo_kl(direction='reverse')").needs
+
+
+def test_the_later_kernel_code_has_its_divergence_inside_the_sigmoid():
+    """Nothing but the divergences' difference is left where log-ratios and kernels agree."""
+    loss = parse("kernel_dpo_detonate(divergence='js')")
+    assert (loss.gamma, loss.alpha, loss.link, loss.inside) == (0.5, 0.5, "logistic", True)
+    rows = [replace(row, rw=row.pw, rl=row.pl) for row in random_rows(3)]
+    batch = make_batch(rows)
+    batch = replace(batch, rejected=replace(batch.rejected, hidden=batch.chosen.hidden,
+                                            prompt_hidden=batch.chosen.prompt_hidden))  # fmt: skip
+    expected = torch.nn.functional.softplus(0.5 * loss.distance(batch))
+    torch.testing.assert_close(loss(batch).per_example, expected)

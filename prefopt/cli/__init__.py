@@ -15,6 +15,7 @@ from prefopt.cli import (  # noqa: F401  (each adds its commands)
     new,
     pair,
     prepare,
+    report,
     rounds,
     runs,
     sample,

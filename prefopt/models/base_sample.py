@@ -6,6 +6,7 @@ that was merged with another adapter and not saved has the same name. `prefopt m
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,20 @@ def _plain(name: str) -> str:
 
 def _of_adapter(name: str) -> bool:
     return any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens"))
+
+
+def digest(model: nn.Module) -> str:
+    """16 hex digits by which two runs tell whether they started from one model; "" where weights are sharded.
+
+    Of a few numbers of each matrix outside of adapters, in bfloat16: the same weights in another precision are the
+    same model.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted((_plain(name), parameter) for name, parameter in model.named_parameters()):
+        if parameter.dim() < 2 or not parameter.is_floating_point() or _of_adapter(name):
+            continue
+        if not parameter.numel() or hasattr(parameter, "to_local"):
+            return ""
+        numbers = _some(parameter).to("cpu", torch.bfloat16).float().tolist()
+        found.update(f"{name} {parameter.numel()} {numbers}".encode())
+    return found.hexdigest()

@@ -103,6 +103,7 @@ def card_notes(recipe: Recipe, ready: Ready, data: Data) -> RunNotes:
         splits=("", "") if recipe.bundled_data else (script.dataset_train_split, data.heldout_split),
         expression=str(recipe.training.loss or ""),
         command=recipe.command,
+        problems=data.reports,
         settings={**changed_settings(script), **changed_settings(recipe.model)},
     )
 

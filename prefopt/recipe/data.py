@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Data:
         heldout_split: where the held-out rows come from: a split of the data, or `of train`.
         room_made: whether an earlier run was moved out of the output folder, to write dropped rows there.
         ids: tokens of the checked rows, for the trainer.
+        reports: what the check of the rows found; None for rows that are not checked.
     """
 
     train: Any
@@ -45,6 +46,7 @@ class Data:
     heldout_split: str = ""
     room_made: bool = False
     ids: tuple[Made, ...] = ()
+    reports: tuple[Report, ...] | None = None
 
 
 def load_data(recipe: Recipe, ready: Ready) -> Data:
@@ -64,7 +66,7 @@ def load_data(recipe: Recipe, ready: Ready) -> Data:
         sources, held = with_vectors(recipe, data.train, data.heldout)
         train, heldout = _mixed(recipe, sources), _mixed(recipe, held, weighted=False) if held else None
     check_recipe(recipe, ready, train, heldout)
-    return Data(train, heldout, data.heldout_split, data.room_made, data.ids)
+    return replace(data, train=train, heldout=heldout)
 
 
 def _bundled(recipe: Recipe) -> Data:
@@ -90,7 +92,7 @@ def _loaded(recipe: Recipe, ready: Ready) -> Data:
     else:
         split = f"of {script.dataset_train_split}"
         train, heldout = hold_out(recipe, train)
-    return Data(train, heldout, split, rows.room_made, tuple(rows.ids))
+    return Data(train, heldout, split, rows.room_made, tuple(rows.ids), tuple(rows.reports))
 
 
 def _load_sources(recipe: Recipe, split: str) -> dict[str, Any]:
@@ -147,6 +149,7 @@ class _RowCheck:
     Attributes:
         room_made: whether an earlier run was moved out of the output folder, to write dropped rows there.
         ids: tokens of the rows, made while they were checked.
+        reports: what was found.
     """
 
     def __init__(self, recipe: Recipe, ready: Ready):
@@ -154,6 +157,7 @@ class _RowCheck:
         self._roles = ("chosen", "rejected") if recipe.objective is None else recipe.objective.roles
         self.room_made = False
         self.ids: list[Made] = []
+        self.reports: list[Report] = []
 
     def checked(self, sources: dict[str, Dataset], role: str) -> dict[str, Dataset]:
         """The sources without rows that cannot be trained on.
@@ -166,6 +170,7 @@ class _RowCheck:
     def _one(self, dataset: Dataset, name: str) -> Dataset:
         console, script = self._recipe.console, self._recipe.script
         report = self._report(dataset, name)
+        self.reports.append(report)
         drops = script.on_bad_rows == "drop" and len(report.bad_rows) < report.total
         if report.problems and (report.ok or drops):  # otherwise `clean` raises an error that lists them
             console.print(f"{name} rows:", report.table())

@@ -18,6 +18,7 @@ from prefopt.analysis.health.saved import ended_by, save_findings, save_log
 from prefopt.demo.before_after import PairMetrics, side_by_side, summarize
 from prefopt.demo.data import heldout_prompts
 from prefopt.generation.answers import Answer, greedy_answers
+from prefopt.recipe import pages
 from prefopt.recipe.arguments import LOSS_FILE, Recipe
 from prefopt.recipe.earlier_run import BEFORE, RESULTS
 from prefopt.recipe.progress import RunProgress
@@ -57,13 +58,18 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     train(recipe, trainer, checkpoint)
     metrics = None if trainer.eval_dataset is None else trainer.evaluate()
     after = _Measured(metrics, None if before.answers is None else _answers(recipe, trainer))
+    pages.save_pairs(recipe, trainer)
     results = _results(recipe, trainer, before, after)
     _save_log(recipe, trainer)  # again, with the evaluation
     if trainer.is_world_process_zero():
         trainer.create_model_card()
         save_results(recipe, RESULTS, results)
+        if before.answers is not None and after.answers is not None:
+            answers = {0: before.answers, trainer.state.global_step: after.answers}
+            pages.save_answers(recipe, heldout_prompts(), answers)
     _show_both(recipe, before, after)
     recipe.console.print(f"Saved to {recipe.training.output_dir}")
+    pages.write_page(recipe, trainer)
     publish(recipe, trainer)
     return results
 
@@ -80,15 +86,17 @@ def begin(recipe: Recipe, trainer: PreferenceTrainer) -> str | None:
     if asked is not None:
         where = "No checkpoint yet: starting from step 0" if checkpoint is None else f"Resuming from {checkpoint}"
         console.print(where, soft_wrap=True)
+    pages.save_start(recipe, trainer)
     return checkpoint
 
 
 def train(recipe: Recipe, trainer: PreferenceTrainer, checkpoint: str | None) -> None:
     """Train and save the model and its log; a signal ends the program after a checkpoint."""
-    not_finite = None
+    not_finite, ended_early = None, True
     try:
         with sigterm_raises():
             trainer.train(resume_from_checkpoint=checkpoint)
+        ended_early = False
     except (KeyboardInterrupt, SystemExit):
         _say_interrupted(recipe, trainer)
         raise
@@ -99,6 +107,8 @@ def train(recipe: Recipe, trainer: PreferenceTrainer, checkpoint: str | None) ->
         with contextlib.suppress(OSError):  # an error of the training itself says more
             _save_log(recipe, trainer, not_finite)
             _save_findings(recipe, trainer, not_finite)
+            if ended_early and trainer.state.log_history:
+                pages.write_page(recipe, trainer)
     trainer.save_model(_internal_call=True)  # pushed later, with a card that has the numbers
 
 

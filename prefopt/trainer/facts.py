@@ -16,6 +16,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from prefopt.data.encodings import text_tokenizer
+from prefopt.data.findings import Report
 from prefopt.data.fingerprint import fingerprint
 from prefopt.losses import Loss, presets
 from prefopt.report.card import CardFacts, Split, is_hub_id
@@ -38,6 +39,7 @@ class RunNotes:
         splits: of training and held-out data.
         expression: the loss as it was written.
         command: the command line, without secrets.
+        problems: what the check of the rows found; None if they were not checked.
         settings: further settings that differ from their defaults, without the training arguments.
     """
 
@@ -47,6 +49,7 @@ class RunNotes:
     splits: tuple[str, str] = ("", "")
     expression: str = ""
     command: str | None = None
+    problems: tuple[Report, ...] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 

@@ -22,6 +22,7 @@ from prefopt.trainer.learned import LearnedLoss
 
 SHOWN = 8
 """Maximum rows that a message about a whole step quotes; all of them could fill the screen."""
+_OF_ROWS = ("rewards/margins", "ratios/chosen", "ratios/rejected")
 PART_OF_LOSS = "loss/"
 """Prefix of terms with their own means, each over its own examples; the means add up to `loss`."""
 
@@ -91,9 +92,23 @@ class RunMetrics:
     def __init__(self) -> None:
         self.train, self.evaluation = RunningMeans(), RunningMeans()
         self.tokens: Any = 0
+        self._rows: dict[str, list[Tensor]] = {}
 
     def means(self, training: bool) -> RunningMeans:
         return self.train if training else self.evaluation
+
+    def add_rows(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add a batch of an evaluation: its values by row, which stay on their device."""
+        for name in _OF_ROWS:
+            if (values := metrics.get(name)) is not None:
+                self._rows.setdefault(name, []).append(values.detach().reshape(-1))
+
+    def clear_rows(self) -> None:
+        self._rows = {}
+
+    def rows(self) -> dict[str, list[float]]:
+        """The values by row of the last evaluation, on this process."""
+        return {name: torch.cat(batches).float().tolist() for name, batches in self._rows.items()}
 
     def add_tokens(self, scored: Scored, training: bool) -> None:
         """Add a batch's token metrics: entropy, accuracy and count."""

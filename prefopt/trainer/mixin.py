@@ -273,7 +273,10 @@ class LossMixin(_Trainer):
         self._guard.check_loss(loss, batch, output, rows)
         if rows.share > 0:
             self._run_metrics.add_tokens(scored, self.model.training)
-            means.add_all(batch_metrics(batch, output))
+            metrics = batch_metrics(batch, output)
+            means.add_all(metrics)
+            if not self.model.training:
+                self._run_metrics.add_rows(metrics)
         loss = loss * rows.share
         return (loss, outputs) if return_outputs else loss
 
@@ -332,11 +335,19 @@ class LossMixin(_Trainer):
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
         """As in transformers, for `evaluate` and `predict`: means are over the rows of this loop only."""
         self._run_metrics.evaluation.clear()
+        self._run_metrics.clear_rows()
         try:
             return super().evaluation_loop(*arguments, **keywords)
         except BaseException:
             self._run_metrics.evaluation.clear()
             raise
+
+    def evaluated_rows(self) -> dict[str, list[float]]:
+        """Rewards and log-ratios of each pair in this process's last evaluation, in its order, by name.
+
+        `rewards/margins`, `ratios/chosen`, `ratios/rejected`, where the objective has them. {} before any.
+        """
+        return self._run_metrics.rows()
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """As in transformers; takes raw rows as `evaluate` does, and its metrics include the objective's."""

@@ -17,6 +17,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
+from prefopt.report.folder import OF_A_PAGE
 from prefopt.safety.files import write_text
 from prefopt.trainer import PreferenceConfig, PreferenceTrainer
 from prefopt.unlearning.data import Question, learn_rows
@@ -33,7 +34,15 @@ _SETTINGS = (
 
 OBJECTIVE = "sft(nll='token')"
 
-_OF_A_RUN = ("results.json", "before.json", "log_history.json", "findings.json", "unlearning.json", "audit.json")
+_OF_A_RUN = (
+    "results.json",
+    "before.json",
+    "log_history.json",
+    "findings.json",
+    "unlearning.json",
+    "audit.json",
+    *OF_A_PAGE,
+)
 """Files beside a run's model that say nothing about its weights."""
 
 Say = Callable[[str], object]

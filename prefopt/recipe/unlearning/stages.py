@@ -20,6 +20,7 @@ from prefopt.recipe.arguments import Recipe, parse_arguments
 from prefopt.recipe.build import load_policy, show_progress
 from prefopt.recipe.dry_run import show_settings
 from prefopt.recipe.earlier_run import RESULTS, make_room
+from prefopt.recipe.pages import write_page
 from prefopt.recipe.ready import HubUnreachable, MustBeMade, Ready, preflight
 from prefopt.recipe.run import begin, publish, save_results, train
 from prefopt.recipe.unlearning.options import UnlearningArguments, options_of
@@ -189,6 +190,7 @@ def run(recipe: Recipe, trainer: UnlearningTrainer, questions: Sets, measurement
         if (picture := draw(results, Path(recipe.training.output_dir) / "forgetting.png")) is not None:
             recipe.console.print(f"Forget quality and utility over the steps: {picture}", soft_wrap=True)
     recipe.console.print(f"Saved to {recipe.training.output_dir}", soft_wrap=True)
+    write_page(recipe, trainer)
     publish(recipe, trainer)
     return results
 

@@ -1,0 +1,264 @@
+"""What a comparison of runs says: a table with intervals, the best run or that there is none, and pairs that flipped.
+
+Only what means the same for every loss is compared, never a loss's own value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from prefopt.report.intervals import Interval, over_rows, over_seeds, sign_test
+from prefopt.report.runs import MEASURES, Group, Measure
+
+_ROW_VALUES = {
+    "accuracy": "rewards/margins",
+    "margin": "ratios/margins",
+    "chosen": "ratios/chosen",
+    "rejected": "ratios/rejected",
+}
+"""The values of held-out rows that a measure is the mean of."""
+_FLIPS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measure of one group: its mean over seeds, its interval, and the difference from the best group."""
+
+    measure: Measure
+    value: float
+    interval: Interval | None = None
+    difference: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Held-out pairs that one run ranks correctly and the other wrongly.
+
+    Attributes:
+        better, other: labels of the two groups.
+        gained: pairs that `better` alone ranks correctly.
+        lost: pairs that `other` alone ranks correctly.
+        rows: how many were compared.
+        probability: of a split at least this uneven if both were equally good.
+        shown: the rows with the largest difference: row, texts, both margins.
+    """
+
+    better: str
+    other: str
+    gained: int
+    lost: int
+    rows: int
+    probability: float
+    shown: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison.
+
+    Attributes:
+        groups: that are compared.
+        best: the first by `decided_by`; None if no measure decides, or the runs are not comparable.
+        decided_by: the measure.
+        verdict: in words.
+        cautions: why runs may not be comparable.
+        cells: by group, then by measure.
+        flips: between the best group and each other one.
+    """
+
+    groups: list[Group]
+    best: Group | None
+    decided_by: Measure | None
+    verdict: str
+    cautions: list[str]
+    cells: list[list[Cell]]
+    flips: list[Flips]
+
+
+def compare(groups: Sequence[Group]) -> Comparison:
+    """Compare groups of runs."""
+    cautions, comparable = _cautions(groups)
+    decided_by = next(
+        (measure for measure in MEASURES if measure.decides and all(group.values(measure) for group in groups)), None
+    )
+    best = max(groups, key=lambda group: _mean(group, decided_by)) if decided_by and comparable else None
+    others = [group for group in groups if group is not best]
+    # The best is the largest of several: each difference from it has a share of the five percent.
+    level = 1 - 0.05 / max(len(others), 1)
+    cells = [_cells(group, best, level) for group in groups]
+    if best is None or decided_by is None:
+        verdict = _no_verdict(comparable)
+    else:
+        verdict = _verdict(best, others, decided_by, level)
+    flips = [flip for group in others if best is not None and (flip := flips_of(best, group)) is not None]
+    return Comparison(list(groups), best, decided_by, verdict, cautions, cells, flips)
+
+
+def _mean(group: Group, measure: Measure) -> float:
+    values = group.values(measure)
+    return sum(values.values()) / len(values)
+
+
+def _cells(group: Group, best: Group | None, level: float) -> list[Cell]:
+    cells = []
+    for measure in MEASURES:
+        values = group.values(measure)
+        if not values:
+            continue
+        difference = None if best is None or group is best else difference_of(best, group, measure, level)
+        cells.append(Cell(measure, _mean(group, measure), over_seeds(list(values.values())), difference))
+    return cells
+
+
+def difference_of(first: Group, second: Group, measure: Measure, level: float) -> Interval | None:
+    """First minus second: paired by seed, or by held-out row where there is one run each; None without either."""
+    a, b = first.values(measure), second.values(measure)
+    seeds = [seed for seed in a if seed in b and seed is not None]
+    if len(seeds) > 1:
+        return over_seeds([a[seed] - b[seed] for seed in seeds], level)
+    rows = _rows_of_both(first, second, _ROW_VALUES.get(measure.key, ""))
+    if rows is None:
+        return None
+    one, other = rows
+    return over_rows((one > 0) * 1.0 - (other > 0) if measure.key == "accuracy" else one - other, level)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def _rows_of_both(first: Group, second: Group, name: str) -> tuple[Any, Any] | None:
+    """(N,) values of the same held-out rows of two runs; None if one has none, or they are other rows."""
+    seed = next((seed for seed in first.runs if seed in second.runs), None)
+    runs = (first.runs.get(seed, first.first), second.runs.get(seed, second.first))
+    stored = [run.pairs for run in runs]
+    if not stored[0].get("fingerprint") or stored[0].get("fingerprint") != stored[1].get("fingerprint"):
+        return None
+    values = [_values(pairs, name) for pairs in stored]
+    if any(one is None for one in values) or len(values[0]) != len(values[1]):
+        return None
+    return values[0], values[1]
+
+
+def _values(pairs: Any, name: str) -> Any:
+    columns = pairs.get("values")
+    if not isinstance(columns, dict):
+        return None
+    if name == "ratios/margins" and "ratios/chosen" in columns and "ratios/rejected" in columns:
+        return _values(pairs, "ratios/chosen") - _values(pairs, "ratios/rejected")
+    return np.asarray(columns[name], dtype=np.float64) if isinstance(columns.get(name), list) else None
+
+
+def flips_of(better: Group, other: Group) -> Flips | None:
+    """The pairs that two runs rank differently, each by the reward of its own loss."""
+    rows = _rows_of_both(better, other, "rewards/margins")
+    if rows is None:
+        return None
+    one, two = rows
+    gained, lost = (one > 0) & (two <= 0), (one <= 0) & (two > 0)
+    texts = better.first.pairs.get("texts")
+    # Rewards of two losses have two scales.
+    distance = np.abs(one / (np.std(one) or 1) - two / (np.std(two) or 1))
+    places = [int(place) for place in np.argsort(-distance) if gained[place] or lost[place]][:_FLIPS_SHOWN]
+    shown = [
+        {
+            "row": place,
+            "better_margin": float(one[place]),
+            "other_margin": float(two[place]),
+            **(
+                texts[place]
+                if isinstance(texts, list) and place < len(texts) and isinstance(texts[place], dict)
+                else {}
+            ),
+        }
+        for place in places
+    ]
+    counts = int(gained.sum()), int(lost.sum())
+    return Flips(better.label, other.label, *counts, len(one), sign_test(*counts), shown)
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+
+def _verdict(best: Group, others: Sequence[Group], measure: Measure, level: float) -> str:
+    highest = f"{best.label} has the highest held-out {measure.label}, {_mean(best, measure):{measure.form}}"
+    if not others:
+        return f"{highest}. There is nothing to compare it with."
+    behind: list[str] = []
+    alike: list[str] = []
+    unknown: list[str] = []
+    for group in others:
+        interval = difference_of(best, group, measure, level)
+        if interval is None:
+            unknown.append(group.label)
+        else:
+            words = f"{group.label} ({shown(interval, measure)})"
+            (alike if interval.has_zero else behind).append(words)
+    parts = [highest]
+    if behind:
+        parts.append(f"It is better than {'; '.join(behind)}")
+    if alike:
+        parts.append(f"It cannot be told apart from {'; '.join(alike)}: the interval of the difference holds zero")
+    if unknown:
+        parts.append(
+            f"Whether the difference to {'; '.join(unknown)} is more than chance is unknown: there is one run of "
+            "each, and no values of the same held-out rows"
+        )
+    if len(others) > 1 and (behind or alike):
+        parts.append(f"Each interval is at {100 * level:.4g}%, so that all {len(others)} hold together at 95%")
+    return ". ".join(parts) + "."
+
+
+def _no_verdict(comparable: bool) -> str:
+    if not comparable:
+        return "These runs cannot be compared; the table shows their numbers side by side."
+    return "No measure that every run has says which is better: they need an evaluation on held-out rows."
+
+
+def shown(interval: Interval, measure: Measure) -> str:
+    """A difference in the units of a measure: `+2.4% [-1.0%, +5.8%] over 3 seeds`."""
+    form = measure.form if measure.form.startswith("+") else f"+{measure.form}"
+    ends = f"[{interval.low:{form}}, {interval.high:{form}}]"
+    return f"{interval.value:{form}} {ends} over {interval.count} {interval.over}"
+
+
+def _cautions(groups: Sequence[Group]) -> tuple[list[str], bool]:
+    """What stands against a comparison, and whether it can be made at all."""
+    cautions, comparable = [], True
+    runs = [(seed, run) for group in groups for seed, run in group.runs.items()]
+    bases = {str(run.facts.get("base_digest") or run.facts.get("base_model")) for _, run in runs if run.facts}
+    if len(bases) > 1:
+        cautions.append(f"The runs started from different models: {', '.join(sorted(_names(runs)))}.")
+        comparable = False
+    held: dict[Any, set[str]] = {}
+    for seed, run in runs:
+        if (fingerprint := _fingerprint(run, "held-out")) is not None:
+            held.setdefault(seed, set()).add(fingerprint)
+    if any(len(fingerprints) > 1 for fingerprints in held.values()):
+        cautions.append("The runs were evaluated on different held-out rows: their fingerprints differ.")
+        comparable = False
+    trained = {_fingerprint(run, "training") for seed, run in runs if seed == runs[0][0]} - {None}
+    if len(trained) > 1:
+        cautions.append("The runs were trained on different rows: what differs may be due to the data.")
+    if silent := [run.name for _, run in runs if not run.facts]:
+        cautions.append(
+            f"No run.json in {', '.join(silent)}: whether data and base model were the same is not known from there."
+        )
+    if any(len(group.runs) == 1 for group in groups):
+        cautions.append("Of some settings there is one run: intervals over rows do not say how much a seed changes.")
+    return cautions, comparable
+
+
+def _names(runs: Sequence[tuple[Any, Any]]) -> set[str]:
+    return {str(run.facts.get("base_model") or run.name) for _, run in runs}
+
+
+def _fingerprint(run: Any, role: str) -> str | None:
+    data = run.facts.get("data")
+    for part in data if isinstance(data, list) else ():
+        if isinstance(part, dict) and str(part.get("role", "")).startswith(role) and part.get("fingerprint"):
+            return str(part["fingerprint"])
+    return None

@@ -1,0 +1,126 @@
+"""The charts of a page: which logged numbers belong together, and few enough points for a browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefopt.report.folder import Curve
+
+POINTS = 1000
+"""Points of one curve on a page, at most."""
+POINTS_OF_A_PAGE = 60_000
+"""Points of all curves together: what keeps a page under a megabyte."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart.
+
+    Attributes:
+        title: above it.
+        unit: of the vertical axis.
+        note: what to look for, in one sentence.
+        names: the logged numbers on it, without `eval_`.
+    """
+
+    title: str
+    unit: str
+    note: str
+    names: tuple[str, ...]
+
+
+_FIRST = (
+    Chart(
+        "Log-ratios",
+        "nats",
+        "log pi - log ref of a whole completion. Both below zero: the policy gives less probability to either answer; "
+        "what was learned is their difference.",
+        ("ratios/chosen", "ratios/rejected", "ratios/candidate"),
+    ),
+    Chart("Margin", "nats", "Log-ratio of chosen minus that of rejected.", ("ratios/margins",)),
+    Chart("Accuracy", "share of pairs", "Pairs whose chosen answer has the larger reward.", ("rewards/accuracies",)),
+    Chart("Reward margin", "reward", "In the loss's own unit, not comparable between losses.", ("rewards/margins",)),
+)
+_LATER = (
+    Chart("Entropy", "nats per token", "Falls where answers become all alike.", ("entropy",)),
+    Chart("Gradient norm", "", "Before clipping.", ("grad_norm",)),
+    Chart("Learning rate", "", "", ("learning_rate",)),
+)
+KL = re.compile(r"(?:^|[/_])kl(?:$|[/_])", re.IGNORECASE)
+_ENTANGLED = re.compile(r"entangle|(?:^|/)d_[wl]$|gradients?/", re.IGNORECASE)
+_OF_EVALUATION = re.compile(r"^eval_")
+
+
+def charts_of(curves: Mapping[str, Curve]) -> tuple[list[Chart], list[Chart]]:
+    """The charts that a run has numbers for, and those of everything else that it logged."""
+    names = list(dict.fromkeys(_OF_EVALUATION.sub("", name) for name in curves))
+    terms = [name for name in names if re.fullmatch(r"[^/]+/loss", name) or name.startswith("loss/")]
+    loss = Chart("Loss and its terms" if terms else "Loss", "", "", ("loss", *terms))
+    kl = tuple(name for name in names if KL.search(name))
+    entangled = tuple(name for name in names if _ENTANGLED.search(name))
+    between = [Chart("KL to the reference", "nats", "", kl), *_entanglement(entangled)]
+    charts = [chart for chart in (loss, *_FIRST, *between, *_LATER) if any(name in names for name in chart.names)]
+    shown = {name for chart in charts for name in chart.names}
+    return charts, [Chart(name, "", "", (name,)) for name in sorted(names) if name not in shown]
+
+
+def _entanglement(names: Sequence[str]) -> list[Chart]:
+    note = "How much the gradients of chosen and rejected answers point the same way."
+    return [Chart("Gradient entanglement" if len(names) == 1 else name, "", note, (name,)) for name in names]
+
+
+def as_data(charts: Iterable[Chart], curves: Mapping[str, Curve], points: int = POINTS) -> list[dict[str, Any]]:
+    """The charts with their numbers, for the page's script."""
+    data = []
+    for chart in charts:
+        series = []
+        for color, name in enumerate(chart.names):
+            for prefix in ("", "eval_"):
+                if (curve := curves.get(prefix + name)) is not None:
+                    label = _label(chart, name, held_out=bool(prefix))
+                    series.append(series_of(label, curve, color, points, held_out=bool(prefix)))
+        data.append({"title": chart.title, "unit": chart.unit, "note": chart.note, "series": series})
+    return data
+
+
+def _label(chart: Chart, name: str, held_out: bool) -> str:
+    if len(chart.names) == 1:
+        return "held out" if held_out else "training"
+    return f"{name.removeprefix('ratios/')}{' held out' if held_out else ''}"
+
+
+def series_of(label: str, curve: Curve, color: int, points: int, held_out: bool = False) -> dict[str, Any]:
+    """One curve for the page's script."""
+    steps, values = decimated(curve.steps, curve.values, points)
+    return {
+        "label": label,
+        "color": color,
+        "heldOut": held_out,
+        "steps": steps,
+        "values": [float(f"{value:.5g}") for value in values],
+    }
+
+
+def points_each(curves: int) -> int:
+    """How many points a curve may have on a page with so many of them."""
+    return max(min(POINTS, POINTS_OF_A_PAGE // max(curves, 1)), 20)
+
+
+def decimated(steps: Sequence[int], values: Sequence[float], points: int = POINTS) -> tuple[list[int], list[float]]:
+    """At most `points` of a curve: of each stretch of steps the smallest and the largest value, and both ends.
+
+    No peak is lost. A curve that is short enough is returned whole.
+    """
+    count = len(steps)
+    if count <= points:
+        return list(steps), list(values)
+    buckets = max(points // 2 - 1, 1)
+    chosen = {0, count - 1}
+    for bucket in range(buckets):
+        stretch = range(bucket * count // buckets, (bucket + 1) * count // buckets)
+        chosen |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
+    places = sorted(chosen)
+    return [steps[place] for place in places], [values[place] for place in places]

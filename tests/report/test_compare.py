@@ -1,0 +1,147 @@
+"""`prefopt compare`: what is compared, paired intervals, and when there is no best run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from prefopt.report import compare_page, compare_runs
+from prefopt.report.intervals import over_rows, over_seeds, sign_test, student_quantile
+from prefopt.safety.errors import UsageError
+from tests.report.folders import write, write_run
+from tests.report.test_run_page import read
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request, monkeypatch):
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(compare_page, "draw", lambda *_: None)
+
+
+def compared(folder, *runs):
+    compare_runs(list(runs), folder / "compared")
+    return json.loads((folder / "compared" / "compare.json").read_text())
+
+
+def three_seeds(folder, loss, rate):
+    return [write_run(folder / f"{loss}-{seed}", loss=loss, seed=seed, rate=rate) for seed in range(3)]
+
+
+def test_a_clear_difference_over_seeds_has_a_best(tmp_path):
+    result = compared(tmp_path, *three_seeds(tmp_path, "dpo", 1.0), *three_seeds(tmp_path, "simpo", 0.2))
+    assert [group["label"] for group in result["groups"]] == ["dpo", "simpo"]
+    assert result["best"] == "dpo"
+    assert "It is better than simpo" in result["verdict"]
+    accuracy = result["groups"][1]["measures"]["accuracy"]["best_minus_this"]
+    assert accuracy["over"] == "seeds"
+    assert accuracy["count"] == 3
+    assert accuracy["low"] < 0.008 * 40 * 0.8 < accuracy["high"]
+    assert result["cautions"] == []
+
+
+def test_runs_that_differ_by_chance_cannot_be_told_apart(tmp_path):
+    result = compared(tmp_path, *three_seeds(tmp_path, "dpo", 1.0), *three_seeds(tmp_path, "ipo", 1.0))
+    assert "cannot be told apart" in result["verdict"]
+    assert "better than" not in result["verdict"]
+
+
+def test_pairing_by_seed_removes_what_the_seed_does(tmp_path):
+    """One loss is better by 0.01 at every seed; between seeds accuracy varies by a tenth."""
+    runs = []
+    for loss, more in (("dpo", 0.0), ("ipo", 0.01)):
+        for seed, base in enumerate((0.5, 0.6, 0.7)):
+            folder = write_run(tmp_path / f"{loss}{seed}", loss=loss, seed=seed)
+            noise = 0.001 * seed if loss == "ipo" else 0.0
+            line = {"step": 1, "eval_rewards/accuracies": base + more + noise, "eval_rewards/margins": 1.0}
+            write(folder, "log_history.json", {"log_history": [line]})
+            runs.append(folder)
+    result = compared(tmp_path, *runs)
+    assert result["best"] == "ipo"
+    assert "It is better than dpo" in result["verdict"]
+
+
+def test_one_run_each_is_compared_over_the_held_out_rows(tmp_path):
+    good = write_run(tmp_path / "good", loss="dpo", rate=3.0)
+    bad = write_run(tmp_path / "bad", loss="ipo", rate=0.0)
+    result = compared(tmp_path, good, bad)
+    difference = result["groups"][1]["measures"]["accuracy"]["best_minus_this"]
+    assert difference["over"] == "rows"
+    assert difference["low"] > 0
+    assert "intervals over rows do not say how much a seed changes" in " ".join(result["cautions"])
+    [flips] = result["flips"]
+    stored = [json.loads((run / "heldout.json").read_text())["values"]["rewards/margins"] for run in (good, bad)]
+    one, two = (np.array(margins) > 0 for margins in stored)
+    assert (flips["gained"], flips["lost"]) == (int((one & ~two).sum()), int((two & ~one).sum()))
+    assert flips["shown"][0]["prompt"].startswith("question ")
+    page = read(tmp_path / "compared" / "compare.html").text
+    assert "question " in page
+    assert "It carries the load." in page  # answers side by side
+
+
+def test_without_rows_or_seeds_nothing_is_claimed(tmp_path):
+    runs = [write_run(tmp_path / loss, loss=loss, rate=rate) for loss, rate in (("dpo", 2.0), ("ipo", 0.1))]
+    for run in runs:
+        (run / "heldout.json").unlink()
+    result = compared(tmp_path, *runs)
+    assert "is more than chance is unknown" in result["verdict"]
+    assert "better than" not in result["verdict"]
+    assert "no heldout.json in dpo, ipo" in read(tmp_path / "compared" / "compare.html").text
+
+
+@pytest.mark.parametrize(
+    ("facts", "caution"),
+    [
+        ({"base_digest": "other"}, "started from different models"),
+        ({"data": [{"role": "held-out", "fingerprint": "other"}]}, "different held-out rows"),
+    ],
+)
+def test_runs_on_other_models_or_rows_are_not_ranked(tmp_path, facts, caution):
+    result = compared(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b", loss="ipo", **facts))
+    assert result["best"] is None
+    assert result["verdict"].startswith("These runs cannot be compared")
+    assert caution in " ".join(result["cautions"])
+
+
+def test_plain_runs_of_trl_are_compared_as_far_as_their_logs_go(tmp_path):
+    for name, accuracy in (("a", 0.7), ("b", 0.8)):
+        line = {"step": 5, "eval_loss": 0.6, "eval_rewards/accuracies": accuracy, "eval_rewards/margins": 1.0}
+        write(tmp_path / name / "checkpoint-5", "trainer_state.json", {"log_history": [line]})
+    result = compared(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert [group["label"] for group in result["groups"]] == ["a", "b"]
+    assert result["best"] == "b"
+    assert "No run.json in a, b" in " ".join(result["cautions"])
+    assert (tmp_path / "compared" / "compare.md").read_text().count("| `a` |") == 1
+
+
+def test_a_picture_for_cards(tmp_path):
+    runs = [write_run(tmp_path / name, loss=name) for name in ("$a$", "_b")]
+    compare_runs(runs, tmp_path / "compared")
+    assert (tmp_path / "compared" / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_run_is_no_comparison(tmp_path):
+    run = write_run(tmp_path / "a")
+    with pytest.raises(UsageError, match="at least two different runs"):
+        compare_runs([run], tmp_path / "compared")
+    with pytest.raises(UsageError, match="at least two different runs"):
+        compare_runs([run, tmp_path / "." / "a"], tmp_path / "compared")
+
+
+def test_quantiles_of_student():
+    for share, freedom, value in ((0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 10, 2.2281), (0.9975, 5, 4.7733)):
+        assert student_quantile(share, freedom) == pytest.approx(value, abs=1e-4)
+
+
+def test_intervals_by_hand():
+    interval = over_seeds([1.0, 2.0, 3.0])
+    assert (interval.low, interval.high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+    assert over_seeds([1.0]) is None
+    assert over_rows([0.5]) is None
+    rows = over_rows([1.0, -1.0] * 200)
+    assert rows.has_zero
+    assert rows.high == pytest.approx(1.96 / 20, abs=0.02)
+    assert sign_test(2, 8) == pytest.approx(0.109375)
+    assert sign_test(0, 0) == 1.0
+    assert sign_test(1500, 1500) == 1.0

@@ -36,7 +36,7 @@ def with_vectors(
         return train, heldout
     state = PartialState()
     # One process per machine computes the vectors; the others read them from its disk.
-    with state.local_main_process_first(), _read_whole(recipe.training):
+    with state.local_main_process_first(), loaded_whole(recipe.training):
         encoder = Encoder(name, device=recipe.training.device)
         texts = {text for part in (train, heldout) for source in part.items() for text in _texts(*source)}
         new = encoder.missing(sorted(texts))
@@ -56,7 +56,7 @@ def with_vectors(
 
 
 @contextmanager
-def _read_whole(training: PreferenceConfig) -> Iterator[None]:
+def loaded_whole(training: PreferenceConfig) -> Iterator[None]:
     """Context in which models load unsharded: under ZeRO-3 transformers shards them, but one process works here."""
     plugin = training.deepspeed_plugin
     if plugin is None:

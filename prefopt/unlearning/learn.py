@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.report.folder import OF_A_PAGE
@@ -117,6 +118,9 @@ def learn(
         facts = {"base": lesson.base, "answers": len(lesson.questions), "steps": trainer.state.global_step}
         write_text(target / COMPLETE, json.dumps(facts, indent=2))
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_deepspeed_enabled:
+        # Accelerate refuses a second trainer's DeepSpeed plugin while the first one's is set.
+        AcceleratorState._reset_state()
     return target
 
 

@@ -97,6 +97,9 @@ def test_table_and_answers_are_shown(first, capsys):
     shown = capsys.readouterr().out
     for text in ("forget quality (p-value)", "model utility", "Ada?", "measured at step 4", "Saved to"):
         assert text in shown
+    findings = json.loads((folder / "shown" / "results.json").read_text())["findings"]
+    assert findings  # so few steps ruin so small a model
+    assert all(f"{finding['level']} ({finding['rule']}, step 8): {finding['text']}" in shown for finding in findings)
 
 
 @pytest.mark.parametrize(

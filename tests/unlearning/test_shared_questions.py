@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from prefopt.recipe.unlearning import main
 from prefopt.unlearning.data import Question
 from prefopt.unlearning.scores import score_questions
-from tests.processes import torchrun
+from tests.processes import ROOT, launch, torchrun
+from tests.recipe.test_engines import ON_CPU, ZERO3
 from tests.recipe.test_unlearning import words
 from tests.reliability.faults import forked
 from tests.tiny import make_model, make_tokenizer
+from tests.trainer.runs import require
 from tests.unlearning import shared_questions
 
 pytest.importorskip("rouge_score")
@@ -53,6 +56,28 @@ def test_two_processes_share_the_questions_and_have_the_numbers_of_one(tmp_path)
     assert both[0]["results"] == both[1]["results"]
     for name in ("before", "after"):
         assert both[0]["results"][name] == pytest.approx(alone["results"][name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.distributed
+def test_zero3_learns_measures_and_forgets_as_one_process_does(tmp_path):
+    """Three trainers in one command, and models that are measured whole though new ones load sharded."""
+    require("zero3")
+    (tmp_path / "zero3.json").write_text(json.dumps(ZERO3))
+    more = ("--learn", "true", "--per_device_train_batch_size", "2", "--loss", "npo_rt(beta=0.1)")
+    command = [ON_CPU, str(ROOT / "recipes" / "unlearn.py"), *words(tmp_path, *more, output="zero3", epochs="2")]
+    launcher = ["accelerate.commands.launch", "--num_processes=2", f"--config_file={tmp_path / 'zero3.json'}"]
+    ended = launch(command, launcher)
+    assert ended.status == 0, ended.stderr[-3000:]
+    sharded = read(tmp_path / "zero3" / "results.json")
+    assert sharded["before"]["forget_probability"] > 2 * sharded["gold"]["forget_probability"]
+    assert sharded["after"]["forget_probability"] < sharded["before"]["forget_probability"]
+
+    learned, gold = (str(next((tmp_path / "models").glob(f"{name}-*"))) for name in ("learned", "gold"))
+    named = ("--model_name_or_path", learned, "--gold_model_name_or_path", gold, "--loss", "npo_rt(beta=0.1)")
+    alone = main(argv=words(tmp_path, *named, "--models_dir", str(tmp_path / "other"), output="alone", epochs="2"))
+    for name in ("before", "gold", "after"):
+        for what, value in sharded[name].items():  # ZeRO-3 has no whole start, so no KL
+            assert value == pytest.approx(alone[name][what], rel=1e-3, abs=1e-4), (name, what)
 
 
 def read(path: Path) -> dict:

@@ -26,9 +26,11 @@ from prefopt.recipe.run import begin, publish, save_results, train
 from prefopt.recipe.unlearning.options import UnlearningArguments, options_of
 from prefopt.recipe.unlearning.sets import Sets, load_sets
 from prefopt.recipe.unlearning.sources import store_sources
+from prefopt.recipe.vectors import loaded_whole
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import Layout
 from prefopt.unlearning.data import data_step, forget_rows, uses_retain
+from prefopt.unlearning.findings import findings_of
 from prefopt.unlearning.learn import Lesson, learn
 from prefopt.unlearning.measure import Measured, check_gold, measure, stored
 from prefopt.unlearning.report import answers_side_by_side, as_json, draw, table_of
@@ -87,7 +89,8 @@ def measure_first(recipe: Recipe, ready: Ready, questions: Sets, models: Models)
     def of(name: str, role: str) -> Measured:
         def now() -> Measured:
             recipe.console.print(f"Measuring the {role}", soft_wrap=True)
-            model = load_model(name, {**ready.options, "device_map": None}).to(ready.training.device)
+            with loaded_whole(ready.training):
+                model = load_model(name, {**ready.options, "device_map": None}).to(ready.training.device)
             return measure(
                 model, ready.tokenizer, questions.measured, max_length=ready.training.max_length,
                 verbatim_tokens=beginning, layout=layout,
@@ -175,12 +178,17 @@ def run(recipe: Recipe, trainer: UnlearningTrainer, questions: Sets, measurement
     """
     train(recipe, trainer, begin(recipe, trainer))
     after = trainer.result()
+    step = trainer.state.best_global_step if trainer.rule != "none" else None
+    findings = findings_of(
+        measurements.start, after, measurements.gold, questions.measured, step or trainer.state.global_step
+    )
     evaluations = [entry for entry in trainer.state.log_history if "eval_forget_probability" in entry]
     results = {
         "loss": str(trainer.objective),
         "best": {"rule": trainer.rule, "checkpoint": trainer.state.best_model_checkpoint},
         **as_json(measurements.start, after, measurements.gold),
         "evaluations": evaluations,
+        "findings": [finding.as_object() for finding in findings],
     }
     if trainer.is_world_process_zero():
         trainer.create_model_card()
@@ -189,6 +197,8 @@ def run(recipe: Recipe, trainer: UnlearningTrainer, questions: Sets, measurement
         recipe.console.print(table_of(results, len(questions.measured["forget"])))
         if (picture := draw(results, Path(recipe.training.output_dir) / "forgetting.png")) is not None:
             recipe.console.print(f"Forget quality and utility over the steps: {picture}", soft_wrap=True)
+        for finding in findings:
+            recipe.console.print(str(finding), soft_wrap=True, markup=False)
     recipe.console.print(f"Saved to {recipe.training.output_dir}", soft_wrap=True)
     write_page(recipe, trainer)
     publish(recipe, trainer)

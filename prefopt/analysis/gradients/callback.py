@@ -18,7 +18,7 @@ from prefopt.trainer.config import resolve_objective
 
 
 class EntanglementCallback(TrainerCallback):  # type: ignore[misc]
-    """Measures gradient entanglement on probe pairs: `trainer.add_callback(EntanglementCallback(trainer, every=50))`.
+    """Measures gradient entanglement on probe pairs: `trainer.add_callback(EntanglementCallback(trainer))`.
 
     For `PreferenceTrainer` and plain `trl.DPOTrainer`, on one device or under DDP, where every process measures the
     same probes. It measures before the first step and then every `every` steps, and logs a line of its own with
@@ -40,7 +40,7 @@ class EntanglementCallback(TrainerCallback):  # type: ignore[misc]
         UsageError: for a loss, data or an engine that it cannot measure.
     """
 
-    def __init__(self, trainer: Any, every: int = 50, probes: int = PROBES, seed: int = 0):
+    def __init__(self, trainer: Any, every: int = 100, probes: int = PROBES, seed: int = 0):
         if every < 1 or probes < 1:
             raise UsageError(f"every and probes must be 1 or more, got {every} and {probes}")
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:

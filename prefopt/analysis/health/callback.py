@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 
 from prefopt.analysis.health.finding import LEVELS, Finding
 from prefopt.analysis.health.history import Settings
+from prefopt.analysis.health.rows import examine_rows
 from prefopt.analysis.health.saved import save_findings
-from prefopt.analysis.health.watch import RULES, Watch, report, stops
+from prefopt.analysis.health.watch import RULES, Watch, by_level, report, stops
 from prefopt.losses.distributed import world_size
 from prefopt.safety.errors import UsageError, did_you_mean
 
@@ -38,9 +39,9 @@ def check_stop_on(names: Collection[str]) -> None:
 class HealthCallback(TrainerCallback):  # type: ignore[misc]
     """Says what the logged numbers of a run show: `trainer.add_callback(HealthCallback())`.
 
-    For any transformers trainer that logs our names or those of `trl.DPOTrainer`. It reads the log lines and nothing
-    else, so it costs no time on the device. Only the main process prints, and writes `findings.json` into the output
-    folder when training ends.
+    For any transformers trainer that logs our names or those of `trl.DPOTrainer`. It reads the log lines, and before
+    training the token ids of the pairs, so it costs no time on the device. Only the main process prints, and writes
+    `findings.json` into the output folder when training ends.
 
     Args:
         stop_on: levels (`serious`, `warning`, `note`) and names of rules that end training after their log line. The
@@ -60,15 +61,18 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         self.stopped_by: Finding | None = None
         self._say = say
         self._watch: Watch | None = None
+        self._of_rows: list[Finding] = []
         self._told: set[str] = set()
         self._trained = False
 
     @property
     def findings(self) -> list[Finding]:
         """All findings so far, the most serious first."""
-        return [] if self._watch is None else self._watch.findings
+        logged = [] if self._watch is None else self._watch.findings
+        return by_level([*self._of_rows, *logged])
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+        self._of_rows = examine_rows(getattr(train_dataloader, "dataset", None))
         if self._watch is None or self._watch.history.lines:
             self._watch, self._told, self.stopped_by = Watch(), set(), None
         self._trained = False

@@ -57,8 +57,12 @@ class Watch:
     @property
     def findings(self) -> list[Finding]:
         """All findings so far, the most serious first."""
-        told = [finding for finding in self._first.values() if _SAID_BY.get(finding.rule) not in self._first]
-        return sorted(told, key=lambda finding: (LEVELS.index(finding.level), finding.step))
+        return by_level(finding for finding in self._first.values() if _SAID_BY.get(finding.rule) not in self._first)
+
+
+def by_level(findings: Iterable[Finding]) -> list[Finding]:
+    """The most serious first, then the earliest."""
+    return sorted(findings, key=lambda finding: (LEVELS.index(finding.level), finding.step))
 
 
 def examine(log_history: Iterable[Mapping[str, Any]], settings: Settings | None = None) -> list[Finding]:

@@ -123,6 +123,7 @@ Alternate Preference Optimization for Unlearning Factual Knowledge in Large Lang
 RainbowPO: A Unified Framework for Combining Improvements in Preference Optimization
 2410.07163 | Fan, Chongyu | Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning
 2410.10148 | Wu, Junkang | alpha-DPO: Adaptive Reward Margin is What Direct Preference Optimization Needs
+2410.13828 | Yuan, Hui | A Common Pitfall of Margin-based Language Model Alignment: Gradient Entanglement
 2411.07595 | Omura, Motoki | Entropy Controllable Direct Preference Optimization
 2411.10442 | Wang, Weiyun | \
 Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization
@@ -135,6 +136,7 @@ DPO Kernels: A Semantically-Aware, Kernel-Enhanced, and Divergence-Rich Paradigm
 2502.00203 | Sun, Shengyang | \
 Reward-aware Preference Optimization: A Unified Mathematical Framework for Model Alignment
 2502.00883 | Xiao, Teng | SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters
+2502.01237 | Gorbatovski, Alexey | The Differences Between Direct Alignment Algorithms are a Blur
 2502.07599 | Yang, Xiliang | DPO-Shift: Shifting the Distribution of Direct Preference Optimization
 2502.19301 | Wang, Qizhou | Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond
 2503.01224 | Yang, Bo | CE-U: Cross Entropy Unlearning

@@ -16,6 +16,7 @@ from prefopt.cli import (  # noqa: F401  (each adds its commands)
     pair,
     prepare,
     report,
+    reproduce,
     rounds,
     runs,
     sample,

@@ -17,7 +17,7 @@ from typing import Any
 from _common import Claim, show
 
 HERE = Path(__file__).parent
-SLOW = ("lm", "conflict_lm")
+SLOW = ("lm", "conflict_lm", "npo_lm")
 
 
 def names() -> list[str]:

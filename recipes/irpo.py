@@ -30,10 +30,11 @@ def main() -> None:
         return
 
     judges = judges_of(recipe.script.judges or [])  # functions, checkable answers, models
+    heldout_judges = judges_of(recipe.script.heldout_judges or []) or judges  # as SuperHF's second reward model
     generators = generators_of(recipe, ready)  # the policy draws, and leaves the memory before training; or a server
 
     # For each round: sample, judge, pair, train, evaluate. Stages that are done are not done again.
-    Rounds(recipe, ready, prompts, judges, generators).run()
+    Rounds(recipe, ready, prompts, judges, generators, heldout_judges).run()
 
 
 if __name__ == "__main__":

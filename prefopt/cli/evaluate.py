@@ -10,8 +10,10 @@ import typer
 from prefopt.cli.app import app, console, fail, say
 
 if TYPE_CHECKING:
+    from prefopt.evaluation.benchmarks import TaskResult
     from prefopt.evaluation.intervals import Interval
     from prefopt.evaluation.report import ModelReport
+    from prefopt.generation.samples import PromptRow
 
 
 @app.command()
@@ -19,61 +21,121 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="Hub names, models' or adapters' folders; win rates are against the first.")
     ],
-    prompts: Annotated[str, typer.Option(help="A .jsonl file with prompts, or arithmetic: the bundled problems.")],
-    judge: Annotated[str, typer.Option(help="A judge that scores: number, module:function, reward:MODEL ...")],
+    prompts: Annotated[
+        str | None, typer.Option(help="A .jsonl file with prompts, or arithmetic: the bundled problems.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="A judge: number, module:function, reward:MODEL, preference:MODEL ...")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Use so many prompts from the beginning.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 4,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a completion is cut.")] = 256,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a completion; may be repeated.")] = None,
+    answer_column: Annotated[
+        str | None,
+        typer.Option(help="The prompts' column with the right number, for majority vote; else the judge's column."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="A task of lm-eval (an extra), such as arc_easy; may be repeated.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="YAML files of your own tasks, in lm-eval's form; --tasks names them.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="So many examples of each task.")] = None,
     seed: Annotated[int, typer.Option(help="Of the samples and intervals.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; auto is that of the files.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="A .json file for all numbers.")] = None,
 ) -> None:
-    """Draw samples of each model for the same prompts, score them, and show the numbers with 95% intervals."""
+    """Draw samples of each model for the same prompts, judge them, and show the numbers with 95% intervals.
+
+    With --tasks, also (or only) tasks of lm-eval.
+    """
     import dataclasses
     import json
 
     from accelerate import PartialState
 
-    from prefopt.evaluation.judges.base import ScoreJudge
+    from prefopt.evaluation.benchmarks import TaskResult, find_tasks, run_tasks
     from prefopt.evaluation.judges.build import make_judge, parse_judge
     from prefopt.evaluation.report import evaluate as evaluated
     from prefopt.evaluation.report import report
-    from prefopt.evaluation.tasks import arithmetic
+    from prefopt.generation.memory import free_memory
     from prefopt.generation.samples import SamplingSettings
-    from prefopt.generation.stage import read_prompts
     from prefopt.generation.transformers import TransformersGenerator
     from prefopt.models.load import load_model, load_tokenizer
     from prefopt.safety.files import write_text
 
-    scorer = make_judge(parse_judge(judge))
-    if not isinstance(scorer, ScoreJudge):
-        fail(f"--judge {judge} compares answers; evaluate needs a judge that scores them")
-    stops = tuple(stop or ())
-    if prompts == "arithmetic":
-        rows = arithmetic.problems("heldout", limit or 100)
-        stops, max_new_tokens = stops or arithmetic.STOP, min(max_new_tokens, arithmetic.MAX_NEW_TOKENS)
-    else:
-        rows = read_prompts(Path(prompts))[0][:limit]
-    if len(rows) < 2:
-        fail(f"{prompts} has {len(rows)} prompts; intervals need two or more")
-    settings = SamplingSettings(samples, temperature, max_new_tokens=max_new_tokens, stop=stops, seed=seed)
-    results = []
+    if (prompts is None) != (judge is None) or not (prompts or tasks):
+        fail("name --prompts and --judge, or --tasks of lm-eval, or all three")
+    if (task_folder or task_limit) and not tasks:
+        fail("--task-folder and --task-limit need --tasks")
+    spec = None if judge is None else parse_judge(judge)
+    referee = None if spec is None else make_judge(spec)
+    column = answer_column or ("answer" if spec is None else str(spec.options.get("column", "answer")))
+    benchmarks = find_tasks(tasks, task_folder) if tasks else None
+    rows, length, stops = _prompts(prompts, limit, max_new_tokens, stop)
+    settings = SamplingSettings(samples, temperature, max_new_tokens=length, stop=stops, seed=seed)
+    results, numbers = [], dict[str, list[TaskResult]]()
     for name in models:
-        network = load_model(name, {"dtype": dtype}).to(PartialState().device)
-        generator = TransformersGenerator(network, load_tokenizer(name))
+        network, tokenizer = load_model(name, {"dtype": dtype}).to(PartialState().device), load_tokenizer(name)
+        if benchmarks:
+            numbers[name] = run_tasks(network, tokenizer, benchmarks, limit=task_limit, seed=seed)
+        if referee is not None:
+            generator = TransformersGenerator(network, tokenizer)
+            results.append(evaluated(generator, rows, referee, settings, name))
+            generator.close()
         del network
-        results.append(evaluated(generator, rows, scorer, settings, name))
-        generator.close()
-    reports = report(results, rows, seed=seed)
+        free_memory()
+    reports = report(results, rows, seed=seed, judge=referee, column=column) if results else []
     if PartialState().is_main_process:
-        _show(reports)
+        if reports:
+            _show(reports)
+        if numbers:
+            _show_tasks(numbers)
         if out is not None:
-            facts: dict[str, object] = {"prompts": prompts, "judge": judge, "sampling": dataclasses.asdict(settings)}
-            facts["models"] = [dataclasses.asdict(one) for one in reports]
+            facts: dict[str, object] = {}
+            if reports:
+                facts |= {"prompts": prompts, "judge": judge, "sampling": dataclasses.asdict(settings)}
+                facts["models"] = [dataclasses.asdict(one) for one in reports]
+            if numbers:
+                facts["tasks"] = {name: [dataclasses.asdict(one) for one in of] for name, of in numbers.items()}
             write_text(out, json.dumps(facts, indent=2) + "\n")
             say(f"Written to {out}")
+
+
+def _prompts(
+    prompts: str | None, limit: int | None, max_new_tokens: int, stop: list[str] | None
+) -> tuple[list[PromptRow], int, tuple[str, ...]]:
+    """The rows, and where a completion of them is cut and ends."""
+    from prefopt.evaluation.tasks import arithmetic
+    from prefopt.generation.stage import read_prompts
+
+    stops = tuple(stop or ())
+    if prompts is None:
+        return [], max_new_tokens, stops
+    if prompts == "arithmetic":
+        rows = arithmetic.problems("heldout", limit or 100)
+        return rows, min(max_new_tokens, arithmetic.MAX_NEW_TOKENS), stops or arithmetic.STOP
+    rows = read_prompts(Path(prompts))[0][:limit]
+    if len(rows) < 2:
+        fail(f"{prompts} has {len(rows)} prompts; intervals need two or more")
+    return rows, max_new_tokens, stops
+
+
+def _show_tasks(numbers: dict[str, list[TaskResult]]) -> None:
+    from prefopt.safety.tables import table
+
+    shown = table("lm-eval task", "metric", *numbers, right=tuple(numbers))
+    keys = dict.fromkeys((one.task, one.metric) for of_model in numbers.values() for one in of_model)
+    for key in keys:
+        cells = ({(one.task, one.metric): one for one in of_model}.get(key) for of_model in numbers.values())
+        shown.add_row(*key, *("" if one is None else _with_error(one) for one in cells))
+    console().print(shown)
+
+
+def _with_error(one: TaskResult) -> str:
+    return f"{one.value:.3f}" + ("" if one.standard_error is None else f" \u00b1 {one.standard_error:.3f}")
 
 
 def _show(reports: list[ModelReport]) -> None:

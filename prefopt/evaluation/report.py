@@ -10,9 +10,10 @@ import numpy as np
 
 from prefopt.evaluation.accuracy import majority_vote, pass_at_k
 from prefopt.evaluation.arrays import Floats
+from prefopt.evaluation.head_to_head import compare_once
 from prefopt.evaluation.intervals import Interval, bootstrap
 from prefopt.evaluation.judges.answers import final_number
-from prefopt.evaluation.judges.base import Candidate, ScoreJudge
+from prefopt.evaluation.judges.base import Candidate, Judge, PairJudge
 from prefopt.evaluation.texts import distinct_n, repetition, words_of
 from prefopt.evaluation.win_rates import length_controlled_win_rate, win_rate
 from prefopt.generation.samples import Generator, PromptRow, Sample, SamplingSettings
@@ -49,10 +50,11 @@ class ModelReport:
         model: its name.
         prompts: how many it was asked.
         unscored: samples without a score.
-        mean_score: of the judge; for a judge of right and wrong, the accuracy.
+        mean_score: of the judge; for a judge of right and wrong, the accuracy. None for a judge that compares.
         pass_at_k: by k, for a judge of right and wrong.
         majority: accuracy of the most frequent final number of a prompt's samples, where the rows have an answer.
-        win_rate: against the first model, by the mean score of each prompt; None for the first.
+        win_rate: against the first model, by the mean score of each prompt, or by a judge that compares; None for the
+            first.
         length_controlled: the same as if answers had the first model's length.
         tokens: mean length of a sample.
         finished: share of samples that ended before the limit.
@@ -63,7 +65,7 @@ class ModelReport:
     model: str
     prompts: int
     unscored: int
-    mean_score: Interval
+    mean_score: Interval | None
     pass_at_k: Mapping[int, Interval] = field(default_factory=dict)
     majority: Interval | None = None
     win_rate: Interval | None = None
@@ -75,10 +77,12 @@ class ModelReport:
 
 
 def evaluate(
-    generator: Generator, prompts: Sequence[PromptRow], judge: ScoreJudge, settings: SamplingSettings, name: str = ""
+    generator: Generator, prompts: Sequence[PromptRow], judge: Judge, settings: SamplingSettings, name: str = ""
 ) -> Evaluated:
-    """Draw and judge samples of one model."""
+    """Draw and score samples of one model; a judge that compares gives no scores: name it to `report`."""
     groups = list(generator.sample(prompts, settings))
+    if isinstance(judge, PairJudge):
+        return Evaluated(name or generator.name, groups, np.full((len(groups), settings.samples), np.nan))
     candidates = [
         Candidate(row.prompt, sample.completion, row.columns)
         for row, group in zip(prompts, groups, strict=True)
@@ -92,18 +96,39 @@ def evaluate(
 
 
 def report(
-    models: Sequence[Evaluated], prompts: Sequence[PromptRow], resamples: int = 1000, seed: int = 0
+    models: Sequence[Evaluated],
+    prompts: Sequence[PromptRow],
+    resamples: int = 1000,
+    seed: int = 0,
+    *,
+    judge: Judge | None = None,
+    column: str = "answer",
 ) -> list[ModelReport]:
     """The numbers of each model; win rates are against the first one, prompt by prompt.
 
     Prompts that have no score under one of two models do not count for their win rate.
+
+    Args:
+        models: on the same prompts.
+        prompts: in the order of the models' groups.
+        resamples: of each bootstrap.
+        seed: of each bootstrap.
+        judge: one that compares decides the win rates; sample i of a prompt is compared with the first model's i.
+        column: of the prompts with the right number, for the majority vote; GSM8K's whole solutions are read too.
     """
-    return [_of_model(one, models[0], prompts, resamples, seed) for one in models]
+    return [_of_model(one, models[0], prompts, resamples, seed, judge, column) for one in models]
 
 
 def _of_model(
-    model: Evaluated, first: Evaluated, prompts: Sequence[PromptRow], resamples: int, seed: int
+    model: Evaluated,
+    first: Evaluated,
+    prompts: Sequence[PromptRow],
+    resamples: int,
+    seed: int,
+    judge: Judge | None,
+    column: str,
 ) -> ModelReport:
+    compares = isinstance(judge, PairJudge)
     how: dict[str, Any] = {"resamples": resamples, "seed": seed}
     samples = [sample for group in model.groups for sample in group]
     words = [words_of(sample.completion) for sample in samples]
@@ -111,8 +136,8 @@ def _of_model(
     facts: dict[str, Any] = {
         "model": model.name,
         "prompts": len(model.groups),
-        "unscored": int(np.isnan(model.scores).sum()),
-        "mean_score": bootstrap(np.mean, means[~np.isnan(means)], **how),
+        "unscored": 0 if compares else int(np.isnan(model.scores).sum()),
+        "mean_score": None if compares else bootstrap(np.mean, means[~np.isnan(means)], **how),
         "tokens": float(np.mean([sample.token_count for sample in samples])),
         "finished": float(np.mean([sample.finished for sample in samples])),
         "distinct_2": distinct_n(words, 2),
@@ -120,11 +145,12 @@ def _of_model(
     }
     passes = passes_at_k(model)
     facts["pass_at_k"] = {k: bootstrap(np.mean, values, **how) for k, values in passes.items()}
-    votes = votes_right(model, prompts)
+    votes = votes_right(model, prompts, column)
     if votes:
         facts["majority"] = bootstrap(np.mean, votes, **how)
     if model is not first:
-        won = Wins.of(model, first)
+        preferred = compare_once(model.groups, first.groups, judge, prompts) if isinstance(judge, PairJudge) else None
+        won = Wins.of(model, first, preferred)
         facts["win_rate"], facts["length_controlled"] = won.raw(**how), won.length_controlled(**how)
     return ModelReport(**facts)
 
@@ -153,7 +179,7 @@ class Wins:
     """One model against another on N prompts that both have a score for.
 
     Attributes:
-        wins: (N,) 1 where its mean score is higher, 0.5 for a tie, 0.
+        wins: (N,) 1 where its mean score is higher, 0.5 for a tie, 0; or how far it is preferred.
         lengths: (N,) its samples' mean characters.
         other_lengths: (N,) the other's.
     """
@@ -163,10 +189,18 @@ class Wins:
     other_lengths: Floats
 
     @classmethod
-    def of(cls, model: Evaluated, other: Evaluated) -> Wins:
-        difference = model.prompt_scores - other.prompt_scores
-        both = ~np.isnan(difference)
-        return cls((np.sign(difference[both]) + 1) / 2, mean_lengths(model)[both], mean_lengths(other)[both])
+    def of(cls, model: Evaluated, other: Evaluated, preferred: Floats | None = None) -> Wins:
+        """Wins by mean score, or as judges that compare prefer them.
+
+        Args:
+            model: whose wins.
+            other: on the same prompts.
+            preferred: (N,) how far the model's answers are preferred, in [0, 1]; NaN where that is not known.
+        """
+        if preferred is None:
+            preferred = (np.sign(model.prompt_scores - other.prompt_scores) + 1) / 2
+        both = ~np.isnan(preferred)
+        return cls(preferred[both], mean_lengths(model)[both], mean_lengths(other)[both])
 
     def raw(self, **how: Any) -> Interval:
         """`win_rate`, with its options."""

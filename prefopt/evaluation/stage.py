@@ -92,7 +92,7 @@ class Pairing:
         return [pairs[number] for number in sorted(draw.sample(range(len(pairs)), self.at_most))]
 
 
-ALL_PAIRS = Pairing()
+ALL_PAIRS, NO_PAIRS = Pairing(), Pairing(at_most=0)
 
 
 def judge_to_file(

@@ -51,10 +51,12 @@ def best_round(summaries: Sequence[Mapping[str, Any]], metric: str, initial: str
 
     Args:
         summaries: of the start and the rounds.
-        metric: one of `METRICS`.
+        metric: one of `METRICS`; where judges only compare, there is no `mean_score`, and `win_rate` stands for it.
         initial: the name of the model before the first round.
     """
     best: BestRound | None = None
+    if metric == "mean_score" and measured_by(summaries[-1], metric) is None:
+        metric = "win_rate" if measured_by(summaries[-1], "win_rate") else metric
     for summary in summaries:
         number = summary["round"]
         if (measured := measured_by(summary, metric)) is None or (best and measured["value"] <= best.value):

@@ -87,6 +87,16 @@ class RoundFolder:
         return self.path / "heldout_judgements.jsonl"
 
     @property
+    def against_start(self) -> Path:
+        """What judges that compare say of the round's held-out answers and the initial model's."""
+        return self.path / "heldout_against_start.jsonl"
+
+    @property
+    def against_previous(self) -> Path:
+        """The same with the answers of the round before; the first round has no such file."""
+        return self.path / "heldout_against_previous.jsonl"
+
+    @property
     def kl_samples(self) -> Path:
         """Completions of held-out prompts at temperature 1, where the held-out answers are not."""
         return self.path / "heldout_kl_samples.jsonl"

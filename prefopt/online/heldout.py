@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prefopt.evaluation.arrays import Floats
+from prefopt.evaluation.head_to_head import preferred
 from prefopt.evaluation.intervals import Interval, bootstrap
 from prefopt.evaluation.judgements import Judgement, read_judgements, scores_by_prompt
 from prefopt.evaluation.report import Evaluated, Wins, passes_at_k, votes_right
 from prefopt.generation.samples import PromptRow, Sample, by_prompt, read_samples
 from prefopt.online.folders import RoundFolder
+from prefopt.online.judging import Judges
 from prefopt.online.summary import numbers_of
 
 
@@ -57,14 +61,32 @@ def heldout_numbers(answers: Evaluated, prompts: Sequence[PromptRow] = (), colum
     return {name: value for name, value in numbers.items() if value != {}}
 
 
-def against(answers: Evaluated, other: Evaluated) -> dict[str, Any]:
-    """How often a model's answers win against another's to the same prompts, by their mean score.
+def compared(
+    answers: Evaluated, other: Evaluated, prompts: Sequence[PromptRow], judges: Judges | None, path: Path
+) -> dict[str, Any]:
+    """`against`, by the judges that compare if there are any; what they say is in the file at `path`.
+
+    Every process must call this.
+    """
+    if judges is None or not judges.compares:
+        return against(answers, other)
+    judges.compare_models(answers.groups, other.groups, prompts, path)
+    return against(answers, other, preferred(answers.groups, read_judgements(path), judges.weights))
+
+
+def against(answers: Evaluated, other: Evaluated, preferences: Floats | None = None) -> dict[str, Any]:
+    """How often a model's answers win against another's to the same prompts.
+
+    Args:
+        answers: of the model.
+        other: of the other model.
+        preferences: (N,) how far judges prefer the model's, in [0, 1]; by the mean scores if left out.
 
     Returns:
         `prompts` that count, `win_rate` and `length_controlled_win_rate` with their intervals; empty if fewer than two
-        prompts have a score in both.
+        prompts were judged.
     """
-    won = Wins.of(answers, other)
+    won = Wins.of(answers, other, preferences)
     if len(won.wins) < 2:
         return {}
     return {

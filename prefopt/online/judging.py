@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from prefopt.evaluation.cache import JudgementCache, cache_file
-from prefopt.evaluation.judges.base import Judge, settings_hash
+from prefopt.evaluation.head_to_head import Groups, compare_models
+from prefopt.evaluation.judges.base import Judge, PairJudge, settings_hash
 from prefopt.evaluation.judges.build import JudgeSpec, make_judge, parse_judge
 from prefopt.evaluation.stage import ALL_PAIRS, Comparisons, judge_to_file
 from prefopt.generation.memory import free_memory
@@ -29,6 +30,7 @@ class Judges:
     cache: Path = field(default_factory=cache_file)
     _open: dict[int, Judge] = field(default_factory=dict, repr=False)
     _names: list[str] = field(default_factory=list, repr=False)
+    _compares: bool = field(default=False, repr=False)
 
     @property
     def digest(self) -> str:
@@ -41,6 +43,11 @@ class Judges:
         if not self._names:
             self.opened()
         return self._names
+
+    @property
+    def compares(self) -> bool:
+        """Whether any judge but the policy compares two completions; known as `names` are."""
+        return bool(self.names) and self._compares
 
     @property
     def answer_column(self) -> str:
@@ -77,6 +84,8 @@ class Judges:
                 judges[number] = self._open[number] if number in self._open else make_judge(spec)
                 self._open[number] = judges[number]
         self._names = [judge.name for judge in judges.values()]
+        others = (judge for number, judge in judges.items() if self.specs[number].kind != "policy")
+        self._compares = any(isinstance(judge, PairJudge) for judge in others)
         if len(set(self._names)) < len(self._names):
             raise UsageError(f"judges must have different names, got {', '.join(self._names)}: add name=...")
         return [judge for number, judge in judges.items() if policy or self.specs[number].kind != "policy"]
@@ -108,6 +117,12 @@ class Judges:
         with contextlib.closing(JudgementCache(self.cache)) as cache:
             rows = {row.id: row for row in prompts}
             judge_to_file(samples, judges, path, rows=rows, cache=cache, pairing=comparisons)
+
+    def compare_models(self, ours: Groups, theirs: Groups, prompts: Sequence[PromptRow], path: Path) -> None:
+        """Write what the judges that compare say of two models' answers, as the function of this name does."""
+        judges = [judge for judge in self.opened() if isinstance(judge, PairJudge)]
+        with contextlib.closing(JudgementCache(self.cache)) as cache:
+            compare_models(ours, theirs, judges, path, rows={row.id: row for row in prompts}, cache=cache)
 
 
 class _Unnamed:

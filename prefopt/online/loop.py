@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import PartialState
 
 from prefopt.evaluation.judgements import read_judgements
-from prefopt.evaluation.stage import ALL_PAIRS, Comparisons
+from prefopt.evaluation.stage import NO_PAIRS, Comparisons
 from prefopt.generation.from_file import FileGenerator
 from prefopt.generation.samples import Generator, PromptRow, SamplingSettings, read_samples
 from prefopt.generation.stage import sample_to_file
@@ -24,7 +24,7 @@ from prefopt.online.best import best_round, check_metric, name_in_card, run_summ
 from prefopt.online.comparisons import comparisons_of
 from prefopt.online.folders import Manifest, RoundFolder
 from prefopt.online.generators import Generators
-from prefopt.online.heldout import against, answers_in, heldout_numbers
+from prefopt.online.heldout import answers_in, compared, heldout_numbers
 from prefopt.online.judging import Judges
 from prefopt.online.kl import kl_numbers, kl_sampling, score_completions
 from prefopt.online.options import heldout_sampling_of, options_of, pairing_of, sampling_of
@@ -71,19 +71,29 @@ class Rounds:
         recipe: the options.
         ready: the initial model, and its tokenizer.
         prompts: of the run.
-        judges: of samples and of held-out answers; None if no builder needs a score.
+        judges: of samples; None if no builder needs a score.
         generators: make the generator of a model.
+        heldout_judges: of held-out answers; those of samples if left out.
     """
 
-    def __init__(self, recipe: Recipe, ready: Ready, prompts: Prompts, judges: Judges | None, generators: Generators):
+    def __init__(
+        self,
+        recipe: Recipe,
+        ready: Ready,
+        prompts: Prompts,
+        judges: Judges | None,
+        generators: Generators,
+        heldout_judges: Judges | None = None,
+    ):
         self._recipe, self._ready, self._prompts = recipe, ready, prompts
         self._judges, self._generators = judges, generators
+        self._heldout_judges = heldout_judges or judges
         self._script, self._seed = options_of(recipe), int(recipe.training.seed)
         self._run = Path(recipe.training.output_dir)
         self._pairing = pairing_of(self._script, None if judges is None else judges.weights, self._seed)
         if judges is None and self._pairing.builder.needs_scores:
             raise UsageError(f"pairs {self._pairing.builder} needs scores: name a judge with --judges")
-        self._manifest = Manifest(self._run, _settings(recipe, prompts, judges))
+        self._manifest = Manifest(self._run, _settings(recipe, prompts, judges, heldout_judges))
 
     def run(self) -> list[dict[str, Any]]:
         """All rounds, from where an earlier call got to.
@@ -110,8 +120,9 @@ class Rounds:
             self._recipe.console.print(rounds_table(summaries))
             self._name_best(summaries)
         self._generators.close()
-        if self._judges is not None:
-            self._judges.close()
+        for judges in (self._judges, self._heldout_judges):
+            if judges is not None:
+                judges.close()
         return summaries
 
     def _name_best(self, summaries: Sequence[Mapping[str, Any]]) -> None:
@@ -140,7 +151,8 @@ class Rounds:
 
         once(number, "sample", [folder.samples], partial(self._sample, folder, plan.sampler, prompts))
         policy = partial(self._generators.open, plan.sampler)
-        judge = partial(self._judge, folder.samples, folder.judgements, prompts, comparisons_of(self._pairing), policy)
+        comparisons = comparisons_of(self._pairing)
+        judge = partial(self._judge, self._judges, folder.samples, folder.judgements, prompts, comparisons, policy)
         once(number, "judge", [folder.judgements], judge)
         once(number, "pair", [folder.pairs, folder.counts], partial(self._pair, folder, prompts))
         self._generators.close()  # its memory is for training
@@ -164,17 +176,18 @@ class Rounds:
 
     def _judge(
         self,
+        judges: Judges | None,
         samples: Path,
         path: Path,
         prompts: Sequence[PromptRow],
-        comparisons: Comparisons = ALL_PAIRS,
+        comparisons: Comparisons,
         policy: Callable[[], Generator] | None = None,
     ) -> None:
-        if self._judges is None or (policy is None and not self._judges.has_others):
+        if judges is None or (policy is None and not judges.has_others):
             self._write(path, "")
             return
         self._say("Judging")
-        self._judges.to_file(list(read_samples(samples)), prompts, path, comparisons, policy)
+        judges.to_file(list(read_samples(samples)), prompts, path, comparisons, policy)
 
     def _pair(self, folder: RoundFolder, prompts: Sequence[PromptRow]) -> None:
         if PartialState().is_main_process:
@@ -214,9 +227,12 @@ class Rounds:
         if heldout := self._prompts.heldout:
             settings = heldout_sampling_of(self._script, self._seed)
             self._draw(folder.heldout_samples, self._generators.open(model), heldout, settings, folder.number)
-            self._judge(folder.heldout_samples, folder.heldout_judgements, heldout)
+            self._judge(self._heldout_judges, folder.heldout_samples, folder.heldout_judgements, heldout, NO_PAIRS)
             files += [folder.heldout_samples, folder.heldout_judgements]
             facts = {**facts, "heldout": self._heldout(folder)}
+            files += [file for file in (folder.against_start, folder.against_previous) if file.exists()]
+            if self._heldout_judges is not None and self._heldout_judges is not self._judges:
+                self._heldout_judges.close()
             if self._script.heldout_kl and folder.number:
                 facts["kl"] = self._kl(folder, model, settings)
                 files += [file for file in (folder.kl_samples, folder.kl) if file.exists()]
@@ -228,16 +244,18 @@ class Rounds:
         return facts
 
     def _heldout(self, folder: RoundFolder) -> dict[str, Any]:
-        weights, number = self._pairing.weights, folder.number
+        prompts, judges = self._prompts.heldout, self._heldout_judges
+        weights, column = (None, "answer") if judges is None else (judges.weights, judges.answer_column)
         answers = answers_in(folder, weights)
-        column = "answer" if self._judges is None else self._judges.answer_column
-        numbers = heldout_numbers(answers, self._prompts.heldout, column)
-        if number:
-            numbers["against_start"] = against(answers, answers_in(RoundFolder(self._run, 0), weights))
+        numbers = heldout_numbers(answers, prompts, column)
+
+        def against(number: int, path: Path) -> dict[str, Any]:
+            return compared(answers, answers_in(RoundFolder(self._run, number), weights), prompts, judges, path)
+
+        if folder.number:
+            start = numbers["against_start"] = against(0, folder.against_start)
             numbers["against_previous"] = (
-                numbers["against_start"]
-                if number == 1
-                else against(answers, answers_in(RoundFolder(self._run, number - 1), weights))
+                start if folder.number == 1 else against(folder.number - 1, folder.against_previous)
             )
         return numbers
 
@@ -295,7 +313,9 @@ class Rounds:
         self._recipe.console.print(line, soft_wrap=True, markup=False)
 
 
-def _settings(recipe: Recipe, prompts: Prompts, judges: Judges | None) -> dict[str, Any]:
+def _settings(
+    recipe: Recipe, prompts: Prompts, judges: Judges | None, heldout_judges: Judges | None
+) -> dict[str, Any]:
     """All that the files of a run depend on."""
     changed = {
         option.name: redacted(getattr(value, "value", value), option.name)
@@ -303,6 +323,8 @@ def _settings(recipe: Recipe, prompts: Prompts, judges: Judges | None) -> dict[s
         for option in dataclasses.fields(part)
         if (value := getattr(part, option.name)) != default_of(option) and not _WITHOUT_EFFECT.fullmatch(option.name)
     }
+    if heldout_judges is not None and heldout_judges is not judges:
+        changed["settings of heldout_judges"] = heldout_judges.digest
     return {
         **changed,
         "loss": recipe.training.loss,

@@ -34,7 +34,8 @@ class RoundsArguments(RecipeArguments):
         **dict.fromkeys(("dataset_streaming", "columns", "format", "eval_rows", "embeddings"), _PAIRS),
         **dict.fromkeys(("ref_model_name_or_path", "previous_model_name_or_path"), _POLICY),
         **dict.fromkeys(("resume_from_checkpoint", "overwrite_output_dir", "evaluate_first"), _OWN),
-        "stop_on": "a round is trained to its end, and then its findings are printed",
+        "stop_on": "each round is trained to its end, and then its findings are printed. Leave it out; to train on "
+        "one round's pairs until a finding, use prefopt train --dataset_name RUN/round-1/pairs.jsonl --stop_on ...",
         "eval_strategy": "each round ends with an evaluation on --heldout_prompts",
         "load_best_model_at_end": "each round ends with its last step; --best_round_by names the best round",
     }
@@ -102,6 +103,9 @@ class RoundsArguments(RecipeArguments):
     )
     judges: list[str] | None = field(
         default=None, metadata={"help": "Judges of samples, as in: number,column=answer  my_judges:score,weight=0.5"}
+    )
+    heldout_judges: list[str] | None = field(
+        default=None, metadata={"help": "Judges of held-out answers, if they are not those of --judges."}
     )
     pairs: str = field(
         default="best_worst", metadata={"help": "Makes the pairs of a prompt: round_robin(pairs=10), tournament, ..."}
@@ -191,6 +195,8 @@ class RoundsArguments(RecipeArguments):
             raise UsageError(f"best_round_by {self.best_round_by} needs several answers: set heldout_samples")
         if self.best_round_by != "mean_score" and task is None and self.heldout_prompts is None:
             raise UsageError(f"best_round_by {self.best_round_by} needs heldout_prompts")
+        if self.heldout_judges and task is None and self.heldout_prompts is None:
+            raise UsageError("heldout_judges need heldout_prompts")
         parse_builder(self.pairs)
         self._check_generator()
 

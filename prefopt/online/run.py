@@ -98,5 +98,7 @@ def main(loss: str = LOSS, argv: Sequence[str] | None = None) -> list[dict[str, 
     if recipe.script.dry_run:
         dry_run(recipe, ready, prompts)
         return None
-    judges = judges_of(options_of(recipe).judges or [])
-    return Rounds(recipe, ready, prompts, judges, generators_of(recipe, ready)).run()
+    script = options_of(recipe)
+    judges = judges_of(script.judges or [])
+    heldout_judges = judges_of(script.heldout_judges or []) or judges
+    return Rounds(recipe, ready, prompts, judges, generators_of(recipe, ready), heldout_judges).run()

@@ -42,7 +42,72 @@ def test_models_stand_side_by_side(tmp_path):
     assert json.loads(out.read_text())["models"][1]["win_rate"]["value"] == 0.5
 
 
-def test_a_judge_that_compares_is_refused(tmp_path):
-    result = run("m", "--prompts", "arithmetic", "--judge", "tests.evaluation.my_judges:shorter")
+def write_prompts(path, **columns):
+    rows = (
+        {"prompt": f"{number} + 1", **{name: value(number) for name, value in columns.items()}} for number in range(3)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_judge_that_compares_decides_the_win_rates(tmp_path):
+    first, second = save(tmp_path / "a", 0), save(tmp_path / "b", 1)
+    prompts, out = write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "numbers.json"
+    result = run(
+        first, second, "--prompts", prompts, "--judge", "tests.evaluation.my_judges:shorter", "--samples", 2,
+        "--max-new-tokens", 4, "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "mean score" not in result.output
+    a = json.loads(out.read_text())["models"][0]
+    assert (a["mean_score"], a["win_rate"], a["unscored"]) == (None, None, 0)
+    # The same samples by a judge of lengths: the shorter answer wins, one by one.
+    words = ["--prompts", prompts, "--samples", 1, "--max-new-tokens", 4, "--out", out]
+    rates = []
+    for judge in ("shorter", "length"):
+        assert run(first, second, *words, "--judge", f"tests.evaluation.my_judges:{judge}").exit_code == 0
+        rates.append(json.loads(out.read_text())["models"][1]["win_rate"]["value"])
+    assert rates[0] == pytest.approx(1 - rates[1])
+
+
+def test_the_majority_vote_reads_the_column_that_is_named(tmp_path):
+    model, out = save(tmp_path / "a", 0), tmp_path / "numbers.json"
+    prompts = write_prompts(
+        tmp_path / "prompts.jsonl", solution=lambda n: f"{n} + 1 = {n + 1}\n#### {n + 1}", other=lambda n: str(n)
+    )
+    words = [model, "--prompts", prompts, "--samples", 2, "--max-new-tokens", 4, "--out", out]
+    for more, has in (
+        (["--judge", "number,column=solution"], True),
+        (["--judge", "tests.evaluation.my_judges:length"], False),
+        (["--judge", "tests.evaluation.my_judges:length", "--answer-column", "solution"], True),
+    ):
+        result = run(*words, *more)
+        assert result.exit_code == 0, result.output
+        assert (json.loads(out.read_text())["models"][0]["majority"] is not None) == has
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name --prompts and --judge, or --tasks"),
+        (["--prompts", "arithmetic"], "name --prompts and --judge, or --tasks"),
+        (["--prompts", "arithmetic", "--judge", "number", "--task-limit", "3"], "need --tasks"),
+    ],
+)
+def test_what_is_missing_is_said(words, message):
+    result = run("m", *words)
     assert result.exit_code == 1
-    assert "evaluate needs a judge that scores" in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
+
+
+def test_tasks_of_lm_eval_stand_beside_the_models(tmp_path, monkeypatch):
+    from prefopt.evaluation import benchmarks
+
+    model, out = save(tmp_path / "a", 0), tmp_path / "numbers.json"
+    monkeypatch.setattr(benchmarks, "find_tasks", lambda tasks, folder: tasks)
+    number = benchmarks.TaskResult("arc_easy", "acc", 0.25, 0.1, 4)
+    monkeypatch.setattr(benchmarks, "run_tasks", lambda model, tokenizer, tasks, limit, seed: [number])
+    result = run(model, "--tasks", "arc_easy", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "0.250 \u00b1 0.100" in result.output
+    assert json.loads(out.read_text())["tasks"][model][0]["value"] == 0.25

@@ -87,6 +87,45 @@ def test_the_best_round_is_named_in_the_run_s_summary_and_the_last_card(first):
     assert "The best by held-out `mean_score` is that of" in cards[1]
 
 
+def test_judges_that_only_compare_give_win_rates(tmp_path, capsys):
+    summaries = main(argv=words(tmp_path, judges="tests.online.rounds:longer", pairs="tournament"))
+    run = tmp_path / "out"
+    assert {path.name for path in run.glob("round-*/heldout_against_*")} == {
+        "heldout_against_start.jsonl", "heldout_against_previous.jsonl",
+    }  # fmt: skip
+    assert not (run / "round-1" / "heldout_against_previous.jsonl").exists()
+    answers = [
+        [len(row["completion"]) for row in read_jsonl(run / f"round-{number}" / "heldout_samples.jsonl")]
+        for number in range(3)
+    ]
+
+    def rate(new: int, old: int) -> float:
+        return sum((a > b) + 0.5 * (a == b) for a, b in zip(answers[new], answers[old], strict=True)) / 3
+
+    for number in (1, 2):
+        numbers = summaries[number]["heldout"]
+        assert numbers["mean_score"] is None
+        assert numbers["against_start"]["win_rate"]["value"] == pytest.approx(rate(number, 0))
+        assert numbers["against_previous"]["win_rate"]["value"] == pytest.approx(rate(number, number - 1))
+        stored = {one["round"]: one for one in json.loads((run / "manifest.json").read_text())["stages"][1:]}
+        assert "round-2/heldout_against_previous.jsonl" in stored[2]["files"]
+    assert "Best by win_rate" in capsys.readouterr().out
+
+
+def test_held_out_answers_may_have_judges_of_their_own(tmp_path):
+    main(argv=words(tmp_path, rounds=1, heldout_judges="tests.online.rounds:even|tests.online.rounds:vowels,weight=3"))
+    folder = tmp_path / "out" / "round-1"
+    assert {row["judge"] for row in read_jsonl(folder / "judgements.jsonl")} == {"vowels"}
+    judged = list(read_jsonl(folder / "heldout_judgements.jsonl"))
+    assert {row["judge"] for row in judged} == {"even", "vowels"}
+    weight = {"even": 0.25, "vowels": 0.75}
+    mean = sum(weight[row["judge"]] * row["score"] for row in judged) / 3
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["heldout"]["mean_score"] == pytest.approx(mean)
+    with pytest.raises(UsageError, match="heldout_judges"):
+        main(argv=words(tmp_path, rounds=1, heldout_judges="tests.online.rounds:even"))
+
+
 def test_another_choice_of_the_best_round_needs_no_other_run(first, tmp_path, capsys):
     folder, summaries = first
     shutil.copytree(folder, tmp_path / "copy")

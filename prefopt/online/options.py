@@ -34,6 +34,7 @@ class RoundsArguments(RecipeArguments):
         **dict.fromkeys(("dataset_streaming", "columns", "format", "eval_rows", "embeddings"), _PAIRS),
         **dict.fromkeys(("ref_model_name_or_path", "previous_model_name_or_path"), _POLICY),
         **dict.fromkeys(("resume_from_checkpoint", "overwrite_output_dir", "evaluate_first"), _OWN),
+        "eval_answers": "samples of each round are in its folder",
         "stop_on": "each round is trained to its end, and then its findings are printed. Leave it out; to train on "
         "one round's pairs until a finding, use prefopt train --dataset_name RUN/round-1/pairs.jsonl --stop_on ...",
         "eval_strategy": "each round ends with an evaluation on --heldout_prompts",

@@ -21,6 +21,7 @@ from prefopt.generation.answers import Answer, greedy_answers
 from prefopt.recipe import pages
 from prefopt.recipe.arguments import LOSS_FILE, Recipe
 from prefopt.recipe.earlier_run import BEFORE, RESULTS
+from prefopt.recipe.eval_answers import answer_at_evaluations
 from prefopt.recipe.progress import RunProgress
 from prefopt.safety.files import write_text
 from prefopt.safety.tables import table
@@ -54,6 +55,7 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
         The content of `results.json` in the output folder.
     """
     checkpoint = begin(recipe, trainer)
+    answers_stored = answer_at_evaluations(recipe, trainer, resumed=checkpoint is not None)
     before = _measure_first(recipe, trainer) if checkpoint is None else _measured_before(recipe, trainer)
     train(recipe, trainer, checkpoint)
     metrics = None if trainer.eval_dataset is None else trainer.evaluate()
@@ -64,7 +66,7 @@ def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         trainer.create_model_card()
         save_results(recipe, RESULTS, results)
-        if before.answers is not None and after.answers is not None:
+        if before.answers is not None and after.answers is not None and not answers_stored:
             answers = {0: before.answers, trainer.state.global_step: after.answers}
             pages.save_answers(recipe, heldout_prompts(), answers)
     _show_both(recipe, before, after)

@@ -44,13 +44,41 @@ _FIRST = (
     Chart("Accuracy", "share of pairs", "Pairs whose chosen answer has the larger reward.", ("rewards/accuracies",)),
     Chart("Reward margin", "reward", "In the loss's own unit, not comparable between losses.", ("rewards/margins",)),
 )
+_ENTANGLEMENT = (
+    Chart(
+        "Gradient entanglement",
+        "cosine",
+        "Between the gradients of the two answers of a probe pair, its mean. Near 1: a step cannot raise the chosen "
+        "answer and lower the rejected one.",
+        ("entanglement/cosine",),
+    ),
+    Chart(
+        "What a step does to probe pairs",
+        "share of pairs",
+        "To first order.",
+        ("entanglement/chosen_rises", "entanglement/rejected_falls"),
+    ),
+    Chart(
+        "Conditions of entanglement",
+        "share of pairs",
+        "The inner product of the two gradients: above zero, below the squared norm of either.",
+        ("entanglement/inner_positive", "entanglement/inner_below_chosen", "entanglement/inner_below_rejected"),
+    ),
+    Chart("Gradient norms of probe pairs", "", "", ("entanglement/chosen_norm", "entanglement/rejected_norm")),
+    Chart(
+        "Push of the loss",
+        "",
+        "How much the loss changes with either log-probability.",
+        ("entanglement/push_chosen", "entanglement/push_rejected"),
+    ),
+)
 _LATER = (
     Chart("Entropy", "nats per token", "Falls where answers become all alike.", ("entropy",)),
     Chart("Gradient norm", "", "Before clipping.", ("grad_norm",)),
     Chart("Learning rate", "", "", ("learning_rate",)),
 )
 KL = re.compile(r"(?:^|[/_])kl(?:$|[/_])", re.IGNORECASE)
-_ENTANGLED = re.compile(r"entangle|(?:^|/)d_[wl]$|gradients?/", re.IGNORECASE)
+_ENTANGLED = "entanglement/"
 _OF_EVALUATION = re.compile(r"^eval_")
 
 
@@ -60,16 +88,10 @@ def charts_of(curves: Mapping[str, Curve]) -> tuple[list[Chart], list[Chart]]:
     terms = [name for name in names if re.fullmatch(r"[^/]+/loss", name) or name.startswith("loss/")]
     loss = Chart("Loss and its terms" if terms else "Loss", "", "", ("loss", *terms))
     kl = tuple(name for name in names if KL.search(name))
-    entangled = tuple(name for name in names if _ENTANGLED.search(name))
-    between = [Chart("KL to the reference", "nats", "", kl), *_entanglement(entangled)]
+    between = [Chart("KL to the reference", "nats", "", kl), *_ENTANGLEMENT]
     charts = [chart for chart in (loss, *_FIRST, *between, *_LATER) if any(name in names for name in chart.names)]
     shown = {name for chart in charts for name in chart.names}
     return charts, [Chart(name, "", "", (name,)) for name in sorted(names) if name not in shown]
-
-
-def _entanglement(names: Sequence[str]) -> list[Chart]:
-    note = "How much the gradients of chosen and rejected answers point the same way."
-    return [Chart("Gradient entanglement" if len(names) == 1 else name, "", note, (name,)) for name in names]
 
 
 def as_data(charts: Iterable[Chart], curves: Mapping[str, Curve], points: int = POINTS) -> list[dict[str, Any]]:
@@ -89,7 +111,10 @@ def as_data(charts: Iterable[Chart], curves: Mapping[str, Curve], points: int = 
 def _label(chart: Chart, name: str, held_out: bool) -> str:
     if len(chart.names) == 1:
         return "held out" if held_out else "training"
-    return f"{name.removeprefix('ratios/')}{' held out' if held_out else ''}"
+    short = name.removeprefix("ratios/")
+    if short.startswith(_ENTANGLED):
+        short = short.removeprefix(_ENTANGLED).replace("_", " ")
+    return f"{short}{' held out' if held_out else ''}"
 
 
 def series_of(label: str, curve: Curve, color: int, points: int, held_out: bool = False) -> dict[str, Any]:

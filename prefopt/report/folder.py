@@ -155,14 +155,18 @@ def _curves(lines: list[dict[str, Any]]) -> dict[str, Curve]:
         step = number(line.get("step"))
         if step is None or not math.isfinite(step) or "train_runtime" in line:
             continue
+        place = int(step)
         for name, value in line.items():
-            known = number(value)
-            if known is not None and not name.endswith(_NOT_MEASURED):
-                points.setdefault(str(name), {})[int(step)] = known
+            if (values := points.get(name)) is None:
+                if name.endswith(_NOT_MEASURED):
+                    continue
+                values = points[name] = {}
+            if (known := number(value)) is not None:
+                values[place] = known
     curves = {}
     for name, values in points.items():
-        steps = sorted(step for step, value in values.items() if math.isfinite(value))
         missing = sorted(step for step, value in values.items() if not math.isfinite(value))
+        steps = sorted(values.keys() - missing)
         if steps:
             curves[name] = Curve(steps, [values[step] for step in steps], missing)
     return curves

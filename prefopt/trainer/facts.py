@@ -162,7 +162,7 @@ _OF_NO_INTEREST = re.compile(
     r"|save_.*|eval_strategy|eval_steps|eval_on_start|overwrite_.*|dataloader_.*|accelerator_config|use_cpu"
     r"|resume_from_checkpoint|model_init_kwargs|.*_token|fsdp|deepspeed_plugin|activation_checkpointing|demo|dry_run"
     r"|per_device_.*|gradient_accumulation_steps|model_name_or_path|dataset_(name|train_split|test_split)|columns"
-    r"|on_bad_rows|evaluate_first|stop_on|entanglement_every)$"
+    r"|on_bad_rows|evaluate_first|stop_on|entanglement_every|eval_answers)$"
 )
 """Settings that do not affect the weights, are elsewhere in the card, or are derived by transformers."""
 

@@ -69,3 +69,18 @@ def test_a_digest_is_of_the_weights_not_of_their_precision():
     with torch.no_grad():
         model.get_input_embeddings().weight += 1
     assert digest(model) != first
+
+
+def test_held_out_prompts_are_answered_at_every_evaluation(tmp_path):
+    more = ["--eval_answers", "3", "--eval_strategy", "steps", "--eval_steps", "1"]
+    main("dpo(beta=0.1)", arguments(tmp_path, pairs_file(tmp_path), *more))
+    stored = json.loads((tmp_path / "out" / "answers.json").read_text(encoding="utf-8"))
+    assert len(stored["prompts"]) == 3
+    assert [one["step"] for one in stored["answers"]] == [0, 1, 2]
+    assert all(len(one["texts"]) == len(one["ended"]) == 3 for one in stored["answers"])
+    assert "answered greedily" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_answers_need_a_whole_model(tmp_path):
+    with pytest.raises(SystemExit, match="--eval_answers must be 0 or more, got -1"):
+        main("dpo", arguments(tmp_path, "pairs.jsonl", "--eval_answers", "-1"))

@@ -104,6 +104,16 @@ def refuse_unusable(recipe: Recipe, words: set[str], named: set[str]) -> None:
     _refuse_idle_loss_file(recipe)
 
 
+def _refuse_answers(recipe: Recipe) -> None:
+    """Answers at evaluations that cannot be drawn."""
+    if recipe.script.eval_answers < 0:
+        raise SystemExit(f"--eval_answers must be 0 or more, got {recipe.script.eval_answers}")
+    if recipe.script.eval_answers and (recipe.training.deepspeed or recipe.training.fsdp):
+        raise SystemExit("--eval_answers needs a whole model, which DeepSpeed and FSDP may shard: leave it out")
+    if recipe.script.eval_answers and not recipe.script.eval_rows and recipe.bundled_data:
+        raise SystemExit("--eval_answers has no effect with --eval_rows 0: no prompts are held out")
+
+
 def _refuse_unmeasurable(recipe: Recipe) -> None:
     """A measurement of gradient entanglement that this loss or engine does not allow."""
     every = recipe.script.entanglement_every
@@ -127,6 +137,7 @@ def _refuse_what_is_ignored(recipe: Recipe, words: set[str]) -> None:
         check_stop_on(script.stop_on)
         if recipe.training.logging_strategy.value == "no":
             raise SystemExit("--stop_on would have no effect with --logging_strategy no: it reads the log lines")
+    _refuse_answers(recipe)
     _refuse_unmeasurable(recipe)
     if recipe.bundled_data and script.columns:
         raise SystemExit("--columns renames columns of your own data set: name it with --dataset_name")

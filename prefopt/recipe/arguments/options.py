@@ -80,6 +80,10 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
         default=100,
         metadata={"help": "Rows to hold out of the training split if there is no test split; 0 for none."},
     )
+    eval_answers: int = field(
+        default=0,
+        metadata={"help": "Held-out prompts that are answered greedily at every evaluation, for the run's page."},
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check the data, show the settings, one batch, steps and memory; train nothing."},

@@ -37,6 +37,7 @@ class UnlearningArguments(RecipeArguments):
         "previous_model_name_or_path": "no objective of unlearning compares with a previous iterate",
         "paired_retain": "each batch holds as many rows to retain as rows to forget wherever the objective uses both",
         "entanglement_every": "rows to forget and rows to retain are not pairs",
+        "eval_answers": "answers to the questions are measured at every evaluation",
         "eval_strategy": "--evaluate_every says how often to measure",
         "eval_steps": "--evaluate_every says how often to measure",
         "load_best_model_at_end": "--best says which model is the result",

@@ -20,6 +20,7 @@ from prefopt.cli import (  # noqa: F401  (each adds its commands)
     rounds,
     runs,
     sample,
+    sweep,
     unlearn,
 )
 from prefopt.cli.app import app

@@ -27,12 +27,12 @@ from prefopt.trainer import PreferenceTrainer
 from prefopt.trainer.facts import RunNotes, changed_settings
 
 
-def make_trainer(recipe: Recipe, ready: Ready, data: Data) -> PreferenceTrainer:
-    """The trainer, its model loaded."""
+def make_trainer(recipe: Recipe, ready: Ready, data: Data, policy: Any = None) -> PreferenceTrainer:
+    """The trainer, its model loaded; `policy` is the model if it was loaded already."""
     whole = ready.adapter_of is None
     with starting(recipe, ready, data):
         trainer = PreferenceTrainer(
-            load_policy(recipe, ready),
+            load_policy(recipe, ready) if policy is None else policy,
             ref_model=load_frozen(recipe.script.ref_model_name_or_path, ready),
             previous_model=load_frozen(recipe.script.previous_model_name_or_path, ready),
             args=ready.training,

@@ -33,7 +33,7 @@ from prefopt.trainer.saving.stops import sigterm_raises
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
     """Measurements of a model before or after training.
 
     Attributes:
@@ -45,21 +45,28 @@ class _Measured:
     answers: list[Answer] | None = None
 
 
-def run(recipe: Recipe, trainer: PreferenceTrainer) -> dict[str, Any]:
+def run(recipe: Recipe, trainer: PreferenceTrainer, before: Measured | None = None) -> dict[str, Any]:
     """Evaluate, train, evaluate, save; on the bundled data also answer held-out prompts before and after.
 
     A run that is stopped by a signal ends in `train`, after its checkpoint, and is not evaluated or saved as a
     finished run. Its results before training are in `before.json`, for the run that resumes it.
+
+    Args:
+        recipe: the options.
+        trainer: not trained yet.
+        before: the measurements before training, if they are not to be made; prompts are answered after training only
+            if they were answered before.
 
     Returns:
         The content of `results.json` in the output folder.
     """
     checkpoint = begin(recipe, trainer)
     answers_stored = answer_at_evaluations(recipe, trainer, resumed=checkpoint is not None)
-    before = _measure_first(recipe, trainer) if checkpoint is None else _measured_before(recipe, trainer)
+    if before is None:
+        before = _measure_first(recipe, trainer) if checkpoint is None else _measured_before(recipe, trainer)
     train(recipe, trainer, checkpoint)
     metrics = None if trainer.eval_dataset is None else trainer.evaluate()
-    after = _Measured(metrics, None if before.answers is None else _answers(recipe, trainer))
+    after = Measured(metrics, None if before.answers is None else _answers(recipe, trainer))
     pages.save_pairs(recipe, trainer)
     results = _results(recipe, trainer, before, after)
     _save_log(recipe, trainer)  # again, with the evaluation
@@ -154,7 +161,7 @@ def _threads(trainer: PreferenceTrainer) -> str:
     return f" on CPU, {count} thread{'s' if count > 1 else ''}{each}"
 
 
-def _measure_first(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:
+def _measure_first(recipe: Recipe, trainer: PreferenceTrainer) -> Measured:
     # Sharded engines are set up by train() only.
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     possible = trainer.eval_dataset is not None and not sharded
@@ -165,20 +172,20 @@ def _measure_first(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:
     if trainer.is_world_process_zero():
         texts = None if answers is None else [vars(answer) for answer in answers]
         save_results(recipe, BEFORE, {"before": metrics, "answers": texts})
-    return _Measured(metrics, answers)
+    return Measured(metrics, answers)
 
 
-def _measured_before(recipe: Recipe, trainer: PreferenceTrainer) -> _Measured:
+def _measured_before(recipe: Recipe, trainer: PreferenceTrainer) -> Measured:
     """The results before training of the run that is resumed: its policy is no longer the initial one."""
     file = Path(recipe.training.output_dir) / BEFORE
     first = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     texts = first.get("answers")
-    before = _Measured(first.get("before"), None if texts is None else [Answer(**answer) for answer in texts])
+    before = Measured(first.get("before"), None if texts is None else [Answer(**answer) for answer in texts])
     trainer.started_from(before.metrics)
     return before
 
 
-def _results(recipe: Recipe, trainer: PreferenceTrainer, before: _Measured, after: _Measured) -> dict[str, Any]:
+def _results(recipe: Recipe, trainer: PreferenceTrainer, before: Measured, after: Measured) -> dict[str, Any]:
     results: dict[str, Any] = {
         "loss": str(trainer.objective or trainer.args.loss_type),
         **({} if recipe.loss_file is None else {"loss_file": LOSS_FILE}),
@@ -192,7 +199,7 @@ def _results(recipe: Recipe, trainer: PreferenceTrainer, before: _Measured, afte
     return results | _findings(trainer)
 
 
-def _show_both(recipe: Recipe, before: _Measured, after: _Measured) -> None:
+def _show_both(recipe: Recipe, before: Measured, after: Measured) -> None:
     if before.answers is not None and after.answers is not None:
         logs = (before.metrics, after.metrics)
         old, new = (None if metrics is None else PairMetrics.from_logs(metrics) for metrics in logs)

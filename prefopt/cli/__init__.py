@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from prefopt.cli import (  # noqa: F401  (each adds its commands)
     data,
+    discover,
     evaluate,
     health,
     judge,

@@ -58,11 +58,13 @@ class Proposal:
         text: as it came.
         proposer: who proposed it, with the kind of change.
         parents: numbers in the archive.
+        reason: why there is no text, if that is known.
     """
 
     text: str
     proposer: str
     parents: tuple[int, ...] = ()
+    reason: str = ""
 
 
 def propose(

@@ -1,9 +1,8 @@
-"""How candidates compare: by Pareto layers of gold reward, KL and length at every beta, not by one number.
+"""How candidates compare: by Pareto layers of gold reward, KL and length over all betas, not by one number.
 
-Each beta of a candidate is a point (reward, KL, change of length), a mean over seeds. Points of all candidates and
-betas are sorted into Pareto layers. A candidate's rank is the layer of its worst point: DiscoPOP chose its winner at
-one beta, and at a smaller one that winner collapses. Candidates of one layer are ordered by their value at the worst
-beta, since a loss that ignores its beta, as softplus(-x / beta) does, is on the frontier, too, at one place of it.
+A candidate's betas are points of a curve of reward, and of length, over KL. Three numbers of a candidate make the
+layers: the reward at equal KL, the change of length at equal KL, and the value at the worst beta. The last one is what
+DiscoPOP lacked, which chose its winner at one beta; at a smaller one that winner collapses.
 """
 
 from __future__ import annotations
@@ -11,10 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prefopt.discovery.archive import Result
+from prefopt.evaluation.arrays import Floats
+
+KL_BUDGETS = (0.25, 0.5, 1.0, 1.5)
+"""Nats, at which losses are compared at equal KL."""
 
 
 @dataclass(frozen=True)
@@ -26,31 +30,64 @@ class Point:
         reward: gold reward; higher is better.
         kl: from the reference, in nats; lower is better.
         length: distance between the answers' mean length and the reference's; lower is better.
-        value: as in `toy.Outcome`; 0 where the level has none.
+        value: as in `toy.Outcome`.
     """
 
     beta: float
     reward: float
     kl: float
     length: float
-    value: float = 0.0
+    value: float
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a candidate scored at one level, by beta."""
+    """What a candidate scored at one level.
+
+    Attributes:
+        points: one for each beta.
+        value: at the worst beta.
+        reward: at the worst beta.
+        reward_at_kl: mean over `KL_BUDGETS` of the reward that some beta reaches within the budget.
+        length_at_kl: the same of the change of length.
+    """
 
     points: tuple[Point, ...]
+    value: float
+    reward: float
+    reward_at_kl: float
+    length_at_kl: float
 
-    @property
-    def value(self) -> float:
-        """At the worst beta."""
-        return min(point.value for point in self.points)
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> Score:
+        kl, reward, length = (
+            np.array(column) for column in zip(*((p.kl, p.reward, p.length) for p in points), strict=True)
+        )
+        return cls(
+            tuple(points),
+            min(point.value for point in points),
+            min(point.reward for point in points),
+            reward_at_equal_kl(kl, reward),
+            -reward_at_equal_kl(kl, -length, best=False),
+        )
 
-    @property
-    def reward(self) -> float:
-        """At the worst beta."""
-        return min(point.reward for point in self.points)
+
+def reward_at_equal_kl(kl: Floats, reward: Floats, best: bool = True) -> float:
+    """Mean over `KL_BUDGETS` of the reward within the budget.
+
+    Between the points of two betas, and between the reference and the first, the reward is taken as linear.
+
+    Args:
+        kl: (B,) at each beta.
+        reward: (B,) at each beta; the reference has 0.
+        best: whether a point of less KL counts where it has more reward.
+    """
+    order = np.argsort(kl, kind="stable")
+    x, y = np.concatenate([[0.0], kl[order]]), np.concatenate([[0.0], reward[order]])
+    at = np.interp(KL_BUDGETS, x, y)
+    if best:
+        at = np.maximum(at, [y[x <= budget].max() for budget in KL_BUDGETS])
+    return float(at.mean())
 
 
 def scores(results: Sequence[Result]) -> dict[int, Score]:
@@ -59,7 +96,7 @@ def scores(results: Sequence[Result]) -> dict[int, Score]:
     for result in results:
         by_candidate.setdefault(result.candidate, {}).setdefault(result.beta, []).append(result)
     return {
-        number: Score(tuple(_point(beta, runs) for beta, runs in by_beta.items()))
+        number: Score.of([_point(beta, runs) for beta, runs in by_beta.items()])
         for number, by_beta in by_candidate.items()
         if all(run.reward is not None for runs in by_beta.values() for run in runs)
     }
@@ -71,20 +108,18 @@ def _point(beta: float, runs: Sequence[Result]) -> Point:
     return Point(beta, reward, kl, abs(length), value)
 
 
-def point_layers(scored: Mapping[int, Score]) -> dict[int, list[int]]:
-    """For each candidate, the Pareto layer of each of its points among all points; 0 is the frontier."""
-    owners = [number for number, score in scored.items() for _ in score.points]
-    points = _tensor(scored)
-    layer = torch.zeros(len(owners), dtype=torch.long)
-    rest, depth = torch.arange(len(owners)), 0
-    while len(rest):
-        front = ~dominated(points[rest])
-        layer[rest[front]] = depth
-        rest, depth = rest[~front], depth + 1
-    layers: dict[int, list[int]] = {number: [] for number in scored}
-    for number, place in zip(owners, layer.tolist(), strict=True):
-        layers[number].append(place)
-    return layers
+def layers(scored: Mapping[int, Score]) -> dict[int, int]:
+    """The Pareto layer of each candidate: 0 for the frontier, 1 for that of the rest, and so on."""
+    numbers = torch.tensor(list(scored), dtype=torch.long)
+    triples = [(score.value, score.reward_at_kl, -score.length_at_kl) for score in scored.values()]
+    points = torch.tensor(triples, dtype=torch.float64).reshape(-1, 3)
+    layer: dict[int, int] = {}
+    depth = 0
+    while len(numbers):
+        inner = dominated(points)
+        layer |= dict.fromkeys(numbers[~inner].tolist(), depth)
+        numbers, points, depth = numbers[inner], points[inner], depth + 1
+    return layer
 
 
 def dominated(points: Tensor) -> Tensor:
@@ -96,19 +131,15 @@ def dominated(points: Tensor) -> Tensor:
     return torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
 
 
-def _tensor(scored: Mapping[int, Score]) -> Tensor:
-    rows = [(point.reward, -point.kl, -point.length) for score in scored.values() for point in score.points]
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
-
-
 def ranking(scored: Mapping[int, Score]) -> list[int]:
-    """All candidates, best first: by the layer of the worst point, then by the value at the worst beta."""
-    layers = point_layers(scored)
-    return sorted(scored, key=lambda number: (max(layers[number]), -scored[number].value, number))
+    """All candidates, best first: by layer, then by the value at the worst beta."""
+    layer = layers(scored)
+    return sorted(scored, key=lambda number: (layer[number], -scored[number].value, number))
 
 
 def frontier(scored: Mapping[int, Score]) -> list[tuple[int, Point]]:
-    """The points that no other one dominates, with their candidates, by falling reward."""
+    """The points of reward, KL and length that no other one dominates, with their candidates, by falling reward."""
     named = [(number, point) for number, score in scored.items() for point in score.points]
-    front = (~dominated(_tensor(scored))).tolist()
+    rows = [(point.reward, -point.kl, -point.length) for _, point in named]
+    front = (~dominated(torch.tensor(rows, dtype=torch.float64).reshape(-1, 3))).tolist()
     return sorted((pair for pair, on in zip(named, front, strict=True) if on), key=lambda pair: -pair[1].reward)

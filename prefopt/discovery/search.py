@@ -105,8 +105,11 @@ class Search:
     _spent: float = 0.0
     _since: float = field(default_factory=time.monotonic)
 
-    def run(self) -> None:
+    def run(self) -> list[Member]:
         """Search until the time or the number is reached.
+
+        Returns:
+            The population of the finished generations, best first.
 
         Raises:
             UsageError: if the folder holds a search with other settings, or another process searches there.
@@ -119,6 +122,7 @@ class Search:
                 generation = 0
                 while self._generation(generation):
                     generation += 1
+                return self._members
         except Timeout:
             raise UsageError(f"another process searches in {self.options.out}: name another --out") from None
 
@@ -200,7 +204,7 @@ class Search:
         try:
             node = read(proposal.text)
         except ExpressionError as error:
-            reason = str(error) if proposal.text.strip() else "the proposer answered nothing"
+            reason = str(error) if proposal.text.strip() else proposal.reason or "the proposer answered nothing"
         else:
             expression, level = str(node), "static"
             reason = fault(node, self.options.batchwise) or ""

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -16,7 +17,7 @@ from prefopt.discovery import search as module
 from prefopt.discovery.archive import FILE, Archive, Candidate, Result
 from prefopt.discovery.evolve import Proposal
 from prefopt.discovery.levels import ToyLevel
-from prefopt.discovery.ranking import frontier, point_layers, ranking, scores
+from prefopt.discovery.ranking import frontier, layers, ranking, reward_at_equal_kl, scores
 from prefopt.discovery.search import Search, SearchOptions
 from prefopt.safety.errors import UsageError
 
@@ -150,16 +151,28 @@ class TestRanking:
     def result(self, candidate, beta, reward, kl, value=0.0):
         return Result(candidate, "toy", beta, 0, reward, kl, 0.0, value)
 
-    def test_layers_are_of_points_and_the_worst_one_ranks(self):
+    def test_a_loss_that_collapses_at_one_beta_is_not_first(self):
         results = [
             self.result(0, 0.1, 1.0, 1.0, 0.8), self.result(0, 1.0, 0.5, 0.2, 0.6),
-            self.result(1, 0.1, 1.1, 1.0, 0.9), self.result(1, 1.0, -1.0, 0.5, -0.1),  # collapses at one beta
-            self.result(2, 0.1, 0.9, 0.9, 0.7), self.result(2, 1.0, 0.5, 0.2, 0.7),
+            self.result(1, 0.1, 1.1, 1.0, 0.9), self.result(1, 1.0, -1.0, 0.5, -0.1),
+            self.result(2, 0.1, 0.9, 1.0, 0.7), self.result(2, 1.0, 0.5, 0.2, 0.5),
         ]  # fmt: skip
         scored = scores(results)
-        assert point_layers(scored) == {0: [1, 0], 1: [0, 1], 2: [0, 0]}
-        assert ranking(scored) == [2, 0, 1]
-        assert [(number, point.beta) for number, point in frontier(scored)] == [(1, 0.1), (2, 0.1), (0, 1.0), (2, 1.0)]
+        assert [scored[n].value for n in range(3)] == [0.6, -0.1, 0.5]
+        assert layers(scored) == {0: 0, 2: 1, 1: 2}
+        assert ranking(scored) == [0, 2, 1]
+        assert [(number, point.beta) for number, point in frontier(scored)] == [(1, 0.1), (0, 1.0), (2, 1.0)]
+
+    def test_reward_is_compared_at_equal_kl(self):
+        # One loss at twice the KL for the same reward; between points the curve is straight.
+        near, far = (
+            [self.result(0, beta, kl, factor * kl) for beta, kl in ((0.1, 1.5), (1.0, 0.5))] for factor in (1, 2)
+        )
+        assert scores(near)[0].reward_at_kl == pytest.approx((0.25 + 0.5 + 1.0 + 1.5) / 4)
+        assert scores(far)[0].reward_at_kl == pytest.approx(scores(near)[0].reward_at_kl / 2)
+
+    def test_a_point_of_less_kl_and_more_reward_counts(self):
+        assert reward_at_equal_kl(np.array([0.2, 3.0]), np.array([1.0, 0.0])) == 1.0
 
     def test_a_training_that_broke_has_no_score(self):
         assert scores([self.result(0, 0.1, None, None), self.result(1, 0.1, 1.0, 1.0)]).keys() == {1}

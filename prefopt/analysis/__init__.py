@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from prefopt.analysis.kernel_choice.selection import Selection, Thresholds, select
     from prefopt.analysis.kernel_choice.states import States, states_of
     from prefopt.analysis.kernel_choice.trial import PAIRS, Outcome, Trial, expression, ranked, run_trial
+    from prefopt.analysis.pairs.rules import examine_pairs
+    from prefopt.analysis.pairs.table import PairTable, score_pairs
 
 __all__ = [
     "PAIRS",
@@ -34,6 +36,7 @@ __all__ = [
     "HealthCallback",
     "Measures",
     "Outcome",
+    "PairTable",
     "Probes",
     "Selection",
     "Settings",
@@ -44,12 +47,14 @@ __all__ = [
     "draw_probes",
     "entanglement",
     "examine",
+    "examine_pairs",
     "examine_saved",
     "expression",
     "measure",
     "pushes",
     "ranked",
     "run_trial",
+    "score_pairs",
     "select",
     "states_of",
 ]
@@ -68,6 +73,8 @@ _MODULES = {
     "kernel_choice.selection": ("Selection", "Thresholds", "select"),
     "kernel_choice.states": ("States", "states_of"),
     "kernel_choice.trial": ("PAIRS", "Outcome", "Trial", "expression", "ranked", "run_trial"),
+    "pairs.rules": ("examine_pairs",),
+    "pairs.table": ("PairTable", "score_pairs"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`prefopt health`: what the log of saved runs says about them."""
+"""`prefopt health`: what the log of saved runs says about them, and what their models say of pairs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ def health(
     beta: Annotated[
         float | None, typer.Option(help="Beta of a run of TRL, whose log has rewards but no log-ratios.")
     ] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="Pairs, best held-out ones, to load the model and rank: a file or a Hub name.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of --pairs.")] = "train",
+    loss: Annotated[str | None, typer.Option(help="The loss of --pairs, if the run's log does not say it.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The model before training, for --pairs on whole models.")
+    ] = None,
+    entanglement: Annotated[
+        bool, typer.Option("--entanglement", help="Also measure gradient entanglement on 16 of the pairs.")
+    ] = False,
 ) -> None:
     """Say what the logged numbers of a run show: over-optimised, learns nothing, diverges ..."""
     from prefopt.analysis.health.finding import LEVELS
@@ -26,6 +37,8 @@ def health(
 
     if beta is not None and not beta > 0:
         raise UsageError(f"--beta must be above 0, got {beta}")
+    if pairs is None and (entanglement or loss is not None or reference is not None):
+        raise UsageError("--entanglement, --loss and --reference are about pairs: name some with --pairs")
     serious = False
     for run in runs:
         lines, findings = lines_and_findings(run, beta)
@@ -34,5 +47,29 @@ def health(
         say(f"{run}: {len(findings)} finding{'' if len(findings) == 1 else 's'}{few and f'; {few}'}")
         for finding in findings:
             say(f"  {finding}")
+        if pairs is not None:
+            _look_at_pairs(run, pairs, split, loss, reference, entanglement)
     if strict and serious:
         raise typer.Exit(1)
+
+
+def _look_at_pairs(
+    run: Path, data: str, split: str, loss: str | None, reference: str | None, entanglement: bool
+) -> None:
+    """What the model of a run says of pairs."""
+    from prefopt.analysis.gradients.probes import PROBES
+    from prefopt.analysis.pairs.rules import LEAST_PAIRS, examine_pairs
+    from prefopt.analysis.pairs.saved import load_pairs
+
+    loaded = load_pairs(run, data, loss=loss, reference=reference, split=split)
+    table = loaded.table()
+    say(
+        f"{run}, {len(table)} pairs of {data}: accuracy {table.accuracy:.2f}, Brier score {table.brier:.3f}, expected "
+        f"calibration error {table.calibration_error:.3f}, margin explained by length {table.explained_by_length:.0%}"
+    )
+    if len(table) < LEAST_PAIRS:
+        say(f"  fewer than {LEAST_PAIRS} pairs, too few for findings")
+    for finding in examine_pairs(table):
+        say(f"  {finding}")
+    if entanglement:
+        say(f"  {loaded.entanglement(PROBES)}")

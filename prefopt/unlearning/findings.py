@@ -92,7 +92,7 @@ def _quality(after: Measured, gold: Measured | None, step: int) -> Finding | Non
     if p > PASSED:
         return None
     told = f"its truth ratios can be told from the gold model's (p = {p:.2g}): it prefers true answers to wrong ones"
-    if np.median(ratios) < np.median(of_gold):
+    if np.median(ratios) > np.median(of_gold):
         text, remedy = f"{told} more than the gold model does", "more steps, or a higher --learning_rate"
         return Finding("not_forgotten", "warning", step, text, remedy)
     text, remedy = f"{told} less than the gold model does", "fewer steps, a lower --learning_rate, a larger beta"

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from prefopt.analysis.health.callback import HealthCallback
+from prefopt.analysis.health.finding import Finding
 from prefopt.analysis.health.history import Settings
 from prefopt.analysis.health.saved import ended_by, save_findings, save_log
 from prefopt.demo.before_after import PairMetrics, side_by_side, summarize
@@ -133,6 +134,12 @@ def _save_findings(recipe: Recipe, trainer: PreferenceTrainer, not_finite: str |
     if watching is not None and trainer.is_world_process_zero():
         ended = [] if not_finite is None else [ended_by(trainer.state.global_step, not_finite)]
         save_findings(Path(recipe.training.output_dir), [*ended, *watching.findings])
+
+
+def findings_of_log(trainer: PreferenceTrainer) -> list[Finding]:
+    """What the log says about the run, the most serious first."""
+    watching = _watching(trainer)
+    return [] if watching is None else watching.findings
 
 
 def _findings(trainer: PreferenceTrainer) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 from trl import get_peft_config, get_quantization_config
 
+from prefopt.analysis.health.saved import save_findings
 from prefopt.losses import Loss
 from prefopt.models.load import load_model
 from prefopt.recipe.arguments import Recipe, parse_arguments
@@ -22,7 +23,7 @@ from prefopt.recipe.dry_run import show_settings
 from prefopt.recipe.earlier_run import RESULTS, make_room
 from prefopt.recipe.pages import write_page
 from prefopt.recipe.ready import HubUnreachable, MustBeMade, Ready, preflight
-from prefopt.recipe.run import begin, publish, save_results, train
+from prefopt.recipe.run import begin, findings_of_log, publish, save_results, train
 from prefopt.recipe.unlearning.options import UnlearningArguments, options_of
 from prefopt.recipe.unlearning.sets import Sets, load_sets
 from prefopt.recipe.unlearning.sources import store_sources
@@ -182,17 +183,19 @@ def run(recipe: Recipe, trainer: UnlearningTrainer, questions: Sets, measurement
     findings = findings_of(
         measurements.start, after, measurements.gold, questions.measured, step or trainer.state.global_step
     )
+    of_log = findings_of_log(trainer)
     evaluations = [entry for entry in trainer.state.log_history if "eval_forget_probability" in entry]
     results = {
         "loss": str(trainer.objective),
         "best": {"rule": trainer.rule, "checkpoint": trainer.state.best_model_checkpoint},
         **as_json(measurements.start, after, measurements.gold),
         "evaluations": evaluations,
-        "findings": [finding.as_object() for finding in findings],
+        "findings": [finding.as_object() for finding in [*findings, *of_log]],
     }
     if trainer.is_world_process_zero():
         trainer.create_model_card()
         save_results(recipe, RESULTS, results)
+        save_findings(Path(recipe.training.output_dir), [*findings, *of_log])
         recipe.console.print(answers_side_by_side(questions.measured, measurements.start, after))
         recipe.console.print(table_of(results, len(questions.measured["forget"])))
         if (picture := draw(results, Path(recipe.training.output_dir) / "forgetting.png")) is not None:

@@ -20,6 +20,7 @@ from prefopt.online.folders import RoundFolder
 from prefopt.online.policy import RoundPlan
 from prefopt.online.start import check_models
 from prefopt.recipe import Recipe, RecipeArguments, load_data, make_trainer, preflight
+from prefopt.recipe.pages import write_page
 from prefopt.recipe.ready import Ready
 from prefopt.recipe.run import begin, train
 from prefopt.safety.errors import UsageError
@@ -71,6 +72,7 @@ def train_round(
         _refuse_sharded(trainer)
         trainer.add_callback(_KeptOptimizer(plan.optimizer, folder.optimizer if keep_optimizer else None))
     train(own, trainer, begin(own, trainer))
+    write_page(own, trainer, say=False)
     trained = Trained(len(data.train), rows - len(data.train), trainer.state.global_step, _last_values(trainer))
     if trainer.is_world_process_zero():
         trainer.create_model_card()

@@ -76,12 +76,13 @@ def save_pairs(recipe: Recipe, trainer: PreferenceTrainer) -> None:
         write_text(Path(recipe.training.output_dir) / PAIRS, json.dumps(content) + "\n")
 
 
-def write_page(recipe: Recipe, trainer: PreferenceTrainer) -> None:
-    """Write `report.html`."""
+def write_page(recipe: Recipe, trainer: PreferenceTrainer, say: bool = True) -> None:
+    """Write `report.html`, and say where it is."""
     if trainer.is_world_process_zero():
         with _optional(recipe, PAGE):
             page = write_run_page(Path(recipe.training.output_dir))
-            recipe.console.print(f"The run's page: {page}", soft_wrap=True, markup=False)
+            if say:
+                recipe.console.print(f"The run's page: {page}", soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,7 @@ from prefopt.report.runs import (
 )
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_text
-from prefopt.safety.redaction import redacted
+from prefopt.safety.redaction import redact, redacted
 
 PAGE, MARKDOWN, DATA, PICTURE = "compare.html", "compare.md", "compare.json", "compare.png"
 VERSION = 1
@@ -44,6 +45,8 @@ _CURVES = (
     ("Chosen log-ratio", "nats", "ratios/chosen"),
     ("Rejected log-ratio", "nats", "ratios/rejected"),
 )
+_NAMES = 5
+"""Folders of one group that the table names."""
 _PROMPTS = 12
 _CHARACTERS = 600
 """Of one answer or text."""
@@ -123,9 +126,14 @@ def as_markdown(comparison: Comparison) -> str:
             cell = by_key.get(comparison.decided_by.key)
             row.append("" if cell is None or cell.difference is None else shown(cell.difference, cell.measure))
         rows.append(row)
-    verdict = code(comparison.verdict)
-    cautions = "".join(f"- {code(line)}\n" for line in comparison.cautions)
-    return f"{verdict}\n\n{table(headings, rows)}\n\n{cautions}{_TABLE_NOTE}\n"
+    cautions = "\n".join(f"- {_plain(line)}" for line in comparison.cautions)
+    parts = [_plain(comparison.verdict), table(headings, rows), _TABLE_NOTE, cautions]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text in which no character is Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]<>|~&#])", r"\\\1", redact(text))
 
 
 def _markdown_cell(cell: Cell | None) -> str:
@@ -208,20 +216,23 @@ def _row(comparison: Comparison, place: int, measures: Sequence[Measure]) -> dic
             row.append({"value": "", "interval": ""})
         else:
             row.append({"value": _value(cell), "interval": _ends(cell)})
-    names = [f"{run.name}{'' if seed is None else f' (seed {seed})'}" for seed, run in group.runs.items()]
+    names = [run.name for run in group.runs.values()]
+    if len(names) > _NAMES:
+        names = [*names[:_NAMES], f"and {len(names) - _NAMES} more"]
     label, best = group.label, group is comparison.best
     value, ends = _difference(cells, comparison.decided_by)
     about = {"label": label, "best": best, "color": place % 8, "folders": ", ".join(names)}
     return {**about, "cells": row, "difference": value, "ends": ends}
 
 
-def _difference(cells: Mapping[str, Cell], measure: Measure | None) -> tuple[str, str]:
+def _difference(cells: Mapping[str, Cell], measure: Measure | None) -> tuple[str, list[str]]:
     """How much the best group is above this one in the deciding measure, and the interval."""
     cell = None if measure is None else cells.get(measure.key)
     if cell is None or cell.difference is None:
-        return "", ""
+        return "", []
     value, _, ends = shown(cell.difference, cell.measure).partition(" ")
-    return value, ends
+    interval, over, count = ends.partition(" over ")
+    return value, [interval, f"{over}{count}".strip()]
 
 
 def _curve_charts(groups: Sequence[Group]) -> list[dict[str, Any]]:

@@ -86,10 +86,11 @@ def charts_of(curves: Mapping[str, Curve]) -> tuple[list[Chart], list[Chart]]:
     """The charts that a run has numbers for, and those of everything else that it logged."""
     names = list(dict.fromkeys(_OF_EVALUATION.sub("", name) for name in curves))
     terms = [name for name in names if re.fullmatch(r"[^/]+/loss", name) or name.startswith("loss/")]
-    loss = Chart("Loss and its terms" if terms else "Loss", "", "", ("loss", *terms))
+    # Each on an axis of its own: their scales differ.
+    losses = [Chart("Loss", "", "", ("loss",)), *(Chart(f"Term {term}", "", "", (term,)) for term in terms)]
     kl = tuple(name for name in names if KL.search(name))
     between = [Chart("KL to the reference", "nats", "", kl), *_ENTANGLEMENT]
-    charts = [chart for chart in (loss, *_FIRST, *between, *_LATER) if any(name in names for name in chart.names)]
+    charts = [chart for chart in (*losses, *_FIRST, *between, *_LATER) if any(name in names for name in chart.names)]
     shown = {name for chart in charts for name in chart.names}
     return charts, [Chart(name, "", "", (name,)) for name in sorted(names) if name not in shown]
 

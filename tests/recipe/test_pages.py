@@ -58,7 +58,7 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatc
     results = main("dpo(beta=0.1)", arguments(tmp_path, pairs_file(tmp_path)))
     assert results["after"]["eval_loss"] > 0
     shown = capsys.readouterr().out
-    assert shown.count("RuntimeError: no page today. Nothing else is affected.") == 2
+    assert shown.count("could not be written: RuntimeError: no page today. Nothing else is affected.") == 2
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

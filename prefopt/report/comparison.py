@@ -120,6 +120,8 @@ def difference_of(first: Group, second: Group, measure: Measure, level: float) -
     seeds = [seed for seed in a if seed in b and seed is not None]
     if len(seeds) > 1:
         return over_seeds([a[seed] - b[seed] for seed in seeds], level)
+    if (alike := _rows_of_sweep(first, second, measure.key)) is not None:
+        return over_rows(alike[0] - alike[1], level)
     rows = _rows_of_both(first, second, _ROW_VALUES.get(measure.key, ""))
     if rows is None:
         return None
@@ -143,6 +145,17 @@ def _rows_of_both(first: Group, second: Group, name: str) -> tuple[Any, Any] | N
     return values[0], values[1]
 
 
+def _rows_of_sweep(first: Group, second: Group, measure: str) -> tuple[Any, Any] | None:
+    """(N,) values of the held-out pairs of two runs of a sweep; None for other runs."""
+    columns = [
+        rows.get(measure) for group in (first, second) if isinstance(rows := group.first.sweep.get("rows"), dict)
+    ]
+    if len(columns) < 2 or any(not isinstance(column, list) for column in columns):
+        return None
+    one, other = (np.asarray(column, dtype=np.float64) for column in columns)
+    return (one, other) if len(one) == len(other) else None
+
+
 def _values(pairs: Any, name: str) -> Any:
     columns = pairs.get("values")
     if not isinstance(columns, dict):
@@ -153,8 +166,8 @@ def _values(pairs: Any, name: str) -> Any:
 
 
 def flips_of(better: Group, other: Group) -> Flips | None:
-    """The pairs that two runs rank differently, each by the reward of its own loss."""
-    rows = _rows_of_both(better, other, "rewards/margins")
+    """The pairs that two runs rank differently: by log-ratios in a sweep, else each by the reward of its own loss."""
+    rows = _rows_of_sweep(better, other, "margin") or _rows_of_both(better, other, "rewards/margins")
     if rows is None:
         return None
     one, two = rows

@@ -21,6 +21,8 @@ STATE = "trainer_state.json"
 FACTS = "run.json"
 ANSWERS = "answers.json"
 PAIRS = "heldout.json"
+SWEEP = "sweep_run.json"
+"""Of a run of `prefopt sweep`: measures that are computed alike for every loss, and their values for each pair."""
 PAGE = "report.html"
 OF_A_PAGE = (FACTS, ANSWERS, PAIRS, PAGE)
 """What a run leaves for its page, and the page."""
@@ -56,6 +58,7 @@ class RunFolder:
         findings: of the run's health.
         answers: to the same prompts at several steps: `{"prompts": [...], "answers": [{"step", "texts"}]}`.
         pairs: the held-out rows at the end, with their log-ratios.
+        sweep: of a run of a sweep: `{"measures": {name: value}, "rows": {name: [value of each held-out pair]}}`.
         unread: files that could not be read, and why.
     """
 
@@ -68,6 +71,7 @@ class RunFolder:
     findings: list[Mapping[str, Any]] = field(default_factory=list)
     answers: Mapping[str, Any] = field(default_factory=dict)
     pairs: Mapping[str, Any] = field(default_factory=dict)
+    sweep: Mapping[str, Any] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
 
     @property
@@ -134,6 +138,7 @@ def read_run(run: Path, beta: float | None = None) -> RunFolder:
         findings=_findings(_json(folder / "findings.json", unread), results),
         answers=_mapping(_json(folder / ANSWERS, unread)),
         pairs=_mapping(_json(folder / PAIRS, unread)),
+        sweep=_mapping(_json(folder / SWEEP, unread)),
         unread=unread,
     )
 

@@ -52,6 +52,8 @@ _OF_CURVES = {
 }
 _BY_CHANCE = {"seed", "data_seed"}
 """Settings in which repetitions of one run differ."""
+_WITHOUT_EFFECT = {"reference_cache", "resume_from_checkpoint"}
+"""Settings that change no result."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class Group:
 
 def value_of(run: RunFolder, measure: Measure) -> float | None:
     """A measure of the held-out rows, or of the answers, at the end of a run."""
+    of_sweep = run.sweep.get("measures")
+    if isinstance(of_sweep, dict) and (known := number(of_sweep.get(measure.key))) is not None:
+        return known
     if measure.key in _OF_CURVES:
         curve = held_out(run, _OF_CURVES[measure.key])
         return None if curve is None else curve.last
@@ -166,7 +171,9 @@ def _key(run: RunFolder) -> str | None:
 
 def _described(run: RunFolder) -> dict[str, str]:
     """Loss, data and settings, without what differs by chance."""
-    settings = {str(name): str(value) for name, value in _settings(run).items() if name not in _BY_CHANCE}
+    settings = {
+        str(name): str(value) for name, value in _settings(run).items() if name not in _BY_CHANCE | _WITHOUT_EFFECT
+    }
     data = run.facts.get("data")
     sources = sorted(
         {str(part.get("sources")) for part in data if isinstance(part, dict)} if isinstance(data, list) else ()

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.evaluation.intervals import bootstrap
 from prefopt.recipe.sweep.plan import SweepPlan, shown
 from prefopt.recipe.sweep.trial import RunResult
+from prefopt.report.intervals import over_rows, over_seeds
 
 SCHEMA = "prefopt.sweep/1"
 LEVEL = 0.95
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -133,20 +132,9 @@ def _difference(best: Tried, other: Tried, measure: str, sign: int, level: float
         paired = sign * (ours - theirs)
         by_seed, by_row = paired.mean(1), paired.mean(0)
     value = float(by_seed.mean())
-    low = high = value
-    if by_row is not None and len(by_row) > 1:
-        interval = bootstrap(np.mean, by_row, level=level, resamples=RESAMPLES)
-        low, high = interval.low, interval.high
-    if len(by_seed) > 1:
-        half = _student_t(level, len(by_seed) - 1) * float(by_seed.std(ddof=1)) / len(by_seed) ** 0.5
-        low, high = min(low, value - half), max(high, value + half)
-    return Difference(other.number, value, low, high)
-
-
-def _student_t(level: float, freedom: int) -> float:
-    from scipy import stats  # type: ignore[import-untyped]
-
-    return float(stats.t.ppf((1 + level) / 2, freedom))
+    intervals = (over_seeds(by_seed.tolist(), level), None if by_row is None else over_rows(by_row, level))
+    ends = [(one.low, one.high) for one in intervals if one is not None] or [(value, value)]
+    return Difference(other.number, value, min(low for low, _ in ends), max(high for _, high in ends))
 
 
 # ---- in words, and as files ----------------------------------------------------------------------------------------

@@ -23,12 +23,13 @@ from prefopt.recipe.run import Measured, run
 from prefopt.recipe.sweep.measures import HeldoutPairs, measured, row_values
 from prefopt.recipe.sweep.plan import as_yaml
 from prefopt.recipe.sweep.shared import SharedModel, share_reference, start_logps
+from prefopt.report.folder import SWEEP
 from prefopt.safety.errors import UsageError, message_of
 from prefopt.safety.files import write_text
 from prefopt.safety.redaction import redact
 
 DEFAULT_LOSS = "dpo(beta=0.1)"
-CONFIG, LOG, RESULT, TRACEBACK = "config.yaml", "log.txt", "sweep_run.json", "error.txt"
+CONFIG, LOG, TRACEBACK = "config.yaml", "log.txt", "error.txt"
 SCHEMA = "prefopt.sweep.run/1"
 
 Report = Callable[[int, dict[str, float]], bool]
@@ -87,7 +88,7 @@ def run_once(
     result = RunResult(
         **outcome, seconds=round(time.monotonic() - wall, 2), cpu_seconds=round(time.process_time() - cpu, 2)
     )
-    write_text(folder / RESULT, json.dumps({"schema": SCHEMA, **asdict(result)}) + "\n")
+    write_text(folder / SWEEP, json.dumps({"schema": SCHEMA, **asdict(result)}) + "\n")
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # the model is saved, and nothing will be resumed
     return result
@@ -95,7 +96,7 @@ def run_once(
 
 def stored_result(folder: Path) -> RunResult | None:
     """The result of the run in a folder; None if it has not ended."""
-    file = folder / RESULT
+    file = folder / SWEEP
     if not file.exists():
         return None
     stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -106,6 +106,16 @@ def test_the_best_is_named_with_its_config_and_command(swept):
         assert [row["state"] for row in csv.DictReader(file)] == ["finished", "failed", "finished", "failed"]
 
 
+def test_the_page_compares_what_the_sweep_compared(swept):
+    folder, _, results, shown = swept
+    assert f"Page: {folder}/sweep/compare.html" in shown
+    compared = json.loads((folder / "sweep" / "compare.json").read_text())
+    text = json.dumps(compared)
+    for trial in (0, 2):
+        assert str(results["trials"][trial]["measures"]["margin"]) in text
+    assert "reference_cache" not in (folder / "sweep" / "compare.md").read_text()
+
+
 def test_a_finished_sweep_is_not_trained_again(swept, monkeypatch):
     _, path, results, _ = swept
     monkeypatch.setattr(loop_module, "run_once", None)

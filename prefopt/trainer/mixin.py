@@ -32,7 +32,7 @@ from prefopt.trainer.finite import StepGuard
 from prefopt.trainer.first_batch import FirstBatch
 from prefopt.trainer.learned import LearnedLoss, learned_of
 from prefopt.trainer.metrics import RunMetrics, batch_metrics, rewards_not_logged
-from prefopt.trainer.options import NO_SEARCH, ungrouped
+from prefopt.trainer.options import ungrouped
 from prefopt.trainer.output_slot import SLOT, OutputSlot
 from prefopt.trainer.paired import paired_rows
 from prefopt.trainer.publishing import Publisher, repository_errors, without_secrets
@@ -40,7 +40,8 @@ from prefopt.trainer.saving.random_numbers import same_random_numbers
 from prefopt.trainer.saving.run import Checkpoints
 from prefopt.trainer.saving.state import leave_out_tied
 from prefopt.trainer.scoring import draw_samples, make_scorer
-from prefopt.trainer.setup import Setup
+from prefopt.trainer.search import search
+from prefopt.trainer.setup import Setup, remaker
 from prefopt.trainer.start import StartCheck
 from prefopt.trainer.term_gradients import TermGradients
 from prefopt.trainer.tokens import lengths_to_sample_by
@@ -101,6 +102,7 @@ class LossMixin(_Trainer):
         self, *arguments: Any, loss: Loss | str | None = None, previous_model: Any = None, **keywords: Any
     ) -> None:
         self._wrapped = overrides.check(type(self), LossMixin)
+        self._remake = remaker(type(self), arguments, {**keywords, "loss": loss, "previous_model": previous_model})
         setup = Setup(super().__init__, arguments, keywords, loss, previous_model)
         setup.check_run()
         setup.refuse_models()
@@ -164,8 +166,11 @@ class LossMixin(_Trainer):
         self.add_callback(self._checkpoints.flow)
 
     def hyperparameter_search(self, *arguments: Any, **keywords: Any) -> Any:
-        """Refused: transformers' search replaces model and arguments of a trainer that was set up for others."""
-        raise NotImplementedError(NO_SEARCH.format(objective=self.objective or "TRL", trainer=type(self).__name__))
+        """Train with many settings and return the best; takes what `prefopt.trainer.search.search` does after `args`.
+
+        A new trainer is made for each trial, with the arguments of this one, which needs its model as a name.
+        """
+        return search(self._remake, self.args, *arguments, **keywords)
 
     # ---- data -----------------------------------------------------------------------------------------------------
 

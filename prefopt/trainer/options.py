@@ -17,14 +17,6 @@ from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.model import unwrapped
 
-NO_SEARCH = (
-    "hyperparameter_search does not work here: it changes the model and the arguments of one trainer, whose "
-    "objective ({objective}) and reference were set up for others. Make one trainer per trial: def trial_loss(trial): "
-    "args = PreferenceConfig(..., learning_rate=trial.suggest_float(...)); trainer = {trainer}(model, args=args, "
-    "...); trainer.train(); return trainer.evaluate()['eval_loss']; then "
-    "optuna.create_study().optimize(trial_loss, n_trials=20)"
-)
-
 
 @contextlib.contextmanager
 def with_arguments(args: Any, **values: Any) -> Iterator[dict[str, Any]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from torch import nn
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -185,3 +187,25 @@ def _bind(init: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tu
         raise TypeError(f"got {sorted(twice)} twice, by position and by name")
     takes_collator = "data_collator" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {**named, **keywords}, takes_collator
+
+
+def remaker(kind: type, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Callable[[DPOConfig], Any]:
+    """A function that makes the same trainer again with other training arguments.
+
+    It raises `UsageError` where that is impossible: a model that was passed has been trained or wrapped since.
+    """
+
+    def remake(args: DPOConfig) -> Any:
+        values = [*arguments, *keywords.values()]
+        if any(isinstance(value, nn.Module) for value in values if not isinstance(value, Loss)):
+            raise UsageError(
+                "hyperparameter_search starts each trial from the model as it was, and this trainer was given a model "
+                "that it trains: pass the model's name or folder instead, and peft_config for an adapter"
+            )
+        replaced = [args if isinstance(value, DPOConfig) else value for value in arguments]
+        named = {name: args if isinstance(value, DPOConfig) else value for name, value in keywords.items()}
+        if not any(value is args for value in (*replaced, *named.values())):
+            raise UsageError("hyperparameter_search needs the trainer's args: pass args=PreferenceConfig(...)")
+        return kind(*replaced, **{name: value for name, value in named.items() if value is not None})
+
+    return remake

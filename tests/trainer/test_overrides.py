@@ -130,10 +130,3 @@ def test_other_trainers_are_refused_in_one_sentence(tmp_path, other):
 def test_the_wrong_order_is_refused_where_the_class_is_written():
     with pytest.raises(TypeError, match=r"class Mixed\(LossMixin, Plus\)"):
         type("Mixed", (Plus, LossMixin), {})
-
-
-def test_a_hyperparameter_search_is_refused_with_what_works(tmp_path):
-    trainer = make_trainer(tmp_path, loss="dpo")
-    trainer.model_init = lambda trial=None: trainer.model
-    with pytest.raises(NotImplementedError, match="one trainer per trial"):
-        trainer.hyperparameter_search(n_trials=1)

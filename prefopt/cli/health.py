@@ -23,10 +23,13 @@ def health(
     split: Annotated[str, typer.Option(help="Of --pairs.")] = "train",
     loss: Annotated[str | None, typer.Option(help="The loss of --pairs, if the run's log does not say it.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="The model before training, for --pairs on whole models.")
+        str | None, typer.Option(help="The model before training, for --pairs and --spectra of whole models.")
     ] = None,
     entanglement: Annotated[
         bool, typer.Option("--entanglement", help="Also measure gradient entanglement on 16 of the pairs.")
+    ] = False,
+    spectra: Annotated[
+        bool, typer.Option("--spectra", help="Also fit power laws to the weights' spectra, before and after training.")
     ] = False,
 ) -> None:
     """Say what the logged numbers of a run show: over-optimised, learns nothing, diverges ..."""
@@ -37,8 +40,10 @@ def health(
 
     if beta is not None and not beta > 0:
         raise UsageError(f"--beta must be above 0, got {beta}")
-    if pairs is None and (entanglement or loss is not None or reference is not None):
-        raise UsageError("--entanglement, --loss and --reference are about pairs: name some with --pairs")
+    if pairs is None and (entanglement or loss is not None):
+        raise UsageError("--entanglement and --loss are about pairs: name some with --pairs")
+    if reference is not None and pairs is None and not spectra:
+        raise UsageError("--reference is for --pairs and --spectra: name one of them")
     serious = False
     for run in runs:
         lines, findings = lines_and_findings(run, beta)
@@ -49,6 +54,8 @@ def health(
             say(f"  {finding}")
         if pairs is not None:
             _look_at_pairs(run, pairs, split, loss, reference, entanglement)
+        if spectra:
+            _look_at_weights(run, reference)
     if strict and serious:
         raise typer.Exit(1)
 
@@ -73,3 +80,13 @@ def _look_at_pairs(
         say(f"  {finding}")
     if entanglement:
         say(f"  {loaded.entanglement(PROBES)}")
+
+
+def _look_at_weights(run: Path, reference: str | None) -> None:
+    """The spectra of a run's weights."""
+    from prefopt.analysis.spectra.layers import describe, layer_spectra
+    from prefopt.models.load import load_model
+
+    before = None if reference is None else load_model(reference, {})
+    for line in describe(layer_spectra(load_model(str(run), {}), before)):
+        say(f"  {line}")

@@ -47,6 +47,12 @@ def test_the_command_prints_the_measures_and_a_verdict(run):
     assert "a step of dpo(beta=0.1, label_smoothing=0.0) on one of" in text
 
 
+def test_the_command_fits_spectra(run):
+    status, text = health(run[0], "--spectra")
+    assert status == 0, text
+    assert re.search(r"spectra of \d+ layers: median power-law exponent \d+\.\d\d \(before: ", text)
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--entanglement"], "name some with --pairs"),
     (["--pairs", "FILE", "--loss", "sft"], "nothing to rank pairs by"),

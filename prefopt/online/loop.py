@@ -22,6 +22,7 @@ from prefopt.generation.samples import Generator, PromptRow, SamplingSettings, r
 from prefopt.generation.stage import sample_to_file
 from prefopt.online.best import best_round, check_metric, name_in_card, run_summary
 from prefopt.online.comparisons import comparisons_of
+from prefopt.online.engines import whole_models
 from prefopt.online.folders import Manifest, RoundFolder
 from prefopt.online.generators import Generators
 from prefopt.online.heldout import answers_in, compared, heldout_numbers
@@ -140,7 +141,8 @@ class Rounds:
     def _initial(self) -> dict[str, Any]:
         """The held-out evaluation of the model before the first round."""
         folder = RoundFolder(self._run, 0)
-        return self._evaluated(folder, self._ready.model, {"round": 0})
+        with whole_models(self._recipe.training):
+            return self._evaluated(folder, self._ready.model, {"round": 0})
 
     def _round(self, number: int) -> dict[str, Any]:
         folder, once = RoundFolder(self._run, number), self._manifest.once
@@ -149,16 +151,18 @@ class Rounds:
         words = {name: self._short(text) for name, text in plan.words.items()} | {"prompts": str(len(prompts))}
         self._say(f"Round {number}: " + ", ".join(f"{name} {text}" for name, text in words.items()))
 
-        once(number, "sample", [folder.samples], partial(self._sample, folder, plan.sampler, prompts))
         policy = partial(self._generators.open, plan.sampler)
         comparisons = comparisons_of(self._pairing)
         judge = partial(self._judge, self._judges, folder.samples, folder.judgements, prompts, comparisons, policy)
-        once(number, "judge", [folder.judgements], judge)
+        with whole_models(self._recipe.training):
+            once(number, "sample", [folder.samples], partial(self._sample, folder, plan.sampler, prompts))
+            once(number, "judge", [folder.judgements], judge)
         once(number, "pair", [folder.pairs, folder.counts], partial(self._pair, folder, prompts))
         self._generators.close()  # its memory is for training
         once(number, "train", [folder.training], partial(self._train, folder, plan))
         remove_checkpoints(folder)
-        return self._evaluated(folder, str(folder.model), self._facts(folder, words))
+        with whole_models(self._recipe.training):
+            return self._evaluated(folder, str(folder.model), self._facts(folder, words))
 
     def _sample(self, folder: RoundFolder, model: str, prompts: Sequence[PromptRow]) -> None:
         settings = sampling_of(self._script, folder.number, self._seed)

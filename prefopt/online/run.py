@@ -9,11 +9,12 @@ from typing import Any
 from prefopt.generation.stage import read_prompts
 from prefopt.losses import parse
 from prefopt.online.builders import parse_builder
+from prefopt.online.engines import is_sharded
 from prefopt.online.generators import check_generator, generators_of
 from prefopt.online.judging import judges_of
 from prefopt.online.loop import Prompts, Rounds
 from prefopt.online.options import RoundsArguments, options_of, sampling_of
-from prefopt.online.policy import loss_of, plan_round, prompts_of
+from prefopt.online.policy import RoundPlan, loss_of, plan_round, prompts_of
 from prefopt.online.tasks import TASKS
 from prefopt.recipe import Recipe, parse_arguments, preflight
 from prefopt.recipe.ready import Ready
@@ -64,8 +65,21 @@ def check_rounds(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
         objective = parse(loss_of(script, loss, number))
         if builder.supervised and "rejected" in objective.roles:
             raise UsageError(f"pairs {builder} makes rows without a rejected completion, and {objective} needs pairs")
-        plan_round(script, Path(recipe.training.output_dir), ready.model, loss, number)
+        plan = plan_round(script, Path(recipe.training.output_dir), ready.model, loss, number)
+        if is_sharded(recipe.training):
+            _refuse_sharded(plan, script)
         prompts_of(script, prompts.train, number, recipe.training.seed)
+
+
+def _refuse_sharded(plan: RoundPlan, script: RoundsArguments) -> None:
+    """Refuse, before anything is sampled, what a later round cannot train under DeepSpeed or FSDP."""
+    if script.round_optimizer == "keep":
+        raise UsageError("round_optimizer keep does not work with DeepSpeed or FSDP: use round_optimizer new")
+    if plan.previous is not None:
+        raise UsageError(
+            f"from round {plan.number} on, {plan.loss} compares with the previous iterate too, whose model is not "
+            "sharded, so it does not work with DeepSpeed or FSDP: leave them out (accelerate launch --multi_gpu)"
+        )
 
 
 def dry_run(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, set_seed
 
 from prefopt.generation.memory import free_memory
 from prefopt.models.load import load_model, load_tokenizer
+from prefopt.online.engines import whole_models
 from prefopt.online.folders import RoundFolder
 from prefopt.online.policy import RoundPlan
 from prefopt.online.start import check_models
@@ -76,6 +78,9 @@ def train_round(
     trained = Trained(len(data.train), rows - len(data.train), trainer.state.global_step, _last_values(trainer))
     if trainer.is_world_process_zero():
         trainer.create_model_card()
+    if trainer.is_deepspeed_enabled:
+        # Accelerate refuses a second trainer's DeepSpeed plugin while the first one's is set.
+        AcceleratorState._reset_state()
     del trainer
     free_memory()
     return trained
@@ -84,6 +89,8 @@ def train_round(
 def round_recipe(recipe: Recipe, plan: RoundPlan, folder: RoundFolder) -> Recipe:
     """The recipe of one round: the options of the run, with the round's models, loss, pairs and folder."""
     training = copy.copy(recipe.training)
+    for name in ("deepspeed_plugin", "hf_deepspeed_config"):  # a trainer writes into them
+        setattr(training, name, copy.deepcopy(getattr(training, name, None)))
     training.output_dir, training.loss = str(folder.model), plan.loss
     training.seed = recipe.training.seed + plan.number - 1
     training.resume_from_checkpoint = "auto"
@@ -119,7 +126,8 @@ def average_models(old: str, new: str, decay: float, folder: Path, ready: Ready)
     target = folder / "model.safetensors"
     if PartialState().is_main_process and not target.exists():
         options = {name: value for name, value in ready.options.items() if name not in ("revision", "device_map")}
-        averaged, other = load_model(old, options), load_model(new, options)
+        with whole_models(ready.training):
+            averaged, other = load_model(old, options), load_model(new, options)
         if hasattr(averaged, "peft_config") or hasattr(other, "peft_config"):
             raise UsageError("round_reference moving_average needs whole models: leave use_peft out")
         weights = dict(other.named_parameters())

@@ -396,7 +396,7 @@ def test_a_dry_run_shows_each_round_and_writes_nothing(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "Round 1: 4 samples of each of 6 prompts at temperature 0.8, pairs best_worst" in shown
     assert "temperature 1.3" in shown
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("round-*"))
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path):
@@ -423,3 +423,22 @@ def test_the_generator_is_gone_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train_round", watched)
     main(argv=words(tmp_path, rounds=1))
     assert seen == [0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"round_optimizer": "keep"}, "round_optimizer keep does not work with DeepSpeed or FSDP"),
+        ({"loss": "inpo", "round_reference": "initial"}, "from round 2 on, inpo compares with the previous iterate"),
+    ],
+)
+def test_what_an_engine_cannot_train_is_refused_before_the_first_round(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("prefopt.online.run.is_sharded", lambda training: True)
+    with pytest.raises(UsageError, match=message):
+        main(argv=words(tmp_path, **options))
+    assert not list((tmp_path / "out").glob("round-*"))
+
+
+def test_stop_on_says_what_to_do(tmp_path):
+    with pytest.raises(SystemExit, match=r"use prefopt train --dataset_name RUN/round-1/pairs.jsonl --stop_on"):
+        main(argv=words(tmp_path, stop_on="nan"))

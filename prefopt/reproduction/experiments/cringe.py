@@ -14,7 +14,7 @@ from torch import Tensor
 from prefopt.demo.data import read_rows
 from prefopt.losses import SFT, Cringe, Loss, Need, PairwiseCringe, PreferenceBatch
 from prefopt.losses.numerics import log1mexp
-from prefopt.reproduction.experiments.outcome import Outcome
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
 from prefopt.reproduction.experiments.tables import numbers
 from prefopt.reproduction.experiments.tiny_lm import Pairs, Rows, TinyLM, batch_of, scores, sums, train, with_reference
 
@@ -219,6 +219,9 @@ def gate_and_gradient(text: Text, model: TinyLM) -> Outcome:
         "gradient-by-margin",
         f"gradient norm at margins {numbers(margins, '.0f')}: {numbers(norms, '.3g')}",
         norms == sorted(norms, reverse=True) and len(set(norms)) == len(norms),
+        picture=Picture(
+            "gradient of one pair", "margin, nats", "norm", {"k = 1": list(zip(margins.tolist(), norms, strict=True))}
+        ),
     )
 
 
@@ -241,4 +244,5 @@ def gate_closes(text: Text, base: TinyLM, steps: int = 100) -> Outcome:
         f"mean gate of 64 pairs, averaged over stretches of 10 steps: {numbers(averaged, '.3f')}",
         bool((averaged.diff() < 0).all()) and float(averaged[-1]) < float(averaged[0]) / 2,
         f"margin 10, temperature 10 (prefopt's defaults), k = 1, Adam, lr 3e-4, {steps} steps of 16 pairs",
+        picture=Picture("mean gate of 64 pairs", "step", "gate", {"k = 1": list(enumerate(gates))}),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefopt.losses import CELL, DPO, PFL, DiscoPOP, Loss, PreferenceBatch, Scores
-from prefopt.reproduction.experiments.outcome import Outcome
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
 from prefopt.reproduction.experiments.tables import descend, numbers
 
 BETA = 0.05
@@ -55,7 +55,13 @@ def shape() -> list[Outcome]:
             "stationary-points",
             f"minimum x = {valley:.4f} (d = {valley / BETA:.4f}), maximum x = {hill:.4f} (d = {hill / BETA:.4f}); "
             f"values there and at 0: {numbers(at, '.4f')}",
-            abs(valley / BETA + 2.3714) < 1e-3 and abs(hill / BETA - 1.4401) < 1e-3,
+            numbers={"minimum": [valley / BETA], "maximum": [hill / BETA]},
+            picture=Picture(
+                "the loss of one pair, beta 0.05",
+                "x = beta d",
+                "loss",
+                {name: near_start(objective) for name, objective in {"LRML": loss, "DPO": DPO(BETA)}.items()},
+            ),
         ),
         Outcome(
             "opposite-gradient",
@@ -65,6 +71,11 @@ def shape() -> list[Outcome]:
         limits(loss),
         from_the_start(loss),
     ]
+
+
+def near_start(loss: Loss) -> list[tuple[float, float]]:
+    x = torch.linspace(-0.4, 0.4, 161, dtype=torch.float64)
+    return list(zip(x.tolist(), loss.per_example(pairs(x)).tolist(), strict=True))
 
 
 def limits(loss: Loss) -> Outcome:

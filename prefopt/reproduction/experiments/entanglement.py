@@ -28,7 +28,7 @@ from prefopt.losses import (
     SimPO,
     presets,
 )
-from prefopt.reproduction.experiments.outcome import Outcome
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
 from prefopt.reproduction.experiments.tiny_lm import Rows, TinyLM, sums
 
 VOCABULARY = 20
@@ -89,7 +89,7 @@ def table() -> Outcome:
     return Outcome(
         "pushes",
         f"largest error over {', '.join(errors)}: {max(errors.values()):.1g} ({max(errors, key=errors.__getitem__)})",
-        max(errors.values()) < 1e-9,
+        numbers={"error": [max(errors.values())]},
     )
 
 
@@ -209,6 +209,12 @@ def suffixes(pairs: int = 300) -> list[Outcome]:
             "mean cosine: " + "; ".join(f"{shared} shared tokens {value:.3f}" for shared, value in mean.items()),
             mean[0] < mean[3] < mean[12],
             settings,
+            picture=Picture(
+                "alignment of the two answers' gradients",
+                "shared tokens at the end",
+                "mean cosine",
+                {"untrained GRU": [(float(shared), value) for shared, value in mean.items()]},
+            ),
         ),
         Outcome(
             "normalised-steps",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefopt.losses import HDPO
-from prefopt.reproduction.experiments.outcome import Outcome
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
 from prefopt.reproduction.experiments.tables import bradley_terry_optimum, entropy, numbers, total_variation
 
 ALPHAS = (0.5, 0.8, 0.9, 1.0, 1.1, 1.2, 2.0)
@@ -42,13 +42,16 @@ def optimum(beta: float = 0.5) -> list[Outcome]:
         Outcome(
             "optimum",
             f"largest total variation over alpha 0.5 to 2: {max(distances):.2g}",
-            max(distances) < 1e-3,
-            "6 responses, rewards and reference logits N(0, 1), beta 0.5",
+            settings="6 responses, rewards and reference logits N(0, 1), beta 0.5",
+            numbers={"total variation": [max(distances)]},
         ),
         Outcome(
             "entropy-rises",
             f"trained, alpha {numbers(list(ALPHAS))}: {numbers(entropies)}; closed form: {rising} of 1000 problems",
             entropies == sorted(entropies) and len(set(entropies)) == len(entropies) and rising == 1000,
+            picture=Picture(
+                "entropy of the trained table", "alpha", "nats", {"H-DPO": list(zip(ALPHAS, entropies, strict=True))}
+            ),
         ),
         Outcome(
             "entropy-at-equal-scale",

@@ -11,7 +11,7 @@ from prefopt.reproduction.experiments.addition import (
     greedy_accuracy,
     sampled_accuracy,
 )
-from prefopt.reproduction.experiments.outcome import Outcome
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
 from prefopt.reproduction.experiments.tables import numbers
 from prefopt.reproduction.experiments.tiny_lm import Pairs, TinyLM, log_ratios, train
 
@@ -51,6 +51,12 @@ def iterations(problems: int = 500) -> list[Outcome]:
             f"right and wrong chains: {usable} of {problems}",
             greedy[0] < greedy[1] < greedy[2],
             SETTINGS,
+            picture=Picture(
+                "accuracy over iterations",
+                "iteration",
+                "accuracy",
+                {name: list(enumerate(path)) for name, path in {"greedy": greedy, "sampled": sampled}.items()},
+            ),
         ),
         Outcome(
             "temperature",

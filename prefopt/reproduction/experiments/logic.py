@@ -10,8 +10,8 @@ from torch import Tensor
 from prefopt.logic import named
 from prefopt.logic.lattice import every_structure
 from prefopt.losses import Loss, PreferenceBatch, Scores, parse
-from prefopt.reproduction.experiments.outcome import Outcome
-from prefopt.reproduction.experiments.tables import descend, numbers, tabular_pairs
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
+from prefopt.reproduction.experiments.tables import curve, descend, numbers, tabular_pairs
 
 
 def pairs(points: int) -> PreferenceBatch:
@@ -33,7 +33,7 @@ def identities(points: int = 4000) -> Outcome:
         "known-formulas",
         f"largest difference at {points} random pairs: "
         + "; ".join(f"{name} {gap:.0e}" for name, gap in zip(known, gaps, strict=True)),
-        max(gaps) < 1e-9,
+        numbers={"difference": [max(gaps)]},
     )
 
 
@@ -46,7 +46,7 @@ def order(points: int = 4000) -> Outcome:
     return Outcome(
         "order",
         f"{len(ordered)} ordered pairs among {len(structures)} structures at {points} random pairs: {broken} broken",
-        broken == 0,
+        numbers={"broken": [float(broken)]},
     )
 
 
@@ -54,7 +54,7 @@ def spare_arms(steps: int = 4000) -> Outcome:
     """A bandit with six responses, one chosen, one rejected, four spare; all start alike."""
     start = torch.zeros(6, dtype=torch.float64)
     chosen, rejected = torch.tensor([0]), torch.tensor([1])
-    reached = {}
+    reached, lines = {}, {}
     for name in ("unCPO", "cCPO", "CEUnl"):
         loss = named(name).loss()
 
@@ -63,7 +63,8 @@ def spare_arms(steps: int = 4000) -> Outcome:
             value: Tensor = loss(tabular_pairs(logps, logps.detach(), chosen, rejected)).loss
             return value
 
-        reached[name] = torch.softmax(descend(objective, start, lr=0.5, steps=steps)[-1], -1)
+        path = torch.softmax(descend(objective, start, lr=0.5, steps=steps), -1)
+        reached[name], lines[name] = path[-1], curve(path[:, 0])
     likelihoods = [float(probabilities[0]) for probabilities in reached.values()]
     return Outcome(
         "spare-responses",
@@ -72,4 +73,5 @@ def spare_arms(steps: int = 4000) -> Outcome:
         + f"; P(rejected): {numbers([float(p[1]) for p in reached.values()], '.1e')}",
         likelihoods == sorted(likelihoods) and likelihoods[1] - likelihoods[0] > 1e-3,
         "six responses with equal start, gradient descent at 0.5",
+        picture=Picture("probability of the chosen response", "step", "probability", lines, log="x"),
     )

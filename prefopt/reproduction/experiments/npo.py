@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prefopt.losses import DPO, NPO, SFT, GradientAscent, KLRetain, Loss, PreferenceBatch, Scores
-from prefopt.reproduction.experiments.outcome import Outcome
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
 from prefopt.reproduction.experiments.tables import numbers
 
 # ------------------------------------------------------------------------------------------------------ one parameter
@@ -260,7 +260,17 @@ def stability(separation: float, steps: int = 2000) -> list[Outcome]:
             f"NPO {numbers(rise['NPO'], '.2f')}. "
             "All methods, mean: "
             + "; ".join(f"{name} {float(rise[name].mean()):.3g} (smallest {lowest[name]:.3g})" for name in records),
-            bool((rise["GA"] > 2).all() and (rise["NPO"] < 2).all()),
+            numbers={"gradient ascent": rise["GA"].tolist(), "NPO": rise["NPO"].tolist()},
+            picture=Picture(
+                "KL of the retrained model to the unlearned one, forget points, mean of the seeds",
+                "step",
+                "divergence",
+                {
+                    name: [(25.0 * n, float(value)) for n, value in enumerate(records[name]["forget"].mean(1))]
+                    for name in ("GA", "GradDiff", "NPO", "NPO+RT", "DPO")
+                },
+                log="y",
+            ),
         ),
         Outcome(
             f"retain-at-end-{apart}",

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prefopt.losses import ASFT, CPO, DPO, NCA, ORPO, APOZero, BCOPair, Hinge, Loss, PreferenceBatch, Scores, presets
-from prefopt.reproduction.experiments.outcome import Outcome
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
 from prefopt.reproduction.experiments.tables import numbers
 
 
@@ -86,6 +86,13 @@ def small_beta() -> Outcome:
         "small-beta",
         "cosine in the log-odds of 64 pairs: " + "; ".join(f"beta {b:g} {c:.6f}" for b, c in cosines.items()),
         sorted(cosines.values()) == list(cosines.values()) and cosines[0.01] > 0.999,
+        picture=Picture(
+            "ORPO's and ASFT's gradients",
+            "beta",
+            "cosine",
+            {"64 pairs": list(cosines.items())},
+            log="x",
+        ),
     )
 
 
@@ -181,6 +188,12 @@ def pairs_and_points(seeds: int = 10) -> list[Outcome]:
             f"points at width {', '.join(map(str, WIDTHS))}: {numbers(by_width, '.1f')}",
             all(abs(gaps[0.9, width]) < 1 for width in (6, 8)),
             settings,
+            picture=Picture(
+                "pairwise less pointwise held-out accuracy",
+                "width",
+                "points",
+                {"strength 0.9": list(zip(map(float, WIDTHS), by_width, strict=True))},
+            ),
         ),
         Outcome(
             "equal-without-bias",

@@ -14,7 +14,7 @@ from prefopt.losses import DPO, INPO, KLOnline, Loss, PreferenceBatch, Scores
 from prefopt.online.builders import parse_builder
 from prefopt.online.pairing import PairCounts, PairSettings, pairs_of
 from prefopt.reproduction.experiments import inpo
-from prefopt.reproduction.experiments.outcome import Outcome
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
 from prefopt.reproduction.experiments.tables import minimise, numbers, tabular_pairs, total_variation
 from prefopt.reproduction.experiments.tiny_lm import Rows, TinyLM, sums
 
@@ -73,8 +73,17 @@ def game(count: int = 25, prompts: int = 2000) -> list[Outcome]:
             "rounds-converge",
             f"Nash {numbers(nash.exp(), '.3f')}, last round {numbers(settled[-1].exp(), '.3f')}; total variation "
             f"{numbers(last, '.3f')}",
-            max(last) < 0.05,
-            settings,
+            settings=settings,
+            numbers={"largest total variation": [max(last)]},
+            picture=Picture(
+                "distance from the regularised Nash policy",
+                "round",
+                "total variation",
+                {
+                    name: [(float(number), total_variation(policy, nash)) for number, policy in enumerate(path)]
+                    for name, path in {"INPO": settled, **{f"DPO, beta {b:g}": p for b, p in iterated.items()}}.items()
+                },
+            ),
         ),
         Outcome(
             "dpo-rounds-cycle",

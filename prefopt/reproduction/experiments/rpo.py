@@ -10,8 +10,8 @@ from torch import Tensor
 from prefopt.losses import DPO, DPOP, SFT, Loss, PreferenceBatch, Scores, presets
 from prefopt.reproduction.experiments.addition import base_model, copy_of, draw_pairs
 from prefopt.reproduction.experiments.irpo import fresh
-from prefopt.reproduction.experiments.outcome import Outcome
-from prefopt.reproduction.experiments.tables import descend, numbers, tabular_pairs
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
+from prefopt.reproduction.experiments.tables import curve, descend, numbers, tabular_pairs
 from prefopt.reproduction.experiments.tiny_lm import log_ratios, train
 
 
@@ -41,7 +41,7 @@ def uncovered_arm(steps: int = 20000) -> list[Outcome]:
     features = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
     uniform = torch.full((3,), -math.log(3), dtype=torch.float64)
     pair = torch.tensor([0]), torch.tensor([1])
-    mass = {}
+    mass, lines = {}, {}
     for name, loss in {"DPO": DPO(0.1), **{f"RPO eta {eta:g}": rpo(0.1, eta) for eta in (0.005, 0.1, 1.0)}}.items():
 
         def objective(w: Tensor, loss: Loss = loss) -> Tensor:
@@ -50,20 +50,22 @@ def uncovered_arm(steps: int = 20000) -> list[Outcome]:
 
         path = descend(objective, torch.zeros(1, dtype=torch.float64), lr=0.5, steps=steps)
         logps = torch.log_softmax(path[-1] * features, -1)
+        lines[name] = curve(torch.softmax(path * features, -1)[:, 2])
         mass[name] = float(-torch.expm1(torch.logsumexp(logps[:2], 0)))  # 1 - (y1 + y2), where it is near 1
     settings = "three responses with logits w * (1, 0, 2), one pair y1 > y2, beta 0.1, gradient descent, step 0.5"
     return [
         Outcome(
             "uncovered-mass",
             f"pi(y3) after {steps} steps: " + "; ".join(f"{name} {value:.6f}" for name, value in mass.items()),
-            mass["RPO eta 1"] < mass["DPO"] - 1e-3,
-            settings,
+            settings=settings,
+            numbers={"DPO less RPO": [mass["DPO"] - mass["RPO eta 1"]]},
+            picture=Picture("mass on the uncovered response", "step", "pi(y3)", lines, log="x"),
         ),
         Outcome(
             "uncovered-mass-paper-eta",
             "same runs",
-            mass["RPO eta 0.005"] < mass["DPO"] - 1e-3,
-            settings,
+            settings=settings,
+            numbers={"DPO less RPO": [mass["DPO"] - mass["RPO eta 0.005"]]},
         ),
     ]
 

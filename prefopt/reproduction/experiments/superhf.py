@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prefopt.losses import PreferenceBatch, Scores, presets
-from prefopt.reproduction.experiments.outcome import Outcome
+from prefopt.reproduction.experiments.outcome import Outcome, Picture
 from prefopt.reproduction.experiments.tables import entropy, numbers
 
 RESPONSES = 50
@@ -75,13 +75,24 @@ def prior(steps: int = 2000, seeds: int = 5) -> list[Outcome]:
         Outcome(
             "prior-keeps-entropy",
             f"{measured}; in {int((wider & poorer).sum())} of {seeds} seeds",
-            bool((wider & poorer).all()),
-            settings,
+            settings=settings,
+            numbers={
+                "entropy at 0.35": runs[0.35][:, 2].tolist(),
+                "entropy at 0": runs[0.0][:, 2].tolist(),
+                "reward at 0.35": runs[0.35][:, 3].tolist(),
+                "reward at 0": runs[0.0][:, 3].tolist(),
+            },
+            picture=Picture(
+                "reward against entropy, lambda 0, 0.1, 0.35, 1 from the left",
+                "entropy, nats",
+                "mean reward",
+                {"SuperHF": [(float(values[2]), float(values[3])) for values in ends.values()]},
+            ),
         ),
         Outcome(
             "reward-rises",
             measured,
-            bool((runs[0.35][:, 3] > runs[0.35][:, 1] + 0.5).all()),
-            f"{settings}; well above: by 0.5 standard deviations of the reward or more",
+            settings=f"{settings}; well above: by 0.5 standard deviations of the reward or more",
+            numbers={"gain": (runs[0.35][:, 3] - runs[0.35][:, 1]).tolist()},
         ),
     ]

@@ -101,6 +101,13 @@ def entropy(logps: Tensor) -> Tensor:
     return -(logps.exp() * logps).sum(-1)
 
 
+def curve(path: Tensor, points: int = 200) -> list[tuple[float, float]]:
+    """(step, value) of a path of scalars, thinned to about `points`, denser at the beginning."""
+    last = len(path) - 1
+    steps = {round(last ** (number / points)) for number in range(points + 1)} | {0, last}
+    return [(float(step), float(path[step])) for step in sorted(steps)]
+
+
 def numbers(values: Tensor | Sequence[float], form: str = ".3g") -> str:
     """Values in one line, for the column of what was measured."""
     return ", ".join(format(float(value), form) for value in values)

@@ -49,7 +49,7 @@ def reproduce(
 def _run(papers: Sequence[Paper], quick: bool, out: Path, threads: int, named: str) -> None:
     from prefopt.reproduction import reproduce as run
     from prefopt.reproduction.pages import summary, write_pages
-    from prefopt.reproduction.receipt import receipt_of, write_receipt
+    from prefopt.reproduction.receipt import facts_of, receipt_of, write_receipt
     from prefopt.safety.noise import quiet_libraries
 
     quiet_libraries()
@@ -57,13 +57,7 @@ def _run(papers: Sequence[Paper], quick: bool, out: Path, threads: int, named: s
     receipt = receipt_of(papers, quick, threads, out)
     write_receipt(receipt, out)
     command = f"prefopt reproduce {named}{' --quick' if quick else ''}{f' --threads {threads}' if threads > 1 else ''}"
-    machine = receipt.machine
-    facts = [
-        f"`{command}`, prefopt {receipt.prefopt}",
-        f"{machine['processor']}, {threads} thread{'s' * (threads > 1)} of {machine['cores']} cores; all experiments "
-        f"together took {receipt.seconds:.0f} s of processor time",
-    ]
-    write_pages(papers, results, out, facts)
+    write_pages(papers, results, out, facts_of(receipt, command))
     for paper in papers:
         _show(paper, [result for result in results if result.paper == paper.name])
     say(f"{len(results)} claims: {summary(results)}. Pages, results.json and receipt.json are in {out}.")

@@ -70,6 +70,16 @@ def _entry(stored: Stored) -> dict[str, Any]:
     return {**inputs, "seconds": stored.seconds, "outcomes": outcomes, "error": stored.error}
 
 
+def facts_of(receipt: Receipt, command: str) -> list[str]:
+    """Lines about a run, for its pages: command, machine and time."""
+    machine, threads = receipt.machine, receipt.threads
+    return [
+        f"`{command}`, prefopt {receipt.prefopt}",
+        f"{machine['processor']}, {threads} thread{'s' * (threads > 1)} of {machine['cores']} cores; "
+        f"{len(receipt.experiments)} experiments, {receipt.seconds:.0f} s of processor time together",
+    ]
+
+
 def machine() -> dict[str, str]:
     import os
 

@@ -28,7 +28,7 @@ class Result:
     Attributes:
         paper: its file's name.
         claim: as the file has it.
-        verdict: computed from the numbers; `not run` for what `--quick` leaves out.
+        verdict: computed from the numbers; `not run` for what `--quick` left out or was not reached.
         measured: the numbers that decide, in words; the reason or the error where there are none.
         interval: mean and 95% interval over seeds, or "".
         settings: what the paper leaves open and was chosen here.
@@ -122,7 +122,8 @@ def _result(paper: Paper, claim: Claim, stored: dict[str, Stored]) -> Result:
         return Result(paper.name, claim, "cannot be run here", claim.cannot)
     one = stored.get(claim.experiment)
     if one is None:
-        return Result(paper.name, claim, "not run", "needs the full run: prefopt reproduce without --quick")
+        reason = "not run yet" if claim.run == "quick" else "left out by --quick"
+        return Result(paper.name, claim, "not run", reason)
     if one.error:
         return Result(paper.name, claim, "error", one.error, seconds=one.seconds)
     outcome = next((each for each in one.outcomes if each.claim == claim.id), None)

@@ -1,7 +1,4 @@
-"""NPO (2404.05868), theorem 2 on the bundled 135M model: how far its weights move while it forgets six answers.
-
-python scripts/claims/npo_lm.py     # about ten minutes on one core, and six more if the model has yet to learn
-"""
+"""NPO (2404.05868), theorem 2 on the bundled 135M model: how far its weights move while it forgets six answers."""
 
 from __future__ import annotations
 
@@ -12,16 +9,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from _common import Claim, run
-from npo import r_squared
 from transformers import TrainerCallback
 
 from prefopt.recipe import parse_arguments, preflight
 from prefopt.recipe.unlearning import Measurements, UnlearningArguments, learned_models, load_sets, make_trainer
+from prefopt.reproduction.experiments.npo import r_squared
+from prefopt.reproduction.experiments.outcome import Outcome
 
 LOSSES = {"NPO": "npo(beta=0.1)", "GA": "ga(nll='sum')"}
 STEPS, ROWS, RATE = 40, 6, 5e-4
-SOURCE = "NPO 2404.05868, theorem 2 (135M model)"
 SETTINGS = (
     f"SmolLM2-135M-Instruct that knows the bundled authors; gradient descent on all weights with a rate of {RATE:g}, "
     f"without momentum or clipping, on the same {ROWS} answers to forget in each step, no retain term, {STEPS} steps, "
@@ -51,10 +47,6 @@ class Forgetting(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         self.logps += [value for name, value in logs.items() if name.startswith("logps/")]
-        if self.logps:
-            print(
-                f"step {state.global_step}: distance {self.distances[-1]:.4f}, {self.logps[-1]:.2f} nats", flush=True
-            )
 
 
 def forget(loss: str) -> Forgetting:
@@ -81,7 +73,7 @@ def forget(loss: str) -> Forgetting:
         return path
 
 
-def claims() -> list[Claim]:
+def weights() -> list[Outcome]:
     paths = {name: forget(loss) for name, loss in LOSSES.items()}
     at = [STEPS // 4, STEPS // 2, STEPS]
     fits, lines = {}, []
@@ -97,22 +89,16 @@ def claims() -> list[Claim]:
         f"answer at the last step. {'. '.join(lines)}"
     )
     return [
-        Claim(
-            SOURCE,
-            "The weights' distance from the start grows linearly in t under gradient ascent",
+        Outcome(
+            "weights-linear-under-ascent",
             measured,
             fits["GA"][0] > max(0.99, fits["GA"][1]),
             SETTINGS,
         ),
-        Claim(
-            SOURCE,
-            "It grows like log t under NPO",
+        Outcome(
+            "weights-logarithmic-under-npo",
             "same runs",
             fits["NPO"][1] > max(0.99, fits["NPO"][0]),
             SETTINGS,
         ),
     ]
-
-
-if __name__ == "__main__":
-    run(__doc__ or "", claims)

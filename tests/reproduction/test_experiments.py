@@ -1,90 +1,53 @@
-"""The papers' small claims: the cheap ones again, at reduced size, and that every script is run and written down.
+"""The papers' experiments: the cheap ones again, at reduced size.
 
-Those that take more than a second are marked slow; `scripts/claims/` reports the same numbers.
+Those that take more than a second are marked slow; `prefopt reproduce` reports the same numbers.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "scripts" / "claims"
-sys.path.insert(0, str(FOLDER))  # the scripts import their neighbours by bare name, as scripts do
+from prefopt.losses import DPO, HDPO, IPO, NPO, GradientAscent
+from prefopt.reproduction.experiments import (
+    addition,
+    cringe,
+    discopop,
+    dpo,
+    entanglement,
+    hdpo,
+    hypo,
+    inpo,
+    ipo,
+    kernel,
+    logic,
+    npo,
+    npo_theorem,
+    orpo_asft,
+    reasoning,
+    rounds,
+    rpo,
+    superhf,
+    superhf_text,
+    tables,
+    tiny_lm,
+)
+from prefopt.reproduction.experiments.outcome import Outcome
+from prefopt.reproduction.paper import read_papers
+from prefopt.reproduction.verdict import verdict_of
 
-import _addition  # noqa: E402
-import _common  # noqa: E402
-import _tiny_lm  # noqa: E402
-import cringe  # noqa: E402
-import discopop  # noqa: E402
-import dpo  # noqa: E402
-import entanglement  # noqa: E402
-import hdpo  # noqa: E402
-import hypo  # noqa: E402
-import inpo  # noqa: E402
-import ipo  # noqa: E402
-import kernel  # noqa: E402
-import logic  # noqa: E402
-import npo  # noqa: E402
-import npo_theorem  # noqa: E402
-import orpo_asft  # noqa: E402
-import rounds  # noqa: E402
-import rpo  # noqa: E402
-import superhf  # noqa: E402
-
-from prefopt.losses import DPO, HDPO, IPO, NPO, GradientAscent  # noqa: E402
-
-SCRIPTS = sorted(file.stem for file in FOLDER.glob("*.py") if not file.stem.startswith("_"))
-
-
-def hold(claims: list[_common.Claim]) -> list[str]:
-    """The claims that do not hold, with what was measured."""
-    return [f"{claim.claim}: {claim.measured}" for claim in claims if not claim.holds]
+CLAIMS = {claim.id: claim for paper in read_papers() for claim in paper.claims if claim.check}
 
 
-# ---- the scripts ----------------------------------------------------------------------------------------------------
-
-
-def test_there_are_scripts():
-    assert {"all", "ipo", "npo", "lm"} <= set(SCRIPTS)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_can_be_run_and_is_written_down(name):
-    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    assert 'if __name__ == "__main__":' in text
-    assert f"python scripts/claims/{name}.py" in text.split('"""')[1]
-    assert f"{name}.py" in (ROOT / "docs" / "notes" / "claims.md").read_text(encoding="utf-8")
-
-
-def test_a_claim_that_does_not_hold_is_reported_and_is_no_error(monkeypatch, tmp_path, capsys):
-    file = tmp_path / "claims.json"
-    monkeypatch.setattr(sys, "argv", ["claims", "--json", str(file)])
-    _common.run("A title", lambda: [_common.Claim("a paper", "water flows up", "down [1]", False, "one glass")])
-    report = json.loads(file.read_text(encoding="utf-8"))
-    assert report["claims"][0]["holds"] is False
-    shown = capsys.readouterr().out
-    assert "does not hold" in shown
-    assert "down [1]" in shown
-
-
-@pytest.mark.slow
-def test_one_table_for_several_scripts(tmp_path):
-    files = [tmp_path / "claims.json", tmp_path / "claims.md"]
-    options = ["--only", "inpo", "--json", str(files[0]), "--markdown", str(files[1])]
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "all.py"), *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    claims = json.loads(files[0].read_text(encoding="utf-8"))["inpo"]["claims"]
-    assert all(claim["holds"] for claim in claims)
-    assert files[1].read_text(encoding="utf-8").count("| holds |") == len(claims)
+def hold(outcomes: list[Outcome]) -> list[str]:
+    """The claims that do not hold, with what was measured; those with rules are decided by them."""
+    return [
+        f"{outcome.claim}: {outcome.measured}"
+        for outcome in outcomes
+        if (verdict_of(CLAIMS[outcome.claim], outcome) != "holds" if outcome.holds is None else not outcome.holds)
+    ]
 
 
 # ---- tables of responses --------------------------------------------------------------------------------------------
@@ -108,10 +71,10 @@ def test_ipo_keeps_a_bandit_apart_from_certainty():
 
 def test_hdpo_reaches_its_closed_form_and_entropy_rises_with_alpha():
     rewards, reference = hdpo.problem(seed=3)
-    found = [_common.bradley_terry_optimum(HDPO(0.5, alpha), rewards, reference) for alpha in (0.8, 1.0, 1.2)]
+    found = [tables.bradley_terry_optimum(HDPO(0.5, alpha), rewards, reference) for alpha in (0.8, 1.0, 1.2)]
     exact = [hdpo.closed_form(rewards, reference, 0.5, alpha) for alpha in (0.8, 1.0, 1.2)]
-    assert max(_common.total_variation(a, b) for a, b in zip(found, exact, strict=True)) < 1e-6
-    entropies = [float(_common.entropy(logps)) for logps in found]
+    assert max(tables.total_variation(a, b) for a, b in zip(found, exact, strict=True)) < 1e-6
+    entropies = [float(tables.entropy(logps)) for logps in found]
     assert entropies[0] < entropies[1] < entropies[2]
 
 
@@ -140,7 +103,7 @@ def test_hypo_collapses_without_the_kl_and_not_with_it():
 
 def test_hypo_gradient_is_unbiased():
     claims = hypo.unbiased(samples=20_000)
-    assert [claim.holds for claim in claims if "variance" not in claim.claim] == [True, True]
+    assert [claim.holds for claim in claims if claim.claim != "baseline-variance"] == [True, True]
 
 
 def test_rounds_settle_with_inpo_and_not_with_iterated_dpo_and_the_online_kl_is_exact():
@@ -174,7 +137,7 @@ def test_gradient_ascent_is_linear_and_npo_logarithmic():
 
 
 def test_the_theorems_distances_are_linear_and_logarithmic():
-    linear, constant, *_ = npo_theorem.claims(steps=400, counts=(2, 8))
+    linear, constant, *_ = npo_theorem.theorem(steps=400, counts=(2, 8))
     assert not hold([linear, constant])
 
 
@@ -222,25 +185,59 @@ def test_perplexity_at_a_level_is_interpolated():
 
 def test_pairwise_cringe_lets_go_of_pairs_that_are_told_apart():
     text = cringe.Text()
-    claim = cringe.gate_and_gradient(text, _tiny_lm.TinyLM(len(text.symbols), hidden=16))
+    claim = cringe.gate_and_gradient(text, tiny_lm.TinyLM(len(text.symbols), hidden=16))
     assert claim.holds, claim.measured
 
 
 def test_addition_is_checked_by_its_answer_alone():
-    assert _addition.answer(37, 58) == "15 09 095; "
-    said = _addition.encode(["15 09 095; ", "99 99 095; ", "15 09 096; "])
-    assert _addition.is_right(said, [(37, 58)] * 3).tolist() == [True, True, False]
-    rows = _addition.rows(_addition.prompts_of([(37, 58)]), said[:1])
+    assert addition.answer(37, 58) == "15 09 095; "
+    said = addition.encode(["15 09 095; ", "99 99 095; ", "15 09 096; "])
+    assert addition.is_right(said, [(37, 58)] * 3).tolist() == [True, True, False]
+    rows = addition.rows(addition.prompts_of([(37, 58)]), said[:1])
     assert int(rows.mask.sum()) == len("15 09 095;")
 
 
 def test_sums_of_a_tiny_model_are_its_log_probabilities():
-    model = _tiny_lm.TinyLM(5, hidden=8)
+    model = tiny_lm.TinyLM(5, hidden=8)
     tokens = torch.tensor([[0, 1, 2, 3]])
     mask = torch.tensor([[False, False, True, True]])
     logps = torch.log_softmax(model(tokens[:, :-1]), -1)
     expected = logps[0, 1, 2] + logps[0, 2, 3]
-    torch.testing.assert_close(_tiny_lm.sums(model, _tiny_lm.Rows(tokens, mask))[0], expected)
+    torch.testing.assert_close(tiny_lm.sums(model, tiny_lm.Rows(tokens, mask))[0], expected)
+
+
+def test_pass_at_k_is_the_chance_that_one_of_k_samples_is_right():
+    right = torch.tensor([[True, False, False, False], [False] * 4, [True] * 4])
+    assert reasoning.pass_at(right, 1) == pytest.approx((1 / 4 + 0 + 1) / 3)
+    assert reasoning.pass_at(right, 2) == pytest.approx((1 / 2 + 0 + 1) / 3)
+    assert reasoning.pass_at(right, 4) == pytest.approx(2 / 3)
+
+
+def test_seeds_of_the_addition_claims_share_no_problem():
+    drawn = [
+        problem for seed in reasoning.SEEDS for number in range(3) for problem in reasoning.problems_of(seed, number)
+    ]
+    assert len(set(drawn)) == len(drawn)
+    assert not set(drawn) & set(addition.HELD_OUT)
+
+
+def test_superhf_reads_the_kl_of_the_whole_distribution():
+    text = cringe.read_text()
+    model, other = (tiny_lm.TinyLM(len(text.symbols), hidden=8, seed=seed) for seed in (0, 1))
+    prompts = text.windows(text.train, 2, torch.Generator().manual_seed(0)).tokens[:, : cringe.PROMPT]
+    own = superhf_text.continued(model, prompts, torch.Generator().manual_seed(0))
+    assert float(superhf_text.scored(model, model, own).token_forward_kl.abs().max()) == pytest.approx(0, abs=1e-6)
+    assert float(superhf_text.scored(model, other, own).token_forward_kl.min()) > 0
+    said = text.decode(own.tokens[:, cringe.PROMPT :])
+    expected = [answer.count("e") / superhf_text.LENGTH for answer in said]
+    assert superhf_text.rewards(text, own).tolist() == pytest.approx(expected)
+
+
+def test_a_curve_is_thinned_and_keeps_its_ends():
+    points = tables.curve(torch.arange(1001.0))
+    assert points[0] == (0.0, 0.0)
+    assert points[-1] == (1000.0, 1000.0)
+    assert len(points) <= 202
 
 
 # ---- the logic of preference losses ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prefopt.analysis.displacement import Ches, ches
     from prefopt.analysis.gradients.callback import EntanglementCallback
     from prefopt.analysis.gradients.entangled import Entanglement, entanglement
     from prefopt.analysis.gradients.probes import Probes, draw_probes
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PAIRS",
+    "Ches",
     "Distribution",
     "Entanglement",
     "EntanglementCallback",
@@ -44,6 +46,7 @@ __all__ = [
     "Thresholds",
     "Trial",
     "Triplets",
+    "ches",
     "draw_probes",
     "entanglement",
     "examine",
@@ -60,6 +63,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "displacement": ("Ches", "ches"),
     "gradients.callback": ("EntanglementCallback",),
     "gradients.entangled": ("Entanglement", "entanglement"),
     "gradients.probes": ("Probes", "draw_probes"),

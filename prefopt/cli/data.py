@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from prefopt.cli.app import app, console, fail, say
+from prefopt.cli.displacement import check_options, show_displacement
 from prefopt.safety.errors import PrefoptError
 
 Columns = Annotated[
@@ -41,6 +42,13 @@ def check(
     retain: Annotated[
         str | None, typer.Option(help="For unlearning: the set to retain; DATA is the set to forget.")
     ] = None,
+    displacement: Annotated[
+        bool, typer.Option("--displacement", help="Which chosen answers may lose likelihood, by --model's states.")
+    ] = False,
+    keep: Annotated[
+        float | None, typer.Option(help="With --displacement: the share of pairs, lowest scores first, for --out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --keep: the JSONL file to write.")] = None,
 ) -> None:
     """Validate a preference data set, or sets to forget and to retain, and print what is wrong with it."""
     from prefopt.data import kind, validate
@@ -52,6 +60,7 @@ def check(
         fail("a chat template is applied with a tokenizer: name it with --model")
     if max_length is not None and max_length < 2:
         fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
+    check_options(displacement, model, keep, out)
     data, words = _words(data, columns, context.args)
     if retain is not None:
         return _check_unlearning({"forget": data, "retain": retain}, config, split)
@@ -77,6 +86,13 @@ def check(
         say(note)
     what = {"pair": "pairs", "unpaired": "labelled completions", "group": "groups"}[kind(dataset)]
     say(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
+    if displacement:
+        if what != "pairs":
+            fail(f"--displacement compares the two completions of a pair, and these are {what}")
+        bad = set(report.bad_rows)
+        numbers = [number for number in range(len(dataset)) if number not in bad]
+        rows = dataset.select(numbers).add_column("row", numbers)
+        show_displacement(rows, _network(model), keep, out)
     if not report.ok:
         raise typer.Exit(1)
 

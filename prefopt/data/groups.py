@@ -15,9 +15,12 @@ from prefopt.data.messages import same_texts
 
 Row = Mapping[str, Any]
 
-COMPLETIONS, SCORES = "completions", "scores"
+COMPLETIONS, SCORES, WINS = "completions", "scores", "win_probabilities"
 SIDES = (COMPLETIONS,)
 """The columns of completions, as pairs have ("chosen", "rejected")."""
+
+_AGREEMENT = 0.01
+"""How far the probability that one completion beats another may be from 1 less that of the reverse."""
 
 MAX_SCORE = 1e30
 """Scores are below this, and above its negative."""
@@ -63,6 +66,22 @@ def scores_problems(row: Row) -> Iterator[str]:
         yield "scores do not fit"
     elif len(scores) > 1 and len(set(scores)) == 1:
         yield "all scores are equal"
+
+
+def mean_wins(matrix: Any) -> list[float] | None:
+    """Each completion's mean probability to win against the others of its group, or None for what is no such matrix.
+
+    Args:
+        matrix: row i, column j: the probability that completion i is better than j. The diagonal does not count.
+    """
+    if not isinstance(matrix, list) or not all(isinstance(row, list) and len(row) == len(matrix) for row in matrix):
+        return None
+    others = [(i, j) for i in range(len(matrix)) for j in range(len(matrix)) if i != j]
+    if not others or not all(_is_score(matrix[i][j]) and 0 <= matrix[i][j] <= 1 for i, j in others):
+        return None
+    if any(abs(matrix[i][j] + matrix[j][i] - 1) > _AGREEMENT for i, j in others):
+        return None
+    return [sum(row[j] for j in range(len(matrix)) if j != i) / (len(matrix) - 1) for i, row in enumerate(matrix)]
 
 
 def _is_score(value: Any) -> bool:

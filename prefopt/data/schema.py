@@ -27,7 +27,7 @@ from prefopt.data.columns import (
 )
 from prefopt.data.errors import DataError
 from prefopt.data.formats import IMPLICIT, read_format
-from prefopt.data.groups import COMPLETIONS
+from prefopt.data.groups import COMPLETIONS, SCORES, WINS, mean_wins
 from prefopt.data.maps import MESSAGE, MESSAGES, PEEKED_ROWS, map_rows
 from prefopt.data.messages import UNREADABLE, as_messages, in_turns, role, same_texts, writing
 from prefopt.data.prompts import CONTEXT, add_context, check_implicit, check_repeated, extract_prompt
@@ -221,6 +221,10 @@ def _normalise_groups(dataset: Dataset | IterableDataset, rows: Sequence[Row]) -
     if not any(written):
         # Answers in one text, or objects whose field with the text is not known.
         raise DataError(missing_columns_message(column_names(dataset), rows))
+    names = column_names(dataset)
+    if WINS in names and SCORES not in names:
+        scores = {SCORES: List(Value("float64"))}
+        dataset = map_rows(dataset, _scores_of_wins, scores, "Averaging win probabilities", remove=[WINS])
     styles = {"text" if isinstance(text, str) else "messages" for text in texts if text is not None}
     if any(isinstance(text, dict) for text in texts):
         dataset = map_rows(dataset, _as_conversations, {COMPLETIONS: None}, "Reading messages")
@@ -231,6 +235,11 @@ def _normalise_groups(dataset: Dataset | IterableDataset, rows: Sequence[Row]) -
             dataset, partial(in_turns, names=["prompt"]), {"prompt": MESSAGES}, "Writing prompts as messages"
         )
     return dataset
+
+
+def _scores_of_wins(row: Row) -> Row:
+    """Scores that are mean win probabilities; null, which the check reports, where there is no such matrix."""
+    return {SCORES: mean_wins(row[WINS])}
 
 
 def _as_conversations(row: Row) -> Row:

@@ -28,6 +28,16 @@ def load_demo(split: Split) -> Dataset:
     return Dataset.from_list(read_rows(split))
 
 
+def load_demo_groups(split: Split) -> Dataset:
+    """The same pairs as groups of two, with scores 1 and 0, for losses over groups."""
+    from datasets import Dataset
+
+    return Dataset.from_list([
+        {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "scores": [1.0, 0.0]}
+        for row in read_rows(split)
+    ])  # fmt: skip
+
+
 def heldout_prompts() -> list[Messages]:
     """The held-out prompts, for greedy answers before and after training; the training pairs have other subjects."""
     return [row["prompt"] for row in read_rows("heldout")]

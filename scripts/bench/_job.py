@@ -185,7 +185,7 @@ def device() -> str:
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
 
 
-def make_trainer(role: str, job: Job, model: Any, folder: str, **more: Any) -> Any:
+def make_trainer(role: str, job: Job, model: Any, folder: str, rows: Any = None, **more: Any) -> Any:
     import torch
     from transformers import set_seed
     from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config
@@ -208,7 +208,7 @@ def make_trainer(role: str, job: Job, model: Any, folder: str, **more: Any) -> A
         # Trainers load a reference from where the model came from, and random weights came from nowhere.
         ref_model=copy.deepcopy(model) if job.full and job.model.startswith(MODEL) else None,
         args=config(**options),
-        train_dataset=load_pairs(job, tokenizer),
+        train_dataset=load_pairs(job, tokenizer) if rows is None else rows,
         processing_class=tokenizer,
         peft_config=None if job.full else get_peft_config(lora),
     )

@@ -4,6 +4,7 @@ One job:
     python scripts/bench/speed.py --data pairs.jsonl                       # real pairs
     python scripts/bench/speed.py --prompt 1024 --completion 64            # made-up pairs of these lengths
     python scripts/bench/speed.py --completions 4 --pairs 6                # one chosen over three others, two prompts
+    python scripts/bench/speed.py --groups --completions 8 --pairs 7       # 8 answers as a group, and as 7 pairs
     python scripts/bench/speed.py --data pairs.jsonl --cached_reference --full --repeats 3 --json speed.json
 Many jobs, each written to the JSON file when it is done; the same command goes on after an interruption:
     python scripts/bench/speed.py --sweep --json speed.json --data pairs.jsonl --plot speed.png
@@ -41,6 +42,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _groups as groups
 import _session as session
 from _job import ROLES, Job
 from _report import NAMES, check_picture, describe, draw, lengths_markdown, lengths_table, markdown, terminal_table
@@ -242,6 +244,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     kinds.add_argument("--sweep", nargs="?", const="quick", choices=["quick", "full", "gpu"], help="many jobs (quick)")
     kinds.add_argument("--lengths", action="store_true", help="time per token of ours alone by length of row")
     kinds.add_argument("--gradient_only", action="store_true", help="one step each, compare the gradients")
+    kinds.add_argument("--groups", action="store_true", help="ours alone: K answers as a group, and as K - 1 pairs")
     kinds.add_argument("--table", type=Path, metavar="JSON", help="print results as Markdown, measure nothing")
     parser.add_argument("--json", type=Path, help="where results are kept")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw speed and memory of the jobs")
@@ -270,6 +273,10 @@ def problem_with(args: argparse.Namespace) -> str | None:
         return "--max_length is for --data; made-up pairs are never cut: leave it out"
     if args.gradient_only and (extra := given("steps", "plot")):
         return f"--gradient_only takes one step and draws nothing, so {extra} has no effect: leave it out"
+    if args.groups and (extra := given("data", "device", "json", "plot", "verbose")):
+        return f"--groups works on made-up rows and prints a table, so {extra} has no effect: leave it out"
+    if args.groups and (args.completions or 2) < 3:
+        return "--groups compares a group with its pairs: give --completions, 3 or more"
     if args.device is None and (extra := given("variants", "seconds")):
         return f"{extra} is for --device: leave it out"
     if args.device is None and args.sweep == "gpu":
@@ -367,6 +374,9 @@ def run(args: argparse.Namespace) -> None:
         measure_jobs(sweep_jobs(args.sweep, args.data, **common), args)
         return
     job = one_job(args, common)
+    if args.groups:
+        print(groups.markdown(job, groups.run(job, args.repeats, lambda line: print(line, flush=True))))
+        return
     if args.gradient_only:
         measure_gradient(job, args)
     elif measure_jobs([job], args)[0]["failed"]:

@@ -174,3 +174,20 @@ def test_bad_ids_and_scores_of_tokenized_groups_are_named():
     ):
         with pytest.raises(DataError, match=problem):
             check_ids(Dataset.from_list([{**good, **change}]), **cut)
+
+
+def test_win_probabilities_become_mean_scores_and_what_is_no_matrix_is_named():
+    matrix = [[0.5, 0.9, 0.6], [0.1, 0.5, 0.2], [0.4, 0.8, 0.5]]
+    rows = [
+        {"prompt": "p", "completions": [" a", " b", " c"], "win_probabilities": matrix},
+        {"prompt": "q", "completions": [" a", " b"], "win_probabilities": [[None, 0.7], [0.3, None]]},
+        {"prompt": "r", "completions": [" a", " b"], "win_probabilities": [[0.5, 0.7], [0.7, 0.5]]},
+        {"prompt": "s", "completions": [" a", " b"], "win_probabilities": [[0.5, 1.2], [-0.2, 0.5]]},
+        {"prompt": "t", "completions": [" a", " b", " c"], "win_probabilities": [[0.5, 0.7], [0.3, 0.5]]},
+    ]
+    groups = normalise(Dataset.from_list(rows))
+    assert groups.column_names == ["prompt", "completions", "scores"]
+    assert groups[0]["scores"] == pytest.approx([0.75, 0.15, 0.6])
+    assert groups[1]["scores"] == pytest.approx([0.7, 0.3])
+    problems = {found.kind: found.rows for found in validate(groups).problems}
+    assert problems == {"bad scores": [2, 3], "scores do not fit": [4]}

@@ -35,8 +35,8 @@ FOLDER = ROOT / "configs" / "papers"
 FILES = sorted([*FOLDER.glob("*.yaml"), *(ROOT / "configs" / "unlearning").glob("*.yaml")])
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 FAMILIES = (
-    "asft_two_stage", "cringe_safety", "discopop", "hdpo", "hmk", "hypo_tldr", "inpo", "ipo_zephyr", "irpo_gsm8k",
-    "kernel_dpo", "kto", "orpo_two_stage", "rpo_zephyr", "simpo",
+    "asft_two_stage", "cringe_safety", "discopop", "gvpo", "hdpo", "hmk", "hypo_tldr", "inpo", "ipo_zephyr",
+    "irpo_gsm8k", "kernel_dpo", "kto", "orpo_two_stage", "rpo_zephyr", "simpo",
 )  # fmt: skip
 PAPER = "arxiv", "title", "setting", "reported", "claim", "devices", "global_batch", "source", "unknown", "differs"
 

@@ -112,7 +112,7 @@ def states_of(model: Any, rows: Sequence[dict[str, Any]]) -> States:
             raise UsageError(f"row {number} has no {empty[0]} tokens")
     jobs = [(row["prompt_ids"][-PROMPT_TOKENS:], row["chosen_ids"][:COMPLETION_TOKENS]) for row in rows]
     jobs += [(row["prompt_ids"][-PROMPT_TOKENS:], row["rejected_ids"][:COMPLETION_TOKENS]) for row in rows]
-    prompts, hidden = _forward(model.eval(), head, jobs)
+    prompts, hidden = forward(model.eval(), head, jobs)
     words, left_out = _narrowed(head, hidden, [completion for _, completion in jobs])
     kept = torch.tensor(words)
     # States are on the CPU, also if the model is not.
@@ -135,8 +135,20 @@ def _side(narrow: Narrow, hidden: list[Tensor], labels: list[Tensor]) -> Side:
     return Side(states, mask, pad(labels, batch_first=True), torch.stack([narrow.log_probs(row) for row in states]))
 
 
-def _forward(model: Any, head: Head, jobs: list[tuple[list[int], list[int]]]) -> tuple[Tensor, list[Tensor]]:
-    """(J, H) mean states of the prompts, and of each job the (T, H) states that predict its completion."""
+def forward(model: Any, head: Head, jobs: list[tuple[list[int], list[int]]]) -> tuple[Tensor, list[Tensor]]:
+    """Last hidden states of J prompts with a completion each, on the CPU in float32.
+
+    Args:
+        model: in evaluation mode.
+        head: its head.
+        jobs: token ids of prompt and completion, neither empty.
+
+    Returns:
+        (J, H) mean states of the prompts, and of each job the (T, H) states that its completion is predicted from.
+
+    Raises:
+        UsageError: if the model's adapter puts its own tokens before every row.
+    """
     prompts: list[Tensor] = [torch.empty(0)] * len(jobs)
     completions = list(prompts)
     seen: list[Tensor] = []

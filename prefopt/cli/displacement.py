@@ -1,0 +1,59 @@
+"""`prefopt check --displacement`: the pairs whose chosen answers may lose likelihood, and a filter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefopt.cli.app import console, fail, say
+
+SHOWN = 10
+_WIDTH = 60
+
+
+def show_displacement(rows: Any, network: tuple[Any, Any], keep: float | None, out: Path | None) -> None:
+    """Print the pairs with the highest CHES scores; write those with the lowest to `out`.
+
+    Args:
+        rows: checked pairs of a normalised data set, with a column `row`, their number in the file.
+        network: the model that will be trained, and its tokenizer.
+        keep: share of the pairs to write.
+        out: JSONL file to write.
+    """
+    from rich.table import Table
+
+    from prefopt.analysis.displacement import ches
+    from prefopt.data import tokenize_dataset
+    from prefopt.data.messages import plain_text
+
+    model, tokenizer = network
+    tokenized = tokenize_dataset(rows, tokenizer)
+    scores = ches(model, [tokenized[number] for number in range(len(tokenized))])
+    low, high = float(scores.averaged.min()), float(scores.averaged.max())
+    say(
+        f"CHES of {len(scores)} pairs, averaged over tokens: mean {float(scores.averaged.mean()):.4g}, from {low:.4g} "
+        f"to {high:.4g}. The higher, the likelier the chosen answer loses likelihood in training with this model:"
+    )
+    table = Table("row", "score", "chosen", "rejected")
+    for number in scores.worst(SHOWN):
+        texts = (" ".join(plain_text(rows[number][side]).split())[:_WIDTH] for side in ("chosen", "rejected"))
+        table.add_row(str(rows[number]["row"]), f"{float(scores.averaged[number]):.4g}", *texts)
+    console().print(table)
+    if keep is not None and out is not None:
+        kept = rows.select(scores.lowest(keep)).remove_columns("row")
+        kept.to_json(out, lines=True, force_ascii=False)
+        say(f"{out}: the {len(kept)} pairs with the lowest scores.")
+
+
+def check_options(displacement: bool, model: str | None, keep: float | None, out: Path | None) -> None:
+    """Refuse combinations of options that have no effect."""
+    if not displacement and (keep is not None or out is not None):
+        fail("--keep and --out write the pairs with the lowest scores of --displacement: add it")
+    if displacement and model is None:
+        fail("--displacement scores pairs with the model that will be trained: name it with --model")
+    if (keep is None) != (out is None):
+        fail("--keep SHARE and --out FILE belong together: the share of the pairs to keep, and where to write them")
+    if keep is not None and not 0 < keep <= 1:
+        fail(f"--keep is the share of the pairs to keep, above 0 and at most 1, got {keep:g}")
+    if out is not None and (not out.parent.is_dir() or out.is_dir()):
+        fail(f"--out: {out} is not a file in a folder that exists")

@@ -20,7 +20,6 @@ from prefopt.data.stored import tokenizer_key
 from prefopt.data.unused import MEDIA, unused_columns
 from prefopt.data.validate import row_check
 from prefopt.demo.data import load_demo, load_demo_groups
-from prefopt.losses import parse
 from prefopt.recipe.arguments import Recipe
 from prefopt.recipe.earlier_run import make_room
 from prefopt.recipe.holdout import hold_out, own_split
@@ -71,7 +70,8 @@ def load_data(recipe: Recipe, ready: Ready) -> Data:
 
 
 def _bundled(recipe: Recipe) -> Data:
-    load = load_demo_groups if parse(recipe.training.loss).grouped else load_demo
+    grouped = recipe.objective is not None and recipe.objective.grouped
+    load = load_demo_groups if grouped else load_demo
     held_out = {"the bundled held-out pairs": load("heldout")} if recipe.script.eval_rows else {}
     return Data({"the bundled pairs": load("train")}, held_out)
 

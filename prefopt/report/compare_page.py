@@ -216,7 +216,7 @@ def _row(comparison: Comparison, place: int, measures: Sequence[Measure]) -> dic
             row.append({"value": "", "interval": ""})
         else:
             row.append({"value": _value(cell), "interval": _ends(cell)})
-    names = [run.name for run in group.runs.values()]
+    names = list(group.names)
     if len(names) > _NAMES:
         names = [*names[:_NAMES], f"and {len(names) - _NAMES} more"]
     label, best = group.label, group is comparison.best
@@ -302,7 +302,12 @@ def _flip(flip: Flips) -> dict[str, Any]:
 def _no_flips(comparison: Comparison) -> str:
     if comparison.best is None:
         return "Pairs are compared with the best run, and there is none."
-    without = [run.name for group in comparison.groups for run in group.runs.values() if not run.pairs]
+    without = [
+        name
+        for group in comparison.groups
+        for name, run in zip(group.names, group.runs.values(), strict=True)
+        if not run.pairs
+    ]
     if without:
         return (
             f"Not known: no heldout.json in {', '.join(without)}. prefopt train writes it at the end of a run on one "

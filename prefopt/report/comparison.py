@@ -199,7 +199,7 @@ def flips_of(better: Group, other: Group) -> Flips | None:
 def _verdict(best: Group, others: Sequence[Group], measure: Measure, level: float) -> str:
     highest = f"{best.label} has the highest held-out {measure.label}, {_mean(best, measure):{measure.form}}"
     if not others:
-        return f"{highest}. There is nothing to compare it with."
+        return f"There is one setting, {best.label}; runs of another are needed to compare it with."
     behind: list[str] = []
     alike: list[str] = []
     unknown: list[str] = []
@@ -256,7 +256,8 @@ def _cautions(groups: Sequence[Group]) -> tuple[list[str], bool]:
     trained = {_fingerprint(run, "training") for seed, run in runs if seed == runs[0][0]} - {None}
     if len(trained) > 1:
         cautions.append("The runs were trained on different rows: what differs may be due to the data.")
-    if silent := [run.name for _, run in runs if not run.facts]:
+    named = [(name, run) for group in groups for name, run in zip(group.names, group.runs.values(), strict=True)]
+    if silent := [name for name, run in named if not run.facts]:
         cautions.append(
             f"No run.json in {', '.join(silent)}: whether data and base model were the same is not known from there."
         )

@@ -18,7 +18,9 @@ from prefopt.safety.files import write_text
 
 _PROMPTS = 24
 """Prompts whose answers are on the page."""
-_CHARACTERS = 2000
+_EVALUATIONS = 12
+"""Evaluations whose answers are on the page."""
+_CHARACTERS = 1200
 """Of one answer."""
 _CHARTS_MORE = 80
 """Charts of numbers that belong to no other chart."""
@@ -181,7 +183,7 @@ def _curves_note(curves: Mapping[str, Curve], points: int) -> str:
 def _answers(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per prompt its answers in order; neighbours that are alike are one entry."""
     rows = []
-    rounds = [one for one in _list(stored.get("answers")) if isinstance(one, dict)]
+    rounds = _some_rounds(stored)
     for place, prompt in enumerate(_list(stored.get("prompts"))[:_PROMPTS]):
         versions: list[dict[str, Any]] = []
         last: str | None = None
@@ -199,10 +201,19 @@ def _answers(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _some_rounds(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The answers of the first and the last evaluation, and of some in between."""
+    rounds = [one for one in _list(stored.get("answers")) if isinstance(one, dict)]
+    if len(rounds) <= _EVALUATIONS:
+        return rounds
+    return [rounds[place * (len(rounds) - 1) // (_EVALUATIONS - 1)] for place in range(_EVALUATIONS)]
+
+
 def _answers_note(stored: Mapping[str, Any]) -> str:
-    count = len(_list(stored.get("prompts")))
+    count, evaluations = len(_list(stored.get("prompts"))), len(_list(stored.get("answers")))
     shown = f"The first {_PROMPTS} of {count} held-out prompts" if count > _PROMPTS else f"{count} held-out prompts"
-    return f"{shown}, answered greedily."
+    some = f", at {_EVALUATIONS} of {evaluations} evaluations" if evaluations > _EVALUATIONS else ""
+    return f"{shown}, answered greedily{some}."
 
 
 # ---- loss, data, environment -------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prefopt.report.curves import KL
@@ -63,10 +65,12 @@ class Group:
     Attributes:
         label: what it has that the others do not.
         runs: by seed; where seeds are unknown, there is one.
+        names: of the runs' folders, with the folder above where two have one name.
     """
 
     label: str
     runs: Mapping[Any, RunFolder]
+    names: Sequence[str]
 
     @property
     def first(self) -> RunFolder:
@@ -153,9 +157,19 @@ def grouped(runs: Sequence[RunFolder]) -> list[Group]:
             groups[f"run {place}"] = {seed: run}
         else:
             groups.setdefault(key, {})[seed] = run
-    members = list(groups.values())
-    labels = _labels([next(iter(group.values())) for group in members])
-    return [Group(label, group) for label, group in zip(labels, members, strict=True)]
+    members, names = list(groups.values()), _names(runs)
+    labels = _labels([next(iter(group.values())) for group in members], names)
+    return [
+        Group(label, group, [names[run.path] for run in group.values()])
+        for label, group in zip(labels, members, strict=True)
+    ]
+
+
+def _names(runs: Sequence[RunFolder]) -> dict[Path, str]:
+    """The names of folders by path; of those with one name also the folder above, as in `trial-3/seed-0`."""
+    counts = Counter(run.name for run in runs)
+    above = {run.path: run.path.resolve().parent.name for run in runs}
+    return {run.path: run.name if counts[run.name] == 1 else f"{above[run.path]}/{run.name}" for run in runs}
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:
@@ -181,7 +195,7 @@ def _described(run: RunFolder) -> dict[str, str]:
     return {"loss": run.loss, "data": " ".join(sources), **dict(sorted(settings.items()))}
 
 
-def _labels(runs: Sequence[RunFolder]) -> list[str]:
+def _labels(runs: Sequence[RunFolder], names_of: Mapping[Path, str]) -> list[str]:
     """A short name for each: its loss as written where losses differ, settings that differ, or its folder."""
     described = [_described(run) for run in runs]
     names = list(dict.fromkeys(name for one in described for name in one))
@@ -190,7 +204,8 @@ def _labels(runs: Sequence[RunFolder]) -> list[str]:
     for run, one in zip(runs, described, strict=True):
         written = str(run.facts.get("expression") or run.loss)
         parts = [written if name == "loss" else f"{name}={one.get(name, 'default')}" for name in differing[:4]]
-        labels.append(", ".join(part for part in parts if part) or run.name)
+        labels.append(", ".join(part for part in parts if part) or names_of[run.path])
     return [
-        label if labels.count(label) == 1 else f"{label} ({run.name})" for label, run in zip(labels, runs, strict=True)
+        label if labels.count(label) == 1 else f"{label} ({names_of[run.path]})"
+        for label, run in zip(labels, runs, strict=True)
     ]

@@ -145,3 +145,11 @@ def test_intervals_by_hand():
     assert sign_test(2, 8) == pytest.approx(0.109375)
     assert sign_test(0, 0) == 1.0
     assert sign_test(1500, 1500) == 1.0
+
+
+def test_folders_of_one_name_are_told_apart_by_the_folder_above(tmp_path):
+    runs = [write_run(tmp_path / trial / "seed-0", loss=trial) for trial in ("trial-1", "trial-2")]
+    for run in runs:
+        (run / "run.json").unlink()
+    result = compared(tmp_path, *runs)
+    assert [group["label"] for group in result["groups"]] == ["trial-1/seed-0", "trial-2/seed-0"]

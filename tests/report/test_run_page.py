@@ -83,7 +83,8 @@ def test_no_page_makes_a_request(tmp_path):
 
 
 def test_hostile_text_stays_text(tmp_path):
-    runs = [write_run(tmp_path / name, loss=f"{HOSTILE}{name}", command=HOSTILE) for name in "ab"]
+    folders = [tmp_path / f"<img src=x onerror=alert(3)>{name}" for name in "ab"]
+    runs = [write_run(folder, loss=f"{HOSTILE}{folder.name}", command=HOSTILE) for folder in folders]
     for run in runs:
         hostile = dict.fromkeys(("rule", "level", "text", "remedy", "step"), HOSTILE)
         write(run, "findings.json", [hostile])
@@ -154,6 +155,16 @@ def test_a_run_that_logs_hundreds_of_numbers_stays_under_two_megabytes(tmp_path)
     lines = [{"step": s, **{f"number {n}": s * math.pi for n in range(300)}} for s in range(1, 1201)]
     write(tmp_path / "wide", "log_history.json", {"log_history": lines})
     assert write_run_page(tmp_path / "wide").stat().st_size < 2_000_000
+
+
+def test_answers_of_many_evaluations_stay_small(tmp_path):
+    run = write_run(tmp_path / "run")
+    rounds = [{"step": n, "texts": [f"{n} " + "word " * 1000] * 60, "ended": [True] * 60} for n in range(200)]
+    write(run, "answers.json", {"prompts": ["Why? " * 1000] * 60, "answers": rounds})
+    page = write_run_page(run)
+    assert page.stat().st_size < 2_000_000
+    assert "The first 24 of 60 held-out prompts, answered greedily, at 12 of 200 evaluations." in read(page).text
+    assert "step 199" in read(page).text
 
 
 def test_a_plain_checkpoint_of_trl_has_a_page(tmp_path):

@@ -15,7 +15,8 @@ from prefopt.recipe.vectors import loaded_whole
 from prefopt.trainer import PreferenceConfig
 
 _ONE_READS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-"""While this is true, transformers gives empty weights to all processes but one, for FSDP to fill them."""
+"""While this is true (`cpu_ram_efficient_loading` of --fsdp_config), transformers gives empty weights to all processes
+but one, for FSDP to fill them."""
 
 
 def is_sharded(training: PreferenceConfig) -> bool:

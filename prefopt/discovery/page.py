@@ -100,7 +100,7 @@ def verdict(held_out: Sequence[HeldOut]) -> str:
         return f"The search's first, {first}, beats DPO on {' and on '.join(wins)}."
     if wins:
         return f"The search's first, {first}, beats DPO on {' and on '.join(wins)} only: it is not said to beat DPO."
-    return f"The search's first, {first}, does not beat DPO: none did."
+    return f"The search's first, {first}, does not beat DPO, so no candidate is said to beat it."
 
 
 def as_json(told: Frontier) -> dict[str, Any]:
@@ -140,13 +140,7 @@ def markdown(told: Frontier) -> str:
         *_table(
             ("candidate", "value, worst beta", "reward at equal KL", "length at equal KL", "expression"),
             [
-                (
-                    str(n),
-                    f"{s.value:.3f}",
-                    f"{s.reward_at_kl:.3f}",
-                    f"{s.length_at_kl:.2f}",
-                    f"`{_expression(told, n)}`",
-                )
+                (str(n), f"{s.value:.3f}", f"{s.reward_at_kl:.3f}", f"{s.length_at_kl:.2f}", _expression(told, n))
                 for n, s in told.best.items()
             ],
         ),
@@ -200,7 +194,7 @@ def _shown(interval: Interval | None, sign: str = "") -> str:
 
 
 def _expression(told: Frontier, number: int) -> str:
-    return next(row.expression or "" for row in told.rows if row.id == number)
+    return next(f"`{row.expression}`" for row in told.rows if row.id == number)
 
 
 def _reasons(rows: Sequence[Candidate]) -> Counter[str]:

@@ -187,8 +187,9 @@ class Search:
         """Proposals from outside, for the share of the numbers that is theirs."""
         if self.proposer is None:
             return {}
-        share = self.proposer.share
-        theirs = [number for number in missing if int((number + 1) * share) > int(number * share)]
+        share, most = self.proposer.share, self.options.candidates
+        wanted = [number for number in missing if most is None or number < most]
+        theirs = [number for number in wanted if int((number + 1) * share) > int(number * share)]
         return self.proposer.ask(self.archive, self._members, theirs) if theirs else {}
 
     def _proposal(self, generation: int, number: int) -> Proposal:

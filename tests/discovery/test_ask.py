@@ -67,11 +67,13 @@ def test_each_answer_costs_one_line_and_a_good_one_is_trained(tmp_path, server):
 def test_a_server_that_fails_costs_a_line_with_its_reason(tmp_path, server, how):
     server.fail = lambda body, earlier: how if body["seed"] == 5 else None
     server.complete = lambda body: f"LOSS: softplus(-{body['seed']} * x)"
-    rows, lines = search(tmp_path, server)
+    rows, lines = search(tmp_path, server, candidates=7)
+    assert len(rows) == 7
     assert [row.id for row in rows if row.level == "text"] == [5]
     assert "the server did not answer" in rows[5].reason
     assert "2 attempts failed" in rows[5].reason
     assert len(lines) == 1
+    assert {body["seed"] for _, body in server.requests} == {3, 4, 5, 6}
 
 
 def test_a_share_of_the_proposals_is_the_servers(tmp_path, server):

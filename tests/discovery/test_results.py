@@ -159,7 +159,11 @@ class TestPage:
 
     @pytest.mark.parametrize(
         ("wins", "sentence"),
-        [((True, True), "beats DPO on"), ((True, False), "it is not said to"), ((False, False), "none did")],
+        [
+            ((True, True), "beats DPO on"),
+            ((True, False), "it is not said to"),
+            ((False, False), "no candidate is"),
+        ],
     )
     def test_the_verdict_needs_both_kinds_of_problems(self, wins, sentence):
         class Row:

@@ -163,7 +163,7 @@ def _held_out_lines(name: str, rows: Sequence[HeldOut]) -> list[str]:
         f"## {name[0].upper()}{name[1:]}",
         "",
         f"{len(level.seeds)} seeds, {len(level.betas)} betas, {level.steps} steps; 95% bootstrap intervals over "
-        f"seeds. Equal KL: mean over {budgets} nats.",
+        f"seeds. Equal KL: mean over {budgets} nats, on a curve that is straight in the root of KL between betas.",
         "",
         *_table(headings, [(row.name, *(_shown(row.measures.get(key)) for key in measures)) for row in rows]),
         "",
@@ -250,6 +250,6 @@ def _draw(told: Frontier, path: Path) -> None:
                 )
         panel.set_title(name)
         panel.set_xlabel("KL from the reference, nats")
-    panels[0].set_ylabel("gold reward, standard deviations (bars: one over seeds)")
+    panels[0].set_ylabel("gold reward (bars: deviation over seeds)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)

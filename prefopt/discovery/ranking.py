@@ -72,8 +72,8 @@ class Score:
         )
 
 
-def reward_at_equal_kl(kl: Floats, reward: Floats, best: bool = True) -> float:
-    """Mean over `KL_BUDGETS` of the reward within the budget.
+def reward_at_equal_kl(kl: Floats, reward: Floats, best: bool = True, budgets: Sequence[float] = KL_BUDGETS) -> float:
+    """Mean over KL budgets of the reward within the budget.
 
     Between the points of two betas, and between the reference and the first, the reward is taken as linear.
 
@@ -81,12 +81,13 @@ def reward_at_equal_kl(kl: Floats, reward: Floats, best: bool = True) -> float:
         kl: (B,) at each beta.
         reward: (B,) at each beta; the reference has 0.
         best: whether a point of less KL counts where it has more reward.
+        budgets: in nats. Below a loss's smallest KL its reward is a guess that is too low for a concave curve.
     """
     order = np.argsort(kl, kind="stable")
     x, y = np.concatenate([[0.0], kl[order]]), np.concatenate([[0.0], reward[order]])
-    at = np.interp(KL_BUDGETS, x, y)
+    at = np.interp(budgets, x, y)
     if best:
-        at = np.maximum(at, [y[x <= budget].max() for budget in KL_BUDGETS])
+        at = np.maximum(at, [y[x <= budget].max() for budget in budgets])
     return float(at.mean())
 
 

@@ -121,8 +121,9 @@ class TestHeldOut:
         assert MEASURES["reward"](rows) == pytest.approx(0.5)
         assert MEASURES["kl"](rows) == pytest.approx(1.1)
         assert MEASURES["length"](rows) == pytest.approx(3.0)
-        # Through (0, 0), (0.2, 0.5) and (2, 1.5): at 0.25, 0.5, 1, 1.5.
-        line = [0.5 + (kl - 0.2) / 1.8 for kl in (0.25, 0.5, 1.0, 1.5)]
+        # Over the root of KL, through (0, 0), (0.2, 0.5) and (2, 1.5).
+        low, high = 0.2**0.5, 2.0**0.5
+        line = [0.5 + (kl**0.5 - low) / (high - low) for kl in (0.25, 0.5, 1.0, 1.5)]
         assert MEASURES["reward_at_kl"](rows) == pytest.approx(sum(line) / 4)
 
     def test_a_training_that_breaks_has_no_measures(self, monkeypatch):

@@ -125,6 +125,14 @@ def test_options_without_sense_are_refused(tmp_path, options, message):
         SearchOptions(tmp_path, **{"candidates": 5, **options})
 
 
+def test_a_search_that_is_over_still_knows_its_population(tmp_path):
+    archive = Archive(tmp_path)
+    ends = ({"candidates": 21}, {"candidates": 21}, {"minutes": 0.0})
+    said = [Search(SearchOptions(tmp_path, generation=6, **end), archive, say=lambda line: None).run() for end in ends]
+    assert said[0] == said[1] == said[2]
+    assert max(member.number for member in said[0]) > 3
+
+
 def test_minutes_end_a_search(tmp_path):
     archive = Archive(tmp_path)
     Search(SearchOptions(tmp_path, minutes=0.0), archive, say=lambda line: None).run()

@@ -2,9 +2,10 @@
 
     python scripts/bench/analysis.py
 
-Trains the bundled job for 12 steps with both, measures entanglement three times, and prints the share of a step at the
-default interval. Processor time, so that other programs on the machine do not count. Takes about four minutes of one
-core. Further options are the recipe's.
+Trains the bundled job for three steps of four pairs with both, measures entanglement once on four pairs, and prints
+what measuring a pair costs in pairs of training, and what this comes to at the default interval in the bundled job.
+Processor time, so that other programs on the machine do not count. Takes about a minute of one core. Further options
+are the recipe's.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from typing import Any
 from transformers import TrainerCallback
 
 from prefopt.analysis import EntanglementCallback, HealthCallback
+from prefopt.analysis.gradients.probes import PROBES
 from prefopt.recipe import load_data, parse_arguments, preflight
 from prefopt.recipe.build import make_trainer
 
-STEPS, EVERY = 12, 4
+STEPS, BATCH, PROBED = 3, 4, 4
+OF_THE_JOB = 8
+"""Pairs in a step of the bundled job."""
 
 
 class Timed(TrainerCallback):
@@ -65,25 +69,29 @@ class Steps(TrainerCallback):
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--output_dir", folder, "--max_steps", str(STEPS), "--evaluate_first", "false", *sys.argv[1:]]
+        words = [
+            "--output_dir", folder, "--max_steps", str(STEPS), "--per_device_train_batch_size", str(BATCH),
+            "--eval_rows", "0", *sys.argv[1:],
+        ]  # fmt: skip
         recipe = parse_arguments("dpo(beta=0.1)", words)
         ready = preflight(recipe)
         trainer = make_trainer(recipe, ready, load_data(recipe, ready))
         trainer.remove_callback(HealthCallback)
         health = Timed(HealthCallback(), "on_log")
-        measured = Timed(EntanglementCallback(trainer, every=EVERY), "on_step_begin")
+        measured = Timed(EntanglementCallback(trainer, every=STEPS, probes=PROBED), "on_step_begin")
         steps = Steps()
         for callback in (health, measured, steps):
             trainer.add_callback(callback)
         trainer.train()
         default = EntanglementCallback(trainer)._every
     step = statistics.median(steps.seconds[1:])
-    line, one = statistics.median(health.seconds), statistics.median(s for s in measured.seconds if s > step / 100)
-    print(f"a step: {step:.2f} s of processor time (median of {len(steps.seconds) - 1})")
-    print(f"HealthCallback, a log line: {1e3 * line:.2f} ms, {line / step:.4%} of a step")
+    line, one = statistics.median(health.seconds), measured.seconds[0]
+    pair = (one / PROBED) / (step / BATCH)
+    print(f"a step of {BATCH} pairs: {step:.2f} s of processor time (median of {len(steps.seconds) - 1})")
+    print(f"HealthCallback, a log line: {1e3 * line:.2f} ms, {line / step:.3%} of a step")
     print(
-        f"EntanglementCallback, 16 pairs: {one:.1f} s, {one / step:.1f} steps; every {default} steps "
-        f"{one / step / default:.1%} of training"
+        f"EntanglementCallback, {PROBED} pairs: {one:.1f} s; measuring a pair costs {pair:.2f} pairs of training, "
+        f"so {PROBES} pairs every {default} steps of {OF_THE_JOB} cost {pair * PROBES / default / OF_THE_JOB:.1%}"
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prefopt.analysis import pushes
 from prefopt.losses import (
     CPO,
     DPO,
@@ -37,11 +38,10 @@ VOCABULARY = 20
 def push(loss: Loss, pair: dict[str, float], lengths: tuple[int, int]) -> tuple[float, float]:
     """(d_w, d_l): how strongly a descent step on the loss raises log pi(w) and lowers log pi(l)."""
     values = {name: torch.tensor([value], dtype=torch.float64) for name, value in pair.items()}
-    p_w, p_l = values["p_w"].requires_grad_(), values["p_l"].requires_grad_()
     n_w, n_l = (torch.tensor([n]) for n in lengths)
-    value = loss(PreferenceBatch(Scores(p_w, n_w, values["r_w"]), Scores(p_l, n_l, values["r_l"]))).loss
-    up, down = torch.autograd.grad(value, (p_w, p_l), allow_unused=True)
-    return (0.0 if up is None else -float(up), 0.0 if down is None else float(down))
+    chosen, rejected = Scores(values["p_w"], n_w, values["r_w"]), Scores(values["p_l"], n_l, values["r_l"])
+    up, down = pushes(loss, PreferenceBatch(chosen, rejected))
+    return float(up), float(down)
 
 
 def sigmoid(x: float) -> float:

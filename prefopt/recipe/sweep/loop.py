@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ def run_sweep(call: SweepCall, console: Console, dry_run: bool = False) -> dict[
     Raises:
         UsageError: if the config, or a setting of it, cannot be used; nothing is trained then.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("prefopt sweep starts a process per GPU itself: run it without accelerate launch or torchrun")
     say = _sayer(console)
     plan = read_plan(call.config, call.changes, call.folder)
     say(headline(plan))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import time
 import traceback
@@ -144,7 +145,10 @@ def _trained(folder: Path, sweep: Path, shared: SharedModel, report: Report | No
     def result(state: str, message: str = "") -> dict[str, Any]:
         assert pairs.last is not None
         rows = row_values(pairs.last, start)
-        return {"state": state, "measures": measured(rows), "rows": rows, "message": message}
+        measures = measured(rows)
+        if not all(map(math.isfinite, measures.values())):
+            raise UsageError("held-out log-probabilities are not finite after training: lower the learning rate")
+        return {"state": state, "measures": measures, "rows": rows, "message": message}
 
     if report is not None:
         trainer.add_callback(_Reporter(report, lambda: result("")["measures"]))

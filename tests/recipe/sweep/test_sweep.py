@@ -142,6 +142,12 @@ def test_a_sweep_needs_heldout_rows(tmp_path, option, message):
         sweep_of(config(tmp_path, {"axes": {"loss": LOSSES}}, **{option: 0}))
 
 
+def test_a_launched_sweep_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="without accelerate launch"):
+        sweep_of(config(tmp_path, {"axes": {"loss": LOSSES}}))
+
+
 def test_a_dry_run_lists_the_trials_and_makes_nothing(tmp_path):
     path = config(tmp_path, {"axes": {"loss": LOSSES}})
     result = CliRunner().invoke(app, ["sweep", path, "--dry_run", "--set", "max_steps=5"])

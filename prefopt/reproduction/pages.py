@@ -16,6 +16,18 @@ from prefopt.safety.files import write_text
 
 VERDICTS: tuple[Verdict, ...] = ("holds", "partly", "does not hold", "error", "not run", "cannot be run here")
 
+INTRODUCTION = (
+    "`prefopt reproduce NAME` runs a paper's experiments and writes such a page, with results.json and receipt.json; "
+    "`--quick` leaves out those on the 135M model and other long ones. A stopped run continues. An experiment runs "
+    "again when its code, rows, model or environment have changed. `prefopt reproduce --receipt receipt.json` repeats "
+    "a run and says what differs.",
+    "",
+    "A verdict is computed from the numbers: of rules over several seeds, a claim holds if every rule holds in every "
+    "seed, does not hold if no rule holds in any seed, and holds partly otherwise. Nothing was tuned until it held. "
+    "Where a number is `mean ± half`, it is the 95% interval of the mean over seeds (Student's t). Places in the "
+    "papers are cited from memory. These are small experiments: what holds on a table may fail on a language model.",
+)
+
 
 def write_pages(papers: Sequence[Paper], results: Sequence[Result], out: Path, facts: Sequence[str]) -> list[Path]:
     """`reproduction.md`, `reproduction/NAME.md` and the pictures, which need matplotlib (the `plot` extra).
@@ -56,7 +68,7 @@ def table_page(papers: Sequence[Paper], results: Sequence[Result], facts: Sequen
     """A section a paper with a row a claim."""
     facts = [*facts, f"{len(results)} claims: {summary(results)}."]
     lines = ["# Papers, reproduced", "", *(f"- {fact}" for fact in facts), ""]
-    lines += ["Where a number is `mean ± half`, it is the 95% interval of the mean over seeds (Student's t).", ""]
+    lines += [*INTRODUCTION, ""]
     for paper in papers:
         own = [result for result in results if result.paper == paper.name]
         rows = [

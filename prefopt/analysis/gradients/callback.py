@@ -24,7 +24,7 @@ class EntanglementCallback(TrainerCallback):  # type: ignore[misc]
     same probes. It measures before the first step and then every `every` steps, and logs a line of its own with
     `entanglement/...` (docs/numbers.md), which trackers receive too. `HealthCallback` reads those lines.
 
-    A measurement of 16 pairs takes as long as training on about 24 (forward passes under policy and reference, then
+    A measurement of 16 pairs takes as long as training on about 40 (forward passes under policy and reference, then
     forward and backward passes row by row), and the memory of two gradients of the trainable parameters.
 
     Args:

@@ -136,9 +136,9 @@ def entanglement(
 ) -> Entanglement:
     """Measure the gradient entanglement of a model on probe pairs.
 
-    Costs a forward pass over all rows under policy and reference, and a forward and a backward pass over each row: as
-    much as training on the pairs, and a third of it again. Holds two gradients of the trainable parameters. The model,
-    its mode and its `.grad` are as before afterwards.
+    Costs a forward pass over all rows under policy and reference, and a forward and a backward pass over each row: 2.5
+    times as much as training on the pairs (scripts/bench/analysis.py). Holds two gradients of the trainable
+    parameters. The model, its mode and its `.grad` are as before afterwards.
 
     Args:
         model: a causal language model. Gradients are those of its trainable parameters, so of an adapter alone where

@@ -103,7 +103,7 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
         default=None,
         metadata={
             "help": "Measure gradient entanglement on 16 held-out pairs every so many steps; each time costs as much "
-            "as training on about 24 pairs (docs/numbers.md). Not set: never."
+            "as training on about 40 pairs (docs/numbers.md). Not set: never."
         },
     )
     evaluate_first: bool = field(default=True, metadata={"help": "Evaluate before training as well as after."})

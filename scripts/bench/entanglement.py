@@ -12,7 +12,7 @@ predictions of the sign of the change of each held-out log-probability are compa
     loss     what the loss wants: chosen up, rejected down
 
 and the share of right ones with what independent guesses of as many ups and downs would have. Intervals are bootstraps
-over pairs, which all losses share. Takes about two minutes of one core.
+over pairs, which all losses share.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class LayerSpectrum:
 def layer_spectra(model: nn.Module, before: nn.Module | None = None) -> list[LayerSpectrum]:
     """Fit the spectrum of every linear layer that was trained.
 
-    A singular value decomposition of each weight, twice: two minutes of one core for a 135M model, an hour for 7B.
+    Takes a singular value decomposition of each weight, twice.
 
     Args:
         model: with a LoRA adapter, whose layers are compared with and without it; or a whole model.

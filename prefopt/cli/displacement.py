@@ -20,11 +20,13 @@ def show_displacement(rows: Any, network: tuple[Any, Any], keep: float | None, o
         keep: share of the pairs to write.
         out: JSONL file to write.
     """
-    from rich.table import Table
+    from rich.text import Text
 
     from prefopt.analysis.displacement import ches
     from prefopt.data import tokenize_dataset
     from prefopt.data.messages import plain_text
+    from prefopt.safety.jsonl import write_jsonl
+    from prefopt.safety.tables import table
 
     model, tokenizer = network
     tokenized = tokenize_dataset(rows, tokenizer)
@@ -34,14 +36,14 @@ def show_displacement(rows: Any, network: tuple[Any, Any], keep: float | None, o
         f"CHES of {len(scores)} pairs, averaged over tokens: mean {float(scores.averaged.mean()):.4g}, from {low:.4g} "
         f"to {high:.4g}. The higher, the likelier the chosen answer loses likelihood in training with this model:"
     )
-    table = Table("row", "score", "chosen", "rejected")
+    worst = table("row", "score", "chosen", "rejected", right=("row", "score"))
     for number in scores.worst(SHOWN):
-        texts = (" ".join(plain_text(rows[number][side]).split())[:_WIDTH] for side in ("chosen", "rejected"))
-        table.add_row(str(rows[number]["row"]), f"{float(scores.averaged[number]):.4g}", *texts)
-    console().print(table)
+        texts = (Text(" ".join(plain_text(rows[number][side]).split())[:_WIDTH]) for side in ("chosen", "rejected"))
+        worst.add_row(str(rows[number]["row"]), f"{float(scores.averaged[number]):.4g}", *texts)
+    console().print(worst)
     if keep is not None and out is not None:
         kept = rows.select(scores.lowest(keep)).remove_columns("row")
-        kept.to_json(out, lines=True, force_ascii=False)
+        write_jsonl(out, kept)
         say(f"{out}: the {len(kept)} pairs with the lowest scores.")
 
 

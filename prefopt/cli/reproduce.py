@@ -65,32 +65,32 @@ def _run(papers: Sequence[Paper], quick: bool, out: Path, threads: int, named: s
 
 def _show(paper: Paper, results: Sequence[Result]) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(title=f"{paper.short}, arXiv {paper.arxiv}", show_lines=True)
-    for column in ("claim", "measured"):
-        table.add_column(column, overflow="fold", ratio=1)
-    table.add_column("verdict", min_width=8)
+    from prefopt.safety.tables import table
+
+    title = f"{paper.short}, arXiv {paper.arxiv}"
+    verdicts = table("claim", "measured", "verdict", title=title, show_lines=True)
+    verdicts.columns[0].ratio = verdicts.columns[1].ratio = 1
+    verdicts.columns[2].min_width = 8
     for result in results:
         claim = f"[dim]{escape(result.claim.source)}[/]\n{escape(result.claim.statement)}"
         colour = {"holds": "green", "partly": "yellow"}.get(result.verdict, "red")
-        table.add_row(claim, escape(result.interval or result.measured), f"[{colour}]{result.verdict}[/]")
-    console().print(table)
+        verdicts.add_row(claim, escape(result.interval or result.measured), f"[{colour}]{result.verdict}[/]")
+    console().print(verdicts)
     for command in paper.commands:
         say(f"At full size: {command}")
 
 
 def _list(papers: Sequence[Paper], out: Path) -> None:
-    from rich.table import Table
-
     from prefopt.reproduction.pages import summary
     from prefopt.reproduction.run import kept_results
+    from prefopt.safety.tables import table
 
-    table = Table("name", "paper", "claims", f"state in {out}")
+    listed = table("name", "paper", "claims", f"state in {out}")
     for paper in papers:
         results = kept_results(paper, out)
-        table.add_row(paper.name, f"{paper.short}, {paper.arxiv}", str(len(results)), summary(results))
-    console().print(table)
+        listed.add_row(paper.name, f"{paper.short}, {paper.arxiv}", str(len(results)), summary(results))
+    console().print(listed)
     say("prefopt reproduce NAME ... runs some, --all every one, --quick without the 135M model.")
 
 

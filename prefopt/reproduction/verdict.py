@@ -73,7 +73,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     The interval is of the mean over seeds; it says nothing about other settings.
     """
     if len(values) < 2:
-        raise ValueError("an interval needs two seeds or more")
+        raise PaperError("an interval needs two seeds or more")
     quantile = _T95[min(len(values) - 1, len(_T95) - 1)]
     return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
 

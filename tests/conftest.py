@@ -28,6 +28,8 @@ os.environ.update(
     HF_DATASETS_CACHE=_CACHE.name,
     HF_TOKEN_PATH=f"{_CACHE.name}/no-token",
     MPLCONFIGDIR=f"{_CACHE.name}/matplotlib",
+    # Waiting OpenMP threads sleep. By default they spin, which takes the cores from the other worker's threads.
+    OMP_WAIT_POLICY="PASSIVE",
     # One terminal, whatever there is.
     COLUMNS="80",
     TERM="xterm-256color",

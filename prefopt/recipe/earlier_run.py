@@ -9,9 +9,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from prefopt.analysis.health.saved import FINDINGS
+from prefopt.analysis.health.saved import FINDINGS, LOG
 from prefopt.recipe.arguments import LOSS_FILE, Recipe
-from prefopt.report.folder import LOG, OF_A_PAGE
+from prefopt.report.folder import OF_A_PAGE
 from prefopt.safety.errors import UsageError
 from prefopt.safety.folders import what_is_there
 

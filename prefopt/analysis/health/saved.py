@@ -1,4 +1,7 @@
-"""The logs and findings of saved runs: ours, and checkpoints of any transformers trainer."""
+"""The logs and findings of saved runs: ours, and checkpoints of any transformers trainer.
+
+Imports the standard library alone.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,17 @@ from typing import Any
 from prefopt.analysis.health.finding import Finding
 from prefopt.analysis.health.history import Settings
 from prefopt.analysis.health.watch import examined
-from prefopt.report.folder import LOG, log_file
 from prefopt.safety.errors import UsageError, retold
 from prefopt.safety.files import write_text
 
+LOG = "log_history.json"
+"""The log of a run in its folder, also where no checkpoint was saved."""
 FINDINGS = "findings.json"
 """What the rules said about a run, in its folder from the end of training on."""
 FINDINGS_VERSION = 1
 """Of that file's layout; a new field of a finding does not change it."""
+STATE = "trainer_state.json"
+"""transformers' file of the same in a checkpoint."""
 _BEFORE = "before.json"
 
 
@@ -61,11 +67,30 @@ def ended_by(step: int, message: str) -> Finding:
     return Finding("not_finite", "serious", step, message, remedy)
 
 
+def log_file(run: Path) -> Path:
+    """The file with a run's log: the run's folder, a checkpoint, or the file itself.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    if run.is_file():
+        return run
+    for name in (LOG, STATE):
+        if (file := run / name).is_file():
+            return file
+    numbered = [folder for folder in run.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
+    for folder in sorted(numbered, key=lambda folder: -int(folder.name.removeprefix("checkpoint-"))):
+        if (file := folder / STATE).is_file():
+            return file
+    missing = "there is no such folder" if not run.exists() else f"it has no {LOG}, and no checkpoint with {STATE}"
+    raise UsageError(f"{run}: {missing}. Name the output folder of a run, or one of its checkpoints")
+
+
 def examine_saved(run: Path, beta: float | None = None) -> list[Finding]:
     """What the log of a saved run says about it, the most serious first.
 
     Args:
-        run: as for `prefopt.report.folder.log_file`.
+        run: as for `log_file`.
         beta: of a run of TRL, whose log has rewards (beta times the log-ratio) but no log-ratios.
 
     Raises:

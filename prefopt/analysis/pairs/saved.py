@@ -11,11 +11,11 @@ from datasets import Dataset
 
 from prefopt.analysis.gradients.entangled import Entanglement, entanglement
 from prefopt.analysis.gradients.probes import draw_probes
+from prefopt.analysis.health.saved import LOG, log_file
 from prefopt.analysis.pairs.table import PairTable, score_pairs
 from prefopt.data import read_preferences, tokenize_dataset
 from prefopt.losses import Loss, parse
 from prefopt.models.load import adapter_base, load_model, load_tokenizer
-from prefopt.report.folder import LOG, log_file
 from prefopt.safety.errors import UsageError
 
 PAIRS = 200

@@ -9,15 +9,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from prefopt.analysis.health.saved import FINDINGS, LOG
 from prefopt.recipe.arguments import LOSS_FILE, Recipe
-from prefopt.report.folder import OF_A_PAGE
+from prefopt.report.folder import BESIDE_THE_MODEL
 from prefopt.safety.errors import UsageError
 from prefopt.safety.folders import what_is_there
 
 RESULTS = "results.json"
-BEFORE = "before.json"
-"""The file with the results before training, for the run that resumes this one."""
 
 
 def refuse_overwriting(recipe: Recipe) -> None:
@@ -44,7 +41,7 @@ def make_room(recipe: Recipe) -> None:
         folder = Path(recipe.training.output_dir)
         if recipe.script.overwrite_output_dir:
             # Otherwise a run killed before it writes its own would seem to have them.
-            for name in (RESULTS, BEFORE, LOG, FINDINGS, LOSS_FILE, *OF_A_PAGE):
+            for name in (RESULTS, LOSS_FILE, *BESIDE_THE_MODEL):
                 (folder / name).unlink(missing_ok=True)
             recipe.console.print(f"Overwriting the earlier run in {folder} ({', '.join(names)}).", soft_wrap=True)
         else:

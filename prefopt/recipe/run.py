@@ -21,9 +21,10 @@ from prefopt.demo.data import heldout_prompts
 from prefopt.generation.answers import Answer, greedy_answers
 from prefopt.recipe import pages
 from prefopt.recipe.arguments import LOSS_FILE, Recipe
-from prefopt.recipe.earlier_run import BEFORE, RESULTS
+from prefopt.recipe.earlier_run import RESULTS
 from prefopt.recipe.eval_answers import answer_at_evaluations
 from prefopt.recipe.progress import RunProgress
+from prefopt.report.folder import BEFORE
 from prefopt.safety.files import write_text
 from prefopt.safety.tables import table
 from prefopt.trainer import PreferenceTrainer

@@ -15,7 +15,11 @@ from typing import Any
 from prefopt.safety.errors import UsageError, retold
 
 LOG = "log_history.json"
-"""The log of a run of prefopt."""
+"""The log of a run of prefopt, also where no checkpoint was saved."""
+FINDINGS = "findings.json"
+"""What the rules of its health said, from the end of training on."""
+BEFORE = "before.json"
+"""The evaluation before training, which transformers drops from the log when training begins."""
 STATE = "trainer_state.json"
 """transformers' file of the same in a checkpoint."""
 FACTS = "run.json"
@@ -24,8 +28,8 @@ PAIRS = "heldout.json"
 SWEEP = "sweep_run.json"
 """Of a run of `prefopt sweep`: measures that are computed alike for every loss, and their values for each pair."""
 PAGE = "report.html"
-OF_A_PAGE = (FACTS, ANSWERS, PAIRS, PAGE)
-"""What a run leaves for its page, and the page."""
+BESIDE_THE_MODEL = (BEFORE, LOG, FINDINGS, FACTS, ANSWERS, PAIRS, PAGE)
+"""What a run leaves about itself; none of it belongs to the model."""
 
 _CHECKPOINT = "checkpoint-"
 _NOT_MEASURED = ("runtime", "per_second", "total_flos", "preparation_time", "epoch", "step")
@@ -106,12 +110,8 @@ def log_file(run: Path) -> Path:
     raise UsageError(f"{run}: {missing}. Name the output folder of a run, or one of its checkpoints")
 
 
-def read_run(run: Path, beta: float | None = None) -> RunFolder:
-    """Read a run's folder.
-
-    Args:
-        run: an output folder, a checkpoint, or the file of a log.
-        beta: of a run of TRL, whose log has rewards (beta times the log-ratio) but no log-ratios.
+def read_log(run: Path) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """The file of `log_file`, its content and the lines of its log.
 
     Raises:
         UsageError: if there is no log, or none that can be read.
@@ -122,9 +122,23 @@ def read_run(run: Path, beta: float | None = None) -> RunFolder:
     lines = content.get("log_history") if isinstance(content, dict) else None
     if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
         raise UsageError(f"{file} has no list log_history: it is not the log of a run")
+    return file, content, lines
+
+
+def read_run(run: Path, beta: float | None = None) -> RunFolder:
+    """Read a run's folder.
+
+    Args:
+        run: an output folder, a checkpoint, or the file of a log.
+        beta: of a run of TRL, whose log has rewards (beta times the log-ratio) but no log-ratios.
+
+    Raises:
+        UsageError: if there is no log, or none that can be read.
+    """
+    file, content, lines = read_log(run)
     folder = run if run.is_dir() else file.parent
     unread: list[str] = []
-    before = _mapping(_json(folder / "before.json", unread))
+    before = _mapping(_json(folder / BEFORE, unread))
     first = _mapping(before.get("before"))
     curves = _without_ties(_curves([{**first, "step": 0}, *lines] if first else lines))
     results = _mapping(_json(folder / "results.json", unread))
@@ -135,7 +149,7 @@ def read_run(run: Path, beta: float | None = None) -> RunFolder:
         lines=len(lines),
         facts=_mapping(_json(folder / FACTS, unread)),
         results=results,
-        findings=_findings(_json(folder / "findings.json", unread), results),
+        findings=_findings(_json(folder / FINDINGS, unread), results),
         answers=_mapping(_json(folder / ANSWERS, unread)),
         pairs=_mapping(_json(folder / PAIRS, unread)),
         sweep=_mapping(_json(folder / SWEEP, unread)),

@@ -12,7 +12,7 @@ from prefopt.losses import LossError, parse
 from prefopt.report.changes import changed_words
 from prefopt.report.curves import as_data, charts_of, points_each
 from prefopt.report.facts import facts_of_loss
-from prefopt.report.folder import PAGE, Curve, RunFolder, read_run
+from prefopt.report.folder import FINDINGS, PAGE, Curve, RunFolder, read_run
 from prefopt.report.html import render
 from prefopt.safety.files import write_text
 
@@ -152,7 +152,7 @@ def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
 
 def _no_findings(run: RunFolder, findings: list[Mapping[str, Any]] | None) -> str:
     folder = run.path if run.path.is_dir() else run.path.parent
-    if findings is None and not (folder / "findings.json").is_file() and "findings" not in run.results:
+    if findings is None and not (folder / FINDINGS).is_file() and "findings" not in run.results:
         return "Not examined yet: prefopt health reads the log of this folder."
     return "The rules of prefopt health found nothing wrong in the log."
 

@@ -20,6 +20,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from prefopt.report.card import render
+from prefopt.report.folder import BESIDE_THE_MODEL
 from prefopt.report.versions import version_of
 from prefopt.safety.errors import PrefoptError
 from prefopt.safety.files import write_text
@@ -35,13 +36,7 @@ NOT_PUBLISHED = (
     "checkpoint-*",
     "training_args.bin",
     "dropped_*.jsonl",
-    "before.json",
-    "log_history.json",
-    "run.json",
-    "answers.json",
-    "heldout.json",
-    "report.html",
-    "findings.json",
+    *BESIDE_THE_MODEL,
     "unlearning.json",
     "audit/*",
     "loss_file*.py",

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.report.folder import OF_A_PAGE
+from prefopt.report.folder import BESIDE_THE_MODEL
 from prefopt.safety.files import write_text
 from prefopt.trainer import PreferenceConfig, PreferenceTrainer
 from prefopt.unlearning.data import Question, learn_rows
@@ -35,15 +35,7 @@ _SETTINGS = (
 
 OBJECTIVE = "sft(nll='token')"
 
-_OF_A_RUN = (
-    "results.json",
-    "before.json",
-    "log_history.json",
-    "findings.json",
-    "unlearning.json",
-    "audit.json",
-    *OF_A_PAGE,
-)
+_OF_A_RUN = ("results.json", "unlearning.json", "audit.json", *BESIDE_THE_MODEL)
 """Files beside a run's model that say nothing about its weights."""
 
 Say = Callable[[str], object]

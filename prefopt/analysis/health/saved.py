@@ -1,7 +1,4 @@
-"""The logs and findings of saved runs: ours, and checkpoints of any transformers trainer.
-
-Imports the standard library alone.
-"""
+"""The logs and findings of saved runs: ours, and checkpoints of any transformers trainer. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,18 +11,12 @@ from typing import Any
 from prefopt.analysis.health.finding import Finding
 from prefopt.analysis.health.history import Settings
 from prefopt.analysis.health.watch import examined
+from prefopt.report.folder import BEFORE, FINDINGS, LOG, read_log
 from prefopt.safety.errors import UsageError, retold
 from prefopt.safety.files import write_text
 
-LOG = "log_history.json"
-"""The log of a run in its folder, also where no checkpoint was saved."""
-FINDINGS = "findings.json"
-"""What the rules said about a run, in its folder from the end of training on."""
 FINDINGS_VERSION = 1
-"""Of that file's layout; a new field of a finding does not change it."""
-STATE = "trainer_state.json"
-"""transformers' file of the same in a checkpoint."""
-_BEFORE = "before.json"
+"""Of the layout of `findings.json`; a new field of a finding does not change it."""
 
 
 def save_log(folder: Path, state: Any, settings: Settings, not_finite: str | None = None) -> None:
@@ -67,30 +58,11 @@ def ended_by(step: int, message: str) -> Finding:
     return Finding("not_finite", "serious", step, message, remedy)
 
 
-def log_file(run: Path) -> Path:
-    """The file with a run's log: the run's folder, a checkpoint, or the file itself.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    if run.is_file():
-        return run
-    for name in (LOG, STATE):
-        if (file := run / name).is_file():
-            return file
-    numbered = [folder for folder in run.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
-    for folder in sorted(numbered, key=lambda folder: -int(folder.name.removeprefix("checkpoint-"))):
-        if (file := folder / STATE).is_file():
-            return file
-    missing = "there is no such folder" if not run.exists() else f"it has no {LOG}, and no checkpoint with {STATE}"
-    raise UsageError(f"{run}: {missing}. Name the output folder of a run, or one of its checkpoints")
-
-
 def examine_saved(run: Path, beta: float | None = None) -> list[Finding]:
     """What the log of a saved run says about it, the most serious first.
 
     Args:
-        run: as for `log_file`.
+        run: an output folder, a checkpoint, or the file of a log.
         beta: of a run of TRL, whose log has rewards (beta times the log-ratio) but no log-ratios.
 
     Raises:
@@ -101,12 +73,7 @@ def examine_saved(run: Path, beta: float | None = None) -> list[Finding]:
 
 def lines_and_findings(run: Path, beta: float | None = None) -> tuple[int, list[Finding]]:
     """`examine_saved`, and how many log lines of training there are to judge by."""
-    file = log_file(run)
-    with retold(UsageError, f"{file} cannot be read"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-    lines = content.get("log_history") if isinstance(content, dict) else None
-    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
-        raise UsageError(f"{file} has no list log_history: it is not the log of a run")
+    file, content, lines = read_log(run)
     known = content.get("settings") or {}
     fields = {name: known[name] for name in vars(Settings()) if name in known}
     settings = replace(Settings(**fields), max_steps=content.get("max_steps") or content.get("global_step"))
@@ -121,7 +88,7 @@ def lines_and_findings(run: Path, beta: float | None = None) -> tuple[int, list[
 
 def _before(folder: Path) -> list[dict[str, Any]]:
     """The evaluation before training, which transformers drops from the log when training begins."""
-    file = folder / _BEFORE
+    file = folder / BEFORE
     if not file.is_file():
         return []
     with retold(UsageError, f"{file} cannot be read"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from datasets import Dataset
 
 from prefopt.analysis.gradients.entangled import Entanglement, entanglement
 from prefopt.analysis.gradients.probes import draw_probes
-from prefopt.analysis.health.saved import LOG, log_file
 from prefopt.analysis.pairs.table import PairTable, score_pairs
 from prefopt.data import read_preferences, tokenize_dataset
 from prefopt.losses import Loss, parse
 from prefopt.models.load import adapter_base, load_model, load_tokenizer
+from prefopt.report.folder import LOG, read_log
 from prefopt.safety.errors import UsageError
 
 PAIRS = 200
@@ -97,8 +96,8 @@ def _longest(row: dict[str, Any]) -> int:
 
 
 def _loss_of(run: Path) -> str:
-    file = log_file(run)
-    known = json.loads(file.read_text(encoding="utf-8")).get("settings") or {}
+    file, content, _ = read_log(run)
+    known = content.get("settings") or {}
     if file.name != LOG or not known.get("loss"):
         raise UsageError(f"{file} does not say which loss {run} was trained with: name it with --loss")
     return str(known["loss"])

@@ -69,7 +69,7 @@ def scores_problems(row: Row) -> Iterator[str]:
 
 
 def mean_wins(matrix: Any) -> list[float] | None:
-    """Each completion's mean probability to win against the others of its group, or None for what is no such matrix.
+    """Each completion's mean probability to win against the others of its group, or None for another value.
 
     Args:
         matrix: row i, column j: the probability that completion i is better than j. The diagonal does not count.

@@ -238,7 +238,7 @@ def _normalise_groups(dataset: Dataset | IterableDataset, rows: Sequence[Row]) -
 
 
 def _scores_of_wins(row: Row) -> Row:
-    """Scores that are mean win probabilities; null, which the check reports, where there is no such matrix."""
+    """Scores that are mean win probabilities; null, which the check reports, for a value that is not such a matrix."""
     return {SCORES: mean_wins(row[WINS])}
 
 

@@ -1,6 +1,6 @@
 """Proposals of a language model behind an OpenAI-compatible endpoint, which sees the archive's best and its failures.
 
-What it answers is text for `read`, and is never run. An answer that is no expression, or none at all, is a proposal
+What it answers is text for `read`, and is never run. An answer without an expression, or no answer, is a proposal
 that the archive refuses.
 """
 

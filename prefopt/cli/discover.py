@@ -27,6 +27,9 @@ def search(
     batchwise: Annotated[
         bool, typer.Option("--batchwise", help="Allow statistics of the batch: batch_mean, batch_var.")
     ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train; one per core, if left out.")
+    ] = None,
     endpoint: Annotated[
         str | None, typer.Option(help="OpenAI-compatible server, up to /v1.", rich_help_panel=_SERVER)
     ] = None,
@@ -60,9 +63,10 @@ def search(
     from prefopt.discovery.search import SearchOptions
     from prefopt.discovery.trained import bundled_level, configured_level
     from prefopt.generation.endpoint import Endpoint
+    from prefopt.recipe.arguments.threads import usable_cores
 
     start = tuple(name.strip() for name in seeds.split(",") if name.strip())
-    options = SearchOptions(out, minutes, candidates, start, seed, generation, batchwise)
+    options = SearchOptions(out, minutes, candidates, start, seed, generation, batchwise, workers or usable_cores())
     later = [bundled_level(model_steps)] if "model" in names else []
     later += [configured_level(config)] if config is not None else []
     if endpoint is None or model is None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from prefopt.discovery.grammar import Node
 from prefopt.discovery.levels import HELD_OUT, ToyLevel, run_level
-from prefopt.discovery.ranking import KL_BUDGETS, reward_at_equal_kl
+from prefopt.discovery.ranking import reward_at_equal_kl
 from prefopt.evaluation.arrays import Floats
 from prefopt.evaluation.intervals import Interval, bootstrap
 
@@ -38,9 +38,7 @@ def _length(rows: Floats) -> float:
 
 def _reward_at_kl(rows: Floats) -> float:
     points = rows.mean(0)
-    # In the root of KL such curves are nearly straight (Gao et al. 2022, arXiv 2210.10760); in KL, few betas lose.
-    root = np.sqrt(points[:, _KL].clip(min=0))
-    return reward_at_equal_kl(root, points[:, _REWARD], budgets=[budget**0.5 for budget in KL_BUDGETS])
+    return reward_at_equal_kl(points[:, _KL], points[:, _REWARD])
 
 
 MEASURES: dict[str, Callable[[Floats], float]] = {

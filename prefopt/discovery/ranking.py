@@ -72,22 +72,24 @@ class Score:
         )
 
 
-def reward_at_equal_kl(kl: Floats, reward: Floats, best: bool = True, budgets: Sequence[float] = KL_BUDGETS) -> float:
-    """Mean over KL budgets of the reward within the budget.
+def reward_at_equal_kl(kl: Floats, reward: Floats, best: bool = True) -> float:
+    """Mean over `KL_BUDGETS` of the reward within the budget.
 
-    Between the points of two betas, and between the reference and the first, the reward is taken as linear.
+    Between the points of two betas, and between the reference and the first, the reward is taken as linear in the
+    root of KL: such curves are nearly straight there (Gao et al. 2022, arXiv 2210.10760). Linear in KL, a loss whose
+    betas lie close together would win.
 
     Args:
-        kl: (B,) at each beta.
+        kl: (B,) at each beta, in nats.
         reward: (B,) at each beta; the reference has 0.
         best: whether a point of less KL counts where it has more reward.
-        budgets: in nats. Below a loss's smallest KL its reward is a guess that is too low for a concave curve.
     """
+    kl = kl.clip(min=0)  # exact, but for rounding
     order = np.argsort(kl, kind="stable")
     x, y = np.concatenate([[0.0], kl[order]]), np.concatenate([[0.0], reward[order]])
-    at = np.interp(budgets, x, y)
+    at = np.interp(np.sqrt(KL_BUDGETS), np.sqrt(x), y)
     if best:
-        at = np.maximum(at, [y[x <= budget].max() for budget in budgets])
+        at = np.maximum(at, [y[x <= budget].max() for budget in KL_BUDGETS])
     return float(at.mean())
 
 

@@ -18,9 +18,10 @@ from prefopt.discovery.archive import Archive, Candidate
 from prefopt.discovery.checks import fault, signature
 from prefopt.discovery.evolve import Member, Proposal, propose
 from prefopt.discovery.grammar import Node
-from prefopt.discovery.levels import SCREEN, TOY, ToyLevel, run_level
+from prefopt.discovery.levels import SCREEN, TOY, ToyLevel
 from prefopt.discovery.ranking import Score, ranking, scores
 from prefopt.discovery.read import ExpressionError, read
+from prefopt.discovery.workers import Workers
 from prefopt.losses.shapes import SHAPES
 from prefopt.safety.errors import UsageError, did_you_mean
 
@@ -62,6 +63,7 @@ class SearchOptions:
         seed: of all that is drawn.
         generation: candidates in a generation.
         batchwise: whether statistics of the batch are allowed.
+        workers: processes that train. The archive does not depend on it.
     """
 
     out: Path
@@ -71,6 +73,7 @@ class SearchOptions:
     seed: int = 0
     generation: int = 16
     batchwise: bool = False
+    workers: int = 1
 
     def __post_init__(self) -> None:
         for name in self.seeds:
@@ -82,6 +85,8 @@ class SearchOptions:
             raise UsageError("a search needs an end: --minutes, --candidates, or both")
         if self.generation < 2:
             raise UsageError(f"--generation must be at least 2, got {self.generation}")
+        if self.workers < 1:
+            raise UsageError(f"--workers must be at least 1, got {self.workers}")
 
 
 @dataclass
@@ -104,6 +109,10 @@ class Search:
     _known: set[str] = field(default_factory=set)
     _spent: float = 0.0
     _since: float = field(default_factory=time.monotonic)
+    _workers: Workers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._workers = Workers(self.options.workers)
 
     def run(self) -> list[Member]:
         """Search until the time or the number is reached.
@@ -116,7 +125,7 @@ class Search:
         """
         lock = FileLock(self.options.out / "archive.lock")
         try:
-            with lock.acquire(timeout=0):
+            with lock.acquire(timeout=0), self._workers:
                 self._check_settings()
                 self._spent, self._since = float(self.archive.settings().get("seconds", 0.0)), time.monotonic()
                 generation = 0
@@ -157,19 +166,18 @@ class Search:
         missing = [number for number in numbers if number not in stored]
         finished = not missing and not any(_waits(row) for row in stored.values())
         proposals = self._asked(missing) if generation and missing and not self._is_over(missing[0]) else {}
-        for number in () if finished else numbers:
-            if self._is_over(number):
-                return False
+        for number in numbers:
             if number not in stored:
+                if self._is_over(number):
+                    break
                 proposal = proposals.get(number) or self._proposal(generation, number)
                 stored[number] = self._check(proposal, generation, number)
-            if stored[number].level == "static" and not stored[number].reason:
-                self._train(SCREEN, stored[number])
             self._known.add(stored[number].expression or stored[number].text)
-            self.archive.store_setting("seconds", self._spent + time.monotonic() - self._since)
         if not finished:
+            self._train(SCREEN, [row for row in stored.values() if row.level == "static" and not row.reason])
+            if self._is_over(numbers[-1]):
+                return False
             self._promote(generation, numbers)
-        self._known.update(row.expression or row.text for row in stored.values())
         self._select(numbers)
         if not finished:
             self.say(self._line(generation, numbers))
@@ -222,22 +230,24 @@ class Search:
             raise UsageError(f"--seeds: {self.options.seeds[number]} is refused: {reason}")
         return row
 
-    def _train(self, level: ToyLevel, row: Candidate) -> None:
-        started = time.process_time()
-        assert row.expression is not None
-        results = run_level(level, read(row.expression), row.id)
-        broken = [result for result in results if result.reward is None]
-        reason = f"training at beta = {broken[0].beta:g} became NaN or infinite" if broken else ""
-        self.archive.reached(row.id, level.name, reason, results, time.process_time() - started)
+    def _train(self, level: ToyLevel, rows: Sequence[Candidate]) -> None:
+        """Train candidates at a level and store each result as it comes. A generation that is screened is finished,
+        even if the time ends; the screen itself stops.
+        """
+        for trained in self._workers.train(level, rows):
+            broken = [result for result in trained.results if result.reward is None]
+            reason = f"training at beta = {broken[0].beta:g} became NaN or infinite" if broken else ""
+            self.archive.reached(trained.number, level.name, reason, trained.results, trained.seconds)
+            self.archive.store_setting("seconds", self._spent + time.monotonic() - self._since)
+            if level is SCREEN and self._is_over(-1):
+                return
 
     def _promote(self, generation: int, numbers: range) -> None:
         """Train the better half of a generation further; seeds all."""
         rows = {row.id: row for row in self.archive.candidates("generation = ?", [generation])}
         order = ranking(scores(self.archive.results(SCREEN.name, numbers)))
         half = len(order) if generation == 0 else (len(order) + 1) // 2
-        for number in order[:half]:
-            if _waits(rows[number]):
-                self._train(TOY, rows[number])
+        self._train(TOY, [rows[number] for number in order[:half] if _waits(rows[number])])
         for number in order[half:]:
             if _waits(rows[number]):
                 self.archive.reached(number, SCREEN.name, "not in the better half of its generation")

@@ -19,8 +19,9 @@ from filelock import FileLock
 from prefopt.discovery import search as module
 from prefopt.discovery.archive import FILE, Archive, Candidate, Result
 from prefopt.discovery.evolve import Proposal
+from prefopt.discovery.held_out import MEASURES
 from prefopt.discovery.levels import ToyLevel
-from prefopt.discovery.ranking import frontier, layers, ranking, reward_at_equal_kl, scores
+from prefopt.discovery.ranking import KL_BUDGETS, frontier, layers, ranking, reward_at_equal_kl, scores
 from prefopt.discovery.search import Search, SearchOptions
 from prefopt.safety.errors import UsageError
 
@@ -70,6 +71,13 @@ def test_a_search_in_pieces_equals_one_in_one(tmp_path):
     for end in (1, 5, 11, 16, 27):
         pieces = run(tmp_path / "pieces", end)
     assert without_time(pieces) == without_time(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_fill_the_same_archive(tmp_path):
+    whole, shared = (run(tmp_path / str(workers), 15, workers=workers) for workers in (1, 2))
+    assert without_time(shared) == without_time(whole)
+    assert Archive(tmp_path / "2").results("toy") == Archive(tmp_path / "1").results("toy")
 
 
 def _search(folder: Path, candidates: int) -> None:
@@ -180,12 +188,19 @@ class TestRanking:
         assert [(number, point.beta) for number, point in frontier(scored)] == [(1, 0.1), (0, 1.0), (2, 1.0)]
 
     def test_reward_is_compared_at_equal_kl(self):
-        # One loss at twice the KL for the same reward; between points the curve is straight.
+        # One loss at four times the KL for the same reward; between points it is straight in the root of KL.
         near, far = (
-            [self.result(0, beta, kl, factor * kl) for beta, kl in ((0.1, 1.5), (1.0, 0.5))] for factor in (1, 2)
+            [self.result(0, beta, root, (factor * root) ** 2) for beta, root in ((0.1, 1.5), (1.0, 0.5))]
+            for factor in (1, 2)
         )
-        assert scores(near)[0].reward_at_kl == pytest.approx((0.25 + 0.5 + 1.0 + 1.5) / 4)
+        assert scores(near)[0].reward_at_kl == pytest.approx(sum(kl**0.5 for kl in KL_BUDGETS) / 4)
         assert scores(far)[0].reward_at_kl == pytest.approx(scores(near)[0].reward_at_kl / 2)
+
+    def test_the_search_ranks_by_the_measure_of_the_page(self):
+        points = ((0.05, 1.4, 2.5), (0.5, 1.1, 1.2), (1.0, 0.4, 0.1))
+        score = scores([self.result(0, *point) for point in points])[0]
+        rows = np.array([[[reward, kl, 0.0, 0.0] for _, reward, kl in points]])
+        assert score.reward_at_kl == MEASURES["reward_at_kl"](rows)
 
     def test_a_point_of_less_kl_and_more_reward_counts(self):
         assert reward_at_equal_kl(np.array([0.2, 3.0]), np.array([1.0, 0.0])) == 1.0

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ CONTESTANTS = ("prefopt", "trl")
 POLL_S = 0.1
 MAX_LENGTH = 4096
 """Tokens; no pair is longer."""
+POOL_WORDS = 1 << 20
+"""Words of the random text that the texts are windows of."""
 
 
 # ---- pairs -------------------------------------------------------------------------------------------------------
@@ -40,16 +43,21 @@ MAX_LENGTH = 4096
 def write_pairs(path: Path, rows: int, form: str) -> None:
     """Pairs of the words of the bundled ones, in conversations of one to five questions, or as plain text.
 
-    Lengths are log-normal; 20,000 pairs take about 60 MB.
+    Lengths are log-normal; 20,000 pairs take about 60 MB. A text is a window of one long random text: a million rows
+    take a minute, and no two rows are equal.
     """
     from prefopt.demo.data import load_demo
 
     rng = random.Random(0)
     words = [word for row in load_demo("train") for message in row["chosen"] for word in message["content"].split()]
+    spaces = rng.choices((" ", "\n", "\n\n"), (98, 1, 1), k=POOL_WORDS)
+    pieces = [word + space for word, space in zip(rng.choices(words, k=POOL_WORDS), spaces, strict=True)]
+    pool, starts = "".join(pieces), [0, *accumulate(map(len, pieces))]
 
     def text(median: float) -> str:
-        count = max(3, int(median * rng.lognormvariate(0.0, 0.8)))
-        return "".join(word + rng.choices((" ", "\n", "\n\n"), (98, 1, 1))[0] for word in rng.choices(words, k=count))
+        count = min(max(3, int(median * rng.lognormvariate(0.0, 0.8))), POOL_WORDS // 2)
+        first = int(rng.random() * (POOL_WORDS - count))
+        return pool[starts[first] : starts[first + count]]
 
     def pair() -> dict[str, Any]:
         prompt = []

@@ -28,9 +28,9 @@ class Humanline(Wrapper):
         high: largest one; 1.5 there.
 
     Needs: what `loss` needs, and per-token log-probabilities of policy and reference.
-    The authors also copy the policy into the reference before every optimizer step. That is not part of this loss, and
-    not what `sync_ref_model` does, which copies after the step. With a fixed reference a token that has moved that far
-    has no gradient any more.
+    The authors also copy the policy into the reference before every optimizer step: `sync_ref_model` with
+    `sync_ref_before_step`, `ref_model_sync_steps=1` and `ref_model_mixup_alpha=1.0`. With a fixed reference a token
+    that has moved that far has no gradient any more.
     Limits: with clamps that no token reaches it is the loss itself; a token beyond them has no gradient.
     Reference: Liu et al. 2025, arXiv 2509.24207; as ContextualAI/HALOs, train/trainers.py (get_sequence_rewards).
     """

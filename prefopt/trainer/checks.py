@@ -163,6 +163,8 @@ def _launch(plan: RunPlan) -> None:
 
 def _moving_reference(plan: RunPlan) -> None:
     if not plan.option("sync_ref_model", False):
+        if plan.option("sync_ref_before_step", False):
+            raise UsageError("sync_ref_before_step has no effect without sync_ref_model: set both, or leave it out")
         return
     if plan.adapter:
         raise UsageError(

@@ -75,6 +75,9 @@ class PreferenceConfig(DPOConfig):
         chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": False}`, for rows without a
             column of that name. They become part of the tokenizer's template, the saved one too.
         sample_max_new_tokens: maximum length, in tokens, of completions that an online objective samples.
+        sync_ref_before_step: `sync_ref_model` moves the reference right before the optimizer's step instead of after
+            it, so that it stays one step behind the policy: `humanline` with `ref_model_sync_steps=1` and
+            `ref_model_mixup_alpha=1.0`. Not under DeepSpeed.
         paired_retain: for unlearning: half of each batch are rows to forget (label false, or true in a column
             `forget`), half rows to retain. An epoch goes over the rows to forget once, and draws other rows to retain
             than the epoch before.
@@ -143,6 +146,13 @@ class PreferenceConfig(DPOConfig):
     sample_max_new_tokens: int = field(
         default=64,
         metadata={"help": "Maximum length, in tokens, of completions that objectives such as hypo sample."},
+    )
+    sync_ref_before_step: bool = field(
+        default=False,
+        metadata={
+            "help": "sync_ref_model moves the reference right before the optimizer's step instead of after it, so "
+            "that it stays one step behind the policy (Humanline)."
+        },
     )
     paired_retain: bool = field(
         default=False,

@@ -32,6 +32,7 @@ from prefopt.trainer.finite import StepGuard
 from prefopt.trainer.first_batch import FirstBatch
 from prefopt.trainer.learned import LearnedLoss, learned_of
 from prefopt.trainer.metrics import RunMetrics, batch_metrics, rewards_not_logged
+from prefopt.trainer.moving_reference import sync_before_step
 from prefopt.trainer.options import ungrouped
 from prefopt.trainer.output_slot import SLOT, OutputSlot
 from prefopt.trainer.paired import paired_rows
@@ -132,6 +133,7 @@ class LossMixin(_Trainer):
         if (objective := self.objective) is not None:
             setup.check_result(self)
             setup.settle_models(self)
+            sync_before_step(self)
             objective.to(self.accelerator.device)
             text = self._own_collator is not None
             self._scorer = make_scorer(self, objective, setup.previous_model, text)

@@ -63,6 +63,7 @@ REFUSED = [
     (["--save_strategy", "best"], "save_strategy='best' needs a metric"),
     (["--save_strategy", "best", "--metric_for_best_model", "loss"], "there are none: set eval_strategy"),
     (["--save_strategy", "steps", "--save_steps", "0"], "save_steps must be above 0"),
+    (["--sync_ref_before_step", "true"], "without --sync_ref_model true"),
     (["--sync_ref_model", "true", "--use_peft"], "sync_ref_model cannot be used with an adapter"),
     (["--sync_ref_model", "true", "--precompute_ref_log_probs", "true"], "leave one of them out"),
     (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "64"], "leaves nothing of 24 examples"),

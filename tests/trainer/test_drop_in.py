@@ -280,6 +280,27 @@ def test_reference_follows_the_policy(tmp_path: Path, saved: str) -> None:
     assert not moved(weights(trainer.model), trainer.ref_model)
 
 
+def test_a_reference_moved_before_the_step_is_one_step_behind(tmp_path: Path, saved: str) -> None:
+    """As Humanline has it: the last gradient was taken against the policy of the step before."""
+    trainer = build(
+        tmp_path, saved, loss="humanline(dpo(beta=0.1))", max_steps=3, sync_ref_model=True, sync_ref_before_step=True,
+        ref_model_mixup_alpha=1.0, ref_model_sync_steps=1,
+    )  # fmt: skip
+    policies: list[dict[str, torch.Tensor]] = []
+
+    class Snapshots(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            policies.append(weights(trainer.model))
+
+    trainer.add_callback(Snapshots())
+    train(trainer)
+    assert not moved(policies[-2], trainer.ref_model)
+    assert moved(policies[-1], trainer.ref_model)
+    # Moved after the step, as TRL does, the reference would equal the policy at every step.
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(value != pytest.approx(math.log(2), abs=1e-3) for value in losses(trainer)[1:])
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_precomputed_reference_gives_the_same_losses(tmp_path: Path, saved: str, adapter: bool) -> None:
     history = []

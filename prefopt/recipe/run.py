@@ -47,7 +47,9 @@ class Measured:
     answers: list[Answer] | None = None
 
 
-def run(recipe: Recipe, trainer: PreferenceTrainer, before: Measured | None = None) -> dict[str, Any]:
+def run(
+    recipe: Recipe, trainer: PreferenceTrainer, before: Measured | None = None, start: Any = None
+) -> dict[str, Any]:
     """Evaluate, train, evaluate, save; on the bundled data also answer held-out prompts before and after.
 
     A run that is stopped by a signal ends in `train`, after its checkpoint, and is not evaluated or saved as a
@@ -58,12 +60,13 @@ def run(recipe: Recipe, trainer: PreferenceTrainer, before: Measured | None = No
         trainer: not trained yet.
         before: the measurements before training, if they are not to be made; prompts are answered after training only
             if they were answered before.
+        start: the model before training, if it is at hand: KL on answers is then from it.
 
     Returns:
         The content of `results.json` in the output folder.
     """
     checkpoint = begin(recipe, trainer)
-    answers_stored = answer_at_evaluations(recipe, trainer, resumed=checkpoint is not None)
+    answers_stored = answer_at_evaluations(recipe, trainer, checkpoint is not None, start)
     if before is None:
         before = _measure_first(recipe, trainer) if checkpoint is None else _measured_before(recipe, trainer)
     train(recipe, trainer, checkpoint)
@@ -249,7 +252,7 @@ def _comparison(before: dict[str, float] | None, after: dict[str, float]) -> Tab
     shown = table("", "before", "after", right=("before", "after"), title="Held-out rows")
     start = None if before is None else PairMetrics.from_logs(before)
     for name in sorted(after):
-        if name.removeprefix("eval_").startswith(("loss", "rewards/", "ratios/", "logps/", "entropy")):
+        if name.removeprefix("eval_").startswith(("loss", "rewards/", "ratios/", "logps/", "entropy", "kl")):
             old = "" if before is None or name not in before else f"{before[name]:.4g}"
             if name == "eval_rewards/accuracies" and start is not None and start.is_reference:
                 old += " (policy = reference)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import AutoTokenizer
 from prefopt.models.bundled import HUB_ID
 from prefopt.models.load import load_model
 from prefopt.recipe import main, parse_arguments
+from prefopt.recipe.arguments.options import RecipeArguments
 from tests.recipe.test_recipe import arguments, loaded, pairs_file
 from tests.trainer.runs import save_model
 
@@ -265,3 +268,10 @@ class TestOtherModels:
         assert "user says" in capsys.readouterr().out
         main("dpo", [*words, "--eval_rows", "0"])
         assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template.read_text()
+
+
+def test_every_option_of_a_recipe_is_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text(encoding="utf-8")
+    section = page.partition("## Options of the recipes")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([a-z0-9_]+)`", section))
+    assert {field.name for field in dataclasses.fields(RecipeArguments)} - named == set()

@@ -78,7 +78,26 @@ def test_held_out_prompts_are_answered_at_every_evaluation(tmp_path):
     assert len(stored["prompts"]) == 3
     assert [one["step"] for one in stored["answers"]] == [0, 1, 2]
     assert all(len(one["texts"]) == len(one["ended"]) == 3 for one in stored["answers"])
-    assert "answered greedily" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "answered greedily" in page
+    assert "KL to the reference" in page
+
+
+@pytest.mark.parametrize("more", [(), ("--use_peft",)])
+def test_kl_is_estimated_on_answers_and_is_zero_before_training(tmp_path, more):
+    words = ["--eval_answers", "3", "--eval_strategy", "steps", "--eval_steps", "1", "--learning_rate", "1e-2", *more]
+    results = main("dpo(beta=0.1)", arguments(tmp_path, pairs_file(tmp_path), *words))
+    assert results["before"]["eval_kl"] == pytest.approx(0, abs=1e-5)
+    assert results["after"]["eval_kl"] > 1e-4
+    log = json.loads((tmp_path / "out" / "log_history.json").read_text(encoding="utf-8"))["log_history"]
+    assert [line["step"] for line in log if "eval_kl" in line][-1] == 2
+    assert any("loss" in line and "rewards/chosen" in line for line in log)  # no other line lost its numbers
+
+
+def test_a_run_without_a_reference_says_that_it_estimates_no_kl(tmp_path, capsys):
+    results = main("simpo", arguments(tmp_path, pairs_file(tmp_path), "--eval_answers", "2"))
+    assert "eval_kl" not in results["after"]
+    assert "No KL is estimated on answers" in capsys.readouterr().out
 
 
 def test_answers_need_a_whole_model(tmp_path):

@@ -97,7 +97,10 @@ def work(plan: SweepPlan, study: Study, console: Console) -> None:
         last = results[-1]
         of_seed = f"seed {last.seed}: " if len(plan.seeds) > 1 and last.message else ""
         means = {} if last.state == "failed" else _means(results)
-        study.finish(trial, last.state, means, of_seed + last.message)
+        state, message = last.state, last.message
+        if state != "failed" and (missing := [name for name in plan.measures if name not in means]):
+            state, message = "failed", f"{missing[0]} was not measured: no starting model was in memory"
+        study.finish(trial, state, means, of_seed + message)
 
 
 def run_folder(plan: SweepPlan, trial: int, seed: int) -> Path:

@@ -61,6 +61,7 @@ MEASURES = {
     "rejected": Measure("minimize", "log-ratio of rejected completions, nats"),
     "token_accuracy": Measure("maximize", "pairs whose chosen completion has more log-probability per token"),
     "chosen_nll": Measure("minimize", "negative log-probability per token of chosen completions, nats"),
+    "kl": Measure("minimize", "KL of sampled answers to the starting model, nats; needs eval_answers in the config"),
 }
 """Every measure of a sweep."""
 

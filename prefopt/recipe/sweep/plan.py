@@ -171,11 +171,14 @@ def read_plan(config: str, changes: Mapping[str, Any] | None = None, folder: str
         if name in _OF_THE_SWEEP:
             raise UsageError(f"{path}: {name} cannot be set here: {_OF_THE_SWEEP[name]}")
     method = _method(section.get("method", "grid"), axes, where)
+    measures = _measures(section.get("measures", DEFAULT_MEASURE), where)
+    if "kl" in measures and not (base.get("eval_answers") or "eval_answers" in axes):
+        raise UsageError(f"{where}: measures: kl is estimated on answers: add eval_answers: 32 to the config")
     return SweepPlan(
         base, axes, Path(folder or own or DEFAULT_FOLDER), path, method,
         trials=_trials(section, method, axes, where),
-        measures=_measures(section.get("measures", {DEFAULT_MEASURE: MEASURES[DEFAULT_MEASURE].direction}), where),
-        prune=_prune(section, base, where),
+        measures=measures,
+        prune=_prune(section, measures, base, where),
         seeds=seeds,
         search_seed=_whole(section.get("search_seed", 0), f"{where}: search_seed", least=0),
     )  # fmt: skip
@@ -289,14 +292,15 @@ def _measures(section: Any, where: str) -> dict[str, str]:
     return dict(section)
 
 
-def _prune(section: Mapping[str, Any], base: Mapping[str, Any], where: str) -> bool:
+def _prune(section: Mapping[str, Any], measures: Mapping[str, str], base: Mapping[str, Any], where: str) -> bool:
     prune = section.get("prune")
     if prune in (None, False, "none"):
         return False
     if prune != "median":
         raise UsageError(f"{where}: prune must be median or none, got {prune!r}")
-    measures = section.get("measures", {})
-    if isinstance(measures, (dict, list)) and len(measures) > 1:
+    if "kl" in measures:
+        raise UsageError(f"{where}: prune: cannot stop trials by their kl, which is smallest before any training")
+    if len(measures) > 1:
         raise UsageError(f"{where}: prune: needs one measure, as several have no median; others are reported anyway")
     if base.get("eval_strategy", "no") not in ("steps", "epoch"):
         raise UsageError(f"{where}: prune: needs evaluations during training: add eval_strategy: steps and eval_steps")

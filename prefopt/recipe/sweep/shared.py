@@ -33,6 +33,11 @@ class SharedModel:
         self._model: Any = None
         logging.getLogger("trl.trainer.dpo_trainer").addFilter(_without_the_note_on_instances)
 
+    @property
+    def model(self) -> Any:
+        """What the last copy was made of; None if it is not in memory."""
+        return self._model
+
     def copy(self, ready: Ready, recipe: Recipe) -> Any:
         """A fresh copy; None where the trainer is to load the model itself.
 

@@ -19,6 +19,7 @@ from prefopt.generation.memory import free_memory
 from prefopt.recipe.arguments import Recipe, parse_arguments
 from prefopt.recipe.build import make_trainer
 from prefopt.recipe.data import Data, load_data
+from prefopt.recipe.eval_answers import last_kl
 from prefopt.recipe.ready import Ready, preflight
 from prefopt.recipe.run import Measured, run
 from prefopt.recipe.sweep.measures import HeldoutPairs, measured, row_values
@@ -46,7 +47,7 @@ class RunResult:
         seed: of the run.
         folder: of the run.
         measures: of the last evaluation; empty for a failed run.
-        rows: every measure for each held-out pair.
+        rows: every measure for each held-out pair, KL for each prompt that was answered.
         seconds: of wall clock.
         cpu_seconds: of this process.
         message: why it failed or stopped.
@@ -145,6 +146,8 @@ def _trained(folder: Path, sweep: Path, shared: SharedModel, report: Report | No
     def result(state: str, message: str = "") -> dict[str, Any]:
         assert pairs.last is not None
         rows = row_values(pairs.last, start)
+        if kl := last_kl(trainer):
+            rows["kl"] = kl
         measures = measured(rows)
         if not all(map(math.isfinite, measures.values())):
             raise UsageError("held-out log-probabilities are not finite after training: lower the learning rate")
@@ -153,7 +156,7 @@ def _trained(folder: Path, sweep: Path, shared: SharedModel, report: Report | No
     if report is not None:
         trainer.add_callback(_Reporter(report, lambda: result("")["measures"]))
     try:
-        run(recipe, trainer, before=Measured())
+        run(recipe, trainer, before=Measured(), start=shared.model)
     except Pruned:
         return result(
             "pruned", f"stopped at step {trainer.state.global_step}: worse than the median of earlier trials"

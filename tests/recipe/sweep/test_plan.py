@@ -80,6 +80,12 @@ REFUSED = {
     ),
     "demo": ({"axes": LOSSES}, {"demo": True}, "leave model and data out"),
     "resume": ({"axes": LOSSES}, {"resume_from_checkpoint": "x"}, "resumes by itself"),
+    "kl": ({"axes": LOSSES, "measures": ["accuracy", "kl"]}, {}, "add eval_answers: 32 to the config"),
+    "prune by kl": (
+        {"axes": LOSSES, "measures": "kl", "prune": "median"},
+        {"eval_answers": 8, "eval_strategy": "steps"},
+        "smallest before any training",
+    ),
 }
 
 

@@ -52,7 +52,9 @@ def sweep_of(path: str) -> tuple[dict, str]:
 def swept(tmp_path_factory):
     """Two losses, each with a learning rate that works and one that does not."""
     folder = tmp_path_factory.mktemp("swept")
-    path = config(folder, {"axes": {"loss": LOSSES, "learning_rate": [1e-3, 1e30]}}, use_peft=True, lora_r=4)
+    path = config(
+        folder, {"axes": {"loss": LOSSES, "learning_rate": [1e-3, 1e30]}}, use_peft=True, lora_r=4, eval_answers=2
+    )
     return folder, path, *sweep_of(path)
 
 
@@ -92,6 +94,8 @@ def test_measures_are_the_same_for_every_loss(swept):
     assert dpo["accuracy"] == pytest.approx(own["eval_rewards/accuracies"])
     assert simpo.keys() == dpo.keys()
     assert simpo["margin"] != dpo["margin"]
+    assert simpo["kl"] != dpo["kl"]
+    assert min(simpo["kl"], dpo["kl"]) > 0
 
 
 def test_the_best_is_named_with_its_config_and_command(swept):
@@ -113,6 +117,7 @@ def test_the_page_compares_what_the_sweep_compared(swept):
     text = json.dumps(compared)
     for trial in (0, 2):
         assert str(results["trials"][trial]["measures"]["margin"]) in text
+    assert "Reward against KL" in (folder / "sweep" / "compare.html").read_text()
     assert "reference_cache" not in (folder / "sweep" / "compare.md").read_text()
 
 

@@ -15,7 +15,9 @@ _BETA = "Beta of a run of TRL, whose log has rewards but no log-ratios."
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of runs, or checkpoints, of prefopt or TRL.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write; default: report.html in the folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write, or a folder for it; default: the run's own.")
+    ] = None,
     beta: Annotated[float | None, typer.Option(help=_BETA)] = None,
 ) -> None:
     """Write the page of a run: its curves, findings, answers, data and settings in one HTML file."""
@@ -56,8 +58,12 @@ def _check_beta(beta: float | None) -> None:
         raise UsageError(f"--beta must be above 0, got {beta}")
 
 
-def _findings(run: Path, beta: float | None) -> list[dict[str, Any]]:
-    """What `prefopt health` says now, for a folder that stores no findings."""
+def _findings(run: Path, beta: float | None) -> list[dict[str, Any]] | None:
+    """What `prefopt health` says now, for a folder that stores no findings; None for files that it cannot read."""
     from prefopt.analysis.health.saved import examine_saved
+    from prefopt.safety.errors import UsageError
 
-    return [finding.as_object() for finding in examine_saved(run, beta)]
+    try:
+        return [finding.as_object() for finding in examine_saved(run, beta)]
+    except UsageError:  # the page names them
+        return None

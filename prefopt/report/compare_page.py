@@ -69,10 +69,11 @@ def compare_runs(folders: Sequence[Path], out: Path, beta: float | None = None) 
     Raises:
         UsageError: for fewer than two folders, the same one twice, or one without a log.
     """
-    if len({folder.resolve() for folder in folders}) < max(len(folders), 2):
-        raise UsageError(
-            f"a comparison needs at least two different runs, got {', '.join(map(str, folders)) or 'none'}"
-        )
+    places = [folder.resolve() for folder in folders]
+    if twice := [str(folder) for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]:
+        raise UsageError(f"a comparison needs different runs, and these are one: {', '.join(twice)}")
+    if len(folders) < 2:
+        raise UsageError(f"a comparison needs at least two runs, got {', '.join(map(str, folders)) or 'none'}")
     comparison = compare(grouped([read_run(folder, beta) for folder in folders]))
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / DATA, json.dumps(redacted(as_json(comparison)), indent=2) + "\n")
@@ -93,6 +94,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "verdict": comparison.verdict,
         "cautions": comparison.cautions,
         "best": None if best is None else best.label,
+        "tied": [group.label for group in comparison.tied],
         "decided_by": None if measure is None else measure.key,
         "groups": [
             {
@@ -219,7 +221,7 @@ def _row(comparison: Comparison, place: int, measures: Sequence[Measure]) -> dic
     names = list(group.names)
     if len(names) > _NAMES:
         names = [*names[:_NAMES], f"and {len(names) - _NAMES} more"]
-    label, best = group.label, group is comparison.best
+    label, best = group.label, group is comparison.best and not comparison.tied
     value, ends = _difference(cells, comparison.decided_by)
     about = {"label": label, "best": best, "color": place % 8, "folders": ", ".join(names)}
     return {**about, "cells": row, "difference": value, "ends": ends}

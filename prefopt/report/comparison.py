@@ -5,14 +5,17 @@ Only what means the same for every loss is compared, never a loss's own value.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from prefopt.report.folder import RunFolder, number
 from prefopt.report.intervals import Interval, over_rows, over_seeds, sign_test
-from prefopt.report.runs import MEASURES, Group, Measure
+from prefopt.report.runs import ACCURACY, MEASURES, Group, Measure
 
 _ROW_VALUES = {
     "accuracy": "rewards/margins",
@@ -68,6 +71,7 @@ class Comparison:
         cautions: why runs may not be comparable.
         cells: by group, then by measure.
         flips: between the best group and each other one.
+        tied: groups whose mean by `decided_by` is that of the best.
     """
 
     groups: list[Group]
@@ -77,6 +81,7 @@ class Comparison:
     cautions: list[str]
     cells: list[list[Cell]]
     flips: list[Flips]
+    tied: Sequence[Group] = ()
 
 
 def compare(groups: Sequence[Group]) -> Comparison:
@@ -90,12 +95,14 @@ def compare(groups: Sequence[Group]) -> Comparison:
     # The best is the largest of several: each difference from it has a share of the five percent.
     level = 1 - 0.05 / max(len(others), 1)
     cells = [_cells(group, best, level) for group in groups]
+    tied: list[Group] = []
     if best is None or decided_by is None:
-        verdict = _no_verdict(comparable)
+        verdict = _no_verdict(groups, comparable)
     else:
-        verdict = _verdict(best, others, decided_by, level)
+        tied = [one for one in others if math.isclose(_mean(one, decided_by), _mean(best, decided_by), rel_tol=1e-9)]
+        verdict = _verdict(best, tied, [one for one in others if one not in tied], decided_by, level)
     flips = [flip for group in others if best is not None and (flip := flips_of(best, group)) is not None]
-    return Comparison(list(groups), best, decided_by, verdict, cautions, cells, flips)
+    return Comparison(list(groups), best, decided_by, verdict, cautions, cells, flips, tied)
 
 
 def _mean(group: Group, measure: Measure) -> float:
@@ -196,10 +203,13 @@ def flips_of(better: Group, other: Group) -> Flips | None:
 # ---- words -------------------------------------------------------------------------------------------------------
 
 
-def _verdict(best: Group, others: Sequence[Group], measure: Measure, level: float) -> str:
-    highest = f"{best.label} has the highest held-out {measure.label}, {_mean(best, measure):{measure.form}}"
-    if not others:
+def _verdict(best: Group, tied: Sequence[Group], others: Sequence[Group], measure: Measure, level: float) -> str:
+    if not others and not tied:
         return f"There is one setting, {best.label}; runs of another are needed to compare it with."
+    names = " and ".join(group.label for group in (best, *tied))
+    value = f"held-out {measure.label}, {_mean(best, measure):{measure.form}}"
+    if not others:
+        return f"{names} have the same {value}, so it does not tell them apart."
     behind: list[str] = []
     alike: list[str] = []
     unknown: list[str] = []
@@ -210,25 +220,31 @@ def _verdict(best: Group, others: Sequence[Group], measure: Measure, level: floa
         else:
             words = f"{group.label} ({shown(interval, measure)})"
             (alike if interval.has_zero else behind).append(words)
-    parts = [highest]
+    it = best.label if tied else "It"
+    parts = [f"{names} {'have' if tied else 'has'} the highest {value}"]
     if behind:
-        parts.append(f"It is better than {'; '.join(behind)}")
+        parts.append(f"{it} is better than {'; '.join(behind)}")
     if alike:
-        parts.append(f"It cannot be told apart from {'; '.join(alike)}: the interval of the difference holds zero")
+        parts.append(f"{it} cannot be told apart from {'; '.join(alike)}: the interval of the difference holds zero")
     if unknown:
         parts.append(
             f"Whether the difference to {'; '.join(unknown)} is more than chance is unknown: there is one run of "
             "each, and no values of the same held-out rows"
         )
-    if len(others) > 1 and (behind or alike):
-        parts.append(f"Each interval is at {100 * level:.4g}%, so that all {len(others)} hold together at 95%")
+    compared = len(others) + len(tied)
+    if compared > 1 and (behind or alike):
+        parts.append(f"Each interval is at {100 * level:.4g}%, so that all {compared} hold together at 95%")
     return ". ".join(parts) + "."
 
 
-def _no_verdict(comparable: bool) -> str:
+def _no_verdict(groups: Sequence[Group], comparable: bool) -> str:
     if not comparable:
         return "These runs cannot be compared; the table shows their numbers side by side."
-    return "No measure that every run has says which is better: they need an evaluation on held-out rows."
+    without = ", ".join(group.label for group in groups if not group.values(ACCURACY))
+    return (
+        f"No measure that every run has says which is better. Without held-out accuracy: {without}. It needs an "
+        "evaluation on held-out pairs, and a loss with rewards."
+    )
 
 
 def shown(interval: Interval, measure: Measure) -> str:
@@ -246,24 +262,52 @@ def _cautions(groups: Sequence[Group]) -> tuple[list[str], bool]:
     if len(bases) > 1:
         cautions.append(f"The runs started from different models: {', '.join(sorted(_names(runs)))}.")
         comparable = False
-    held: dict[Any, set[str]] = {}
-    for seed, run in runs:
-        if (fingerprint := _fingerprint(run, "held-out")) is not None:
-            held.setdefault(seed, set()).add(fingerprint)
-    if any(len(fingerprints) > 1 for fingerprints in held.values()):
-        cautions.append("The runs were evaluated on different held-out rows: their fingerprints differ.")
+    if _rows_differ(groups, "held-out"):
+        cautions.append(
+            "The runs were evaluated on different held-out rows: their fingerprints differ. A test split, or one "
+            "--data_seed for all, gives runs of different seeds the same rows."
+        )
         comparable = False
-    trained = {_fingerprint(run, "training") for seed, run in runs if seed == runs[0][0]} - {None}
-    if len(trained) > 1:
+    if _rows_differ(groups, "training"):
         cautions.append("The runs were trained on different rows: what differs may be due to the data.")
     named = [(name, run) for group in groups for name, run in zip(group.names, group.runs.values(), strict=True)]
-    if silent := [name for name, run in named if not run.facts]:
+    cautions += [line for name, run in named for line in _ends_early(name, run)]
+    cautions += [f"{name}: {', '.join(run.unread)}: not read." for name, run in named if run.unread]
+    for (one, run), (other, again) in itertools.combinations(named, 2):
+        if run.curves and run.curves == again.curves:
+            cautions.append(f"{one} and {other} logged the same numbers: they may be one run, copied or repeated.")
+    if silent := [name for name, run in named if not run.facts and not run.unread]:
         cautions.append(
             f"No run.json in {', '.join(silent)}: whether data and base model were the same is not known from there."
         )
     if any(len(group.runs) == 1 for group in groups):
         cautions.append("Of some settings there is one run: intervals over rows do not say how much a seed changes.")
     return cautions, comparable
+
+
+def _ends_early(name: str, run: RunFolder) -> list[str]:
+    """A run that ended before its last step, as its log says."""
+    if "not_finite" in run.log:
+        return [f"{name} ended with a number that is NaN or infinite: its measures are of an earlier step."]
+    done, planned = number(run.log.get("global_step")), number(run.log.get("max_steps"))
+    if done is None or planned is None or done >= planned:
+        return []
+    return [f"{name} ended after step {done:g} of {planned:g}."]
+
+
+def _rows_differ(groups: Sequence[Group], role: str) -> bool:
+    """Whether two groups have other rows at a seed that both have; without a common seed, whether they share none."""
+    by_seed = [
+        {seed: rows for seed, run in group.runs.items() if (rows := _fingerprint(run, role)) is not None}
+        for group in groups
+    ]
+    for one, other in itertools.combinations(by_seed, 2):
+        common = one.keys() & other.keys()
+        if any(one[seed] != other[seed] for seed in common):
+            return True
+        if one and other and not common and not set(one.values()) & set(other.values()):
+            return True
+    return False
 
 
 def _names(runs: Sequence[tuple[Any, Any]]) -> set[str]:

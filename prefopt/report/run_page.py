@@ -57,7 +57,9 @@ def write_run_page(
         UsageError: if the folder has no log that can be read.
     """
     run = read_run(folder, beta)
-    page = out or (folder if folder.is_dir() else folder.parent) / PAGE
+    page = out or (folder if folder.is_dir() else folder.parent)
+    page = page / PAGE if page.is_dir() else page
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, _html(run, list(findings) if findings is not None else None))
     return page
 

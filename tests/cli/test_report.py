@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from typer.testing import CliRunner
 
 from prefopt.cli import app
@@ -44,5 +45,25 @@ def test_wrong_options_are_named(tmp_path):
     runs = [write_run(tmp_path / name) for name in "ab"]
     assert "--beta must be above 0" in call("report", runs[0], "--beta", "0").output
     assert "--out names one file" in call("report", *runs, "--out", tmp_path / "x.html").output
-    assert "at least two different runs" in call("compare", runs[0]).output
+    assert "at least two runs" in call("compare", runs[0]).output
     assert "there is no such folder" in call("report", tmp_path / "missing").output
+
+
+def test_a_page_goes_into_a_new_or_an_existing_folder(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert call("report", run, "--out", tmp_path / "new" / "page.html").exit_code == 0
+    assert (tmp_path / "new" / "page.html").is_file()
+    assert call("report", run, "--out", tmp_path / "new").exit_code == 0
+    assert (tmp_path / "new" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("content", ['{"before": {"eval_', "[1, 2]", '{"before": 3}'])
+def test_a_broken_evaluation_before_training_does_not_end_the_page(tmp_path, content):
+    run = write_run(tmp_path / "run")
+    (run / "before.json").write_text(content, encoding="utf-8")
+    assert call("report", run).exit_code == 0
+    result = call("health", run)
+    if content.endswith("eval_"):
+        assert "before.json cannot be read (without it, the log alone is examined)" in " ".join(result.output.split())
+    else:
+        assert result.exit_code == 0

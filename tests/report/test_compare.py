@@ -123,10 +123,62 @@ def test_a_picture_for_cards(tmp_path):
 
 def test_one_run_is_no_comparison(tmp_path):
     run = write_run(tmp_path / "a")
-    with pytest.raises(UsageError, match="at least two different runs"):
+    with pytest.raises(UsageError, match="at least two runs"):
         compare_runs([run], tmp_path / "compared")
-    with pytest.raises(UsageError, match="at least two different runs"):
-        compare_runs([run, tmp_path / "." / "a"], tmp_path / "compared")
+    with pytest.raises(UsageError, match=r"these are one: .*a, .*a"):
+        compare_runs([run, write_run(tmp_path / "b"), tmp_path / "." / "a"], tmp_path / "compared")
+
+
+def evaluated(folder, accuracy, **facts):
+    write_run(folder, **facts)
+    line = {"step": 40, "eval_rewards/accuracies": accuracy, "eval_rewards/margins": 1.0}
+    write(folder, "log_history.json", {"max_steps": 40, "global_step": 40, "log_history": [line]})
+    return folder
+
+
+def test_equal_runs_have_no_best_one(tmp_path):
+    runs = [evaluated(tmp_path / loss, 1.0, loss=loss) for loss in ("dpo", "ipo")]
+    result = compared(tmp_path, *runs)
+    assert result["verdict"] == "dpo and ipo have the same held-out accuracy, 100.0%, so it does not tell them apart."
+    assert result["tied"] == ["ipo"]
+    worse = evaluated(tmp_path / "sft", 0.1, loss="sft", seed=9)
+    write(worse, "heldout.json", {})
+    assert compared(tmp_path, *runs, worse)["verdict"].startswith("dpo and ipo have the highest held-out accuracy")
+
+
+def test_other_held_out_rows_are_seen_where_no_seed_is_common(tmp_path):
+    """Rows are drawn by the seed: runs of two seeds have other rows, unless the seed of the data is one."""
+    rows = {seed: [{"role": "held-out", "fingerprint": f"of seed {seed}"}] for seed in range(4)}
+    runs = [
+        write_run(tmp_path / f"{loss}{seed}", loss=loss, seed=seed, data=rows[seed])
+        for loss, seeds in (("dpo", (0, 1)), ("ipo", (2, 3)))
+        for seed in seeds
+    ]
+    assert compared(tmp_path, *runs)["best"] is None
+    assert compared(tmp_path, *runs[:2], write_run(tmp_path / "ipo0", loss="ipo", data=rows[0]))["best"] is not None
+    assert compared(tmp_path, write_run(tmp_path / "a", seed=5), write_run(tmp_path / "b", loss="ipo", seed=6))["best"]
+
+
+def test_what_is_wrong_with_a_run_is_a_caution(tmp_path):
+    whole = write_run(tmp_path / "whole")
+    log = json.loads((whole / "log_history.json").read_text())
+    stopped = write_run(tmp_path / "stopped", loss="ipo")
+    write(stopped, "log_history.json", {**log, "log_history": log["log_history"][:-9], "global_step": 30})
+    broken = write_run(tmp_path / "broken", loss="simpo")
+    write(broken, "log_history.json", {**log, "not_finite": "the loss is nan"})
+    (broken / "run.json").write_text('{"version": 1, "loss"', encoding="utf-8")
+    cautions = " ".join(compared(tmp_path, whole, stopped, broken)["cautions"])
+    assert "stopped ended after step 30 of 40." in cautions
+    assert "broken ended with a number that is NaN or infinite" in cautions
+    assert "broken: run.json: Expecting" in cautions
+    assert "No run.json" not in cautions
+    assert "whole and broken logged the same numbers: they may be one run" in cautions
+
+
+def test_runs_that_lack_the_deciding_measure_are_named(tmp_path):
+    silent = write_run(tmp_path / "silent", loss="sft")
+    write(silent, "log_history.json", {"log_history": [{"step": 1, "loss": 1.0}]})
+    assert "Without held-out accuracy: sft." in compared(tmp_path, write_run(tmp_path / "a"), silent)["verdict"]
 
 
 def test_quantiles_of_student():

@@ -54,8 +54,9 @@ def ended_by(step: int, message: str) -> Finding:
         step: at which.
         message: what was not finite.
     """
+    what = message.rpartition(". ")[0] if message.endswith(":") else message  # the rows follow on further lines
     remedy = "look at those rows, a lower learning rate, bfloat16 or float32 in place of float16"
-    return Finding("not_finite", "serious", step, message, remedy)
+    return Finding("not_finite", "serious", step, what, remedy)
 
 
 def examine_saved(run: Path, beta: float | None = None) -> list[Finding]:
@@ -91,6 +92,7 @@ def _before(folder: Path) -> list[dict[str, Any]]:
     file = folder / BEFORE
     if not file.is_file():
         return []
-    with retold(UsageError, f"{file} cannot be read"):
-        metrics = json.loads(file.read_text(encoding="utf-8")).get("before")
-    return [{**metrics, "step": 0}] if metrics else []
+    with retold(UsageError, f"{file} cannot be read (without it, the log alone is examined)"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    metrics = content.get("before") if isinstance(content, dict) else None
+    return [{**metrics, "step": 0}] if isinstance(metrics, dict) else []

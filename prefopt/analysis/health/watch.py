@@ -87,9 +87,8 @@ def too_few(lines: int) -> str:
     """A sentence if a run has logged too few lines to be called healthy; else ""."""
     if lines >= FEW:
         return ""
-    return (
-        f"{lines} log line{'' if lines == 1 else 's'} of training, too few to judge (--logging_steps 1 logs each step)"
-    )
+    told = f"{lines} log line{'' if lines == 1 else 's'} of training"
+    return f"{told}, too few to judge ({FEW} are enough; --logging_steps 1 logs each step)"
 
 
 def report(findings: Collection[Finding], lines: int, told: Collection[str] = ()) -> list[str]:

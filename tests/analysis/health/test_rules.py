@@ -181,7 +181,9 @@ def test_a_gradient_that_shrinks_with_the_loss_has_no_spikes():
 def test_the_report_is_a_few_lines_with_the_serious_ones_first():
     (serious,), (note,) = examine(FAILING["not_finite"][0], SETTINGS), examine(FAILING["always_clipped"][0], SETTINGS)
     assert report([], 20) == ["Health: nothing unusual in the logged numbers"]
-    assert report([], 1) == ["Health: 1 log line of training, too few to judge (--logging_steps 1 logs each step)"]
+    assert report([], 1) == [
+        "Health: 1 log line of training, too few to judge (5 are enough; --logging_steps 1 logs each step)"
+    ]
     assert report([serious], 20, {"not_finite"}) == ["Health: serious (not_finite, step 21), told above"]
     lines = report([serious, *[note] * 9], 20)
     assert lines[0].startswith("Health: serious (not_finite, step 21): loss is NaN")

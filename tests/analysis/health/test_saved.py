@@ -10,6 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from prefopt.analysis.health.saved import ended_by
 from prefopt.cli import app
 from prefopt.recipe import main, parse_arguments
 from prefopt.trainer.finite import NonFiniteError
@@ -35,7 +36,7 @@ def findings_of(folder):
 
 def test_the_last_checkpoint_of_a_run_is_read(tmp_path):
     state_file(tmp_path / "run" / "checkpoint-4", too_hard()[:4])
-    few = "4 log lines of training, too few to judge (--logging_steps 1 logs each step)"
+    few = "4 log lines of training, too few to judge (5 are enough; --logging_steps 1 logs each step)"
     assert health(tmp_path / "run") == (0, f"{tmp_path}/run: 0 findings; {few}\n")
     state_file(tmp_path / "run" / "checkpoint-10", too_hard())
     status, text = health(tmp_path / "run", "--strict")
@@ -135,3 +136,9 @@ def test_a_run_that_died_of_a_nan_says_so_later(tmp_path):
 def test_stop_on_is_checked_as_it_is_read(words, message):
     with pytest.raises((SystemExit, ValueError), match=message):
         parse_arguments("dpo", ["--output_dir", "unused", *words])
+
+
+def test_the_finding_of_a_run_that_ended_has_no_half_sentence():
+    text = str(ended_by(3, "the loss is nan at step 3. The rows of this step:"))
+    assert "nan at step 3. Try:" in text
+    assert "The rows" not in text

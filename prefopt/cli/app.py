@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -67,6 +68,13 @@ def say(line: str) -> None:
 def console() -> Console:
     # Made when it is used, so that it knows the width of the terminal as it is then.
     return Console()
+
+
+def refuse_overwriting(out: Path, *inputs: Path | str | None) -> None:
+    """End the command if the file to write is one that it reads."""
+    for one in inputs:
+        if one is not None and Path(one).expanduser().resolve() == out.resolve():
+            fail(f"--out {out} is the file that is read, and would be lost: name another one")
 
 
 def fail(message: str) -> NoReturn:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefopt.cli.app import app, console, fail, say
+from prefopt.cli.app import app, console, fail, refuse_overwriting, say
+from prefopt.cli.generators import read_dtype
 
 if TYPE_CHECKING:
     from prefopt.evaluation.benchmarks import TaskResult
@@ -30,7 +31,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=2, help="Use so many prompts from the beginning.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 4,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a completion is cut.")] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Where a completion is cut; 256, or what the bundled problems need.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a completion; may be repeated.")] = None,
     answer_column: Annotated[
         str | None,
@@ -44,7 +47,9 @@ def evaluate(
     ] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, help="So many examples of each task.")] = None,
     seed: Annotated[int, typer.Option(help="Of the samples and intervals.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; auto is that of the files.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, ...; auto is that of the files.", callback=read_dtype)
+    ] = "auto",
     out: Annotated[Path | None, typer.Option(help="A .json file for all numbers.")] = None,
 ) -> None:
     """Draw samples of each model for the same prompts, judge them, and show the numbers with 95% intervals.
@@ -68,6 +73,8 @@ def evaluate(
 
     if (prompts is None) != (judge is None) or not (prompts or tasks):
         fail("name --prompts and --judge, or --tasks of lm-eval, or all three")
+    if out is not None:
+        refuse_overwriting(out, prompts)
     if (task_folder or task_limit) and not tasks:
         fail("--task-folder and --task-limit need --tasks")
     spec = None if judge is None else parse_judge(judge)
@@ -76,6 +83,10 @@ def evaluate(
     benchmarks = find_tasks(tasks, task_folder) if tasks else None
     rows, length, stops = _prompts(prompts, limit, max_new_tokens, stop)
     settings = SamplingSettings(samples, temperature, max_new_tokens=length, stop=stops, seed=seed)
+    if temperature == 0 and samples > 1 and prompts is not None:
+        settings = dataclasses.replace(settings, samples=1)
+        if PartialState().is_main_process:
+            say("Temperature 0 takes the likeliest token: one completion of each prompt is drawn")
     results, numbers = [], dict[str, list[TaskResult]]()
     for name in models:
         network, tokenizer = load_model(name, {"dtype": dtype}).to(PartialState().device), load_tokenizer(name)
@@ -105,7 +116,7 @@ def evaluate(
 
 
 def _prompts(
-    prompts: str | None, limit: int | None, max_new_tokens: int, stop: list[str] | None
+    prompts: str | None, limit: int | None, max_new_tokens: int | None, stop: list[str] | None
 ) -> tuple[list[PromptRow], int, tuple[str, ...]]:
     """The rows, and where a completion of them is cut and ends."""
     from prefopt.evaluation.tasks import arithmetic
@@ -113,14 +124,14 @@ def _prompts(
 
     stops = tuple(stop or ())
     if prompts is None:
-        return [], max_new_tokens, stops
+        return [], max_new_tokens or 256, stops
     if prompts == "arithmetic":
         rows = arithmetic.problems("heldout", limit or 100)
-        return rows, min(max_new_tokens, arithmetic.MAX_NEW_TOKENS), stops or arithmetic.STOP
+        return rows, max_new_tokens or arithmetic.MAX_NEW_TOKENS, stops or arithmetic.STOP
     rows = read_prompts(Path(prompts))[0][:limit]
     if len(rows) < 2:
         fail(f"{prompts} has {len(rows)} prompts; intervals need two or more")
-    return rows, max_new_tokens, stops
+    return rows, max_new_tokens or 256, stops
 
 
 def _show_tasks(numbers: dict[str, list[TaskResult]]) -> None:

@@ -26,8 +26,22 @@ TopK = Annotated[int, typer.Option(min=0, help="0 for all tokens.", rich_help_pa
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Where a completion is cut.", rich_help_panel=DRAWING)]
 Seed = Annotated[int, typer.Option(help="Of the run.", rich_help_panel=DRAWING)]
 Rows = Annotated[int | None, typer.Option(min=1, help="Samples in a batch.", rich_help_panel=DRAWING)]
+
+
+def read_dtype(name: str) -> str:
+    """The name of a dtype; the command ends if there is none of that name."""
+    import torch
+
+    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        fail(f"--dtype {name}: there is no such type; use auto, float32, bfloat16 or float16")
+    return name
+
+
 Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, ...; auto is that of the files.", rich_help_panel=DRAWING)
+    str,
+    typer.Option(
+        help="float32, bfloat16, ...; auto is that of the files.", callback=read_dtype, rich_help_panel=DRAWING
+    ),
 ]
 ChatTemplate = Annotated[
     str | None, typer.Option(help="A Jinja template, or a file with one.", rich_help_panel=DRAWING)
@@ -44,10 +58,25 @@ Extra = Annotated[str | None, typer.Option(help="Other fields of each request, a
 Vllm = Annotated[bool, typer.Option("--vllm", help="Draw with vLLM in this process.", rich_help_panel=OTHER)]
 
 
-def check_source(url: str | None, file: Path | None, vllm: bool) -> None:
-    """End the command if more than one source of samples is named."""
+_OF_SERVER = ("served_as", "send", "key_variable", "concurrency", "extra")
+_OF_MEMORY = ("dtype", "rows")
+_OF_DRAWING = ("model", "chat_template", "temperature", "top_p", "top_k", "max_new_tokens", "stop", "seed")
+
+
+def check_source(context: typer.Context, url: str | None, file: Path | None, vllm: bool) -> None:
+    """End the command if more than one source of samples is named, or an option that the source does not read."""
     if sum((url is not None, file is not None, vllm)) > 1:
         fail("--url, --file and --vllm are different sources of samples: choose one")
+    idle = dict.fromkeys(_OF_MEMORY if url is not None else (), "--url names a server")
+    idle |= dict.fromkeys(_OF_SERVER if url is None else (), "there is no --url")
+    if vllm:
+        idle["rows"] = "vLLM chooses the batch"
+    if file is not None:
+        idle |= dict.fromkeys((*_OF_MEMORY, *_OF_DRAWING), "the samples in --file are drawn already")
+    for name, reason in idle.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            fail(f"--{name.replace('_', '-')} has no effect, since {reason}: leave it out")
 
 
 def check_top_p(top_p: float) -> None:
@@ -75,7 +104,10 @@ class Server:
         name = self.served_as or model
         if name is None:
             fail("--url needs --served-as, the server's name for the model, or --model if it is the same")
-        fields = json.loads(self.extra) if self.extra else {}
+        try:
+            fields = json.loads(self.extra) if self.extra else {}
+        except ValueError:
+            fields = None
         if not isinstance(fields, dict):
             fail(f'--extra must be a JSON object such as {{"min_p": 0.1}}, got {self.extra}')
         tokenizer = None if model is None else load_tokenizer(model, chat_template=chat_template)

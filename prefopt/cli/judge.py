@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefopt.cli.app import app, console, fail, say
+from prefopt.cli.app import app, console, fail, refuse_overwriting, say
 
 if TYPE_CHECKING:
     from prefopt.evaluation.agreement import JudgeSummary
@@ -37,6 +37,7 @@ def judge(
     from prefopt.evaluation.agreement import agreements, summarize
     from prefopt.evaluation.cache import JudgementCache, cache_file
     from prefopt.evaluation.judgements import read_judgements
+    from prefopt.evaluation.judges.base import PairJudge
     from prefopt.evaluation.judges.build import make_judge, parse_judge
     from prefopt.evaluation.stage import Pairing, judge_to_file
     from prefopt.generation.samples import read_samples
@@ -45,7 +46,16 @@ def judge(
     from prefopt.online.comparisons import comparisons_of
     from prefopt.online.pairing import PairSettings
 
-    judges = [make_judge(parse_judge(text)) for text in judge]
+    refuse_overwriting(out, samples, prompts)
+    specs = [parse_judge(text) for text in judge]
+    if any(spec.weight != 1 for spec in specs):
+        fail("weights count when pairs are made: name them there, as in prefopt pair --weight number=2")
+    judges = [make_judge(spec) for spec in specs]
+    if (tournament or pairs is not None) and not any(isinstance(one, PairJudge) for one in judges):
+        fail(
+            f"{'--tournament' if tournament else '--pairs'} says which samples are compared, and no --judge compares "
+            "two: leave it out"
+        )
     judged = list(read_samples(samples))
     if not judged:
         fail(f"{samples} has no samples")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefopt.cli.app import app, fail, say
+from prefopt.cli.app import app, fail, refuse_overwriting, say
+
+if TYPE_CHECKING:
+    from prefopt.evaluation.judgements import Judgement
 
 _SAMPLES, _ROWS = "Samples and judgements", "Rows that compare or rank answers"
 
@@ -85,6 +88,7 @@ def pair(
 
     With --lists, rows that keep all answers of a prompt and their scores. Such rows become pairs with --builder, too.
     """
+    refuse_overwriting(out, data, judgements, prompts)
     if builder is not None and lists:
         fail("--builder makes pairs and --lists makes none: name one of the two")
     keep = (keep_unfinished, keep_duplicates)
@@ -138,11 +142,12 @@ def _pair_samples(
     from prefopt.generation.samples import read_samples
     from prefopt.generation.stage import read_prompts
     from prefopt.online.builders import parse_builder
-    from prefopt.online.pairing import PairSettings, write_pairs
+    from prefopt.online.pairing import PairSettings, check_gold, write_pairs
 
+    judged = [] if judgements is None else list(read_judgements(judgements))
     how = PairSettings(
         parse_builder(builder),
-        _weights(weight),
+        _weights(weight, judged),
         gold,
         "keep" if keep[0] else "drop",
         "keep" if keep[1] else "merge",
@@ -152,8 +157,8 @@ def _pair_samples(
         fail(f"{how.builder} needs scores: name the file of judgements after the file of samples")
     if (gold is None) != (prompts is None):
         fail("--gold names a column of --prompts: name both or neither")
-    judged = [] if judgements is None else list(read_judgements(judgements))
     rows = [] if prompts is None else read_prompts(prompts)[0]
+    check_gold(how, rows, "--gold")
     counts = write_pairs(out, list(read_samples(samples)), judged, how, rows)
     _tell(out, counts, empty="no prompt makes a pair", check=" --loss sft" if how.builder.supervised else "")
 
@@ -197,17 +202,16 @@ def _list_samples(
     from prefopt.online.pairing import PairCounts, PairSettings
     from prefopt.safety.jsonl import write_jsonl
 
+    judged = list(read_judgements(judgements))
     how = PairSettings(
         parse_builder("all_pairs"),
-        _weights(weight),
+        _weights(weight, judged),
         unfinished="keep" if keep[0] else "drop",
         duplicates="keep" if keep[1] else "merge",
     )
     rows = [] if prompts is None else read_prompts(prompts)[0]
     counts = PairCounts()
-    count = write_jsonl(
-        out, groups_of(list(read_samples(samples)), list(read_judgements(judgements)), how, counts, rows)
-    )
+    count = write_jsonl(out, groups_of(list(read_samples(samples)), judged, how, counts, rows))
     _tell(out, counts, count)
 
 
@@ -228,10 +232,18 @@ def _tell(
     say(f"Written to {out}. Look at them: prefopt check {out}{check}")
 
 
-def _weights(words: list[str] | None) -> dict[str, float] | None:
+def _weights(words: list[str] | None, judgements: Sequence[Judgement]) -> dict[str, float] | None:
+    """The weight of each judge; the command ends for a judge that has none, or that judged nothing."""
     if not words:
         return None
     try:
-        return {name: float(value) for name, value in (word.rsplit("=", 1) for word in words)}
+        weights = {name: float(value) for name, value in (word.rsplit("=", 1) for word in words)}
     except ValueError:
         fail(f"--weight is a judge and a number, as in exact=2; got {' '.join(words)}")
+    judges = {one.judge for one in judgements}
+    if weights.keys() != judges:
+        fail(
+            f"--weight must name each judge of the file once, 0 for one that shall not count; the file has "
+            f"{', '.join(sorted(judges)) or 'no judgements'}, and the weights are of {', '.join(sorted(weights))}"
+        )
+    return {name: weight for name, weight in weights.items() if weight}

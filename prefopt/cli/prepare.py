@@ -21,6 +21,7 @@ _WRITTEN, REFUSED = "What is written", "refused.jsonl"
 
 @unlearn.command()
 def prepare(
+    context: typer.Context,
     docs: Annotated[list[Path], typer.Argument(help="Files (.txt, .md, .jsonl), or folders with such files.")],
     out: Annotated[Path, typer.Option(help="The .jsonl file of rows to write, for --forget_set and the like.")],
     model: of.Model = None,
@@ -69,7 +70,7 @@ def prepare(
     from prefopt.safety.jsonl import write_jsonl
     from prefopt.unlearning.prepare import Prompts, Wanted
 
-    of.check_source(url, file, vllm)
+    of.check_source(context, url, file, vllm)
     of.check_top_p(top_p)
     folder = out.with_name(f"{out.name}.replies") if folder is None else folder
     _check_out(out, folder, docs)

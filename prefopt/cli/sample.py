@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefopt.cli import generators as of
-from prefopt.cli.app import app, console, fail, say
+from prefopt.cli.app import app, console, fail, refuse_overwriting, say
 
 if TYPE_CHECKING:
     from prefopt.generation.samples import Generator, PromptRow
@@ -18,6 +18,7 @@ _DRAWING = of.DRAWING
 
 @app.command()
 def sample(
+    context: typer.Context,
     prompts: Annotated[str, typer.Argument(help="A file (.jsonl ...), a save_to_disk folder or a Hub name.")],
     out: Annotated[Path, typer.Option(help="The .jsonl file to write; one that was begun is continued.")],
     model: of.Model = None,
@@ -61,12 +62,15 @@ def sample(
     from prefopt.generation.samples import SamplingSettings, read_samples
     from prefopt.generation.stage import count_samples, sample_to_file
 
-    of.check_source(url, file, vllm)
+    of.check_source(context, url, file, vllm)
     of.check_top_p(top_p)
+    refuse_overwriting(out, prompts, file)
     if send not in ("messages", "tokens"):
         fail(f"--send is {send!r}; it must be messages or tokens")
     settings = SamplingSettings(samples, temperature, top_p, top_k, max_new_tokens, tuple(stop or ()), seed)
     is_main = PartialState().is_main_process
+    if is_main and temperature == 0 and samples > 1 and file is None:
+        say(f"Temperature 0 takes the likeliest token: the {samples} completions of a prompt will be the same")
     rows_of_prompts = _read(prompts, split, say if is_main else lambda line: None)
     source: Generator
     if file is not None:
@@ -97,6 +101,8 @@ def _read(prompts: str, split: str, tell: Any) -> list[PromptRow]:
     from prefopt.generation.stage import prompts_of, read_prompts
 
     if prompts.endswith(".jsonl") and Path(prompts).is_file():
+        if split != "train":
+            fail(f"--split {split} has no effect: {prompts} is one file, and all of it is read. Leave it out")
         rows, repeated = read_prompts(Path(prompts))
     else:
         from prefopt.data import load_preferences

@@ -93,7 +93,7 @@ class JudgementCache:
 
     def _error(self, error: Exception) -> UsageError:
         return UsageError(
-            f"the cache of judgements {self._path} cannot be used ({error}). Delete it, or judge with --no_cache"
+            f"the cache of judgements {self._path} cannot be used ({error}). Delete it: judges are then asked again"
         )
 
 

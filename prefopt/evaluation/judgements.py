@@ -127,10 +127,18 @@ def read_judgements(path: Path) -> Iterator[Judgement]:
     `winner` or `tie`; `kind` may be left out.
 
     Raises:
-        UsageError: naming the file, the line and the field.
+        UsageError: naming the file, the line and the field; also for two scores of one sample by one judge.
     """
+    scores: dict[tuple[Any, ...], float | None] = {}
     for number, row in enumerate(read_jsonl(path), start=1):
-        yield read_judgement(row, f"{path}, object {number}")
+        where = f"{path}, object {number}"
+        one = read_judgement(row, where)
+        if isinstance(one, Score) and scores.setdefault(one.key, one.score) != one.score:
+            raise UsageError(
+                f"{where}: judge {one.judge!r} scores sample {one.index} of prompt {one.prompt_id} a second time, "
+                "with another score. Keep one of them; scores of several people need a `judge` each"
+            )
+        yield one
 
 
 def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
@@ -147,7 +155,7 @@ def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
     shared: dict[str, Any] = {
         "prompt_id": str(row["prompt_id"]),
         "judge": str(row.get("judge", "file")),
-        "abstain": bool(row.get("abstain", False)),
+        "abstain": _yes(row, "abstain", where),
         "reason": str(row.get("reason", "")),
         "raw": str(row.get("raw", "")),
         "judge_hash": str(row.get("judge_hash", "")),
@@ -164,7 +172,7 @@ def _preference(row: Mapping[str, Any], where: str, shared: dict[str, Any]) -> P
     if not isinstance(indices, list) or len(indices) != 2 or not all(map(_is_whole, indices)):
         raise UsageError(f"{where}: indices must be the numbers of two samples, not {indices!r}")
     first, second = indices
-    winner, tie = row.get("winner"), bool(row.get("tie", False))
+    winner, tie = row.get("winner"), _yes(row, "tie", where)
     if first == second or winner not in (first, second, None) or (tie and winner is not None):
         raise UsageError(
             f"{where}: indices {indices!r}, winner {winner!r}, tie {tie}: the indices must differ, and the winner be "
@@ -182,6 +190,13 @@ def _preference(row: Mapping[str, Any], where: str, shared: dict[str, Any]) -> P
         repeat=_whole(row, "repeat", where),
         **shared,
     )
+
+
+def _yes(row: Mapping[str, Any], name: str, where: str) -> bool:
+    value = row.get(name)
+    if value not in (None, True, False):
+        raise UsageError(f"{where}: {name} must be true or false, not {value!r}")
+    return bool(value)
 
 
 def _is_whole(value: Any) -> bool:
@@ -261,6 +276,6 @@ def preferences_by_prompt(
 def _shares(judges: Iterable[str], weights: Mapping[str, float] | None) -> dict[str, float]:
     by_judge = {judge: 1.0 if weights is None else weights[judge] for judge in judges}
     total = sum(by_judge.values())
-    if by_judge and not total > 0:
-        raise UsageError(f"the weights of {', '.join(sorted(by_judge))} must sum to more than 0, got {total}")
+    if by_judge and not 0 < total < math.inf:
+        raise UsageError(f"the weights of {', '.join(sorted(by_judge))} must sum to a number above 0, got {total}")
     return {judge: weight / total for judge, weight in by_judge.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,10 +22,23 @@ Text = str | list[dict[str, Any]]
 """A prompt: a text, or messages with `role` and `content`."""
 
 
+NO_PROMPT = "prompt must be a text, or messages with role and content"
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether a value is a text, or messages with `role` and `content` (or `tool_calls`)."""
+    if isinstance(value, list):
+        return all(
+            isinstance(one, Mapping) and isinstance(one.get("role"), str) and ("content" in one or "tool_calls" in one)
+            for one in value
+        )
+    return isinstance(value, str)
+
+
 def prompt_id(prompt: Text) -> str:
     """A name for a prompt that depends on nothing but the prompt, so that it is the same in every round and run."""
     words = json.dumps(prompt, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(words.encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def sample_seed(seed: int, round_number: int, name: str, index: int) -> int:
@@ -49,6 +63,9 @@ class SamplingSettings:
         max_new_tokens: where a completion is cut.
         stop: texts that end a completion; they are not part of it.
         seed: of the run; each sample has its own, from `sample_seed`.
+
+    Raises:
+        UsageError: for a value out of its range.
     """
 
     samples: int = 8
@@ -58,6 +75,17 @@ class SamplingSettings:
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("samples", 1), ("max_new_tokens", 1), ("top_k", 0)):
+            if getattr(self, name) < lowest:
+                raise UsageError(f"{name} must be {lowest} or more, got {getattr(self, name)}")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature must be a number of 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if "" in self.stop:
+            raise UsageError("stop has an empty text, which would end every completion before its first word")
 
 
 def stored_settings(settings: SamplingSettings) -> dict[str, Any]:
@@ -143,14 +171,31 @@ _NEEDED = ("prompt", "completion")
 
 
 def read_samples(path: Path) -> Iterator[Sample]:
-    """The samples of a file. `prompt` and `completion` are enough: what is missing gets its usual value.
+    """The samples of a file. `prompt` and `completion` are enough: what is missing or null gets its usual value.
 
     Raises:
-        UsageError: naming the file, the line and the field.
+        UsageError: naming the file, the line and the field; also for two prompts with one id, and two samples of a
+            prompt with one index.
     """
     counts: dict[str, int] = {}
+    prompts: dict[str, Text] = {}
+    numbers: set[tuple[int, str, int]] = set()
     for number, row in enumerate(read_jsonl(path), start=1):
-        yield _sample(f"{path}, object {number}", row, counts)
+        where = f"{path}, object {number}"
+        sample = _sample(where, row, counts)
+        name, place = sample.prompt_id, (sample.round, sample.prompt_id, sample.index)
+        if prompts.setdefault(name, sample.prompt) != sample.prompt:
+            raise UsageError(
+                f"{where}: prompt_id {name!r} stands for another prompt in an earlier line. Give each prompt an id of "
+                "its own, or leave prompt_id out"
+            )
+        if place in numbers:
+            raise UsageError(
+                f"{where}: a second sample with index {sample.index} of prompt {name}. Number the samples of a prompt "
+                "from 0, or leave index out"
+            )
+        numbers.add(place)
+        yield sample
 
 
 def _sample(where: str, row: Mapping[str, Any], counts: dict[str, int]) -> Sample:
@@ -161,21 +206,39 @@ def _sample(where: str, row: Mapping[str, Any], counts: dict[str, int]) -> Sampl
             raise UsageError(f"{where} has no {name}; a sample needs {' and '.join(_NEEDED)}")
     if not isinstance(row["completion"], str):
         raise UsageError(f"{where}: completion must be a text, not a {type(row['completion']).__name__}")
+    if not is_prompt(row["prompt"]):
+        raise UsageError(f"{where}: {NO_PROMPT}, not {str(row['prompt'])[:100]!r}")
+    sampling = row.get("sampling") or {}
+    if not isinstance(sampling, Mapping):
+        raise UsageError(f"{where}: sampling must be an object with the settings, not {sampling!r}"[:300])
+    finished = row.get("finished")
+    if finished not in (None, True, False):
+        raise UsageError(f"{where}: finished must be true or false, not {finished!r}")
     name = str(row.get("prompt_id") or prompt_id(row["prompt"]))
-    index = int(row.get("index", counts.get(name, 0)))
+    index = _whole(where, row, "index", counts.get(name, 0))
     counts[name] = max(counts.get(name, 0), index + 1)
     return Sample(
         prompt_id=name,
         prompt=row["prompt"],
         index=index,
         completion=row["completion"],
-        token_count=int(row.get("token_count", 0)),
-        finished=bool(row.get("finished", True)),
-        round=int(row.get("round", 0)),
-        seed=int(row.get("seed", 0)),
-        sampling=row.get("sampling", {}),
-        model=str(row.get("model", "")),
+        token_count=_whole(where, row, "token_count"),
+        finished=finished is None or bool(finished),
+        round=_whole(where, row, "round"),
+        seed=_whole(where, row, "seed"),
+        sampling=sampling,
+        model=str(row.get("model") or ""),
     )
+
+
+def _whole(where: str, row: Mapping[str, Any], name: str, usual: int = 0) -> int:
+    """A whole number of 0 or more; tables that once had gaps write 3 as 3.0."""
+    value = row.get(name)
+    if value is None:
+        return usual
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0 or value != value // 1:
+        raise UsageError(f"{where}: {name} must be a whole number of 0 or more, not {value!r}")
+    return int(value)
 
 
 def by_prompt(samples: Iterable[Sample]) -> dict[str, list[Sample]]:

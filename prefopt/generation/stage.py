@@ -16,10 +16,12 @@ from accelerate.utils import broadcast_object_list
 
 from prefopt.generation.from_file import FileGenerator
 from prefopt.generation.samples import (
+    NO_PROMPT,
     Generator,
     PromptRow,
     Sample,
     SamplingSettings,
+    is_prompt,
     prompt_id,
     read_samples,
     sample_seed,
@@ -44,9 +46,9 @@ def prompts_of(lines: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Pro
     count = 0
     for count, line in enumerate(lines, start=1):
         prompt = line.get("prompt")
-        is_chat = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
-        if not prompt or not (isinstance(prompt, str) or is_chat):
-            raise UsageError(f"{where}, object {count}: prompt must be a text, or messages with role and content")
+        if not prompt or not is_prompt(prompt):
+            there = f"{str(prompt)[:100]!r}" if "prompt" in line else f"it has the columns {', '.join(line) or 'none'}"
+            raise UsageError(f"{where}, object {count}: {NO_PROMPT}; here {there}")
         columns = {name: value for name, value in line.items() if name != "prompt"}
         rows.setdefault(prompt_id(prompt), PromptRow(prompt, columns))
     if not rows:
@@ -98,8 +100,10 @@ def _resume(
     generator: Generator, prompts: Sequence[PromptRow], settings: SamplingSettings, path: Path, round_number: int
 ) -> int:
     """How many prompts are done, a multiple of the chunk; the file is cut behind them."""
-    if isinstance(generator, FileGenerator):
-        path.unlink(missing_ok=True)  # copied again: that takes no time, and prompts may have fewer samples
+    if isinstance(generator, FileGenerator) and path.exists():
+        for _ in read_samples(path):  # refuses a file of something else, which would be lost
+            pass
+        path.unlink()  # copied again: that takes no time, and prompts may have fewer samples
     if not path.exists():
         return 0
     wanted = ((row.id, index) for row in prompts for index in range(settings.samples))

@@ -46,6 +46,8 @@ BUILDERS: dict[str, Callable[..., Choice]] = {
 _BY_THE_STAGE = ("candidates", "limits", "rng", "compare")
 """Arguments of builders that do not stand in an expression."""
 
+_WITH_GOLD = ("correct_incorrect", "round_robin", "against_gold")
+
 _LIMITS = tuple(limit.name for limit in fields(Limits))
 
 
@@ -71,6 +73,11 @@ class PairBuilder:
     @property
     def needs_scores(self) -> bool:
         return self.name != "against_gold"
+
+    @property
+    def uses_gold(self) -> bool:
+        """Whether a gold answer may be in its pairs; other builders choose by scores, which it has none of."""
+        return self.name in _WITH_GOLD
 
     def __call__(self, candidates: Sequence[Candidate], seed: str = "", compare: Compare | None = None) -> Choice:
         """The pairs of one prompt.

@@ -20,7 +20,7 @@ from prefopt.evaluation.judgements import (
 from prefopt.generation.samples import PromptRow, Sample, Text, by_prompt
 from prefopt.online.builders import PairBuilder
 from prefopt.online.pairs import Candidate, Choice, Compare, Pair
-from prefopt.safety.errors import UsageError
+from prefopt.safety.errors import UsageError, did_you_mean
 from prefopt.safety.jsonl import write_jsonl
 
 SCHEMA = "prefopt.pairs/1"
@@ -48,6 +48,35 @@ class PairSettings:
     unfinished: Literal["drop", "keep"] = "drop"
     duplicates: Literal["merge", "keep"] = "merge"
     seed: int = 0
+
+
+def check_gold(settings: PairSettings, prompts: Sequence[PromptRow], option: str = "gold") -> None:
+    """Refuse a gold answer that no pair would have, and a builder that lacks one.
+
+    Args:
+        settings: how to pair.
+        prompts: with their columns.
+        option: that names the column, for messages.
+
+    Raises:
+        UsageError: naming the option or the column.
+    """
+    builder, column = settings.builder, settings.gold
+    if column is None:
+        if builder.name == "against_gold":
+            raise UsageError(f"pairs against_gold need gold answers: name their column of the prompts with {option}")
+        return
+    if not builder.uses_gold:
+        raise UsageError(
+            f"{option} {column} has no effect with pairs {builder}, which choose by scores: gold answers join in "
+            "correct_incorrect, round_robin and against_gold"
+        )
+    if all(row.columns.get(column) is None for row in prompts):
+        there = sorted({name for row in prompts for name in row.columns})
+        raise UsageError(
+            f"{option} {column}: no prompt has this column.{did_you_mean(column, there)} There are: "
+            f"{', '.join(there) or 'none'}"
+        )
 
 
 @dataclass
@@ -156,8 +185,10 @@ def judged(
         raise UsageError(f"the samples are of rounds {numbers}: pair the samples of one round at a time")
     ours = [one for one in judgements if one.round in rounds]
     if judgements and not ours:
+        number = min(rounds, default=0)
         raise UsageError(
-            f"the judgements are of round {judgements[0].round}, the samples of round {min(rounds, default=0)}"
+            f"the judgements are of round {judgements[0].round}, the samples of round {number}: judgements of your "
+            f'own need "round": {number} in each line'
         )
     _check_texts(ours, samples)
     reasons: dict[tuple[str, int], str] = {}

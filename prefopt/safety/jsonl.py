@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from prefopt.safety.errors import UsageError
+from prefopt.safety.errors import UsageError, did_you_mean
 from prefopt.safety.files import to_disk, write_text
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -22,18 +25,22 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         UsageError: naming the file and the line that is not a JSON object.
     """
+    if not path.exists():
+        near = did_you_mean(path.name, [one.name for one in path.parent.glob(f"*{path.suffix}")])
+        raise UsageError(f"there is no file {path}.{near}")
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.endswith(b"\n") and not _is_object(line):
+            # A file written by hand may lack its last newline.
+            if not line.endswith(b"\n") and not _is_whole(line):
                 return
             if line.strip():
                 yield _parsed(path, number, line)
 
 
-def _is_object(line: bytes) -> bool:
-    # A file written by hand may lack its last newline.
+def _is_whole(line: bytes, kind: type = object) -> bool:
+    """Whether a line is JSON of this kind to its end, and was not cut."""
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line), kind)
     except ValueError:
         return False
 
@@ -42,7 +49,10 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}, line {number}: not valid JSON ({error}). Repair or delete this line") from error
+        raise UsageError(
+            f"{path}, line {number}: not valid JSON ({error}). Each line must be one JSON object: repair or delete "
+            "this line"
+        ) from error
     if not isinstance(row, dict):
         raise UsageError(f"{path}, line {number}: a JSON {type(row).__name__}; each line must be an object")
     return row
@@ -50,7 +60,13 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Objects as text, one a line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(_line(row) + "\n" for row in rows)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    line = json.dumps(row, ensure_ascii=False)
+    # Half of a surrogate pair, which JSON can hold as an escape, has no bytes of its own.
+    return json.dumps(row) if _HALF.search(line) else line
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -106,7 +122,7 @@ def _end_line(stream: IO[bytes]) -> None:
         line = stream.read(at - start) + line
         at = start
     line = line[line.rfind(b"\n") + 1 :]
-    if line and _is_object(line):
+    if line and _is_whole(line, dict):
         stream.write(b"\n")
     elif line:
         stream.truncate(end - len(line))

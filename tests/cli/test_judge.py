@@ -1,5 +1,6 @@
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from prefopt.cli import app
@@ -47,3 +48,22 @@ def test_a_missing_column_is_named(tmp_path):
     result = run(samples, "--judge", "number", "--out", tmp_path / "j.jsonl")
     assert result.exit_code == 1
     assert "Name the file of prompts that has it" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--judge", RULE, "--tournament"], "--tournament says which samples are compared"),
+        (["--judge", RULE, "--pairs", 2], "--pairs says which samples are compared"),
+        (["--judge", f"{RULE},weight=2"], "weights count when pairs are made"),
+        (["--judge", "json:no_such"], "json/__init__.py) has no function no_such"),
+        (["--judge", "broken_judges:score"], "its module raises NameError: name 'undefined' is not defined"),
+    ],
+)
+def test_options_without_effect_and_broken_modules_are_named(tmp_path, monkeypatch, words, what):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_judges.py").write_text("undefined\n")
+    samples = write(tmp_path / "samples.jsonl", [{"prompt": "p", "completion": "c"}])
+    result = run(samples, "--out", tmp_path / "j.jsonl", "--no-cache", *words)
+    assert result.exit_code == 1
+    assert what in " ".join(result.output.split())

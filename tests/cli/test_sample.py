@@ -77,6 +77,22 @@ def test_a_server_draws_them(prompts, tmp_path):
     assert next(sample.completion for sample in read_samples(out)).startswith("a / ")
 
 
+def test_no_file_that_is_read_is_lost(prompts, tmp_path):
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text(json.dumps({"prompt": [{"role": "user", "content": "a"}], "completion": "A", "own": 1}) + "\n")
+    for out, what in ((theirs, "is the file that is read"), (tmp_path / "other.jsonl", "object 1 has no prompt")):
+        if not out.exists():
+            out.write_text('{"mine": 1}\n')
+        before = out.read_bytes()
+        status, text = run(prompts, "--file", theirs, "--out", out, "--samples", 1)
+        assert status == 1
+        assert what in text
+        assert out.read_bytes() == before
+    assert "is the file that is read" in run(prompts, "--out", prompts)[1]
+    status, text = run(prompts, "--file", theirs, "--out", tmp_path / "new.jsonl", "--temperature", 0.5)
+    assert "--temperature has no effect, since the samples in --file are drawn already" in text
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [
@@ -85,6 +101,15 @@ def test_a_server_draws_them(prompts, tmp_path):
         (["--url", "http://x/v1", "--send", "bytes", "--served-as", "m"], "must be messages or tokens"),
         (["--url", "http://x/v1"], "--served-as"),
         (["--url", "http://x/v1", "--served-as", "m", "--extra", "[1]"], "must be a JSON object"),
+        (["--url", "http://x/v1", "--served-as", "m", "--extra", "{x"], "must be a JSON object"),
+        (
+            ["--url", "http://x/v1", "--served-as", "m", "--rows", 4],
+            "--rows has no effect, since --url names a server",
+        ),
+        (["--served-as", "m"], "--served-as has no effect, since there is no --url"),
+        (["--split", "validation"], "--split validation has no effect"),
+        (["--stop", ""], "stop has an empty text"),
+        (["--dtype", "flot32"], "--dtype flot32: there is no such type"),
         (["--model", "nowhere/at-all"], "no tokenizer can be loaded"),
     ],
 )

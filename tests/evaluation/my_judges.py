@@ -4,6 +4,8 @@ import math
 import os
 import signal
 
+import torch
+
 CALLS: list[str] = []
 
 
@@ -42,3 +44,7 @@ def kill_at_b7(completion):
 
 def two_of_three(a, b, c):
     return a
+
+
+def takes_out(completion, row):
+    return torch.tensor(float(row.pop("answer")), requires_grad=True)

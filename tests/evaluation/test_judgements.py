@@ -68,7 +68,7 @@ def test_scores_are_the_weighted_mean_of_judges():
     assert scores_by_prompt(judged) == {"a": {0: 2.5}, "b": {0: 0.5}}
     assert scores_by_prompt(judged, {"x": 3, "y": 1}) == {"a": {0: 1.75}, "b": {0: 0.5}}
     assert scores_by_prompt(judged, {"x": 2}) == {"a": {0: 1.0, 1: 0.0}, "b": {0: 0.5}}
-    with pytest.raises(UsageError, match="weights of x, y must sum to more than 0"):
+    with pytest.raises(UsageError, match="weights of x, y must sum to a number above 0"):
         scores_by_prompt(judged, {"x": 1, "y": -1})
 
 
@@ -89,3 +89,18 @@ def test_preferences_are_the_mean_over_orders_then_judges():
     judged[3] = Preference("a", (1, 0), "y", None, probability=0.75)
     assert preferences_by_prompt(judged) == {"a": {(0, 1): 0.375, (0, 2): 0.5}}
     assert preferences_by_prompt(judged, {"x": 1, "y": 3}) == {"a": {(0, 1): 0.3125, (0, 2): 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ([{"score": 1}, {"score": 2}], "object 2: judge 'file' scores sample 0 of prompt a a second time"),
+        ([{"score": None, "abstain": "false"}], "abstain must be true or false, not 'false'"),
+        ([{"indices": [0, 1], "tie": "no"}], "tie must be true or false, not 'no'"),
+    ],
+)
+def test_judgements_that_would_be_read_wrongly_are_refused(tmp_path, rows, what):
+    path = tmp_path / "j.jsonl"
+    path.write_text("".join(json.dumps({"prompt_id": "a", "index": 0, **row}) + "\n" for row in rows))
+    with pytest.raises(UsageError, match=what):
+        list(read_judgements(path))

@@ -146,7 +146,7 @@ with JudgementCache(Path(sys.argv[1])) as cache:
 
 def test_a_file_that_is_no_cache_is_named(tmp_path):
     (tmp_path / "c.sqlite").write_bytes(b"not a database, but long enough to be read as one" * 50)
-    with pytest.raises(UsageError, match=r"c.sqlite cannot be used .* --no_cache"):
+    with pytest.raises(UsageError, match=r"c.sqlite cannot be used .*Delete it"):
         JudgementCache(tmp_path / "c.sqlite")
 
 
@@ -264,3 +264,10 @@ def test_judges_are_read_from_texts_and_mappings():
 def test_scores_and_preferences_stand_in_one_file(tmp_path):
     lines = judged(tmp_path, samples_of(p=["a", "bb"]), f"{HERE}:length", f"{HERE}:shorter")
     assert [type(one) for one in lines] == [Score, Score, Preference, Preference]
+
+
+def test_a_function_may_change_its_row_and_return_a_tensor():
+    columns = {"answer": 4}
+    verdicts = judge(f"{HERE}:takes_out").score([Candidate("q", "a", columns)] * 2)
+    assert [one.score for one in verdicts] == [4, 4]
+    assert columns == {"answer": 4}

@@ -91,3 +91,18 @@ def test_counts_of_samples():
         "prompts": 1, "samples": 4, "cut": 1, "empty": 1, "duplicates": 1, "tokens": 16,
     }  # fmt: skip
     assert counts.mean_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"question": "2 + 2", "answer": "4"}, "it has the columns question, answer"),
+        ({"prompt": [{"from": "human", "value": "2 + 2"}]}, "here .*'from': 'human'"),
+        ({"prompt": [{"role": "user"}]}, "messages with role and content"),
+    ],
+)
+def test_prompts_that_would_be_rendered_empty_are_refused(tmp_path, row, what):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UsageError, match=f"object 1: prompt must be a text.*{what}"):
+        read_prompts(path)

@@ -11,7 +11,7 @@ from prefopt.data import load_preferences, validate
 from prefopt.evaluation.judgements import Preference, Score, text_hash
 from prefopt.generation.samples import PromptRow, Sample, prompt_id
 from prefopt.online.builders import parse_builder
-from prefopt.online.pairing import PairCounts, PairSettings, pairs_of, write_pairs
+from prefopt.online.pairing import PairCounts, PairSettings, check_gold, pairs_of, write_pairs
 from prefopt.safety.errors import UsageError
 from prefopt.safety.jsonl import JsonlWriter, read_jsonl
 
@@ -196,6 +196,8 @@ def test_the_command(files):
         ([], "need a --builder"),
         (["--builder", "best_worst", "--gold", "x"], "name both or neither"),
         (["--builder", "best_worst", "--weight", "x"], "--weight is a judge and a number"),
+        (["--builder", "best_worst", "--weight", "exat=2"], "--weight must name each judge of the file once"),
+        (["--builder", "against_gold"], "need gold answers"),
         (["--builder", "best_worst(min_margin=9)"], "pairs.jsonl is empty: no prompt makes a pair"),
     ],
 )
@@ -209,3 +211,26 @@ def test_options_that_do_not_fit_are_refused(files, words, what):
 def test_equal_files_have_equal_counts():
     assert pairs(SAMPLES, SCORES)[1] == pairs(list(reversed(SAMPLES)), SCORES)[1]
     assert Counter() == pairs(SAMPLES, SCORES)[1].samples_left_out
+
+
+@pytest.mark.parametrize(
+    ("builder", "gold", "what"),
+    [
+        ("best_worst", "answer", "has no effect with pairs best_worst"),
+        ("round_robin", "anser", "no prompt has this column. Did you mean 'answer'"),
+        ("against_gold", None, "need gold answers"),
+    ],
+)
+def test_a_gold_answer_that_no_pair_would_have_is_refused(builder, gold, what):
+    settings = PairSettings(parse_builder(builder), gold=gold)
+    with pytest.raises(UsageError, match=what):
+        check_gold(settings, [PromptRow("a", {"answer": "4"})])
+
+
+def test_the_files_that_are_paired_are_not_overwritten(files):
+    samples, judgements, _ = files
+    for path in (samples, judgements):
+        before = Path(path).read_bytes()
+        result = run(samples, judgements, "--builder", "best_worst", "--out", path)
+        assert "is the file that is read" in result.stderr
+        assert Path(path).read_bytes() == before

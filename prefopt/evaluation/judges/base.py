@@ -132,8 +132,8 @@ def verdict_of(value: Any) -> Verdict:
     if value is None:
         return Verdict(None, ABSTAINED, abstain=True)
     try:
-        score = float(value)
-    except (TypeError, ValueError, OverflowError):
+        score = float(value.item() if hasattr(value, "item") else value)  # of an array or a tensor with one number
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return Verdict(None, f"not a number: {value!r}"[:200])
     return Verdict(score) if math.isfinite(score) else Verdict(None, f"not a number: {score}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.evaluation.judges.base import Candidate, Choice, Contest, Judge, Verdict, choice_of, raised, verdict_of
-from prefopt.safety.errors import UsageError
+from prefopt.safety.errors import UsageError, did_you_mean
 
 _SCORED = ("prompt", "completion", "row")
 _COMPARED = ("prompt", "first", "second", "row")
@@ -61,7 +61,8 @@ class _ScoringFunction:
         return [self._verdict(candidate) for candidate in candidates]
 
     def _verdict(self, candidate: Candidate) -> Verdict:
-        facts = {"prompt": candidate.prompt, "completion": candidate.completion, "row": candidate.columns}
+        # A copy of the row: what a function changes in it must not reach the next sample.
+        facts = {"prompt": candidate.prompt, "completion": candidate.completion, "row": dict(candidate.columns)}
         try:
             return verdict_of(self._call({**candidate.columns, **facts}))
         except Exception as error:
@@ -86,7 +87,8 @@ class _ComparingFunction:
         return [self._choice(contest) for contest in contests]
 
     def _choice(self, contest: Contest) -> Choice:
-        facts = {"prompt": contest.prompt, "first": contest.first, "second": contest.second, "row": contest.columns}
+        row = dict(contest.columns)
+        facts = {"prompt": contest.prompt, "first": contest.first, "second": contest.second, "row": row}
         try:
             return choice_of(self._call({**contest.columns, **facts}))
         except Exception as error:
@@ -100,13 +102,18 @@ def _imported(path: str) -> Callable[..., Any]:
     if (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)  # at the end, so that no file there hides an installed package
     try:
-        function = getattr(importlib.import_module(module), name, None)
+        imported = importlib.import_module(module)
     except ImportError as error:
         raise UsageError(
             f"the judge {path} cannot be imported: {error}. Its module must be in the current folder or installed"
         ) from error
+    except Exception as error:
+        raise UsageError(f"the judge {path}: its module raises {type(error).__name__}: {error}") from error
+    function = getattr(imported, name, None)
     if not callable(function):
-        raise UsageError(f"the module {module} has no function {name}")
+        file = getattr(imported, "__file__", None) or "a part of Python"
+        near = did_you_mean(name, [word for word, value in vars(imported).items() if callable(value)])
+        raise UsageError(f"the module {module} ({file}) has no function {name}.{near}")
     return function  # type: ignore[no-any-return]
 
 

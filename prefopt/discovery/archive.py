@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefopt.safety.errors import UsageError
+from prefopt.safety.errors import UsageError, retold
 
 FILE = "archive.sqlite"
 STORED_TEXT = 2000
@@ -105,7 +105,8 @@ class Archive:
         file = folder / FILE
         if not make and not file.is_file():
             raise UsageError(f"{folder} holds no {FILE}: name the folder of a search, --out of `prefopt discover`")
-        folder.mkdir(parents=True, exist_ok=True)
+        with retold(UsageError, f"{folder} cannot be the folder of a search"):
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             self._database = sqlite3.connect(file)
             self._database.executescript(_TABLES)

@@ -31,7 +31,7 @@ from prefopt.report.runs import (
     kl_of,
     last_answers,
 )
-from prefopt.safety.errors import UsageError
+from prefopt.safety.errors import UsageError, retold
 from prefopt.safety.files import write_text
 from prefopt.safety.redaction import redact, redacted
 
@@ -75,7 +75,8 @@ def compare_runs(folders: Sequence[Path], out: Path, beta: float | None = None) 
     if len(folders) < 2:
         raise UsageError(f"a comparison needs at least two runs, got {', '.join(map(str, folders)) or 'none'}")
     comparison = compare(grouped([read_run(folder, beta) for folder in folders]))
-    out.mkdir(parents=True, exist_ok=True)
+    with retold(UsageError, f"--out {out} cannot be the folder of a comparison"):
+        out.mkdir(parents=True, exist_ok=True)
     write_text(out / DATA, json.dumps(redacted(as_json(comparison)), indent=2) + "\n")
     write_text(out / MARKDOWN, as_markdown(comparison))
     write_text(out / PAGE, as_html(comparison))

@@ -107,6 +107,10 @@ def log_file(run: Path) -> Path:
         if file.is_file():
             return file
     missing = f"it has no {LOG}, and no checkpoint with {STATE}" if run.exists() else "there is no such folder"
+    below = [file.parent for pattern in (f"*/{LOG}", f"*/*/{LOG}") for file in sorted(run.glob(pattern))]
+    if below:  # a sweep, or a folder of runs
+        more = f" and {len(below) - 3} more" if len(below) > 3 else ""
+        raise UsageError(f"{run}: {missing}. It has runs in {', '.join(map(str, below[:3]))}{more}: name these")
     raise UsageError(f"{run}: {missing}. Name the output folder of a run, or one of its checkpoints")
 
 

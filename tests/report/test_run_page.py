@@ -209,6 +209,12 @@ def test_a_folder_without_a_log_is_refused(tmp_path):
         write_run_page(tmp_path)
 
 
+def test_a_folder_of_runs_names_them(tmp_path):
+    write_run(tmp_path / "sweep" / "trial-000" / "seed-0")
+    with pytest.raises(UsageError, match=r"It has runs in .*seed-0: name these"):
+        write_run_page(tmp_path / "sweep")
+
+
 def test_accuracy_of_a_policy_that_is_its_reference_is_left_out(tmp_path):
     lines = [{"step": s, "rewards/margins": float(s), "rewards/accuracies": s / 4} for s in (0, 1, 2)]
     write(tmp_path, "log_history.json", {"log_history": lines})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,21 +152,28 @@ def verdict(outcome: Outcome) -> list[str]:
     lines = [f"Best by {measure}: trial {best.number} ({shown(best.setting)}), {best.mean(measure):.4g} on {basis}."]
     if not outcome.differences:
         return lines
-    nearest = outcome.differences[0]
-    interval = f"{nearest.value:.3g} ({nearest.low:.3g} to {nearest.high:.3g}"
-    lines.append(f"Ahead of trial {nearest.trial} by {interval}, {LEVEL:.0%} over all comparisons with the best).")
+    equal = [one.trial for one in outcome.differences if math.isclose(one.value, 0, abs_tol=1e-12)]
+    if equal:
+        lines.append(f"{_trials(equal)} {'have' if len(equal) > 1 else 'has'} the same {measure}.")
+    for nearest in [one for one in outcome.differences if one.trial not in equal][:1]:
+        interval = f"{nearest.value:.3g} ({nearest.low:.3g} to {nearest.high:.3g}"
+        lines.append(f"Ahead of trial {nearest.trial} by {interval}, {LEVEL:.0%} over all comparisons with the best).")
     close = outcome.close
     if not close:
         lines.append("It can be told apart from every other trial.")
     elif len(close) == len(outcome.differences):
         lines.append("It cannot be told apart from any other trial: take the order as chance.")
     else:
-        lines.append(f"It cannot be told apart from {'trials' if len(close) > 1 else 'trial'} {_numbers(close)}.")
+        lines.append(f"It cannot be told apart from {_trials(close).lower()}.")
     if seeds == 1:
         lines.append("One seed: the interval is over held-out pairs alone. seeds: 3 or more shows chance in training.")
     if len(plan.measures) > 1:
         lines.append(f"No trial beats these in {' and '.join(plan.measures)} at once: {_numbers(outcome.front)}.")
     return lines
+
+
+def _trials(numbers: Sequence[int]) -> str:
+    return f"{'Trials' if len(numbers) > 1 else 'Trial'} {_numbers(numbers)}"
 
 
 def _numbers(numbers: Sequence[int]) -> str:

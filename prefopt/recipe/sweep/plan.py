@@ -58,6 +58,11 @@ class Range:
     points: int | None = None
     whole: bool = False
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """`low` and `high`, as whole numbers where the numbers are."""
+        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+
     def grid(self) -> tuple[float, ...]:
         """`points` numbers at equal distances, or ratios, ends included."""
         assert self.points is not None
@@ -117,7 +122,7 @@ class SweepPlan:
         """Settings that have every value of every axis, and both ends of every range; for a grid, all of it."""
         if self.method == "grid":
             return self.grid()
-        values = {name: (axis.low, axis.high) if isinstance(axis, Range) else axis for name, axis in self.axes.items()}
+        values = {name: axis.ends if isinstance(axis, Range) else axis for name, axis in self.axes.items()}
         first = {name: of_axis[0] for name, of_axis in values.items()}
         others = [{**first, name: value} for name, of_axis in values.items() for value in of_axis[1:]]
         return [first, *others]
@@ -150,7 +155,7 @@ def read_plan(config: str, changes: Mapping[str, Any] | None = None, folder: str
     path = Path(config) if is_file(Path(config)) else find_shipped(config, "configs")
     if path is None:
         raise UsageError(
-            f"{config}: there is no such file, and prefopt has no config of this name{near_names(config, 'configs')}"
+            f"{config}: there is no such file, and prefopt has no config of this name.{near_names(config, 'configs')}"
         )
     options = read_config(path)
     section = options.pop("sweep", None)
@@ -206,10 +211,18 @@ def _axes(section: Any, base: Mapping[str, Any], where: str) -> dict[str, Axis]:
 def _values(values: Any, at: str) -> tuple[Any, ...]:
     if not isinstance(values, list) or not values:
         raise UsageError(f"{at}: must be a list of values, or a range such as {{low: 1e-6, high: 1e-4, log: true}}")
-    texts = [as_text(value) for value in values]
+    texts = [as_text(_as_number(value)) for value in values]
     if twice := next((text for text in texts if texts.count(text) > 1), None):
         raise UsageError(f"{at}: {twice} is listed twice")
     return tuple(values)
+
+
+def _as_number(value: Any) -> Any:
+    """A number that YAML reads as text, such as 1e-5, as a number."""
+    try:
+        return float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
+    except (ValueError, OverflowError):
+        return value
 
 
 def _range(values: dict[Any, Any], at: str) -> Range:

@@ -48,7 +48,8 @@ def run_line(plan: SweepPlan, trial: Trial, result: RunResult) -> str:
 
 def first_line(message: str) -> str:
     """Of a message; the others are in the results."""
-    return message.partition("\n")[0]
+    line = message.partition("\n")[0]  # a colon at its end announces the others
+    return line.rpartition(". ")[0] if line.endswith(":") and ". " in line else line
 
 
 def ranked(outcome: Outcome) -> Table:

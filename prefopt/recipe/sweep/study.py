@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from prefopt.recipe.sweep.plan import SweepPlan, as_text
-from prefopt.safety.errors import UsageError
+from prefopt.safety.errors import UsageError, retold
 
 NAME = "sweep"
 FILE = "study.db"
@@ -61,7 +61,8 @@ class Study:
     def __init__(self, plan: SweepPlan):
         self._optuna = _optuna()
         self._plan = plan
-        plan.folder.mkdir(parents=True, exist_ok=True)
+        with retold(UsageError, f"{plan.folder} cannot be the folder of a sweep"):
+            plan.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(str(plan.folder / f"{FILE}.lock"))
         self._storage = self._optuna.storages.RDBStorage(f"sqlite:///{(plan.folder / FILE).absolute()}")
         pruner = self._optuna.pruners.MedianPruner(n_startup_trials=PRUNE_AFTER)
@@ -79,10 +80,9 @@ class Study:
         if stored is None:
             self._study.set_user_attr("identity", wanted)
         elif stored != wanted:
-            parts = [name for name in wanted if stored.get(name) != wanted[name]]
             raise UsageError(
-                f"{self._plan.folder} holds a sweep with another {' and '.join(parts)}: use another --output_dir, or "
-                "delete the folder"
+                f"{self._plan.folder} holds a sweep with other settings ({_changes(stored, wanted)}): use another "
+                "--output_dir, or delete the folder"
             )
 
     @property
@@ -167,6 +167,22 @@ class Study:
             values = self._plan.values(name)
             setting[name] = params[name] if values is None else {as_text(v): v for v in values}[params[name]]
         return setting
+
+
+def _changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between two identities of a plan: `max_steps: 2, now 3`."""
+    changes = []
+    for part in wanted:
+        old, new = stored.get(part), wanted[part]
+        if old == new:
+            continue
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            old, new = {part: old}, {part: new}
+        for name in dict.fromkeys([*old, *new]):
+            if old.get(name) != new.get(name):
+                before, after = (as_text(one[name]) if name in one else "not set" for one in (old, new))
+                changes.append(f"{name}: {before}, now {after}")
+    return "; ".join(changes)
 
 
 def _optuna() -> Any:

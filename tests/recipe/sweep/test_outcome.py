@@ -68,6 +68,14 @@ def test_a_clear_winner_is_told_apart():
     assert "It can be told apart from every other trial." in verdict(outcome)
 
 
+def test_equal_trials_are_called_equal():
+    two = outcome_of(plan({"margin": "maximize"}), [tried(0, [1.0, 0.0]), tried(1, [1.0, 0.0]), tried(2, [0.0, 0.0])])
+    text = " ".join(verdict(two))
+    assert "Trial 1 has the same margin." in text
+    assert "Ahead of trial 2 by 0.5" in text
+    assert "Ahead of trial 1" not in text
+
+
 def test_noise_is_not_told_apart():
     noise = [m + 0.3 * (-1) ** n + 0.01 for n, m in enumerate(SMALL)]
     outcome = outcome_of(plan({"margin": "maximize"}), [tried(0, SMALL), tried(1, noise)])

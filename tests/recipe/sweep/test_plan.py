@@ -39,6 +39,12 @@ def test_a_search_is_checked_at_every_value_and_both_ends(tmp_path):
     ]
 
 
+def test_a_range_of_whole_numbers_is_checked_with_whole_numbers(tmp_path):
+    section = {"axes": {"gradient_accumulation_steps": {"low": 1, "high": 4}}, "method": "random", "trials": 2}
+    settings = read_plan(config(tmp_path, section)).settings_to_check()
+    assert [type(setting["gradient_accumulation_steps"]) for setting in settings] == [int, int]
+
+
 def test_changes_replace_options_and_the_seed_of_the_base_is_used(tmp_path):
     plan = read_plan(config(tmp_path, {"axes": {"loss": ["dpo", "ipo"]}}, seed=7, max_steps=9), {"max_steps": 2})
     assert plan.options({"loss": "dpo"}, 7)["max_steps"] == 2
@@ -80,6 +86,7 @@ REFUSED = {
     ),
     "demo": ({"axes": LOSSES}, {"demo": True}, "leave model and data out"),
     "resume": ({"axes": LOSSES}, {"resume_from_checkpoint": "x"}, "resumes by itself"),
+    "one number in two spellings": ({"axes": {"learning_rate": ["1e-3", 0.001]}}, {}, "0.001 is listed twice"),
     "kl": ({"axes": LOSSES, "measures": ["accuracy", "kl"]}, {}, "add eval_answers: 32 to the config"),
     "prune by kl": (
         {"axes": LOSSES, "measures": "kl", "prune": "median"},

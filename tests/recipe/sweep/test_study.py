@@ -11,6 +11,7 @@ from prefopt.safety.errors import UsageError
 
 pytest.importorskip("optuna")
 
+from prefopt.recipe.sweep import study as study_module
 from prefopt.recipe.sweep.study import Study
 
 AXES = {"loss": ("dpo", "ipo"), "learning_rate": Range(1e-5, 1e-3, log=True), "rank": Range(4, 64, whole=True)}
@@ -65,9 +66,22 @@ def test_a_grid_is_run_once_with_its_values_as_they_are(tmp_path):
 
 def test_another_sweep_in_the_folder_is_refused_and_more_trials_are_not(tmp_path):
     run(Study(plan(tmp_path, trials=2)))
-    with pytest.raises(UsageError, match="holds a sweep with another search_seed"):
+    with pytest.raises(UsageError, match=r"other settings \(search_seed: 0, now 1\)"):
         Study(plan(tmp_path, trials=2, seed=1))
     assert len(run(Study(plan(tmp_path, trials=3)))) == 1
+
+
+def test_what_changed_is_named_by_option():
+    old = {"base": {"max_steps": 2, "loss": "dpo"}, "axes": {"beta": [1]}, "prune": False}
+    new = {"base": {"max_steps": 3, "bf16": True, "loss": "dpo"}, "axes": {"beta": [1]}, "prune": True}
+    changed = study_module._changes(old, new)
+    assert changed == "max_steps: 2, now 3; bf16: not set, now true; prune: false, now true"
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="cannot be the folder of a sweep"):
+        Study(plan(tmp_path / "file"))
 
 
 def test_a_trial_below_the_median_of_earlier_ones_is_to_stop(tmp_path):

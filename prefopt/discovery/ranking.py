@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from prefopt.discovery.archive import Result
 from prefopt.evaluation.arrays import Floats
+from prefopt.report.pareto import dominated
 
 KL_BUDGETS = (0.25, 0.5, 1.0, 1.5)
 """Nats, at which losses are compared at equal KL."""
@@ -113,9 +112,8 @@ def _point(beta: float, runs: Sequence[Result]) -> Point:
 
 def layers(scored: Mapping[int, Score]) -> dict[int, int]:
     """The Pareto layer of each candidate: 0 for the frontier, 1 for that of the rest, and so on."""
-    numbers = torch.tensor(list(scored), dtype=torch.long)
-    triples = [(score.value, score.reward_at_kl, -score.length_at_kl) for score in scored.values()]
-    points = torch.tensor(triples, dtype=torch.float64).reshape(-1, 3)
+    numbers = np.array(list(scored), dtype=np.int64)
+    points = np.array([(score.value, score.reward_at_kl, -score.length_at_kl) for score in scored.values()])
     layer: dict[int, int] = {}
     depth = 0
     while len(numbers):
@@ -123,15 +121,6 @@ def layers(scored: Mapping[int, Score]) -> dict[int, int]:
         layer |= dict.fromkeys(numbers[~inner].tolist(), depth)
         numbers, points, depth = numbers[inner], points[inner], depth + 1
     return layer
-
-
-def dominated(points: Tensor) -> Tensor:
-    """(P,) whether another of the (P, 3) points, of which more is better, is nowhere worse and somewhere better."""
-    masks = []
-    for part in torch.split(points, 256):
-        no_worse = (points[None] >= part[:, None]).all(-1)
-        masks.append((no_worse & (points[None] > part[:, None]).any(-1)).any(-1))
-    return torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
 
 
 def ranking(scored: Mapping[int, Score]) -> list[int]:
@@ -143,6 +132,6 @@ def ranking(scored: Mapping[int, Score]) -> list[int]:
 def frontier(scored: Mapping[int, Score]) -> list[tuple[int, Point]]:
     """The points of reward, KL and length that no other one dominates, with their candidates, by falling reward."""
     named = [(number, point) for number, score in scored.items() for point in score.points]
-    rows = [(point.reward, -point.kl, -point.length) for _, point in named]
-    front = (~dominated(torch.tensor(rows, dtype=torch.float64).reshape(-1, 3))).tolist()
-    return sorted((pair for pair, on in zip(named, front, strict=True) if on), key=lambda pair: -pair[1].reward)
+    behind = dominated([(point.reward, -point.kl, -point.length) for _, point in named])
+    front = (pair for pair, is_behind in zip(named, behind, strict=True) if not is_behind)
+    return sorted(front, key=lambda pair: -pair[1].reward)

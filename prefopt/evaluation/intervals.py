@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from prefopt.evaluation.arrays import Array, floats
+from prefopt.report.intervals import bootstrap_ends
 from prefopt.safety.errors import UsageError
 
 
@@ -60,14 +59,7 @@ def bootstrap(
         if len(array) < 2:
             raise UsageError(f"a bootstrap needs at least two rows, sample {number} has one")
         arrays.append(array)
-    generator = np.random.default_rng(seed)
-    values = [float(statistic(*(_redrawn(array, generator) for array in arrays))) for _ in range(resamples)]
-    if any(math.isnan(value) for value in values):
+    low, high = bootstrap_ends(statistic, arrays, level, resamples, seed)
+    if math.isnan(low):
         raise UsageError("the statistic of a resample is NaN; it must be a number for any choice of rows")
-    tail = (1 - level) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return Interval(float(statistic(*arrays)), float(low), float(high), level)
-
-
-def _redrawn(array: Any, generator: np.random.Generator) -> Any:
-    return array[generator.integers(len(array), size=len(array))]
+    return Interval(float(statistic(*arrays)), low, high, level)

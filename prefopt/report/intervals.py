@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,18 +52,36 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval | None:
 
 
 def over_rows(differences: Any, level: float = 0.95, seed: int = 0) -> Interval | None:
-    """Percentile interval of the mean of (N,) differences by row, rows redrawn with replacement; None for one row.
-
-    Reference: Efron 1979, doi 10.1214/aos/1176344552.
-    """
+    """Percentile interval of the mean of (N,) differences by row, rows redrawn with replacement; None for one row."""
     values = np.asarray(differences, dtype=np.float64)
     if len(values) < 2:
         return None
+    low, high = bootstrap_ends(np.mean, [values], level, _RESAMPLES, seed)
+    return Interval(float(values.mean()), low, high, level, "rows", len(values))
+
+
+def bootstrap_ends(
+    statistic: Callable[..., Any], samples: Sequence[Any], level: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """The ends of a percentile interval of a measure; NaN if the measure of a resample is NaN.
+
+    Args:
+        statistic: function of the samples that returns a number.
+        samples: (N, ...) arrays; every one is redrawn on its own, by rows, with replacement.
+        level: share of resamples between the ends.
+        resamples: how often.
+        seed: of the draws.
+
+    Reference: Efron 1979, doi 10.1214/aos/1176344552.
+    """
     generator = np.random.default_rng(seed)
-    means = [float(values[generator.integers(len(values), size=len(values))].mean()) for _ in range(_RESAMPLES)]
+    values = [
+        float(statistic(*(sample[generator.integers(len(sample), size=len(sample))] for sample in samples)))
+        for _ in range(resamples)
+    ]
     tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(values.mean()), float(low), float(high), level, "rows", len(values))
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 @functools.cache

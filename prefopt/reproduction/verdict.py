@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Literal
 
+from prefopt.report.intervals import over_seeds
 from prefopt.reproduction.experiments.outcome import Outcome
 from prefopt.reproduction.paper import Check, Claim, PaperError
 
@@ -72,17 +73,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
     The interval is of the mean over seeds; it says nothing about other settings.
     """
-    if len(values) < 2:
+    if (of_seeds := over_seeds(values)) is None:
         raise PaperError("an interval needs two seeds or more")
-    quantile = _T95[min(len(values) - 1, len(_T95) - 1)]
-    return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
-
-
-_T95 = (
-    *(math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
-"""0.975 quantiles of Student's t by degrees of freedom; the last one stands for more."""
+    return of_seeds.value, of_seeds.high - of_seeds.value
 
 
 def spread(numbers: Numbers) -> str:

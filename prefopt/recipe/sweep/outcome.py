@@ -17,6 +17,7 @@ import numpy as np
 from prefopt.recipe.sweep.plan import SweepPlan, shown
 from prefopt.recipe.sweep.trial import RunResult
 from prefopt.report.intervals import over_rows, over_seeds
+from prefopt.report.pareto import dominated
 
 SCHEMA = "prefopt.sweep/1"
 LEVEL = 0.95
@@ -109,18 +110,14 @@ def outcome_of(plan: SweepPlan, trials: Sequence[Tried]) -> Outcome:
     # As many intervals as there are other trials: together they have the level (Bonferroni).
     level = 1 - (1 - LEVEL) / max(len(others), 1)
     differences = [_difference(best, other, measure, sign, level) for other in others]
-    front = [trial.number for trial in finished if not any(_dominates(plan, other, trial) for other in finished)]
+    behind = dominated([[-cost for cost in _costs(plan, trial)] for trial in finished])
+    front = [trial.number for trial, is_behind in zip(finished, behind, strict=True) if not is_behind]
     return Outcome(plan, trials, best, sorted(differences, key=lambda one: one.value), front)
 
 
 def _costs(plan: SweepPlan, trial: Tried) -> tuple[float, ...]:
     """The measures, turned so that less is better."""
     return tuple(trial.mean(name) * (-1 if way == "maximize" else 1) for name, way in plan.measures.items())
-
-
-def _dominates(plan: SweepPlan, one: Tried, other: Tried) -> bool:
-    mine, theirs = _costs(plan, one), _costs(plan, other)
-    return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 def _difference(best: Tried, other: Tried, measure: str, sign: int, level: float) -> Difference:

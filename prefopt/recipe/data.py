@@ -193,7 +193,7 @@ class _RowCheck:
         with PartialState().local_main_process_first():
             passed = one_pass(dataset, check, self._roles, training.dataset_num_proc, name)
         if (key := tokenizer_key(tokenizer)) is not None:
-            self.ids.append(Made(passed.ids, key))
+            self.ids.append(Made(dataset, passed.ids, key))
         return passed.report
 
     def _without_bad_rows(self, dataset: Dataset, report: Report, name: str) -> Dataset:

@@ -134,7 +134,7 @@ def test_results_are_found_by_rows_tokenizer_and_settings() -> None:
 
 
 def made_of(dataset: Dataset, tokenizer: Any) -> Made:
-    return Made(one_pass(dataset, row_check(dataset, tokenizer, **HOW)).ids, str(tokenizer_key(tokenizer)))
+    return Made(dataset, one_pass(dataset, row_check(dataset, tokenizer, **HOW)).ids, str(tokenizer_key(tokenizer)))
 
 
 def tokenized(dataset: Dataset, tokenizer: Any, made: list[Made]) -> Any:
@@ -155,6 +155,19 @@ def test_rows_that_were_moved_since_get_their_ids(monkeypatch: pytest.MonkeyPatc
         assert [{name: row[name] for name in expected[0]} for row in result] == [expected[n] for n in order]
         assert [row["chosen"] for row in result] == [good[n]["chosen"] for n in order]
         assert KEY not in result.column_names
+
+
+def test_untouched_rows_get_their_ids_without_a_digest_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    good = Dataset.from_list([row for n, row in enumerate(rows()) if n not in (13, 17, 19)])
+    made = made_of(good, tokenizer)
+    monkeypatch.setattr("prefopt.data.reuse.row_keys", None)
+    assert (
+        tokenized(good.add_column("note", ["x"] * len(good)), tokenizer, [made])["chosen_ids"]
+        == made.ids["chosen_ids"]
+    )
+    with pytest.raises(TypeError, match="NoneType"):
+        tokenized(good.select(range(len(good) - 1, -1, -1)), tokenizer, [made])
 
 
 def test_rows_that_were_changed_since_are_checked_and_tokenized() -> None:

@@ -76,7 +76,9 @@ def test_is_finite_to_1000_and_pushes_the_chosen_answer_up(beta: float) -> None:
 '''
 
 
-def export(archive: Archive, number: int, out: Path, name: str | None = None) -> tuple[Path, Path]:
+def export(
+    archive: Archive, number: int, out: Path, name: str | None = None, overwrite: bool = False
+) -> tuple[Path, Path]:
     """Write a candidate as a loss file, and its test beside it.
 
     Args:
@@ -84,12 +86,13 @@ def export(archive: Archive, number: int, out: Path, name: str | None = None) ->
         number: of the candidate.
         out: the file, which ends in .py.
         name: of the loss; default: the file's, without .py.
+        overwrite: whether other files of these names may be replaced.
 
     Returns:
         Both files.
 
     Raises:
-        UsageError: if there is no such candidate, it is no loss, or the name cannot be used.
+        UsageError: if there is no such candidate, it is no loss, the name cannot be used, or a file is there.
     """
     rows = archive.candidates("id = ?", [number])
     if not rows:
@@ -109,9 +112,17 @@ def export(archive: Archive, number: int, out: Path, name: str | None = None) ->
         batchwise=read(row.expression).batchwise,
     )  # fmt: skip
     test = out.with_name(f"test_{out.name}")
-    write_text(out, text)
-    write_text(test, _TEST.format(file=out.name, name=name))
+    texts = {out: text, test: _TEST.format(file=out.name, name=name)}
+    if others := [file for file in texts if file.exists() and not overwrite and not _holds(file, texts[file])]:
+        raise UsageError(f"{others[0]} exists and is another file: name another --out, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for file, content in texts.items():
+        write_text(file, content)
     return out, test
+
+
+def _holds(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_text(encoding="utf-8", errors="replace") == text
 
 
 def _check_name(name: str, out: Path) -> None:

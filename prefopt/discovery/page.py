@@ -93,7 +93,7 @@ def verdict(held_out: Sequence[HeldOut]) -> str:
     """
     first = next((row.name for row in held_out if row.name.startswith("candidate")), None)
     if first is None:
-        return "No candidate came through."
+        return "No candidate beside the seeds was trained on the toy: give the search more time or candidates."
     wins = [row.level.name for row in held_out if row.name == first and row.beats_dpo]
     kinds = [row.level.name for row in held_out if row.name == first]
     if wins == kinds:

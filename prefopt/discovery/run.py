@@ -43,5 +43,8 @@ def run(
         say(verdict(told.held_out))
         say(f"Written: {', '.join(map(str, files))}")
         return files
+    except KeyboardInterrupt:
+        say("Stopped. What was trained is stored, and the same command continues.")
+        raise
     finally:
         archive.close()

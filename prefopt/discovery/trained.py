@@ -98,7 +98,7 @@ def _worst(results: Sequence[Result]) -> float:
 def _one(archive: Archive, level: TrainedLevel, number: int, beta: float, seed: int, folder: Path) -> Result:
     name = f"candidate_{number}"
     folder.mkdir(parents=True, exist_ok=True)
-    loss, _ = export(archive, number, folder / f"{name}.py")
+    loss, _ = export(archive, number, folder / f"{name}.py", overwrite=True)
     output = folder / level.name / f"{name}-beta{beta:g}-seed{seed}"
     words = [
         sys.executable, "-m", "prefopt", "train", *level.arguments, "--loss_file", str(loss.resolve()),

@@ -108,12 +108,26 @@ def read_receipt(file: Path) -> Receipt:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        receipt = Receipt(**content)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{file} is not a receipt of `prefopt reproduce`: {error}") from error
-    if receipt.schema != SCHEMA:
-        raise UsageError(f"{file} is a receipt of form {receipt.schema}; this release reads {SCHEMA}")
-    return receipt
+    fields = {field.name for field in dataclasses.fields(Receipt)}
+    if not isinstance(content, dict) or not {"schema", "papers"} <= content.keys():
+        raise UsageError(f"{file} is not a receipt of `prefopt reproduce`: name the receipt.json of its folder")
+    if content["schema"] != SCHEMA:
+        raise UsageError(f"{file} is a receipt of form {content['schema']}; this release reads {SCHEMA}")
+    if content.keys() != fields or not _is_whole(content):
+        raise UsageError(f"{file} is a receipt of `prefopt reproduce`, but parts of it are missing or changed")
+    return Receipt(**content)
+
+
+def _is_whole(content: dict[str, Any]) -> bool:
+    """Whether the parts that are compared have the types and fields that they are written with."""
+    experiments, parts = content["experiments"], {"code", "rows", "model", "environment", "outcomes"}
+    if not isinstance(experiments, dict) or not isinstance(content["machine"], dict):
+        return False
+    if not isinstance(content["papers"], list) or not isinstance(content["threads"], int):
+        return False
+    return all(isinstance(one, dict) and parts <= one.keys() for one in experiments.values())
 
 
 def repeat(file: Path, out: Path, say: Say = lambda line: None, package: str = EXPERIMENTS) -> tuple[list[str], bool]:

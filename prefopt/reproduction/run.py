@@ -16,6 +16,7 @@ from prefopt.reproduction.experiments.outcome import Outcome, Picture
 from prefopt.reproduction.paper import Claim, Paper, PaperError, read_papers
 from prefopt.reproduction.stored import EXPERIMENTS, Stored, inputs_of, load, run_experiment, save
 from prefopt.reproduction.verdict import Verdict, spread, verdict_of
+from prefopt.safety.errors import UsageError, retold
 from prefopt.safety.files import write_text
 
 Say = Callable[[str], None]
@@ -71,13 +72,19 @@ def reproduce(
 
     Raises:
         PaperError: if an experiment measures a claim that no paper has.
+        UsageError: if nothing can be written into `out`.
     """
     import torch
 
+    with retold(UsageError, f"{out} cannot be the folder of results"):
+        (out / "experiments").mkdir(parents=True, exist_ok=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         stored = _run_all(papers, out / "experiments", quick, say, package)
+    except KeyboardInterrupt:
+        say("Stopped. Finished experiments are stored, and the same command continues.")
+        raise
     finally:
         torch.set_num_threads(before)
     results = results_of(papers, stored)

@@ -76,6 +76,15 @@ class TestExport:
         for beta in (0.01, 0.1, 1.0):
             tests["test_is_finite_to_1000_and_pushes_the_chosen_answer_up"](beta)
 
+    def test_a_file_of_the_users_is_not_overwritten(self, searched, tmp_path):
+        own = tmp_path / "new" / "steep.py"
+        export(searched[0], 3, own)
+        export(searched[0], 3, own)  # the same again
+        own.with_name("test_steep.py").write_text("# mine")
+        with pytest.raises(UsageError, match="exists and is another file"):
+            export(searched[0], 3, own)
+        assert own.with_name("test_steep.py").read_text() == "# mine"
+
     @pytest.mark.usefixtures("no_loss_stays")
     def test_the_exported_test_can_fail(self, searched, tmp_path):
         loss, test = export(searched[0], 3, tmp_path / "steep.py")

@@ -58,12 +58,20 @@ def test_the_folder_of_the_receipt_is_not_repeated_into(ran):
         receipts.repeat(ran, ran.parent, package=PACKAGE)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}'])
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"schema": 1}', '{"papers": []}'])
 def test_what_is_not_a_receipt_is_refused(tmp_path, content):
     file = tmp_path / "receipt.json"
     file.write_text(content)
     with pytest.raises(UsageError, match="not a receipt"):
         receipts.read_receipt(file)
+
+
+@pytest.mark.parametrize("change", [{"experiments": {"x": 1}}, {"experiments": []}, {"machine": 3}, {"more": 1}])
+def test_a_receipt_that_was_changed_is_refused_before_anything_runs(ran, change):
+    content = json.loads(ran.read_text(encoding="utf-8")) | change
+    ran.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UsageError, match="parts of it are missing or changed"):
+        receipts.read_receipt(ran)
 
 
 def test_a_receipt_of_another_form_is_refused(ran):

@@ -15,6 +15,7 @@ import pytest
 from prefopt.reproduction import code
 from prefopt.reproduction.paper import Claim, PaperError
 from prefopt.reproduction.run import kept_results, reproduce
+from prefopt.safety.errors import UsageError
 from tests.reproduction.conftest import PACKAGE, claim
 from tests.reproduction.stand_in import quick
 
@@ -197,6 +198,14 @@ def test_tokenizer_and_template_have_a_hash_of_their_own(tmp_path):
     after = code.model_hashes(tmp_path)
     assert before["tokenizer"] == after["tokenizer"]
     assert before["template"] != after["template"]
+
+
+def test_a_file_in_place_of_the_folder_is_named_before_anything_runs(paper, tmp_path):
+    (tmp_path / "file").write_text("x")
+    said: list[str] = []
+    with pytest.raises(UsageError, match="cannot be the folder of results"):
+        run(paper, tmp_path / "file", say=said.append)
+    assert said == []
 
 
 def test_a_claim_that_cannot_be_run_says_why(paper, tmp_path):

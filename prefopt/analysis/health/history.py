@@ -13,6 +13,7 @@ from typing import Any
 
 FIRST = 10
 """Values of a metric's beginning that are stored."""
+_WHOLE = 2**1023  # larger whole numbers are no float
 FEW = 5
 """Values of a mean that does not hang on one batch."""
 LATEST = 40
@@ -140,7 +141,7 @@ class History:
         self.step = step
         self.lines += training
         for name, number in line.items():
-            if not isinstance(number, (int, float)):
+            if not isinstance(number, float) and not (isinstance(number, int) and -_WHOLE < number < _WHOLE):
                 continue  # a tensor would have to wait for its device
             if not math.isfinite(number):
                 self.not_finite[name] = self.not_finite.get(name, 0) + 1

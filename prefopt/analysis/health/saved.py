@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from prefopt.analysis.health.finding import Finding
 from prefopt.analysis.health.history import Settings
 from prefopt.analysis.health.watch import examined
-from prefopt.report.folder import BEFORE, FINDINGS, LOG, read_log
+from prefopt.report.folder import BEFORE, FINDINGS, LOG, number, read_log
 from prefopt.safety.errors import UsageError, retold
 from prefopt.safety.files import write_text
 
@@ -75,16 +76,28 @@ def examine_saved(run: Path, beta: float | None = None) -> list[Finding]:
 def lines_and_findings(run: Path, beta: float | None = None) -> tuple[int, list[Finding]]:
     """`examine_saved`, and how many log lines of training there are to judge by."""
     file, content, lines = read_log(run)
-    known = content.get("settings") or {}
-    fields = {name: known[name] for name in vars(Settings()) if name in known}
-    settings = replace(Settings(**fields), max_steps=content.get("max_steps") or content.get("global_step"))
+    settings = _settings(content)
     if beta is not None:
         settings = replace(settings, beta=beta)
     watch = examined([*_before(file.parent), *lines], settings)
     findings = watch.findings
     if (ended := content.get("not_finite")) is not None:
-        findings.insert(0, ended_by(content.get("global_step", 0), str(ended)))
+        findings.insert(0, ended_by(int(number(content.get("global_step")) or 0), str(ended)))
     return watch.history.lines, findings
+
+
+def _settings(content: dict[str, Any]) -> Settings:
+    """The settings in a log file; one that has another type than it was written with is not known."""
+    known = content.get("settings")
+    known = known if isinstance(known, dict) else {}
+    rate, norm, beta = (number(known.get(name)) for name in ("learning_rate", "max_grad_norm", "beta"))
+    steps = number(content.get("max_steps")) or number(content.get("global_step"))
+    return Settings(
+        learning_rate=rate, max_grad_norm=norm, beta=beta or None,
+        max_steps=int(steps) if steps and math.isfinite(steps) and steps > 0 else None,
+        fp16=known["fp16"] if isinstance(known.get("fp16"), bool) else None,
+        loss=known["loss"] if isinstance(known.get("loss"), str) else None,
+    )  # fmt: skip
 
 
 def _before(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from prefopt.analysis.health.stability import (
     loss_rises,
     not_finite,
 )
+from prefopt.report.folder import number
 
 RULES: Mapping[str, Callable[[History], Finding | None]] = {
     rule.__name__: rule
@@ -79,7 +81,8 @@ def examined(log_history: Iterable[Mapping[str, Any]], settings: Settings | None
     """A watch that has read a whole log."""
     watch = Watch(settings)
     for line in log_history:
-        watch.add(line, int(line.get("step", watch.history.step)))
+        step = number(line.get("step"))
+        watch.add(line, int(step) if step is not None and math.isfinite(step) else watch.history.step)
     return watch
 
 

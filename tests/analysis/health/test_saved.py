@@ -10,7 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from prefopt.analysis.health.saved import ended_by
+from prefopt.analysis.health.saved import ended_by, examine_saved
 from prefopt.cli import app
 from prefopt.recipe import main, parse_arguments
 from prefopt.trainer.finite import NonFiniteError
@@ -136,6 +136,14 @@ def test_a_run_that_died_of_a_nan_says_so_later(tmp_path):
 def test_stop_on_is_checked_as_it_is_read(words, message):
     with pytest.raises((SystemExit, ValueError), match=message):
         parse_arguments("dpo", ["--output_dir", "unused", *words])
+
+
+def test_a_log_with_strange_values_is_examined_as_far_as_it_goes(tmp_path):
+    lines = [{"step": None, "loss": 2}, {"loss": [1]}, {"step": math.inf, "loss": 10**400}, {"step": 2, "loss": True}]
+    settings = {"learning_rate": "x", "max_grad_norm": [], "beta": "z", "loss": 3, "fp16": "no"}
+    content = {"log_history": [*lines, *bundled()], "max_steps": "many", "global_step": None, "settings": settings}
+    (tmp_path / "log_history.json").write_text(json.dumps(content), encoding="utf-8")
+    assert [finding.rule for finding in examine_saved(tmp_path)] == []
 
 
 def test_the_finding_of_a_run_that_ended_has_no_half_sentence():

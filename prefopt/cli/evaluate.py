@@ -66,6 +66,7 @@ def evaluate(
     from prefopt.evaluation.report import evaluate as evaluated
     from prefopt.evaluation.report import report
     from prefopt.generation.memory import free_memory
+    from prefopt.generation.prompts import prompt_ids
     from prefopt.generation.samples import SamplingSettings
     from prefopt.generation.transformers import TransformersGenerator
     from prefopt.models.load import load_model, load_tokenizer
@@ -75,9 +76,12 @@ def evaluate(
         fail("name --prompts and --judge, or --tasks of lm-eval, or all three")
     if out is not None:
         refuse_overwriting(out, prompts)
+        out.parent.mkdir(parents=True, exist_ok=True)
     if (task_folder or task_limit) and not tasks:
         fail("--task-folder and --task-limit need --tasks")
     spec = None if judge is None else parse_judge(judge)
+    if spec is not None and spec.weight != 1:
+        fail("one judge has no weight: leave weight= out")
     referee = None if spec is None else make_judge(spec)
     column = answer_column or ("answer" if spec is None else str(spec.options.get("column", "answer")))
     benchmarks = find_tasks(tasks, task_folder) if tasks else None
@@ -87,9 +91,14 @@ def evaluate(
         settings = dataclasses.replace(settings, samples=1)
         if PartialState().is_main_process:
             say("Temperature 0 takes the likeliest token: one completion of each prompt is drawn")
+    if answer_column is not None and all(row.columns.get(answer_column) is None for row in rows):
+        fail(f"--answer-column {answer_column}: no prompt has this column")
+    tokenizers = {name: load_tokenizer(name) for name in models}
+    for tokenizer in tokenizers.values():
+        _ = [prompt_ids(row, tokenizer) for row in rows[:1]]  # what cannot be rendered ends the command at once
     results, numbers = [], dict[str, list[TaskResult]]()
     for name in models:
-        network, tokenizer = load_model(name, {"dtype": dtype}).to(PartialState().device), load_tokenizer(name)
+        network, tokenizer = load_model(name, {"dtype": dtype}).to(PartialState().device), tokenizers[name]
         if benchmarks:
             numbers[name] = run_tasks(network, tokenizer, benchmarks, limit=task_limit, seed=seed)
         if referee is not None:
@@ -172,6 +181,9 @@ def _show(reports: list[ModelReport]) -> None:
         if any(cells):
             shown.add_row(name, *cells)
     console().print(shown)
+    for one in reports:
+        for reason, count in one.missing.items():
+            say(f"{one.model}: {count} samples without a score: {reason}")
 
 
 def _interval(one: Interval | None) -> str:

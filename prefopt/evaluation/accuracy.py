@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
+from prefopt.evaluation.arrays import whole
 from prefopt.safety.errors import UsageError
 
 
@@ -18,8 +19,12 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
         correct: how many of them are right (c).
         k: at most n.
 
+    Raises:
+        UsageError: for numbers that are not whole or out of range; of several prompts, take the mean of their values.
+
     Reference: Chen et al. 2021 (Codex), arXiv 2107.03374, equation 1.
     """
+    n, correct, k = whole("n", n), whole("correct", correct), whole("k", k)
     if not 1 <= k <= n:
         raise UsageError(f"k must be at least 1 and at most n, got k={k}, n={n}")
     if not 0 <= correct <= n:

@@ -90,7 +90,7 @@ def _summary(judge: str, judgements: Sequence[Judgement], lengths: Mapping[tuple
     decided = [share > 0.5 for share in shares if share != 0.5]
     orders = orders_of(judgements)
     longer = _longer(orders, lengths)
-    missing = Counter(_short(one.reason) for one in judgements if _is_missing(one))
+    missing = Counter(short_reason(one.reason) for one in judgements if _is_missing(one))
     return JudgeSummary(
         judge=judge,
         kind="score" if scores else "preference",
@@ -194,7 +194,7 @@ def _is_missing(one: Judgement) -> bool:
     return one.score is None if isinstance(one, Score) else one.first_share is None
 
 
-def _short(reason: str) -> str:
+def short_reason(reason: str) -> str:
     """Of "raised: ValueError: bad", "raised: ValueError"; of "not a number: nan", "not a number"."""
     parts = reason.split(": ")
     return ": ".join(parts[:2]) if parts[0] == "raised" else parts[0] or "no reason"

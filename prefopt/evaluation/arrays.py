@@ -63,6 +63,32 @@ def token_ids(name: str, values: Array) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
+def whole(name: str, value: Any) -> int:
+    """One whole number; of a float, an array or a tensor only if it is one.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    number = floats(name, value)
+    if number != number // 1:
+        raise UsageError(f"{name} must be a whole number, got {value}")
+    return int(number)
+
+
+def text_list(name: str, values: Sequence[str]) -> Sequence[str]:
+    """Several texts: one text is a sequence of letters, which is not what is meant.
+
+    Raises:
+        UsageError: for one text, or something among them that is not a text.
+    """
+    if isinstance(values, str):
+        raise UsageError(f"{name} must be a list of texts, not one text")
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise UsageError(f"{name}, number {number}, must be a text, not a {type(value).__name__}")
+    return values
+
+
 def same_length(**arrays: NDArray[Any]) -> None:
     """Refuses arrays that differ in the length of their first dimension."""
     if len({len(array) for array in arrays.values()}) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.evaluation.accuracy import majority_vote, pass_at_k
+from prefopt.evaluation.agreement import short_reason
 from prefopt.evaluation.arrays import Floats
 from prefopt.evaluation.head_to_head import compare_once
 from prefopt.evaluation.intervals import Interval, bootstrap
@@ -28,11 +30,13 @@ class Evaluated:
         name: of the model.
         groups: the samples of each prompt.
         scores: (N, K) of the judge; NaN where there is none.
+        missing: how many scores there are none of, by reason.
     """
 
     name: str
     groups: list[list[Sample]]
     scores: Floats
+    missing: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def prompt_scores(self) -> Floats:
@@ -50,6 +54,7 @@ class ModelReport:
         model: its name.
         prompts: how many it was asked.
         unscored: samples without a score.
+        missing: how many of them, by reason.
         mean_score: of the judge; for a judge of right and wrong, the accuracy. None for a judge that compares.
         pass_at_k: by k, for a judge of right and wrong.
         majority: accuracy of the most frequent final number of a prompt's samples, where the rows have an answer.
@@ -74,6 +79,7 @@ class ModelReport:
     finished: float = 0.0
     distinct_2: float = 0.0
     repetition: float = 0.0
+    missing: Mapping[str, int] = field(default_factory=dict)
 
 
 def evaluate(
@@ -88,11 +94,14 @@ def evaluate(
         for row, group in zip(prompts, groups, strict=True)
         for sample in group
     ]
-    values = [np.nan if one.score is None else one.score for one in judge.score(candidates)]
+    verdicts = judge.score(candidates)
+    missing = Counter(short_reason(one.reason) for one in verdicts if one.score is None)
+    values = [np.nan if one.score is None else one.score for one in verdicts]
     scores = np.array(values, dtype=np.float64).reshape(len(groups), settings.samples)
     if np.isnan(scores).all():
-        raise UsageError(f"the judge {judge.name} scored no sample of {name or generator.name}")
-    return Evaluated(name or generator.name, groups, scores)
+        why = next(one.reason for one in verdicts if one.score is None)
+        raise UsageError(f"the judge {judge.name} scored no sample of {name or generator.name}; the first: {why}")
+    return Evaluated(name or generator.name, groups, scores, dict(missing.most_common()))
 
 
 def report(
@@ -137,6 +146,7 @@ def _of_model(
         "model": model.name,
         "prompts": len(model.groups),
         "unscored": 0 if compares else int(np.isnan(model.scores).sum()),
+        "missing": model.missing,
         "mean_score": None if compares else bootstrap(np.mean, means[~np.isnan(means)], **how),
         "tokens": float(np.mean([sample.token_count for sample in samples])),
         "finished": float(np.mean([sample.finished for sample in samples])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from prefopt.data.encodings import text_tokenizer
@@ -62,19 +63,41 @@ def continued(
         model: in memory, whole on this process's device; its mode is left as it is.
         tokenizer: the model's, or a processor.
         prompts: token ids, none of them empty.
-        max_new_tokens: maximum length of a continuation.
+        max_new_tokens: maximum length of a continuation; a prompt that leaves fewer of the model's positions has a
+            shorter one.
         batch_size: prompts at once.
+
+    Raises:
+        UsageError: for a prompt that leaves no position.
     """
     ends = end_tokens(model, tokenizer)
     reader = Reader(tokenizer, ends, ())
-    settings = SamplingSettings(samples=1, temperature=0.0, max_new_tokens=max_new_tokens)
     pad = text_tokenizer(tokenizer).pad_token_id
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
-    requests = [Request(prompts[number], [number]) for number in order]
+    answers: dict[int, Answer] = {}
     with undisturbed(model):
-        rows = Rows([0] * len(prompts), settings, ends, None, model.device)
-        decode(model, requests, rows, ends[0] if pad is None else pad, batch_size)
-    return [Answer(reader.text(drawn.tokens), drawn.finished) for drawn in rows.drawn()]
+        for limit, numbers in groupby(order, lambda number: _room(model, prompts[number], max_new_tokens)):
+            mine = list(numbers)
+            settings = SamplingSettings(samples=1, temperature=0.0, max_new_tokens=limit)
+            rows = Rows([0] * len(mine), settings, ends, None, model.device)
+            requests = [Request(prompts[number], [row]) for row, number in enumerate(mine)]
+            decode(model, requests, rows, ends[0] if pad is None else pad, batch_size)
+            for number, drawn in zip(mine, rows.drawn(), strict=True):
+                answers[number] = Answer(reader.text(drawn.tokens), drawn.finished)
+    return [answers[number] for number in range(len(prompts))]
+
+
+def _room(model: Any, prompt: Sequence[int], wanted: int) -> int:
+    """How many tokens may follow a prompt."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not positions or len(prompt) + wanted <= positions:
+        return wanted
+    if len(prompt) >= positions:
+        raise UsageError(
+            f"a prompt has {len(prompt)} tokens, and the model {positions} positions: none is left for an answer. "
+            "Shorten the prompt or leave it out"
+        )
+    return int(positions) - len(prompt)
 
 
 def _asked(prompt: Prompt) -> list[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prefopt.evaluation.agreement import summarize
 from prefopt.evaluation.arrays import Floats
 from prefopt.evaluation.head_to_head import preferred
 from prefopt.evaluation.intervals import Interval, bootstrap
@@ -27,6 +29,14 @@ def answers_of(
     scores = scores_by_prompt(judgements, weights)
     rows = [[scores.get(one.prompt_id, {}).get(one.index, np.nan) for one in group] for group in groups]
     return Evaluated(samples[0].model, groups, np.array(rows, dtype=np.float64))
+
+
+def unscored(judgements: Sequence[Judgement]) -> dict[str, int]:
+    """How many scores of judges are missing, by reason."""
+    missing: Counter[str] = Counter()
+    for one in summarize(judgements):
+        missing.update(one.missing if one.kind == "score" else {})
+    return dict(missing)
 
 
 def answers_in(folder: RoundFolder, weights: Mapping[str, float] | None) -> Evaluated:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 
 from prefopt.evaluation.judgements import read_judgements
 from prefopt.evaluation.stage import NO_PAIRS, Comparisons
 from prefopt.generation.from_file import FileGenerator
+from prefopt.generation.processes import on_main
 from prefopt.generation.samples import Generator, PromptRow, SamplingSettings, read_samples
 from prefopt.generation.stage import sample_to_file
 from prefopt.online.best import best_round, check_metric, name_in_card, run_summary
@@ -25,7 +27,7 @@ from prefopt.online.comparisons import comparisons_of
 from prefopt.online.engines import whole_models
 from prefopt.online.folders import Manifest, RoundFolder
 from prefopt.online.generators import Generators
-from prefopt.online.heldout import answers_in, compared, heldout_numbers
+from prefopt.online.heldout import answers_in, compared, heldout_numbers, unscored
 from prefopt.online.judging import Judges
 from prefopt.online.kl import kl_numbers, kl_sampling, score_completions
 from prefopt.online.options import heldout_sampling_of, options_of, pairing_of, sampling_of
@@ -102,11 +104,25 @@ class Rounds:
         Returns:
             The summaries of the initial model and of each round.
         """
+        lock = FileLock(self._run / "rounds.lock", timeout=0)
         try:
+            on_main(partial(self._lock, lock))
             return self._all_rounds()
         except KeyboardInterrupt:
             self._say(f"Interrupted. The same command continues the run in {self._run} where it stopped.")
             raise
+        finally:
+            lock.release()
+
+    def _lock(self, lock: FileLock) -> None:
+        """Keep another command out of this run's folder for as long as this one runs."""
+        self._run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UsageError(
+                f"another command runs rounds in {self._run} at this moment: wait for it, or name another --output_dir"
+            ) from None
 
     def _all_rounds(self) -> list[dict[str, Any]]:
         if self._manifest.begun:
@@ -252,6 +268,8 @@ class Rounds:
         weights, column = (None, "answer") if judges is None else (judges.weights, judges.answer_column)
         answers = answers_in(folder, weights)
         numbers = heldout_numbers(answers, prompts, column)
+        if missing := unscored(list(read_judgements(folder.heldout_judgements))):
+            numbers["unscored"] = missing
 
         def against(number: int, path: Path) -> dict[str, Any]:
             return compared(answers, answers_in(RoundFolder(self._run, number), weights), prompts, judges, path)

@@ -37,6 +37,10 @@ class RoundsArguments(RecipeArguments):
         "eval_answers": "samples of each round are in its folder",
         "stop_on": "each round is trained to its end, and then its findings are printed. Leave it out; to train on "
         "one round's pairs until a finding, use prefopt train --dataset_name RUN/round-1/pairs.jsonl --stop_on ...",
+        **dict.fromkeys(
+            ("metric_for_best_model", "greater_is_better"),
+            f"--best_round_by names the held-out number that the best round is chosen by: {', '.join(METRICS)}",
+        ),
         "eval_strategy": "each round ends with an evaluation on --heldout_prompts",
         "load_best_model_at_end": "each round ends with its last step; --best_round_by names the best round",
     }

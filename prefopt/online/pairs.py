@@ -6,11 +6,13 @@ never guesses: two equal scores make no pair, whatever their order.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise, product
+from typing import Any
 
 from prefopt.safety.errors import UsageError
 
@@ -26,6 +28,9 @@ class Candidate:
         token_count: of the completion; 0 if unknown.
         finished: False if the completion was cut.
         gold: whether it is the prompt's own answer, written by a person, instead of a sample.
+
+    Raises:
+        UsageError: for a score that is not a finite number.
     """
 
     index: int
@@ -34,6 +39,14 @@ class Candidate:
     token_count: int = 0
     finished: bool = True
     gold: bool = False
+
+    def __post_init__(self) -> None:
+        if self.score is None:
+            return
+        score = _finite(self.score)
+        if score is None:
+            raise UsageError(f"a score must be a finite number, or None for no score; got {self.score!r}"[:200])
+        object.__setattr__(self, "score", score)
 
 
 @dataclass(frozen=True)
@@ -199,12 +212,12 @@ def round_robin(
         correct_at: a score from which a completion is correct.
         repeat: whether the same pair may come back, as in the paper; False stops before.
     """
-    if pairs < 1:
-        raise UsageError(f"round_robin: pairs must be 1 or more, got {pairs}")
+    if pairs < 1 or pairs != int(pairs):
+        raise UsageError(f"round_robin: pairs must be a whole number of 1 or more, got {pairs}")
     winners, losers, reason = _sides(candidates, correct_at)
     if reason:
         return Choice(reason=reason)
-    walked = [(winners[number % len(winners)], losers[number % len(losers)]) for number in range(pairs)]
+    walked = [(winners[number % len(winners)], losers[number % len(losers)]) for number in range(int(pairs))]
     different = list(dict.fromkeys(walked))
     choice = _allowed(walked if repeat else different, limits, "round robin of correct and incorrect")
     if len(different) < len(walked):
@@ -274,11 +287,13 @@ def against_gold(candidates: Sequence[Candidate], limits: Limits = NO_LIMITS, pa
         limits: on the pairs.
         pairs: of each prompt: the first so many completions.
     """
+    if pairs < 1 or pairs != int(pairs):
+        raise UsageError(f"against_gold: pairs must be a whole number of 1 or more, got {pairs}")
     gold = [candidate for candidate in candidates if candidate.gold]
     own = [candidate for candidate in candidates if not candidate.gold]
     if not gold or not own:
         return Choice(reason="no gold answer" if not gold else "no completions")
-    return _allowed([(gold[0], candidate) for candidate in own[:pairs]], limits, "gold answer against a sample")
+    return _allowed([(gold[0], candidate) for candidate in own[: int(pairs)]], limits, "gold answer against a sample")
 
 
 def top_k(candidates: Sequence[Candidate], k: int = 1) -> Choice:
@@ -317,6 +332,8 @@ class Bracket:
         sure = self._compare(first, second)
         if sure is None:
             self.left_out["comparison without an answer"] += 1
+        elif (number := _finite(sure)) is None or not 0 <= number <= 1:
+            raise UsageError(f"a comparison must give a number from 0 to 1, or None, got {sure!r}"[:200])
         elif sure == 0.5:
             self.left_out["comparison that is a tie"] += 1
         return sure
@@ -364,6 +381,15 @@ def _sides(candidates: Sequence[Candidate], correct_at: float) -> tuple[list[Can
     if not scored:
         return winners, losers, "no scored completion"
     return winners, losers, "" if winners and losers else NONE_CORRECT if losers else ALL_CORRECT
+
+
+def _finite(value: Any) -> float | None:
+    """A finite number, of NumPy or a tensor too; None for anything else."""
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _scored(candidates: Sequence[Candidate]) -> list[Candidate]:

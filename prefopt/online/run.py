@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt.generation.samples import SamplingSettings
 from prefopt.generation.stage import read_prompts
 from prefopt.losses import parse
-from prefopt.online.builders import parse_builder
+from prefopt.online.builders import PairBuilder
 from prefopt.online.engines import is_sharded
 from prefopt.online.generators import check_generator, generators_of
 from prefopt.online.judging import judges_of
 from prefopt.online.loop import Prompts, Rounds
-from prefopt.online.options import RoundsArguments, options_of, sampling_of
+from prefopt.online.options import RoundsArguments, options_of, pairing_of, sampling_of
+from prefopt.online.pairing import check_gold
 from prefopt.online.policy import RoundPlan, loss_of, plan_round, prompts_of
 from prefopt.online.tasks import TASKS
 from prefopt.recipe import Recipe, parse_arguments, preflight
@@ -60,8 +62,11 @@ def check_rounds(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
     if loss is None:
         raise UsageError("rounds need a loss expression, such as --loss irpo")
     check_generator(recipe, ready, heldout=bool(prompts.heldout))
-    builder = parse_builder(script.pairs)
+    pairing = pairing_of(script, None, recipe.training.seed)
+    builder = pairing.builder
+    check_gold(pairing, prompts.train, "--gold")
     for number in range(1, script.rounds + 1):
+        _refuse_single_samples(script, builder, sampling_of(script, number, recipe.training.seed), number)
         objective = parse(loss_of(script, loss, number))
         if builder.supervised and "rejected" in objective.roles:
             raise UsageError(f"pairs {builder} makes rows without a rejected completion, and {objective} needs pairs")
@@ -69,6 +74,21 @@ def check_rounds(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
         if is_sharded(recipe.training):
             _refuse_sharded(plan, script)
         prompts_of(script, prompts.train, number, recipe.training.seed)
+
+
+def _refuse_single_samples(
+    script: RoundsArguments, builder: PairBuilder, sampling: SamplingSettings, number: int
+) -> None:
+    """Refuse, before anything is sampled, one completion of a prompt where a pair needs two different ones."""
+    greedy = sampling.temperature == 0 and script.generator != "file"
+    alone = sampling.samples == 1 or greedy
+    if not alone or builder.supervised or (builder.uses_gold and script.gold is not None):
+        return
+    why = "--samples 1" if sampling.samples == 1 else "--temperature 0 draws the same one again"
+    raise UsageError(
+        f"round {number} has one completion of each prompt ({why}), and pairs {builder} need two different ones: draw "
+        "more samples at a temperature above 0"
+    )
 
 
 def _refuse_sharded(plan: RoundPlan, script: RoundsArguments) -> None:

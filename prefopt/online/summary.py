@@ -91,7 +91,9 @@ def heldout_line(summary: Mapping[str, Any]) -> str:
             controlled = with_interval(won["length_controlled_win_rate"])
             facts.append(f"wins against {other} {with_interval(won['win_rate'])}, length-controlled {controlled}")
     if kl := summary.get("kl"):
-        facts.append(f"KL to the initial model {kl['mean']:.3g} \u00b1 {kl['standard_error']:.2g} nats")
+        error = "" if kl["standard_error"] is None else f" \u00b1 {kl['standard_error']:.2g}"
+        facts.append(f"KL to the initial model {kl['mean']:.3g}{error} nats")
+    facts += [f"{count} without a score: {reason}" for reason, count in numbers.get("unscored", {}).items()]
     return f"Held-out answers of round {summary['round']}: {'; '.join(facts)}" if facts else ""
 
 
@@ -100,7 +102,7 @@ def rounds_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
 
     Win rates against the start and KL have a column where a round has them.
     """
-    more = {"win": any(map(_win, summaries)), "KL": any(one.get("kl") for one in summaries)}
+    more = {"win": any(_win(one) is not None for one in summaries), "KL": any(one.get("kl") for one in summaries)}
     headings = [
         *("round", "pairs", "unpaired", "ties", "cut", "score", "held-out [95%]"),
         *(name for name, shown in more.items() if shown),

@@ -5,6 +5,8 @@ Imports the standard library alone.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +17,9 @@ from typing import IO, Any
 
 from prefopt.safety.errors import UsageError, did_you_mean
 from prefopt.safety.files import to_disk, write_text
+
+# Not on Windows.
+fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -80,7 +85,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 class JsonlWriter:
     """Appends objects to a file: a group of lines is on the disk when `write` returns.
 
-    A line that a killed process left half-written at the end of the file is removed first.
+    A line that a killed process left half-written at the end of the file is removed first. The file is locked while it
+    is open, where the system can.
 
         with JsonlWriter(path) as file:
             file.write([{"prompt": "2 + 2"}])
@@ -90,6 +96,7 @@ class JsonlWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
         self._stream = open(path, "a+b")  # noqa: SIM115  (closed by __exit__)
+        _lock(self._stream, path)
         _end_line(self._stream)
         if is_new:
             to_disk(path.parent)
@@ -110,6 +117,19 @@ class JsonlWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _lock(stream: IO[bytes], path: Path) -> None:
+    """Refuse a file that another process writes: lines of both would be mixed."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise UsageError(f"another process writes {path} at this moment: wait for it, or name another file") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def _end_line(stream: IO[bytes]) -> None:

@@ -20,6 +20,9 @@ from prefopt.scoring.rows import RowBatch
 from prefopt.trainer.metrics import PART_OF_LOSS, RunningMeans
 from prefopt.trainer.output_slot import OutputSlot
 
+_OF_ANSWERS = ("mean_score", "accuracy", "pass_at_k", "majority_vote", "win_rate", "length_controlled_win_rate")
+"""Metrics of `prefopt rounds run` and `prefopt evaluate`, which no evaluation of a trainer has."""
+
 
 def examples_that_count(accelerator: Any, rows: RowBatch) -> int | None:
     """How many of this process's examples count, the first ones; None for all.
@@ -71,4 +74,10 @@ def check_best_metric(wanted: str | None, metrics: Mapping[str, float]) -> None:
     if wanted is None or f"eval_{wanted.removeprefix('eval_')}" in metrics:
         return
     names = [name.removeprefix("eval_") for name in metrics if not name.endswith(("_runtime", "_per_second"))]
-    raise UsageError(f"metric_for_best_model={wanted!r} is not a metric of evaluations, which have {', '.join(names)}")
+    drawn = ""
+    if wanted.removeprefix("eval_") in _OF_ANSWERS:
+        drawn = ". It is measured on drawn answers: rounds choose their best model by it (prefopt rounds run ... "
+        drawn += f"--best_round_by {wanted.removeprefix('eval_')}), and prefopt evaluate compares saved models"
+    raise UsageError(
+        f"metric_for_best_model={wanted!r} is not a metric of evaluations, which have {', '.join(names)}{drawn}"
+    )

@@ -111,3 +111,37 @@ def test_tasks_of_lm_eval_stand_beside_the_models(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "0.250 \u00b1 0.100" in result.output
     assert json.loads(out.read_text())["tasks"][model][0]["value"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--judge", "tests.evaluation.my_judges:fails"], "the first: raised: RuntimeError: never"),
+        (["--judge", "tests.evaluation.my_judges:length,weight=2"], "one judge has no weight"),
+        (["--judge", "number", "--answer-column", "anser"], "--answer-column anser: no prompt has this column"),
+    ],
+)
+def test_what_would_be_left_out_is_said(tmp_path, words, what):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", answer=str)
+    result = run(save(tmp_path / "a", 0), "--prompts", prompts, "--samples", 1, "--max-new-tokens", 2, *words)
+    assert result.exit_code == 1
+    assert what in " ".join(result.output.split())
+
+
+def test_greedy_answers_are_drawn_once_and_missing_scores_have_their_reason(tmp_path):
+    prompts, out = write_prompts(tmp_path / "prompts.jsonl", answer=str), tmp_path / "new folder" / "numbers.json"
+    judge = "tests.evaluation.my_judges:not_of_one"
+    words = ["--judge", judge, "--temperature", 0, "--max-new-tokens", 2, "--out", out]
+    result = run(save(tmp_path / "a", 0), "--prompts", prompts, *words)
+    assert result.exit_code == 0, result.output
+    assert "1 samples without a score: raised: ValueError" in result.output
+    facts = json.loads(out.read_text())
+    assert (facts["sampling"]["samples"], facts["models"][0]["unscored"]) == (1, 1)
+
+
+def test_a_later_model_that_is_not_there_ends_the_command_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("prefopt.evaluation.report.evaluate", None)
+    prompts = write_prompts(tmp_path / "prompts.jsonl", answer=str)
+    result = run(save(tmp_path / "a", 0), tmp_path / "none", "--prompts", prompts, "--judge", "number")
+    assert result.exit_code == 1
+    assert "no tokenizer can be loaded from" in result.output

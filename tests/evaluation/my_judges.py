@@ -48,3 +48,13 @@ def two_of_three(a, b, c):
 
 def takes_out(completion, row):
     return torch.tensor(float(row.pop("answer")), requires_grad=True)
+
+
+def fails(completion):
+    raise RuntimeError("never")
+
+
+def not_of_one(prompt, completion):
+    if prompt.startswith("1"):
+        raise ValueError("one")
+    return 1.0

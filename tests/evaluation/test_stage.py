@@ -13,6 +13,7 @@ from prefopt.evaluation.judges.build import make_judge, parse_judge
 from prefopt.evaluation.stage import Pairing, judge_to_file
 from prefopt.generation.samples import PromptRow, Sample, prompt_id
 from prefopt.safety.errors import UsageError
+from prefopt.safety.jsonl import JsonlWriter
 from tests.evaluation import my_judges
 
 HERE = "tests.evaluation.my_judges"
@@ -271,3 +272,9 @@ def test_a_function_may_change_its_row_and_return_a_tensor():
     verdicts = judge(f"{HERE}:takes_out").score([Candidate("q", "a", columns)] * 2)
     assert [one.score for one in verdicts] == [4, 4]
     assert columns == {"answer": 4}
+
+
+def test_a_file_that_another_process_writes_is_refused(tmp_path):
+    path = tmp_path / "j.jsonl"
+    with JsonlWriter(path), pytest.raises(UsageError, match=r"another process writes .*j.jsonl"):
+        judge_to_file(samples_of(a=["b"]), [judge(f"{HERE}:length")], path)

@@ -1,9 +1,12 @@
 """Pair builders on small cases worked by hand, and their properties on any scores."""
 
+import json
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -290,3 +293,22 @@ def test_random_two_of_a_prompt_depend_on_its_seed_alone():
     drawn = [str(indices(builder(candidates(0, 1, 2, 3), seed=f"7/{name}"))) for name in "abcdabcd"]
     assert drawn[:4] == drawn[4:]
     assert len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("-inf"), "2", [1.0]])
+def test_a_score_that_is_no_finite_number_is_refused(score):
+    with pytest.raises(UsageError, match="a score must be a finite number, or None"):
+        Candidate(0, "a", score)
+
+
+@pytest.mark.parametrize("score", [True, np.float32(1), torch.tensor(1.0)])
+def test_scores_of_any_kind_become_numbers(score):
+    assert best_worst([Candidate(0, "a", score), Candidate(1, "b", 0)]).pairs[0].margin == 1.0
+    assert json.dumps(Candidate(0, "a", score).score) == "1.0"
+
+
+@pytest.mark.parametrize("answer", [float("nan"), 2, "first"])
+def test_a_comparison_that_is_no_share_is_refused(answer):
+    candidates = [Candidate(number, str(number), None) for number in range(4)]
+    with pytest.raises(UsageError, match="a comparison must give a number from 0 to 1"):
+        tournament(candidates, compare=lambda first, second: answer)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -17,7 +19,7 @@ from prefopt.online.run import main
 from prefopt.safety.errors import UsageError
 from prefopt.safety.jsonl import read_jsonl
 from prefopt.trainer.first_batch import FirstBatch
-from tests.online.rounds import files, same_weights, weights, words
+from tests.online.rounds import files, same_weights, weights, words, write_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +199,20 @@ def test_a_deleted_file_is_made_again_and_all_that_follows(first, tmp_path):
     assert same_weights(weights(run, 2), weights(folder / "out", 2))
 
 
+def test_two_commands_do_not_share_a_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / "rounds.lock"), pytest.raises(UsageError, match="another command runs rounds in"):
+        main(argv=words(tmp_path))
+
+
+def test_one_heldout_prompt_has_a_kl_without_an_error_and_missing_scores_are_said(tmp_path, capsys):
+    heldout = write_prompts(tmp_path / "one.jsonl", 1, "o")
+    judge = "tests.evaluation.my_judges:fails"
+    main(argv=words(tmp_path, rounds=1, max_steps=1, heldout_prompts=heldout, heldout_judges=judge))
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"KL to the initial model -?[\d.e-]+ nats; 1 without a score: raised: RuntimeError", text)
+
+
 def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
     def interrupted(completion):
         raise KeyboardInterrupt
@@ -365,6 +381,13 @@ def test_a_tournament_of_a_pairwise_judge(tmp_path):
         ({"round_prompts": "disjoint", "prompts_per_round": 9}, "but there are 6 prompts"),
         ({"round_optimizer": "keep", "round_start": "initial"}, "is of no use with round_start initial"),
         ({"rounds": 0}, "rounds must be 1 or more"),
+        ({"samples": 1}, "round 1 has one completion of each prompt .--samples 1.*need two different ones"),
+        ({"temperature": "1|0"}, "round 2 has one completion of each prompt .--temperature 0"),
+        ({"gold": "gold"}, "--gold gold has no effect with pairs best_worst"),
+        ({"gold": "golld", "pairs": "round_robin"}, "--gold golld: no prompt has this column. Did you mean 'gold'"),
+        ({"pairs": "against_gold"}, "against_gold need gold answers: name their column of the prompts with --gold"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ({"metric_for_best_model": "win_rate"}, "--metric_for_best_model has no effect here: --best_round_by"),
         ({"dataset_name": "x.jsonl"}, "--dataset_name has no effect here"),
         ({"judges": "nunber"}, "no judge 'nunber'"),
         ({"best_round_by": "majority_vote"}, "needs several answers: set heldout_samples"),

@@ -52,6 +52,13 @@ def test_the_table_fits_in_80_columns():
     ]  # fmt: skip
 
 
+def test_a_model_that_never_wins_has_its_column():
+    lost = {"against_start": {"win_rate": {"value": 0.0, "low": 0.0, "high": 0.0}}}
+    console = Console(width=80, record=True)
+    console.print(rounds_table([{"round": 0}, {"round": 1, "heldout": lost}]))
+    assert "win" in console.export_text()
+
+
 def answers(name: str, completions: dict[str, list[str]], right: dict[str, str]):
     """A model's answers with their scores: 1 for the right text."""
     samples = [

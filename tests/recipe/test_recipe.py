@@ -61,7 +61,8 @@ def test_a_metric_that_evaluations_do_not_have_is_named(tmp_path, first):
     words = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "best", "--evaluate_first", first]
     run = arguments(tmp_path, pairs_file(tmp_path), *words, "--metric_for_best_model")
     with pytest.raises(
-        ValueError, match=r"metric_for_best_model='accuracy' is not a metric .* have loss, .*rewards/accur"
+        ValueError,
+        match=r"metric_for_best_model='accuracy' is not a metric .* have loss, .*rewards/accur.*--best_round_by",
     ):
         main("dpo", [*run, "accuracy"])
     main("dpo", [*run, "rewards/accuracies"])

@@ -199,6 +199,24 @@ def test_sets_that_cannot_work_are_refused(tmp_path):
         main(argv=words(tmp_path, "--forget_eval_set", bare))
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--measured_rows", "1"], "--measured_rows is 1; intervals need two rows"),
+        (["--evaluate_every", "-1"], "--evaluate_every is -1.0; it must be 0 or more"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, more, message):
+    with pytest.raises(UnlearningDataError, match=message):
+        main(argv=words(tmp_path, "--loss", "npo_rt", *more))
+
+
+def test_one_question_is_too_few_to_measure(tmp_path):
+    one = write(tmp_path / "one.jsonl", rows(NAMES["forget"][:1]))
+    with pytest.raises(UnlearningDataError, match="the set forget to measure has 1 row; intervals need two"):
+        main(argv=words(tmp_path, "--loss", "npo_rt", forget_set=one))
+
+
 def test_without_wrong_answers_and_gold_model_the_rest_is_measured(tmp_path):
     plain = [{"question": row["question"], "answer": row["answer"]} for row in rows(NAMES["forget"])]
     results = main(argv=words(tmp_path, epochs="1", forget_set=write(tmp_path / "plain.jsonl", plain)))

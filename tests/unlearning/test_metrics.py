@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from prefopt.evaluation import pass_at_k
 from prefopt.safety.errors import UsageError
 from prefopt.unlearning import metrics
 
@@ -622,3 +623,30 @@ class TestImports:
             "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestWhatPeoplePass:
+    def test_numbers_of_every_kind(self):
+        values = {"a": torch.tensor(0.5, requires_grad=True), "b": np.float32(0.5), "c": 1}
+        assert metrics.model_utility(values) == pytest.approx(0.6)
+        assert metrics.leak_at_k([[0.0, 1.0]], torch.tensor(2)).tolist() == [1.0]
+        assert pass_at_k(torch.tensor(4), np.int64(2), 2.0) == pytest.approx(5 / 6)
+        assert metrics.model_utility({"a": 1e-320, "b": 0.5}) < 1e-300
+
+    @pytest.mark.parametrize(
+        ("call", "what"),
+        [
+            (lambda: metrics.model_utility([0.1, 0.2]), "as a mapping of names to numbers"),
+            (lambda: metrics.model_utility({"a": None}), "model utility: a must be a number of at least 0, got None"),
+            (lambda: pass_at_k(10, 3.5, 1), "correct must be a whole number, got 3.5"),
+            (lambda: pass_at_k(np.array([10, 10]), np.array([1, 2]), 1), "n must have shape"),
+            (lambda: metrics.leak_at_k([[0.1, 0.2]], 1.5), "k must be a whole number"),
+            (lambda: metrics.rouge_l("one text", "one text"), "answers must be a list of texts, not one text"),
+            (lambda: metrics.rouge_l([None], ["a"]), "answers, number 0, must be a text, not a NoneType"),
+            (lambda: metrics.degeneration("one text", ["a"]), "texts must be a list of texts"),
+            (lambda: metrics.degeneration(["a"], "one text"), "known_texts must be a list of texts"),
+        ],
+    )
+    def test_what_has_no_value_is_refused(self, call, what):
+        with pytest.raises(UsageError, match=what):
+            call()

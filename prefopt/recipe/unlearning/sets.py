@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,10 @@ def read_sets(script: UnlearningArguments, bundled: bool) -> Sets:
     Raises:
         UnlearningDataError: naming the set, the row and the column.
     """
+    if script.measured_rows < 2:
+        raise UnlearningDataError(f"--measured_rows is {script.measured_rows}; intervals need two rows or more")
+    if not 0 <= script.evaluate_every < math.inf:
+        raise UnlearningDataError(f"--evaluate_every is {script.evaluate_every}; it must be 0 or more epochs")
     for module, package in (("scipy", "scipy"), ("sklearn", "scikit-learn"), ("rouge_score", "rouge-score")):
         required(module, package, "measuring what was forgotten")
     if bundled:
@@ -72,6 +77,10 @@ def read_sets(script: UnlearningArguments, bundled: bool) -> Sets:
             if name != "holdout":
                 _check_measurable(f"--{option} {source}", measured[name])
     measured |= _continued(script)
+    for name, rows in measured.items():
+        # A text is cut into several parts.
+        if len(rows) < 2 and all(row.question for row in rows):
+            raise UnlearningDataError(f"the set {name} to measure has {len(rows)} row; intervals need two or more")
     return Sets(forget, retain, _first(measured, script.measured_rows), _idk(script))
 
 

@@ -103,13 +103,21 @@ def model_utility(values: Mapping[str, float]) -> float:
 
     Reference: Maini et al. 2024, arXiv 2401.06121.
     """
-    if not values:
-        raise UsageError("model utility needs at least one value")
-    for name, value in values.items():
-        if not np.isfinite(value) or value < 0:
-            raise UsageError(f"model utility: {name} must be a number of at least 0, got {value}")
-    numbers = np.array([float(value) for value in values.values()])
-    return 0.0 if (numbers == 0).any() else float(len(numbers) / (1 / numbers).sum())
+    if not isinstance(values, Mapping) or not values:
+        raise UsageError("model utility needs at least one value, as a mapping of names to numbers")
+    numbers = np.array([_at_least_0(name, value) for name, value in values.items()])
+    with np.errstate(divide="ignore", over="ignore"):  # of a value of 0, or nearly
+        return float(len(numbers) / (1 / numbers).sum())
+
+
+def _at_least_0(name: str, value: float) -> float:
+    try:
+        number = float(floats(name, value))
+    except UsageError:
+        number = -1.0
+    if number < 0:
+        raise UsageError(f"model utility: {name} must be a number of at least 0, got {value!r}")
+    return number
 
 
 def rel_diff(value: float, gold: float) -> float:

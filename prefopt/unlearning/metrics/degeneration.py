@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt.evaluation.arrays import Floats
+from prefopt.evaluation.arrays import Floats, text_list
 from prefopt.evaluation.texts import repetition
 from prefopt.safety.errors import UsageError
 
@@ -45,24 +45,25 @@ def degeneration(texts: Sequence[str], known_texts: Iterable[str], n: int = 4) -
         known_texts: text of the same language and subject, such as all questions and answers of the data set.
         n: words per repeated sequence.
     """
-    if not texts:
+    generated = text_list("texts", texts)
+    if not generated:
         raise UsageError("there are no texts to look at")
     words, triples = set[str](), set[str]()
-    for known in known_texts:
+    for known in text_list("known_texts", list(known_texts) if not isinstance(known_texts, str) else known_texts):
         words.update(_words(known))
     if not words:
         raise UsageError("the known texts hold no words")
     for word in words:
         triples.update(_triples(word))
     shares = []
-    for text in texts:
+    for text in generated:
         own = _words(text)
         unknown = [word for word in own if word not in words and not word.isnumeric()]
         letters = [triple for word in own for triple in _triples(word)]
         strange = [triple for triple in letters if triple not in triples]
         shares.append((repetition(own, n), _share(unknown, own), _share(strange, letters)))
     repeated, non_words, gibberish = np.array(shares, dtype=np.float64).T
-    return Degeneration(repeated, non_words, gibberish, np.array([not _words(text) for text in texts]))
+    return Degeneration(repeated, non_words, gibberish, np.array([not _words(text) for text in generated]))
 
 
 def _words(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefopt.evaluation.arrays import Floats
+from prefopt.evaluation.arrays import Floats, text_list
 from prefopt.safety.errors import UsageError
 from prefopt.unlearning.metrics.extra import required
 
@@ -45,6 +45,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str], any_script: bool 
     Raises:
         UsageError: for a reference without a word.
     """
+    answers, references = text_list("answers", answers), text_list("references", references)
     if len(answers) != len(references) or not answers:
         raise UsageError(f"as many answers as references are needed, got {len(answers)} and {len(references)}")
     module = required("rouge_score.rouge_scorer", "rouge-score", "ROUGE")
@@ -62,7 +63,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str], any_script: bool 
         score = scorer.score(reference, answer)["rougeL"]
         recall.append(score.recall)
         f1.append(score.fmeasure)
-    return RougeL(np.array(recall), np.array(f1))
+    return RougeL(np.array(recall, dtype=np.float64), np.array(f1, dtype=np.float64))
 
 
 class AnyScript:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from prefopt.evaluation.arrays import Array, Floats, floats
+from prefopt.evaluation.arrays import Array, Floats, floats, whole
 from prefopt.safety.errors import UsageError
 
 
@@ -27,7 +27,7 @@ def leak_at_k(scores: Array, k: int) -> Floats:
     Reference: Reisizadeh et al. 2025, arXiv 2511.04934 (leak@k); Chen et al. 2021, arXiv 2107.03374 (pass@k).
     """
     array = np.sort(floats("scores", scores, "N", "n"), axis=1)
-    n = array.shape[1]
+    n, k = array.shape[1], whole("k", k)
     if not 1 <= k <= n:
         raise UsageError(f"k must be from 1 to the number of answers to a question ({n}), got {k}")
     shares = np.array([math.comb(i, k - 1) / math.comb(n, k) for i in range(n)])

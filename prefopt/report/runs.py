@@ -204,7 +204,8 @@ def _labels(runs: Sequence[RunFolder], names_of: Mapping[Path, str]) -> list[str
     for run, one in zip(runs, described, strict=True):
         written = str(run.facts.get("expression") or run.loss)
         parts = [written if name == "loss" else f"{name}={one.get(name, 'default')}" for name in differing[:4]]
-        labels.append(", ".join(part for part in parts if part) or names_of[run.path])
+        said = ", ".join(part for part in parts if part) if run.facts else run.loss
+        labels.append(said or names_of[run.path])
     return [
         label if labels.count(label) == 1 else f"{label} ({names_of[run.path]})"
         for label, run in zip(labels, runs, strict=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.trainer_utils import BestRun, default_hp_space_optuna
 
-from prefopt.safety.errors import UsageError
+from prefopt.safety.errors import UsageError, did_you_mean
 
 ACCURACY = "eval_rewards/accuracies"
 
@@ -65,6 +65,10 @@ def search(
     def run(trial: Any) -> Any:
         name = f"run-{trial.number}" if hp_name is None else hp_name(trial)
         trainer = make(_with(args, {**space(trial), "output_dir": str(Path(args.output_dir) / name)}))
+        if trainer.eval_dataset is None:
+            raise UsageError(
+                "hyperparameter_search compares trials on held-out rows: give the trainer an eval_dataset"
+            )
         trainer.train()
         value = objective(trainer.evaluate())
         del trainer
@@ -85,7 +89,8 @@ def _with(args: Any, values: Mapping[str, Any]) -> Any:
     changed = copy.copy(args)
     for name, value in values.items():
         if not hasattr(args, name):
-            raise UsageError(f"hyperparameter_search: {name} is not an argument of {type(args).__name__}")
+            near = did_you_mean(name, vars(args))
+            raise UsageError(f"hyperparameter_search: {name} is not an argument of {type(args).__name__}.{near}")
         old = getattr(args, name)
         setattr(changed, name, type(old)(value) if isinstance(old, (int, float)) else value)
     return changed

@@ -115,6 +115,12 @@ def test_plain_runs_of_trl_are_compared_as_far_as_their_logs_go(tmp_path):
     assert (tmp_path / "compared" / "compare.md").read_text().count("| `a` |") == 1
 
 
+def test_a_run_without_facts_is_called_by_its_folder(tmp_path):
+    write(tmp_path / "plain", "log_history.json", {"log_history": [{"step": 5, "eval_rewards/accuracies": 0.5}]})
+    result = compared(tmp_path, write_run(tmp_path / "a", loss="ipo"), tmp_path / "plain")
+    assert [group["label"].partition(",")[0] for group in result["groups"]] == ["ipo", "plain"]
+
+
 def test_a_picture_for_cards(tmp_path):
     runs = [write_run(tmp_path / name, loss=name) for name in ("$a$", "_b")]
     compare_runs(runs, tmp_path / "compared")

@@ -55,9 +55,14 @@ def test_what_cannot_be_searched_is_told(tmp_path):
     refused(trainer, "backend='optuna'", backend="ray")
     refused(trainer, "pass direction", compute_objective=margin)
     refused(trainer, "typo is not an argument", hp_space=lambda trial: {"typo": 1})
+    refused(trainer, "Did you mean 'learning_rate'", hp_space=lambda trial: {"learning_rat": 1e-3})
     model = make_model("llama", 0)
     model.config._name_or_path = save_model(tmp_path)
     args = PreferenceConfig(**settings(tmp_path), loss="simpo")
     tokenizer = trainer.processing_class
     given = PreferenceTrainer(model, args=args, train_dataset=make_pairs(12), processing_class=tokenizer)
+    blind = PreferenceTrainer(
+        save_model(tmp_path), args=args, train_dataset=make_pairs(12), processing_class=tokenizer
+    )
+    refused(blind, "give the trainer an eval_dataset", hp_space=lambda trial: {"learning_rate": 1e-3})
     refused(given, "pass the model's name", hp_space=lambda trial: {"learning_rate": 1e-3})

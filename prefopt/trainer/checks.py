@@ -83,7 +83,7 @@ def check_run(plan: RunPlan) -> None:
         ValueError: naming the option or the column, and what to do.
         PushError: where the result is to be pushed and cannot be.
     """
-    for check in (_rows, _evaluation, _saving, _launch, _trackers, _push, _moving_reference):
+    for check in (_rows, _steps, _evaluation, _saving, _launch, _trackers, _push, _moving_reference):
         check(plan)
     if plan.objective is None and plan.args is not None:
         refuse_what_trl_refuses(plan.args)
@@ -124,6 +124,14 @@ def _rows(plan: RunPlan) -> None:
                     f"{option}={plan.option(option)} on {processes} process(es). Make it smaller, or leave the "
                     "option out"
                 )
+
+
+def _steps(plan: RunPlan) -> None:
+    if plan.option("max_steps") == 0:
+        raise UsageError(
+            f"max_steps=0 does not mean no steps: transformers would train {plan.option('num_train_epochs'):g} epochs, as "
+            "num_train_epochs says. Leave max_steps out if that is meant; to evaluate only, call evaluate(), not train()"
+        )
 
 
 def _evaluation(plan: RunPlan) -> None:

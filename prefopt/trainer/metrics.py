@@ -249,7 +249,7 @@ def _spoiled_values(batch: PreferenceBatch, output: LossOutput) -> dict[tuple[st
             else:  # one value per pair, or the values of one role
                 rows = [(role, index) for role in ("chosen", "rejected") if index < len(batch.role(role) or ())]
             for row in rows:
-                spoiled.setdefault(row, []).append(f"{name} loss {float(values[index]):g}".strip())
+                spoiled.setdefault(row, []).append(f"{name} loss {values[index].item():g}".strip())
     return spoiled
 
 

@@ -29,7 +29,8 @@ LOST, FEW = 0.01, 0.10
 JUDGED = 256
 """With fewer nonzero gradients than this there is no verdict, as when the objective is almost saturated."""
 WITHOUT_GRADIENT = 4
-"""After this many checks (steps 1, 2, 4, 8 at the latest) without any gradient, a warning is logged."""
+"""After this many checks (steps 1, 2, 4, 8 at the latest) without any gradient, or at a shorter run's end, a warning
+is logged."""
 _FINER_COPY = ("kahan", "compensation", "master")
 """Names of optimizer state that makes up for the coarse rounding of half-precision weights."""
 
@@ -95,7 +96,9 @@ class StartCheck(TrainerCallback):
         if samples is None:
             return
         sharded = self._trainer.is_fsdp_enabled  # a process's own pieces may be without a gradient
-        if not samples and not sharded and any(float(group["lr"] or 0) > 0 for group in optimizer.param_groups):
+        if samples:
+            self._empty = 0
+        elif not sharded and any(float(group["lr"] or 0) > 0 for group in optimizer.param_groups):
             self._count_empty()
         # conflict_free removes a term's gradient while it waits for the others: that step changes nothing.
         before = [sample for sample in samples if sample.parameter.grad is not None]
@@ -115,12 +118,15 @@ class StartCheck(TrainerCallback):
     def _count_empty(self) -> None:
         self._empty += 1
         if self._empty == WITHOUT_GRADIENT:
-            logger.warning(
-                "no weight had a gradient in the first %d updates that were checked, so nothing has been learned: "
-                "check that the data has rows with the label that the objective uses, pairs that differ, and "
-                "weights above 0",
-                self._empty,
-            )
+            self._warn_empty()
+
+    def _warn_empty(self) -> None:
+        logger.warning(
+            "no weight had a gradient in the first %d updates that were checked, so nothing has been learned: check "
+            "that the data has rows with the label that the objective uses, pairs that differ, and weights above 0, "
+            "and that the loss depends on the model's scores",
+            self._empty,
+        )
 
     def _judge(self, moved: int, total: int, coarse: bool, optimizer: Any, step: int) -> None:
         share = moved / total
@@ -155,6 +161,8 @@ class StartCheck(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._at_end:
             logger.warning(self._at_end)
+        if 0 < self._empty < WITHOUT_GRADIENT:
+            self._warn_empty()
 
 
 @dataclass

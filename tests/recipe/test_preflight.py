@@ -66,6 +66,7 @@ REFUSED = [
     (["--sync_ref_before_step", "true"], "without --sync_ref_model true"),
     (["--sync_ref_model", "true", "--use_peft"], "sync_ref_model cannot be used with an adapter"),
     (["--sync_ref_model", "true", "--precompute_ref_log_probs", "true"], "leave one of them out"),
+    (["--max_steps", "0"], "max_steps=0 does not mean no steps: transformers would train .* epochs"),
     (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "64"], "leaves nothing of 24 examples"),
     (["--loss_type", "sigmod"], "no loss_type 'sigmod'. Did you mean 'sigmoid'"),
     (["--loss_type", "exo_pair"], "exo_pair needs label_smoothing above 0"),

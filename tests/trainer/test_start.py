@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BertConfig, MixtralConfig, RwkvCo
 
 from prefopt.losses import PairLoss
 from tests.tiny import make_tokenizer
-from tests.trainer.runs import make_trainer, save_model
+from tests.trainer.runs import make_pairs, make_trainer, save_model
 
 LOGGER = "prefopt.trainer.start"
 
@@ -155,10 +155,22 @@ def test_healthy_runs_pass_without_a_word(tmp_path, caplog, options):
     assert not [record for record in caplog.records if record.name == LOGGER]
 
 
-def test_a_gradient_of_zero_is_no_fault(tmp_path, caplog):
-    """An objective that is satisfied moves nothing, and that is right."""
+@pytest.mark.parametrize(
+    "options",
+    [{"loss": "0.0*dpo(beta=0.1)"}, {"train_dataset": make_pairs(12, weight=[0.0] * 12)}],
+    ids=["loss", "weights"],
+)
+def test_a_short_run_without_any_gradient_says_so_at_its_end(tmp_path, caplog, options):
+    """It is not refused: an objective that is satisfied has no gradient either."""
     with caplog.at_level(logging.WARNING, LOGGER):
-        make_trainer(tmp_path, loss="0.0*dpo(beta=0.1)", max_steps=3).train()
+        make_trainer(tmp_path, **{"loss": "dpo", "max_steps": 2, **options}).train()
+    assert [r.getMessage()[:30] for r in caplog.records if r.name == LOGGER] == ["no weight had a gradient in th"]
+
+
+def test_one_update_with_a_gradient_is_enough(tmp_path, caplog):
+    rows = make_pairs(8, weight=[0.0] * 7 + [1.0])
+    with caplog.at_level(logging.WARNING, LOGGER):
+        make_trainer(tmp_path, loss="dpo", max_steps=2, train_dataset=rows).train()
     assert not [record for record in caplog.records if record.name == LOGGER]
 
 

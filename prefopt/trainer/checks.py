@@ -129,8 +129,9 @@ def _rows(plan: RunPlan) -> None:
 def _steps(plan: RunPlan) -> None:
     if plan.option("max_steps") == 0:
         raise UsageError(
-            f"max_steps=0 does not mean no steps: transformers would train {plan.option('num_train_epochs'):g} epochs, as "
-            "num_train_epochs says. Leave max_steps out if that is meant; to evaluate only, call evaluate(), not train()"
+            "max_steps=0 does not mean no steps: transformers would train "
+            f"{plan.option('num_train_epochs'):g} epochs, as num_train_epochs says. Leave max_steps out if that is "
+            "meant; to evaluate only, call evaluate() and not train()"
         )
 
 
@@ -335,7 +336,10 @@ def _needed_columns(plan: RunPlan, objective: Loss) -> None:
         if column not in columns:
             raise UsageError(f"{objective} needs a numeric column {column!r}; the data has {sorted(columns)}")
     for split, rows in plan.splits.items():
+        has = _names(rows)
         for column in objective.columns:
+            if has and column not in (*has, *plan.more_columns):
+                raise UsageError(f"{objective} needs a numeric column {column!r}, which the {split} set lacks: {has}")
             if problem := _first_number_problem(rows, column, objective.limits.get(column)):
                 raise UsageError(f"{objective}: {problem}, in the {split} set")
 

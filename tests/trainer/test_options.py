@@ -264,3 +264,9 @@ def test_columns_that_would_be_computed_again_are_named(tmp_path):
     rows = make_pairs(8, ref_chosen_logps=[-1.0] * 8, ref_rejected_logps=[-1.0] * 8)
     with pytest.raises(ValueError, match=r"remove_columns\(\['ref_chosen_logps', 'ref_rejected_logps'\]\)"):
         make_trainer(tmp_path, precompute_ref_log_probs=True, train_dataset=rows)
+
+
+def test_a_column_that_only_the_held_out_rows_lack_is_named_before_training(tmp_path):
+    train, heldout = make_pairs(8, margin=[1.0] * 8), make_pairs(4)
+    with pytest.raises(ValueError, match="needs a numeric column 'margin', which the eval set lacks"):
+        make_trainer(tmp_path, loss="margin_dpo", train_dataset=train, trainer_options={"eval_dataset": heldout})

@@ -46,15 +46,15 @@ def audit(
     retain_eval_set: Annotated[str | None, typer.Option(help="The same of the retain set.")] = None,
     real_authors_set: Annotated[str | None, typer.Option(help="For the model's utility.")] = None,
     world_facts_set: Annotated[str | None, typer.Option(help="For the model's utility.")] = None,
-    samples: Annotated[int, typer.Option(help="sampling: answers drawn to each question.")] = 16,
-    relearn_steps: Annotated[int, typer.Option(help="relearning: optimizer steps.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="sampling: answers drawn to each question.")] = 16,
+    relearn_steps: Annotated[int, typer.Option(min=1, help="relearning: optimizer steps.")] = 8,
     relearn_share: Annotated[
         float, typer.Option(help="relearning: part of the forget set to train on; the rest is asked.")
     ] = 0.25,
     relearn_learning_rate: Annotated[
         float | None, typer.Option(help="relearning: learning rate; that of learning, if left out.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
     max_length: Annotated[
         int | None, typer.Option(min=2, help=f"Plain texts are cut into parts of this many tokens{_STORED}, or 1024.")
     ] = None,

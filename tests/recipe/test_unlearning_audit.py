@@ -206,3 +206,10 @@ def test_a_file_of_sources_that_cannot_be_read_is_named(folder, tmp_path):
     (copied / "unlearning.json").write_text("{")
     with pytest.raises(UsageError, match=r"unlearning\.json cannot be read"):
         auditing.main(AuditOptions(str(copied)))
+
+
+@pytest.mark.parametrize("option", ["--samples", "--relearn-steps", "--max-new-tokens"])
+def test_counts_of_0_are_refused(option):
+    result = CliRunner().invoke(app, ["unlearn", "audit", "run", option, "0"])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.output

@@ -26,7 +26,7 @@ from prefopt.trainer.config import resolve_objective
 from prefopt.trainer.dropout import turn_off_dropout
 from prefopt.trainer.options import refuse_images, refuse_model, refuse_nameless
 from prefopt.trainer.start import check_separate
-from prefopt.trainer.tokens import check_vocabularies
+from prefopt.trainer.tokens import check_positions, check_vocabularies
 
 
 class Setup:
@@ -168,6 +168,7 @@ class Setup:
                 inner.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if self.collator is not None:
             self.collator.vocabulary = check_vocabularies(trainer, self.objective, self.previous_model)
+            check_positions(trainer)
             trainer.data_collator = self.collator
         elif self.objective.columns or "weight" in self.sample:
             trainer.data_collator = WithColumns(trainer.data_collator, self.objective.columns, self.objective.limits)

@@ -126,6 +126,58 @@ def check_same_vocabulary(objective: Any, policy: nn.Module, reference: nn.Modul
         )
 
 
+def check_positions(trainer: Any) -> None:
+    """Refuse rows that are longer than the positions a model has learned, which end in an index error on a CPU.
+
+    Models that compute their positions (rotary, ALiBi) read on, so their rows may be longer; streams are not checked.
+
+    Raises:
+        UsageError: naming the first row, its length and the limit.
+    """
+    limit = learned_positions(trainer.model)
+    if limit is None or (trainer.args.max_length is not None and trainer.args.max_length <= limit):
+        return
+    heldout = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"evaluation": trainer.eval_dataset}
+    for name, data in {"train": trainer.train_dataset, **heldout}.items():
+        if isinstance(data, Dataset) and "prompt_ids" in data.column_names:
+            lengths = np.concatenate([_longest(table) for table in _tables(data)] or [np.zeros(0, dtype=np.int64)])
+            if (lengths > limit).any():
+                row = int((lengths > limit).argmax())
+                raise UsageError(
+                    f"{name} row {row} has {lengths[row]} tokens, but the model has learned {limit} positions: set "
+                    f"max_length to {limit} or less"
+                )
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model has embeddings for, as GPT-2 and OPT do; None if it computes them."""
+    inner: Any = unwrapped(model)
+    config = getattr(inner, "config", None)
+    limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    for name, module in inner.named_modules():
+        kind = name.rpartition(".")[2]
+        # OPT's table has two more rows than it has positions.
+        if isinstance(module, nn.Embedding) and ("pos" in kind or kind == "wpe") and module.num_embeddings >= limit:
+            return limit
+    return None
+
+
+def _longest(table: pa.Table) -> Any:
+    """(N,) tokens of each row's prompt with its longest completion."""
+    completions = [_most_tokens(table[name]) for name in table.column_names if name != "prompt_ids"]
+    return _lengths(table["prompt_ids"]) + np.max(completions or [np.zeros(table.num_rows, dtype=np.int64)], axis=0)
+
+
+def _most_tokens(ids: Any) -> Any:
+    """(N,) the number of tokens in each row of a column, or in the longest completion of each row."""
+    column = ids.combine_chunks()
+    if not pa.types.is_list(column.type.value_type):
+        return pc.list_value_length(column).to_numpy()
+    return np.array([max(map(len, completions), default=0) for completions in column.to_pylist()])
+
+
 def beyond(role: str, limit: int, tokenizer: Any) -> str:
     """The end of a message about an id that a model does not know."""
     return (

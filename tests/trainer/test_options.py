@@ -17,6 +17,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     FalconConfig,
+    GPT2Config,
     GPTBigCodeConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -173,6 +174,38 @@ def test_dropout_that_is_asked_for_stays(tmp_path):
     path = save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
     entries = train(tmp_path, model=path, max_steps=2, disable_dropout=False, learning_rate=0.0)
     assert entries[0]["loss"] != pytest.approx(0.693147, abs=1e-5)
+
+
+# ---- positions ---------------------------------------------------------------------------------------------------
+
+
+def of_length(*rejected: int) -> Dataset:
+    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [9] * n + [2]} for n in rejected]
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OPTConfig(**SMALL, ffn_dim=64, max_position_embeddings=16, word_embed_proj_dim=32),
+        GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=16),
+    ],
+    ids=["opt", "gpt2"],
+)
+def test_rows_longer_than_the_learned_positions_are_refused(tmp_path, config):
+    path = save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
+    with pytest.raises(
+        ValueError, match="train row 2 has 17 tokens, but the model has learned 16 positions: set max_"
+    ):
+        make_trainer(tmp_path, model=path, train_dataset=of_length(4, 13, 14, 30), max_length=None)
+    make_trainer(tmp_path, model=path, train_dataset=of_length(4, 13, 14, 30), max_length=16).train()
+    make_trainer(tmp_path, model=path, train_dataset=of_length(13, 13, 13, 13), max_length=None).train()
+
+
+def test_computed_positions_have_no_limit(tmp_path):
+    config = LlamaConfig(**{**TEXT_SIZES, "max_position_embeddings": 16})
+    path = save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
+    make_trainer(tmp_path, model=path, train_dataset=of_length(4, 13, 14, 30), max_length=None).train()
 
 
 # ---- vocabularies ------------------------------------------------------------------------------------------------

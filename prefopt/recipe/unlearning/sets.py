@@ -76,11 +76,11 @@ def read_sets(script: UnlearningArguments, bundled: bool) -> Sets:
             measured[name] = read_questions(source)
             if name != "holdout":
                 _check_measurable(f"--{option} {source}", measured[name])
-    measured |= _continued(script)
     for name, rows in measured.items():
         # A text is cut into several parts.
         if len(rows) < 2 and all(row.question for row in rows):
             raise UnlearningDataError(f"the set {name} to measure has {len(rows)} row; intervals need two or more")
+    measured |= _continued(script)
     return Sets(forget, retain, _first(measured, script.measured_rows), _idk(script))
 
 

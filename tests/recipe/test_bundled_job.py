@@ -1,4 +1,4 @@
-"""The job that a newcomer runs, with the real model: minutes on a CPU, so marked slow."""
+"""The job that a newcomer runs, with the real model, so marked slow. What it learns: tests/docs/test_start.py."""
 
 from __future__ import annotations
 
@@ -10,16 +10,6 @@ from safetensors.torch import load_file
 from prefopt.recipe import main
 
 pytestmark = pytest.mark.slow
-
-
-def test_the_bundled_job_teaches_the_rule(tmp_path):
-    results = main("dpo(beta=0.1)", ["--output_dir", str(tmp_path)])
-    before, after = results["answers_before"], results["answers_after"]
-    assert results["before"]["eval_loss"] == pytest.approx(0.693147, abs=1e-4)
-    assert results["after"]["eval_rewards/accuracies"] >= 0.90
-    assert after["rule_rate"] - before["rule_rate"] >= 0.60
-    assert after["empty"] == 0
-    assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_the_bundled_job_repeats_exactly(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,7 +58,6 @@ def evaluate(
     With --tasks, also (or only) tasks of lm-eval.
     """
     import dataclasses
-    import json
 
     from accelerate import PartialState
 
@@ -70,7 +70,6 @@ def evaluate(
     from prefopt.generation.samples import SamplingSettings
     from prefopt.generation.transformers import TransformersGenerator
     from prefopt.models.load import load_model, load_tokenizer
-    from prefopt.safety.files import write_text
 
     if (prompts is None) != (judge is None) or not (prompts or tasks):
         fail("name --prompts and --judge, or --tasks of lm-eval, or all three")
@@ -86,11 +85,9 @@ def evaluate(
     column = answer_column or ("answer" if spec is None else str(spec.options.get("column", "answer")))
     benchmarks = find_tasks(tasks, task_folder) if tasks else None
     rows, length, stops = _prompts(prompts, limit, max_new_tokens, stop)
-    settings = SamplingSettings(samples, temperature, max_new_tokens=length, stop=stops, seed=seed)
-    if temperature == 0 and samples > 1 and prompts is not None:
-        settings = dataclasses.replace(settings, samples=1)
-        if PartialState().is_main_process:
-            say("Temperature 0 takes the likeliest token: one completion of each prompt is drawn")
+    settings = SamplingSettings(
+        _drawn(samples, temperature) if rows else samples, temperature, max_new_tokens=length, stop=stops, seed=seed
+    )
     if answer_column is not None and all(row.columns.get(answer_column) is None for row in rows):
         fail(f"--answer-column {answer_column}: no prompt has this column")
     tokenizers = {name: load_tokenizer(name) for name in models}
@@ -114,14 +111,37 @@ def evaluate(
         if numbers:
             _show_tasks(numbers)
         if out is not None:
-            facts: dict[str, object] = {}
-            if reports:
-                facts |= {"prompts": prompts, "judge": judge, "sampling": dataclasses.asdict(settings)}
-                facts["models"] = [dataclasses.asdict(one) for one in reports]
-            if numbers:
-                facts["tasks"] = {name: [dataclasses.asdict(one) for one in of] for name, of in numbers.items()}
-            write_text(out, json.dumps(facts, indent=2) + "\n")
-            say(f"Written to {out}")
+            facts = {"prompts": prompts, "judge": judge, "sampling": dataclasses.asdict(settings)}
+            _write(out, facts, reports, numbers)
+
+
+def _drawn(samples: int, temperature: float) -> int:
+    """How many samples of a prompt are drawn: one where all would be the same."""
+    from accelerate import PartialState
+
+    if temperature > 0 or samples == 1:
+        return samples
+    if PartialState().is_main_process:
+        say("Temperature 0 takes the likeliest token: one completion of each prompt is drawn")
+    return 1
+
+
+def _write(
+    out: Path, drawn: Mapping[str, object], reports: list[ModelReport], numbers: dict[str, list[TaskResult]]
+) -> None:
+    """All numbers; those of answers behind what says how they were drawn."""
+    import dataclasses
+    import json
+
+    from prefopt.safety.files import write_text
+
+    facts: dict[str, object] = {}
+    if reports:
+        facts |= {**drawn, "models": [dataclasses.asdict(one) for one in reports]}
+    if numbers:
+        facts |= {"tasks": {name: [dataclasses.asdict(one) for one in of] for name, of in numbers.items()}}
+    write_text(out, json.dumps(facts, indent=2) + "\n")
+    say(f"Written to {out}")
 
 
 def _prompts(

@@ -29,7 +29,7 @@ Rows = Annotated[int | None, typer.Option(min=1, help="Samples in a batch.", ric
 
 
 def read_dtype(name: str) -> str:
-    """The name of a dtype; the command ends if there is none of that name."""
+    """The name of a dtype; an unknown one ends the command."""
     import torch
 
     if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):

@@ -92,7 +92,7 @@ def export(
         Both files.
 
     Raises:
-        UsageError: if there is no such candidate, it is no loss, the name cannot be used, or a file is there.
+        UsageError: for an unknown or refused candidate, a name that cannot be used, or another file there.
     """
     rows = archive.candidates("id = ?", [number])
     if not rows:

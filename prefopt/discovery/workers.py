@@ -64,14 +64,14 @@ class Workers:
             UsageError: if a process ended before its work.
         """
         jobs = [(row.id, row.expression or "") for row in rows]
-        if self.count == 1:
+        if self.count == 1 or not jobs:
             yield from map(_trained, repeat(level), jobs)
             return
-        if self._pool is None and jobs:
+        if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=_start)
         try:
-            yield from () if self._pool is None else self._pool.map(_trained, repeat(level), jobs)
+            yield from self._pool.map(_trained, repeat(level), jobs)
         except BrokenProcessPool:
             raise UsageError(
                 "a process that trains ended before its work (out of memory?): repeat the command to continue, with a "

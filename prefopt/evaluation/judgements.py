@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.safety.errors import UsageError
-from prefopt.safety.jsonl import read_jsonl
+from prefopt.safety.jsonl import read_flag, read_jsonl
 
 SCHEMA = "prefopt.judgements/1"
 
@@ -155,7 +155,7 @@ def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
     shared: dict[str, Any] = {
         "prompt_id": str(row["prompt_id"]),
         "judge": str(row.get("judge", "file")),
-        "abstain": _yes(row, "abstain", where),
+        "abstain": read_flag(row, "abstain", where),
         "reason": str(row.get("reason", "")),
         "raw": str(row.get("raw", "")),
         "judge_hash": str(row.get("judge_hash", "")),
@@ -172,7 +172,7 @@ def _preference(row: Mapping[str, Any], where: str, shared: dict[str, Any]) -> P
     if not isinstance(indices, list) or len(indices) != 2 or not all(map(_is_whole, indices)):
         raise UsageError(f"{where}: indices must be the numbers of two samples, not {indices!r}")
     first, second = indices
-    winner, tie = row.get("winner"), _yes(row, "tie", where)
+    winner, tie = row.get("winner"), read_flag(row, "tie", where)
     if first == second or winner not in (first, second, None) or (tie and winner is not None):
         raise UsageError(
             f"{where}: indices {indices!r}, winner {winner!r}, tie {tie}: the indices must differ, and the winner be "
@@ -190,13 +190,6 @@ def _preference(row: Mapping[str, Any], where: str, shared: dict[str, Any]) -> P
         repeat=_whole(row, "repeat", where),
         **shared,
     )
-
-
-def _yes(row: Mapping[str, Any], name: str, where: str) -> bool:
-    value = row.get(name)
-    if value not in (None, True, False):
-        raise UsageError(f"{where}: {name} must be true or false, not {value!r}")
-    return bool(value)
 
 
 def _is_whole(value: Any) -> bool:

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from prefopt.data.encodings import text_tokenizer
-from prefopt.generation.decode import Drawn, Request, Rows, decode
-from prefopt.generation.prompts import end_tokens
+from prefopt.generation.answers import draw_each
+from prefopt.generation.prompts import end_tokens, pad_token
 from prefopt.generation.samples import SamplingSettings
 from prefopt.losses import Need, parse
 from prefopt.scoring import PreferenceCollator
@@ -45,10 +44,10 @@ def kl_of_samples(
         max_new_tokens: maximum length of an answer.
         seed: of the draws. The same prompts and seed have the same random numbers in every run.
     """
-    pad = text_tokenizer(tokenizer).pad_token_id
-    ends = end_tokens(model, tokenizer)
-    pad = ends[0] if pad is None else pad
-    drawn = _draw(model, prompts, ends, pad, max_new_tokens, seed)
+    settings = SamplingSettings(samples=1, temperature=1.0, max_new_tokens=max_new_tokens)
+    seeds = [seed * 1_000_003 + number for number in range(len(prompts))]
+    drawn = draw_each(model, tokenizer, prompts, settings, seeds)
+    pad = pad_token(tokenizer, end_tokens(model, tokenizer))
     collate, layout = PreferenceCollator(pad), Layout("padded")
     scorer = Scorer(parse("kl_online"), model, reference, layout=layout)
     values: list[float] = []
@@ -66,16 +65,3 @@ def kl_of_samples(
             kl: Tensor = tokens.quantities["token_reverse_kl"]
             values += kl.double().masked_fill(~tokens.mask, 0.0).sum(-1).tolist()
     return values
-
-
-def _draw(
-    model: Any, prompts: Sequence[list[int]], ends: Sequence[int], pad: int, max_new_tokens: int, seed: int
-) -> list[Drawn]:
-    order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
-    settings = SamplingSettings(samples=1, temperature=1.0, max_new_tokens=max_new_tokens)
-    requests = [Request(prompts[number], [number]) for number in order]
-    with undisturbed(model):
-        seeds = [seed * 1_000_003 + number for number in range(len(prompts))]
-        rows = Rows(seeds, settings, ends, None, model.device)
-        decode(model, requests, rows, pad, at_once=64)
-    return rows.drawn()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from prefopt.data.encodings import text_tokenizer
-from prefopt.generation.decode import Request, Rows, decode
-from prefopt.generation.prompts import Reader, end_tokens, prompt_ids
+from prefopt.generation.decode import Drawn, Request, Rows, decode
+from prefopt.generation.prompts import Reader, end_tokens, pad_token, prompt_ids
 from prefopt.generation.samples import PromptRow, SamplingSettings
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.exact import undisturbed
+from prefopt.scoring.model import positions_of
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -70,26 +70,43 @@ def continued(
     Raises:
         UsageError: for a prompt that leaves no position.
     """
+    reader = Reader(tokenizer, end_tokens(model, tokenizer), ())
+    settings = SamplingSettings(samples=1, temperature=0.0, max_new_tokens=max_new_tokens)
+    drawn = draw_each(model, tokenizer, prompts, settings, [0] * len(prompts), batch_size)
+    return [Answer(reader.text(one.tokens), one.finished) for one in drawn]
+
+
+def draw_each(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    settings: SamplingSettings,
+    seeds: Sequence[int],
+    batch_size: int = 64,
+) -> list[Drawn]:
+    """One continuation of each prompt, in order, with the prompt's own seed; else as `continued`.
+
+    Raises:
+        UsageError: for a prompt that leaves no position.
+    """
     ends = end_tokens(model, tokenizer)
-    reader = Reader(tokenizer, ends, ())
-    pad = text_tokenizer(tokenizer).pad_token_id
+    pad = pad_token(tokenizer, ends)
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
-    answers: dict[int, Answer] = {}
+    drawn: dict[int, Drawn] = {}
     with undisturbed(model):
-        for limit, numbers in groupby(order, lambda number: _room(model, prompts[number], max_new_tokens)):
+        for limit, numbers in groupby(order, lambda number: _room(model, prompts[number], settings.max_new_tokens)):
             mine = list(numbers)
-            settings = SamplingSettings(samples=1, temperature=0.0, max_new_tokens=limit)
-            rows = Rows([0] * len(mine), settings, ends, None, model.device)
+            own = replace(settings, max_new_tokens=limit)
+            rows = Rows([seeds[number] for number in mine], own, ends, None, model.device)
             requests = [Request(prompts[number], [row]) for row, number in enumerate(mine)]
-            decode(model, requests, rows, ends[0] if pad is None else pad, batch_size)
-            for number, drawn in zip(mine, rows.drawn(), strict=True):
-                answers[number] = Answer(reader.text(drawn.tokens), drawn.finished)
-    return [answers[number] for number in range(len(prompts))]
+            decode(model, requests, rows, pad, batch_size)
+            drawn |= zip(mine, rows.drawn(), strict=True)
+    return [drawn[number] for number in range(len(prompts))]
 
 
 def _room(model: Any, prompt: Sequence[int], wanted: int) -> int:
     """How many tokens may follow a prompt."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     if not positions or len(prompt) + wanted <= positions:
         return wanted
     if len(prompt) >= positions:
@@ -97,7 +114,7 @@ def _room(model: Any, prompt: Sequence[int], wanted: int) -> int:
             f"a prompt has {len(prompt)} tokens, and the model {positions} positions: none is left for an answer. "
             "Shorten the prompt or leave it out"
         )
-    return int(positions) - len(prompt)
+    return positions - len(prompt)
 
 
 def _asked(prompt: Prompt) -> list[dict[str, Any]]:

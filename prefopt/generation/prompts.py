@@ -45,6 +45,12 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({int(token) for token in (*own, tokenizer.eos_token_id, template_end) if token is not None})
 
 
+def pad_token(tokenizer: Any, ends: Sequence[int]) -> int:
+    """The padding token, or where there is none the first of the `end_tokens`: it is masked either way."""
+    pad = text_tokenizer(tokenizer).pad_token_id
+    return ends[0] if pad is None else int(pad)
+
+
 def before_stop(text: str, stop: Sequence[str]) -> str:
     """A completion up to its first stop text."""
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]

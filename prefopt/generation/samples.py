@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prefopt.safety.errors import UsageError
-from prefopt.safety.jsonl import read_jsonl
+from prefopt.safety.jsonl import read_flag, read_jsonl
 
 SCHEMA = "prefopt.samples/1"
 
@@ -211,9 +211,6 @@ def _sample(where: str, row: Mapping[str, Any], counts: dict[str, int]) -> Sampl
     sampling = row.get("sampling") or {}
     if not isinstance(sampling, Mapping):
         raise UsageError(f"{where}: sampling must be an object with the settings, not {sampling!r}"[:300])
-    finished = row.get("finished")
-    if finished not in (None, True, False):
-        raise UsageError(f"{where}: finished must be true or false, not {finished!r}")
     name = str(row.get("prompt_id") or prompt_id(row["prompt"]))
     index = _whole(where, row, "index", counts.get(name, 0))
     counts[name] = max(counts.get(name, 0), index + 1)
@@ -223,7 +220,7 @@ def _sample(where: str, row: Mapping[str, Any], counts: dict[str, int]) -> Sampl
         index=index,
         completion=row["completion"],
         token_count=_whole(where, row, "token_count"),
-        finished=finished is None or bool(finished),
+        finished=read_flag(row, "finished", where, usual=True),
         round=_whole(where, row, "round"),
         seed=_whole(where, row, "seed"),
         sampling=sampling,

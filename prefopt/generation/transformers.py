@@ -14,14 +14,15 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from prefopt.data.encodings import Encodings, text_tokenizer
+from prefopt.data.encodings import Encodings
 from prefopt.generation.decode import Drawn, Request, Rows, decode
 from prefopt.generation.memory import free_memory
-from prefopt.generation.prompts import Reader, end_tokens, prompt_ids
+from prefopt.generation.prompts import Reader, end_tokens, pad_token, prompt_ids
 from prefopt.generation.samples import PromptRow, Sample, SamplingSettings, sample_seed, stored_settings
 from prefopt.generation.sharded import whole_weights
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.fingerprint import fingerprint
+from prefopt.scoring.model import positions_of
 
 ROWS_AT_ONCE = {"cpu": 64, "elsewhere": 256}
 """Samples in one batch, by kind of device."""
@@ -112,8 +113,7 @@ class TransformersGenerator:
             for start in range(starts[n], starts[n + 1], at_once)
         ]
         stops = Reader(self._tokenizer, self._ends, settings.stop).stops
-        pad = text_tokenizer(self._tokenizer).pad_token_id
-        pad = self._ends[0] if pad is None else pad
+        pad = pad_token(self._tokenizer, self._ends)
         rows = Rows(list(chain.from_iterable(seeds)), settings, self._ends, stops, self._model.device)
         with _evaluating(self._model):
             decode(self._model, requests, rows, pad, at_once)
@@ -123,7 +123,7 @@ class TransformersGenerator:
     def _check_length(
         self, prompts: Sequence[PromptRow], ids: Sequence[list[int]], settings: SamplingSettings
     ) -> None:
-        longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        longest = positions_of(self._model)
         if not longest:
             return
         for row, tokens in zip(prompts, ids, strict=True):

@@ -12,8 +12,9 @@ from prefopt.online.folders import RoundFolder
 from prefopt.online.summary import with_interval
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_text
+from prefopt.trainer.evaluation import OF_ANSWERS
 
-METRICS = ("mean_score", "accuracy", "pass_at_k", "majority_vote", "win_rate", "length_controlled_win_rate")
+METRICS = OF_ANSWERS
 """What a best round can be chosen by; more is better. `pass_at_k` takes the largest k, and the win rates are those
 against the start, which has 0.5 by definition."""
 

@@ -24,6 +24,7 @@ from prefopt.generation.samples import PromptRow, Sample, SamplingSettings
 from prefopt.scoring import PreferenceCollator, RowBatch, score_rows
 from prefopt.scoring.exact import undisturbed
 from prefopt.scoring.measure import BARE
+from prefopt.scoring.model import positions_of
 
 SCHEMA = "prefopt.kl/1"
 
@@ -136,7 +137,7 @@ def _summed_logps(load: Callable[[], Any], rows: Sequence[Ids], tokenizer: Any) 
 
 
 def _of_batch(model: Any, collate: PreferenceCollator, batch: Sequence[Ids]) -> list[float]:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model)
     # Tokenized again, a text may be a few tokens longer than it was drawn.
     examples = [{"prompt_ids": p, "completion_ids": (p + c)[:limit][len(p) :], "label": True} for p, c in batch]
     inputs = {

@@ -212,12 +212,11 @@ def round_robin(
         correct_at: a score from which a completion is correct.
         repeat: whether the same pair may come back, as in the paper; False stops before.
     """
-    if pairs < 1 or pairs != int(pairs):
-        raise UsageError(f"round_robin: pairs must be a whole number of 1 or more, got {pairs}")
+    pairs = _whole("round_robin", pairs)
     winners, losers, reason = _sides(candidates, correct_at)
     if reason:
         return Choice(reason=reason)
-    walked = [(winners[number % len(winners)], losers[number % len(losers)]) for number in range(int(pairs))]
+    walked = [(winners[number % len(winners)], losers[number % len(losers)]) for number in range(pairs)]
     different = list(dict.fromkeys(walked))
     choice = _allowed(walked if repeat else different, limits, "round robin of correct and incorrect")
     if len(different) < len(walked):
@@ -287,13 +286,12 @@ def against_gold(candidates: Sequence[Candidate], limits: Limits = NO_LIMITS, pa
         limits: on the pairs.
         pairs: of each prompt: the first so many completions.
     """
-    if pairs < 1 or pairs != int(pairs):
-        raise UsageError(f"against_gold: pairs must be a whole number of 1 or more, got {pairs}")
+    pairs = _whole("against_gold", pairs)
     gold = [candidate for candidate in candidates if candidate.gold]
     own = [candidate for candidate in candidates if not candidate.gold]
     if not gold or not own:
         return Choice(reason="no gold answer" if not gold else "no completions")
-    return _allowed([(gold[0], candidate) for candidate in own[: int(pairs)]], limits, "gold answer against a sample")
+    return _allowed([(gold[0], candidate) for candidate in own[:pairs]], limits, "gold answer against a sample")
 
 
 def top_k(candidates: Sequence[Candidate], k: int = 1) -> Choice:
@@ -381,6 +379,13 @@ def _sides(candidates: Sequence[Candidate], correct_at: float) -> tuple[list[Can
     if not scored:
         return winners, losers, "no scored completion"
     return winners, losers, "" if winners and losers else NONE_CORRECT if losers else ALL_CORRECT
+
+
+def _whole(builder: str, pairs: float) -> int:
+    """The number of pairs, which is read as a decimal where an expression names it."""
+    if pairs < 1 or pairs != int(pairs):
+        raise UsageError(f"{builder}: pairs must be a whole number of 1 or more, got {pairs}")
+    return int(pairs)
 
 
 def _finite(value: Any) -> float | None:

@@ -5,11 +5,10 @@ Imports the standard library alone.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +17,8 @@ from typing import IO, Any
 from prefopt.safety.errors import UsageError, did_you_mean
 from prefopt.safety.files import to_disk, write_text
 
-# Not on Windows.
-fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
+if sys.platform != "win32":
+    import fcntl
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -40,6 +39,18 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 return
             if line.strip():
                 yield _parsed(path, number, line)
+
+
+def read_flag(row: Mapping[str, Any], name: str, where: str, usual: bool = False) -> bool:
+    """A yes or no of an object; texts and numbers such as "false", which Python takes for true, are refused.
+
+    Raises:
+        UsageError: naming the place and the field.
+    """
+    value = row.get(name)
+    if value not in (None, True, False):
+        raise UsageError(f"{where}: {name} must be true or false, not {value!r}")
+    return usual if value is None else bool(value)
 
 
 def _is_whole(line: bytes, kind: type = object) -> bool:
@@ -121,7 +132,7 @@ class JsonlWriter:
 
 def _lock(stream: IO[bytes], path: Path) -> None:
     """Refuse a file that another process writes: lines of both would be mixed."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -48,6 +48,12 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return lists[0] if len(lists) == 1 else None
 
 
+def positions_of(model: Any) -> int | None:
+    """The longest row a model is made for, as its configuration says; None where it says nothing."""
+    config = getattr(unwrapped(model), "config", None)
+    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def takes_logits_to_keep(model: nn.Module) -> bool:
     """Whether the model can be told to compute logits for the last positions only."""
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters

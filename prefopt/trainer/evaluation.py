@@ -20,7 +20,7 @@ from prefopt.scoring.rows import RowBatch
 from prefopt.trainer.metrics import PART_OF_LOSS, RunningMeans
 from prefopt.trainer.output_slot import OutputSlot
 
-_OF_ANSWERS = ("mean_score", "accuracy", "pass_at_k", "majority_vote", "win_rate", "length_controlled_win_rate")
+OF_ANSWERS = ("mean_score", "accuracy", "pass_at_k", "majority_vote", "win_rate", "length_controlled_win_rate")
 """Metrics of `prefopt rounds run` and `prefopt evaluate`, which no evaluation of a trainer has."""
 
 
@@ -75,7 +75,7 @@ def check_best_metric(wanted: str | None, metrics: Mapping[str, float]) -> None:
         return
     names = [name.removeprefix("eval_") for name in metrics if not name.endswith(("_runtime", "_per_second"))]
     drawn = ""
-    if wanted.removeprefix("eval_") in _OF_ANSWERS:
+    if wanted.removeprefix("eval_") in OF_ANSWERS:
         drawn = ". It is measured on drawn answers: rounds choose their best model by it (prefopt rounds run ... "
         drawn += f"--best_round_by {wanted.removeprefix('eval_')}), and prefopt evaluate compares saved models"
     raise UsageError(

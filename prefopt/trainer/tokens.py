@@ -15,7 +15,7 @@ from prefopt.data.encodings import text_tokenizer
 from prefopt.losses import Loss
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import extras_for
-from prefopt.scoring.model import unwrapped
+from prefopt.scoring.model import positions_of, unwrapped
 from prefopt.trainer.options import groups_by_length
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "completions_ids")
@@ -34,15 +34,15 @@ def example_lengths(data: Dataset) -> np.ndarray[Any, Any]:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _lengths(ids: Any) -> Any:
-    """(N,) the number of tokens in each row of a column, which may hold lists of completions."""
+def _lengths(ids: Any, most: bool = False) -> Any:
+    """(N,) the number of tokens in each row of a column; of a list of completions, of all or of the longest."""
     column = ids.combine_chunks()
     lengths = pc.list_value_length(column).to_numpy()
     if not pa.types.is_list(column.type.value_type):
         return lengths
-    inner, ends = pc.list_value_length(column.flatten()).to_numpy(), np.cumsum(lengths)
-    total = np.concatenate([[0], np.cumsum(inner)])
-    return total[ends] - total[ends - lengths]
+    inner = np.append(pc.list_value_length(column.flatten()).to_numpy(), 0)  # the last row may have no completion
+    reduce = np.maximum if most else np.add
+    return np.where(lengths > 0, reduce.reduceat(inner, np.cumsum(lengths) - lengths), 0)
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
@@ -104,11 +104,8 @@ def check_vocabularies(trainer: Any, objective: Loss, previous_model: Any) -> in
     """
     if trainer.ref_model is not None and extras_for(objective).full_reference:
         check_same_vocabulary(objective, trainer.model, trainer.ref_model)
-    heldout = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"evaluation": trainer.eval_dataset}
     models = {"policy": trainer.model, "reference": trainer.ref_model, "previous iterate": previous_model}
-    return check_vocabulary(
-        {"train": trainer.train_dataset, **heldout}, models, text_tokenizer(trainer.processing_class)
-    )
+    return check_vocabulary(_sets_of(trainer), models, text_tokenizer(trainer.processing_class))
 
 
 def check_same_vocabulary(objective: Any, policy: nn.Module, reference: nn.Module) -> None:
@@ -137,8 +134,7 @@ def check_positions(trainer: Any) -> None:
     limit = learned_positions(trainer.model)
     if limit is None or (trainer.args.max_length is not None and trainer.args.max_length <= limit):
         return
-    heldout = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"evaluation": trainer.eval_dataset}
-    for name, data in {"train": trainer.train_dataset, **heldout}.items():
+    for name, data in _sets_of(trainer).items():
         if isinstance(data, Dataset) and "prompt_ids" in data.column_names:
             lengths = np.concatenate([_longest(table) for table in _tables(data)] or [np.zeros(0, dtype=np.int64)])
             if (lengths > limit).any():
@@ -151,12 +147,10 @@ def check_positions(trainer: Any) -> None:
 
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions a model has embeddings for, as GPT-2 and OPT do; None if it computes them."""
-    inner: Any = unwrapped(model)
-    config = getattr(inner, "config", None)
-    limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int):
+    limit = positions_of(model)
+    if limit is None:
         return None
-    for name, module in inner.named_modules():
+    for name, module in unwrapped(model).named_modules():
         kind = name.rpartition(".")[2]
         # OPT's table has two more rows than it has positions.
         if isinstance(module, nn.Embedding) and ("pos" in kind or kind == "wpe") and module.num_embeddings >= limit:
@@ -166,16 +160,14 @@ def learned_positions(model: nn.Module) -> int | None:
 
 def _longest(table: pa.Table) -> Any:
     """(N,) tokens of each row's prompt with its longest completion."""
-    completions = [_most_tokens(table[name]) for name in table.column_names if name != "prompt_ids"]
+    completions = [_lengths(table[name], most=True) for name in table.column_names if name != "prompt_ids"]
     return _lengths(table["prompt_ids"]) + np.max(completions or [np.zeros(table.num_rows, dtype=np.int64)], axis=0)
 
 
-def _most_tokens(ids: Any) -> Any:
-    """(N,) the number of tokens in each row of a column, or in the longest completion of each row."""
-    column = ids.combine_chunks()
-    if not pa.types.is_list(column.type.value_type):
-        return pc.list_value_length(column).to_numpy()
-    return np.array([max(map(len, completions), default=0) for completions in column.to_pylist()])
+def _sets_of(trainer: Any) -> dict[str, Any]:
+    """The training set and the held-out sets of a trainer, by name."""
+    heldout = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"evaluation": trainer.eval_dataset}
+    return {"train": trainer.train_dataset, **heldout}
 
 
 def beyond(role: str, limit: int, tokenizer: Any) -> str:

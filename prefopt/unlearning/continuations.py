@@ -12,6 +12,7 @@ from prefopt.generation.answers import continued
 from prefopt.generation.prompts import prompt_ids
 from prefopt.generation.samples import PromptRow
 from prefopt.safety.errors import UsageError
+from prefopt.scoring.model import positions_of
 from prefopt.unlearning import metrics
 from prefopt.unlearning.data import Question
 from prefopt.unlearning.metrics.muse import KNOWLEDGE_TOKENS, VERBATIM_TOKENS
@@ -63,7 +64,7 @@ def continuations(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, par
         UsageError: naming the row whose prompt is too long for the model.
     """
     most = KNOWLEDGE_TOKENS if name in KNOWLEDGE_SETS else VERBATIM_TOKENS
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     for row, part in enumerate(parts):
         if positions is not None and len(part.prompt) + most > positions:
             raise UsageError(

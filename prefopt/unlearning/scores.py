@@ -27,6 +27,7 @@ from prefopt.scoring import Extras, Layout, PreferenceCollator, RowBatch, TokenS
 from prefopt.scoring.exact import undisturbed
 from prefopt.scoring.layout import LayoutName
 from prefopt.scoring.measure import BARE
+from prefopt.scoring.model import positions_of
 from prefopt.unlearning.data import Question, answer_of, learn_rows, prompt_of
 
 TOKENS_AT_ONCE = {"cpu": 2048, "elsewhere": 16384}
@@ -251,8 +252,7 @@ def _batches(parts: Sequence[Sequence[_Part]], limit: int) -> Iterator[list[_Par
 
 
 def _check_lengths(model: nn.Module, parts: Sequence[Sequence[_Part]]) -> None:
-    config: Any = getattr(model, "config", None)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    positions = positions_of(model)
     for part in (part for own in parts for part in own):
         if positions is not None and part.length > positions:
             raise UsageError(

@@ -13,7 +13,7 @@ from typing import Any
 
 FIRST = 10
 """Values of a metric's beginning that are stored."""
-_WHOLE = 2**1023  # larger whole numbers are no float
+_WHOLE = 2**1023  # larger whole numbers do not fit into a float
 FEW = 5
 """Values of a mean that does not hang on one batch."""
 LATEST = 40

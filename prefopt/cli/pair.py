@@ -17,7 +17,7 @@ _SAMPLES, _ROWS = "Samples and judgements", "Rows that compare or rank answers"
 
 Builder = Annotated[
     str | None,
-    typer.Option(help="Makes the pairs: best_worst, round_robin(pairs=10), ...", rich_help_panel=_SAMPLES),
+    typer.Option(help="Makes the pairs: best_worst, round_robin(pairs=10), ...; or groups.", rich_help_panel=_SAMPLES),
 ]
 
 
@@ -28,7 +28,10 @@ def pair(
     judgements: Annotated[Path | None, typer.Argument(help="Judgements of the samples.")] = None,
     builder: Builder = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="The file of prompts, with a column for --gold.", rich_help_panel=_SAMPLES)
+        Path | None,
+        typer.Option(
+            help="The file of prompts: for --gold, or with tools for the template.", rich_help_panel=_SAMPLES
+        ),
     ] = None,
     gold: Annotated[
         str | None, typer.Option(help="Column of the gold answer in --prompts; it joins.", rich_help_panel=_SAMPLES)
@@ -90,10 +93,10 @@ def pair(
     """
     refuse_overwriting(out, data, judgements, prompts)
     if builder is not None and lists:
-        fail("--builder makes pairs and --lists makes none: name one of the two")
+        fail("--builder makes pairs, and --lists groups: name one of the two")
     keep = (keep_unfinished, keep_duplicates)
     if lists and judgements is not None:
-        return _list_samples(Path(data), judgements, out, prompts, weight, keep)
+        return _pair_samples(Path(data), judgements, out, "groups", prompts, gold, weight, keep, seed)
     if builder is not None:
         of_rows = (prompt, first, second, winner, first_wins, second_wins, answers, text, rank, score, every, config)
         if any(of_rows):
@@ -155,12 +158,14 @@ def _pair_samples(
     )
     if judgements is None and how.builder.needs_scores:
         fail(f"{how.builder} needs scores: name the file of judgements after the file of samples")
-    if (gold is None) != (prompts is None):
-        fail("--gold names a column of --prompts: name both or neither")
-    rows = [] if prompts is None else read_prompts(prompts)[0]
-    check_gold(how, rows, "--gold")
-    counts = write_pairs(out, list(read_samples(samples)), judged, how, rows)
-    _tell(out, counts, empty="no prompt makes a pair", check=" --loss sft" if how.builder.supervised else "")
+    if gold is not None and prompts is None:
+        fail("--gold names a column of --prompts: name that file, too")
+    prompt_rows = [] if prompts is None else read_prompts(prompts)[0]
+    check_gold(how, prompt_rows, "--gold")
+    counts = write_pairs(out, list(read_samples(samples)), judged, how, prompt_rows)
+    rows = how.builder.rows
+    empty = f"no prompt makes a {rows.removesuffix('s')}"
+    _tell(out, counts, rows, empty, " --loss sft" if how.builder.supervised else "")
 
 
 def _are_groups(data: str) -> bool:
@@ -186,48 +191,17 @@ def _pair_groups(data: str, out: Path, builder: str, split: str, config: str | N
     _tell(out, counts)
 
 
-def _list_samples(
-    samples: Path,
-    judgements: Path,
-    out: Path,
-    prompts: Path | None,
-    weight: list[str] | None,
-    keep: tuple[bool, bool],
-) -> None:
-    from prefopt.evaluation.judgements import read_judgements
-    from prefopt.generation.samples import read_samples
-    from prefopt.generation.stage import read_prompts
-    from prefopt.online.builders import parse_builder
-    from prefopt.online.groups import groups_of
-    from prefopt.online.pairing import PairCounts, PairSettings
-    from prefopt.safety.jsonl import write_jsonl
-
-    judged = list(read_judgements(judgements))
-    how = PairSettings(
-        parse_builder("all_pairs"),
-        _weights(weight, judged),
-        unfinished="keep" if keep[0] else "drop",
-        duplicates="keep" if keep[1] else "merge",
-    )
-    rows = [] if prompts is None else read_prompts(prompts)[0]
-    counts = PairCounts()
-    count = write_jsonl(out, groups_of(list(read_samples(samples)), judged, how, counts, rows))
-    _tell(out, counts, count)
-
-
 def _tell(
     out: Path,
     counts: Any,
-    groups: int | None = None,
+    rows: str = "pairs",
     empty: str = "no prompt has two completions with different scores",
     check: str = "",
 ) -> None:
     """Print counts of what was written and left out; fail, saying why, if nothing was written."""
-    first, *others = counts.lines()
-    say(first if groups is None else first.replace(f"{counts.pairs} pairs", f"{groups} groups", 1))
-    for line in others:
+    for line in counts.lines(rows):
         say(line)
-    if not (counts.pairs if groups is None else groups):
+    if not counts.pairs:
         fail(f"{out} is empty: {empty}")
     say(f"Written to {out}. Look at them: prefopt check {out}{check}")
 

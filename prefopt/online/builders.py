@@ -20,6 +20,7 @@ from prefopt.online.pairs import (
     all_pairs,
     best_worst,
     correct_incorrect,
+    groups,
     random_pair,
     round_robin,
     top_k,
@@ -39,12 +40,16 @@ BUILDERS: dict[str, Callable[..., Choice]] = {
         random_pair,
         against_gold,
         top_k,
+        groups,
     )
 }
 """Pair builders by name."""
 
 _BY_THE_STAGE = ("candidates", "limits", "rng", "compare")
 """Arguments of builders that do not stand in an expression."""
+
+_ROWS = {"top_k": "rows", "groups": "groups"}
+"""What builders make that do not make pairs. They take no limits, which are about pairs."""
 
 _WITH_GOLD = ("correct_incorrect", "round_robin", "against_gold")
 
@@ -71,6 +76,16 @@ class PairBuilder:
         return self.name == "top_k"
 
     @property
+    def grouped(self) -> bool:
+        """Whether it makes groups, rows with several completions, instead of pairs."""
+        return self.name == "groups"
+
+    @property
+    def rows(self) -> str:
+        """What its rows are called: pairs, groups, or rows (of supervised training)."""
+        return _ROWS.get(self.name, "pairs")
+
+    @property
     def needs_scores(self) -> bool:
         return self.name != "against_gold"
 
@@ -88,7 +103,7 @@ class PairBuilder:
             compare: a judge of two completions, for a tournament; default: the scores.
         """
         more: dict[str, Any] = dict(self.options)
-        if not self.supervised:
+        if self.name not in _ROWS:
             more["limits"] = self.limits
         if self.name == "random_pair":
             more["rng"] = random.Random(seed)
@@ -115,9 +130,9 @@ def parse_builder(text: str) -> PairBuilder:
             f"there is no pair builder {name!r}.{did_you_mean(name, BUILDERS)} There are: {', '.join(BUILDERS)}"
         )
     known = [word for word in inspect.signature(BUILDERS[name]).parameters if word not in _BY_THE_STAGE]
-    limits = {} if name == "top_k" else {word: value for word, value in words.items() if word in _LIMITS}
+    limits = {} if name in _ROWS else {word: value for word, value in words.items() if word in _LIMITS}
     options = {word: value for word, value in words.items() if word not in limits}
-    there = [*known, *(() if name == "top_k" else _LIMITS)]
+    there = [*known, *(() if name in _ROWS else _LIMITS)]
     for word in options:
         if word not in known:
             raise UsageError(

@@ -1,28 +1,18 @@
-"""Groups, rows with several completions of one prompt and their scores: pairs out of them, and they out of samples."""
+"""Pairs out of groups, rows with several completions of one prompt and their scores."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from prefopt.data.groups import COMPLETIONS, SCORES
-from prefopt.evaluation.judgements import Judgement
-from prefopt.generation.samples import PromptRow, Sample, by_prompt
 from prefopt.online.builders import PairBuilder
-from prefopt.online.pairing import (
-    FOR_THE_TEMPLATE,
-    SCHEMA,
-    PairCounts,
-    PairSettings,
-    candidates_of,
-    judged,
-    side_after,
-)
-from prefopt.online.pairs import NO_SCORES, Candidate
+from prefopt.online.pairing import FOR_THE_TEMPLATE, SCHEMA, PairCounts
+from prefopt.online.pairs import Candidate
 from prefopt.safety.errors import UsageError
 
-NOT_FOR_GROUPS = ("against_gold", "top_k")
+NOT_FOR_GROUPS = ("against_gold", "top_k", "groups")
 """Builders that need more than completions and scores, or that make no pairs."""
 
 
@@ -60,32 +50,3 @@ def pairs_of_groups(
             if row.get(SCORES) is not None:
                 line |= {"chosen_score": best.score, "rejected_score": worst.score, "margin": pair.margin}
             yield {**line, "chosen_index": best.index, "rejected_index": worst.index, "why": pair.why, **shared}
-
-
-def groups_of(
-    samples: Sequence[Sample],
-    judgements: Sequence[Judgement],
-    settings: PairSettings,
-    counts: PairCounts,
-    prompts: Sequence[PromptRow] = (),
-) -> Iterator[dict[str, Any]]:
-    """The samples of a round that have a score as groups, one a prompt; the arguments are those of `pairs_of`."""
-    ours, rows = judged(judgements, samples, settings.weights), {row.id: row for row in prompts}
-    for name, group in by_prompt(samples).items():
-        counts.prompts += 1
-        counts.samples += len(group)
-        scored = [one for one in candidates_of(group, ours, settings, counts) if one.score is not None]
-        if len(scored) < 2:
-            counts.prompts_without_pair[NO_SCORES] += 1
-            continue
-        prompt, row = group[0].prompt, rows.get(name)
-        more = {key: row.columns[key] for key in FOR_THE_TEMPLATE if row is not None and key in row.columns}
-        yield {
-            "prompt": prompt,
-            COMPLETIONS: [side_after(prompt, one.completion) for one in scored],
-            SCORES: [one.score for one in scored],
-            "indices": [one.index for one in scored],
-            "prompt_id": name,
-            "round": group[0].round,
-            **more,
-        }

@@ -134,7 +134,7 @@ class Rounds:
             check_metric(summaries[0], self._script.best_round_by)
         for number in range(1, self._script.rounds + 1):
             summaries.append(self._round(number))
-            self._recipe.console.print(rounds_table(summaries))
+            self._recipe.console.print(rounds_table(summaries, self._pairing.builder.rows))
             self._name_best(summaries)
         self._generators.close()
         for judges in (self._judges, self._heldout_judges):
@@ -214,16 +214,17 @@ class Rounds:
             samples, judgements = list(read_samples(folder.samples)), list(read_judgements(folder.judgements))
             counts = write_pairs(folder.pairs, samples, judgements, self._pairing, prompts)
             write_text(folder.counts, _json(counts.as_json()))
-            for line in counts.lines():
+            for line in counts.lines(self._pairing.builder.rows):
                 self._say(line)
         PartialState().wait_for_everyone()
 
     def _train(self, folder: RoundFolder, plan: RoundPlan) -> None:
         pairs = int(json.loads(folder.counts.read_text(encoding="utf-8"))["pairs"])
+        rows = self._pairing.builder.rows
         if not pairs:
             raise UsageError(
-                f"round {plan.number} has no pairs to train on; {folder.counts} says why. The model of the round "
-                "before is the result; or change how pairs are made, in another --output_dir"
+                f"round {plan.number} has no {rows} to train on; {folder.counts} says why. The model of the round "
+                f"before is the result; or change how {rows} are made, in another --output_dir"
             )
         if self._judges is not None:
             self._judges.close()

@@ -113,7 +113,8 @@ class RoundsArguments(RecipeArguments):
         default=None, metadata={"help": "Judges of held-out answers, if they are not those of --judges."}
     )
     pairs: str = field(
-        default="best_worst", metadata={"help": "Makes the pairs of a prompt: round_robin(pairs=10), tournament, ..."}
+        default="best_worst",
+        metadata={"help": "Makes the pairs of a prompt: round_robin(pairs=10), tournament, ...; or groups."},
     )
     gold: str | None = field(
         default=None, metadata={"help": "The prompts' column with a gold answer that joins the winners."}

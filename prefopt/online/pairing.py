@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from prefopt.data.groups import COMPLETIONS, SCORES
 from prefopt.evaluation.judgements import (
     Judgement,
     Preference,
@@ -86,7 +87,7 @@ class PairCounts:
     Attributes:
         prompts: with at least one sample.
         samples: of all prompts.
-        pairs: rows that were written.
+        pairs: rows that were written: pairs, groups, or rows of supervised training.
         samples_left_out: before any pair was made, by reason.
         prompts_without_pair: by reason.
         pairs_left_out: pairs or comparisons that the builder did not use, by reason. A reason with "(used)" is counted
@@ -104,9 +105,9 @@ class PairCounts:
         """Count the pairs that a builder chose of the samples of one prompt."""
         self.prompts += 1
         self.samples += samples
-        self.pairs += len(choice.pairs)
+        self.pairs += choice.rows
         self.pairs_left_out += choice.left_out
-        if not choice.pairs:
+        if not choice.rows:
             self.prompts_without_pair[choice.reason] += 1
 
     def as_json(self) -> dict[str, Any]:
@@ -115,13 +116,17 @@ class PairCounts:
             for name, value in vars(self).items()
         }
 
-    def lines(self) -> list[str]:
-        """The counts in words, one kind a line; kinds without any are left out."""
-        lines = [f"{self.pairs} pairs from {self.samples} samples of {self.prompts} prompts"]
+    def lines(self, rows: str = "pairs") -> list[str]:
+        """The counts in words, one kind a line; kinds without any are left out.
+
+        Args:
+            rows: what the rows are called.
+        """
+        lines = [f"{self.pairs} {rows} from {self.samples} samples of {self.prompts} prompts"]
         for what, counter in (
             ("samples left out", self.samples_left_out),
-            ("prompts without a pair", self.prompts_without_pair),
-            ("pairs or comparisons left out", self.pairs_left_out),
+            (f"prompts without a {rows.removesuffix('s')}", self.prompts_without_pair),
+            (f"{rows} or comparisons left out", self.pairs_left_out),
         ):
             if counter:
                 parts = ", ".join(f"{count} {reason}" for reason, count in counter.most_common())
@@ -220,7 +225,7 @@ def pair_prompt(
     counts: PairCounts,
     row: PromptRow | None = None,
 ) -> list[dict[str, Any]]:
-    """The lines of one prompt's pairs; counts what is left out.
+    """The lines of one prompt's pairs, or of its group; counts what is left out.
 
     Args:
         samples: of the prompt, in the order of their index.
@@ -239,7 +244,8 @@ def pair_prompt(
     choice = settings.builder(candidates, f"{settings.seed}/{first.round}/{first.prompt_id}", compare)
     counts.add(len(samples), choice)
     more = {name: row.columns[name] for name in FOR_THE_TEMPLATE if row is not None and name in row.columns}
-    return [{**_line(pair, first), **more} for pair in choice.pairs]
+    lines = [_group_line(choice.group, first)] if choice.group else [_line(pair, first) for pair in choice.pairs]
+    return [{**line, **more} for line in lines]
 
 
 def pairs_of(
@@ -343,6 +349,18 @@ def _line(pair: Pair, sample: Sample) -> dict[str, Any]:
         "chosen_index": pair.chosen.index,
         "rejected_index": pair.rejected.index,
         **shared,
+    }
+
+
+def _group_line(group: Sequence[Candidate], sample: Sample) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "prompt": sample.prompt,
+        COMPLETIONS: [side_after(sample.prompt, one.completion) for one in group],
+        SCORES: [one.score for one in group],
+        "indices": [one.index for one in group],
+        "prompt_id": sample.prompt_id,
+        "round": sample.round,
     }
 
 

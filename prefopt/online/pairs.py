@@ -1,7 +1,7 @@
-"""Pair builders: which of a prompt's scored completions become chosen and rejected, or rows of supervised training.
+"""Pair builders: which of a prompt's scored completions become chosen and rejected, or rows of another kind.
 
-A builder takes the candidates of one prompt and returns a `Choice`: the pairs, and counts of all that it left out. It
-never guesses: two equal scores make no pair, whatever their order.
+A builder takes the candidates of one prompt and returns a `Choice`: the pairs, or one group, and counts of all that it
+left out. It never guesses: two equal scores make no pair, whatever their order.
 """
 
 from __future__ import annotations
@@ -76,13 +76,20 @@ class Choice:
 
     Attributes:
         pairs: the pairs.
-        reason: why there is none; empty if there are pairs.
+        reason: why there is none; empty if there are pairs or a group.
         left_out: how many pairs or comparisons were left out, by reason.
+        group: the completions of a row that keeps them all, with a score each; empty for builders of pairs.
     """
 
     pairs: list[Pair] = field(default_factory=list)
     reason: str = ""
     left_out: Counter[str] = field(default_factory=Counter)
+    group: list[Candidate] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """How many rows of training they are."""
+        return len(self.pairs) + bool(self.group)
 
 
 Compare = Callable[[Candidate, Candidate], float | None]
@@ -312,6 +319,24 @@ def top_k(candidates: Sequence[Candidate], k: int = 1) -> Choice:
         left_out["tie at the edge"] += _score(scored[k - 1]) == _score(scored[k])
     rows = [Pair(candidate, None, f"best {k} of {len(scored)}") for candidate in scored[:k]]
     return Choice(rows, left_out=+left_out)
+
+
+def groups(candidates: Sequence[Candidate], equal: bool = True) -> Choice:
+    """All scored completions with their scores as one row, for losses on groups (GVPO, InfoNCA, Plackett-Luce, ...).
+
+    Args:
+        candidates: of one prompt.
+        equal: whether a group whose scores are all equal is used. Losses that regress on scores pull its rewards
+            together; to losses on the order it says nothing.
+    """
+    scored = _scored(candidates)
+    if len(scored) < 2:
+        return Choice(reason=NO_SCORES)
+    if len({_score(one) for one in scored}) > 1:
+        return Choice(group=scored)
+    if equal:
+        return Choice(group=scored, left_out=Counter({"tie of a whole group (used)": 1}))
+    return Choice(reason=ALL_EQUAL, left_out=Counter({TIE: 1}))
 
 
 def higher_score(first: Candidate, second: Candidate) -> float:

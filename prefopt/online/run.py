@@ -67,13 +67,34 @@ def check_rounds(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
     check_gold(pairing, prompts.train, "--gold")
     for number in range(1, script.rounds + 1):
         _refuse_single_samples(script, builder, sampling_of(script, number, recipe.training.seed), number)
-        objective = parse(loss_of(script, loss, number))
-        if builder.supervised and "rejected" in objective.roles:
-            raise UsageError(f"pairs {builder} makes rows without a rejected completion, and {objective} needs pairs")
+        _refuse_other_rows(builder, loss_of(script, loss, number), number)
         plan = plan_round(script, Path(recipe.training.output_dir), ready.model, loss, number)
         if is_sharded(recipe.training):
             _refuse_sharded(plan, script)
         prompts_of(script, prompts.train, number, recipe.training.seed)
+
+
+def _refuse_other_rows(builder: PairBuilder, loss: str, number: int) -> None:
+    """Refuse, before anything is sampled, a loss that reads other rows than the builder makes."""
+    objective, made = parse(loss), f"round {number}: pairs {builder} makes {builder.rows}"
+    if objective.grouped and not builder.grouped:
+        other = "sft" if builder.supervised else "dpo"
+        raise UsageError(
+            f"{made}, and {loss} compares the completions of a group: take --pairs groups, or a loss on "
+            f"{builder.rows}, as {other}"
+        )
+    if builder.grouped and not objective.grouped:
+        raise UsageError(
+            f"{made}, rows with all completions of a prompt, and {loss} compares no groups: take a loss that does, as "
+            "gvpo or plackett_luce, or make pairs, as with --pairs best_worst"
+        )
+    if builder.grouped and (others := {"chosen", "rejected"} & set(objective.roles)):
+        raise UsageError(
+            f"{made}, and a part of {loss} needs {' and '.join(sorted(others))} completions, which groups do not "
+            "have: leave that part out"
+        )
+    if builder.supervised and "rejected" in objective.roles:
+        raise UsageError(f"{made} without a rejected completion, and {loss} needs pairs: take --pairs best_worst")
 
 
 def _refuse_single_samples(

@@ -97,14 +97,18 @@ def heldout_line(summary: Mapping[str, Any]) -> str:
     return f"Held-out answers of round {summary['round']}: {'; '.join(facts)}" if facts else ""
 
 
-def rounds_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
+def rounds_table(summaries: Sequence[Mapping[str, Any]], rows: str = "pairs") -> Table:
     """One row a round: pairs, what was left out, the score of its samples, the held-out numbers.
 
     Win rates against the start and KL have a column where a round has them.
+
+    Args:
+        summaries: of the start and the rounds.
+        rows: what the rows that a round trains on are called.
     """
     more = {"win": any(_win(one) is not None for one in summaries), "KL": any(one.get("kl") for one in summaries)}
     headings = [
-        *("round", "pairs", "unpaired", "ties", "cut", "score", "held-out [95%]"),
+        *("round", rows, "unpaired", "ties", "cut", "score", "held-out [95%]"),
         *(name for name, shown in more.items() if shown),
         "tokens",
     ]
@@ -115,7 +119,7 @@ def rounds_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
         score = {"value": heldout.get("mean_score"), "low": low, "high": high}
         cells = {
             "round": str(summary["round"]) if summary["round"] else "start",
-            "pairs": _number(pairs.get("pairs")),
+            rows: _number(pairs.get("pairs")),
             "unpaired": _number(sum(pairs["prompts_without_pair"].values()) if pairs else None),
             "ties": _number(
                 sum(n for reason, n in pairs["pairs_left_out"].items() if "tie" in reason) if pairs else None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from prefopt.cli import app
 from prefopt.evaluation.judgements import Score
-from prefopt.generation.samples import Sample
+from prefopt.generation.samples import PromptRow, Sample
 from prefopt.online.builders import parse_builder
-from prefopt.online.groups import groups_of, pairs_of_groups
-from prefopt.online.pairing import PairCounts, PairSettings
+from prefopt.online.groups import pairs_of_groups
+from prefopt.online.pairing import PairCounts, PairSettings, pairs_of
 from prefopt.safety.errors import UsageError
 
 GROUP = {"prompt": "q", "completions": ["a", "b", "c", "d"], "scores": [1.0, 4.0, 2.0, 2.0]}
@@ -47,9 +48,10 @@ def test_a_list_without_scores_is_in_order():
     assert lines[0]["weight"] == 2.0
 
 
-def test_a_builder_that_needs_more_is_refused():
-    with pytest.raises(UsageError, match=r"top_k.*all_pairs"):
-        pairs("top_k(k=2)")
+@pytest.mark.parametrize("builder", ["top_k(k=2)", "groups"])
+def test_a_builder_that_makes_no_pairs_is_refused(builder):
+    with pytest.raises(UsageError, match=re.escape(f"--builder {builder} does not make pairs") + ".*all_pairs"):
+        pairs(builder)
 
 
 def test_samples_with_scores_become_groups():
@@ -60,10 +62,47 @@ def test_samples_with_scores_become_groups():
     ]
     judgements = [Score("x", 0, "j", 1.0), Score("x", 2, "j", 3.0), Score("y", 1, "j", 0.0), Score("x", 1, "j", None)]
     counts = PairCounts()
-    (line,) = groups_of(samples, judgements, PairSettings(parse_builder("all_pairs")), counts)
+    (line,) = pairs_of(samples, judgements, PairSettings(parse_builder("groups")), counts)
     assert (line["prompt"], line["completions"], line["scores"]) == ("qx", ["x0", "x2"], [1.0, 3.0])
+    assert (line["indices"], line["prompt_id"], line["round"]) == ([0, 2], "x", 0)
     assert counts.prompts_without_pair == {"fewer than two scored completions": 1}
     assert counts.samples_left_out.total() == 3
+    assert counts.lines("groups")[0] == "1 groups from 6 samples of 2 prompts"
+    assert counts.lines("groups")[2] == "1 prompts without a group: 1 fewer than two scored completions"
+
+
+@pytest.mark.parametrize(
+    ("builder", "scores", "rows", "left_out"),
+    [
+        ("groups", [2.0, 2.0], [[2.0, 2.0]], {"tie of a whole group (used)": 1}),
+        ("groups(equal=False)", [2.0, 2.0], [], {"tie": 1}),
+        ("groups(equal=False)", [2.0, 1.0], [[2.0, 1.0]], {}),
+    ],
+)
+def test_a_group_whose_scores_are_equal_is_counted_and_used_or_left_out(builder, scores, rows, left_out):
+    samples = [Sample("x", "q", i, f"a{i}", 1, True) for i in range(2)]
+    judgements = [Score("x", i, "j", score) for i, score in enumerate(scores)]
+    counts = PairCounts()
+    lines = list(pairs_of(samples, judgements, PairSettings(parse_builder(builder)), counts))
+    assert [line["scores"] for line in lines] == rows
+    assert (counts.pairs, dict(counts.pairs_left_out)) == (len(rows), left_out)
+    assert counts.prompts_without_pair == ({} if rows else {"all scores are equal": 1})
+
+
+def test_lists_and_the_builder_of_groups_write_the_same_file(tmp_path):
+    samples, judgements, prompts = (tmp_path / f"{name}.jsonl" for name in ("samples", "judgements", "prompts"))
+    row = PromptRow("q", {"tools": [{"name": "search"}]})
+    samples.write_text("".join(json.dumps(Sample(row.id, "q", i, f"a{i}", 1, True).line()) + "\n" for i in range(3)))
+    judgements.write_text("".join(json.dumps(Score(row.id, i, "j", float(i)).line()) + "\n" for i in range(3)))
+    prompts.write_text(json.dumps({"prompt": "q", **row.columns}) + "\n")
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    for out, how in ((one, ["--lists"]), (other, ["--builder", "groups"])):
+        result = run("pair", samples, judgements, "--out", out, "--prompts", prompts, *how)
+        assert result.exit_code == 0, result.output
+        assert "1 groups from 3 samples of 1 prompts" in result.output
+    assert one.read_bytes() == other.read_bytes()
+    assert json.loads(one.read_text())["tools"] == row.columns["tools"]
+    assert run("check", one).exit_code == 0
 
 
 def run(*words):

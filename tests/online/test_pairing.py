@@ -194,7 +194,7 @@ def test_the_command(files):
         (["--builder", "best_wurst"], "no pair builder 'best_wurst'"),
         (["--builder", "best_worst", "--answers", "x"], "leave out the options for rows"),
         ([], "need a --builder"),
-        (["--builder", "best_worst", "--gold", "x"], "name both or neither"),
+        (["--builder", "best_worst", "--gold", "x"], "--gold names a column of --prompts: name that file, too"),
         (["--builder", "best_worst", "--weight", "x"], "--weight is a judge and a number"),
         (["--builder", "best_worst", "--weight", "exat=2"], "--weight must name each judge of the file once"),
         (["--builder", "against_gold"], "need gold answers"),

@@ -260,7 +260,13 @@ def test_the_tournament_on_scores_is_best_against_worst(scores):
 
 @pytest.mark.parametrize(
     "text",
-    ["best_worst", "round_robin(pairs=3, min_margin=0.5)", "top_k(k=2)", "correct_incorrect(max_length_ratio=2)"],
+    [
+        "best_worst",
+        "round_robin(pairs=3, min_margin=0.5)",
+        "top_k(k=2)",
+        "correct_incorrect(max_length_ratio=2)",
+        "groups(equal=False)",
+    ],
 )
 def test_a_builder_is_written_as_it_is_read(text):
     assert str(parse_builder(text)) == text
@@ -277,6 +283,8 @@ def test_a_builder_is_written_as_it_is_read(text):
         ("round_robin(pairs=True)", "pairs must be like 10, got True"),
         ("round_robin(pairs=open('x'))", "must be a number"),
         ("top_k(min_margin=1)", "top_k has no option 'min_margin'"),
+        ("groups(min_margin=1)", "groups has no option 'min_margin'. It has: equal"),
+        ("groups(equal=2)", "equal must be like True, got 2"),
         ("best_worst(max_length_ratio=0.5)", "1 or more, or 0 for any; got 0.5"),
         ("best_worst(min_margin=-1)", "min_margin must be 0 or more"),
         ("best_worst(", "write it as"),

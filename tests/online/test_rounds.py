@@ -19,7 +19,7 @@ from prefopt.online.run import main
 from prefopt.safety.errors import UsageError
 from prefopt.safety.jsonl import read_jsonl
 from prefopt.trainer.first_batch import FirstBatch
-from tests.online.rounds import files, same_weights, weights, words, write_prompts
+from tests.online.rounds import files, same_weights, vowels, weights, words, write_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -336,6 +336,40 @@ def test_supervised_rows_of_the_best_samples(tmp_path):
     assert summaries[1]["training"]["rows"] == len(rows)
 
 
+def test_rounds_train_on_groups_with_a_loss_of_each_round(tmp_path, capsys):
+    argv = words(tmp_path, pairs="groups", round_losses="gvpo(beta=0.5)|plackett_luce")
+    summaries = main(argv=argv)
+    for number, loss in ((1, "gvpo(beta=0.5)"), (2, "plackett_luce")):
+        summary, folder = summaries[number], tmp_path / "out" / f"round-{number}"
+        samples = {(row["prompt_id"], row["index"]): row["completion"] for row in read_jsonl(folder / "samples.jsonl")}
+        rows = list(read_jsonl(folder / "pairs.jsonl"))
+        for row in rows:
+            texts = [completion[0]["content"] for completion in row["completions"]]
+            assert texts == [samples[row["prompt_id"], index] for index in row["indices"]]
+            assert row["scores"] == [vowels(text) for text in texts]
+        assert summary["policy"]["loss"] == loss
+        assert summary["pairs"]["pairs"] == summary["training"]["rows"] == len(rows) > 0
+        assert (summary["training"]["steps"], summary["training"]["rows_left_out"]) == (3, 0)
+        assert summary["training"]["log"]["rewards/margins"] != 0
+        assert summary["heldout"]["scored"] == 3
+    assert not same_weights(weights(tmp_path / "out", 1), weights(tmp_path / "out", 2))
+    shown = capsys.readouterr().out
+    assert "6 groups from 24 samples of 6 prompts" in shown
+    assert "round groups unpaired" in shown
+    assert main(argv=argv) == summaries
+
+
+def test_groups_of_a_judge_that_compares_have_shares_of_wins(tmp_path):
+    judge = "tests.online.rounds:longer"
+    main(argv=words(tmp_path, pairs="groups", loss="lipo_lambda", judges=judge, rounds=1, max_steps=1))
+    rows = list(read_jsonl(tmp_path / "out" / "round-1" / "pairs.jsonl"))
+    for row in rows:
+        lengths = [len(completion[0]["content"]) for completion in row["completions"]]
+        assert len(lengths) == 4
+        wins = [sum((a > b) + (a == b) / 2 for b in lengths) - 0.5 for a in lengths]
+        assert row["scores"] == pytest.approx([won / 3 for won in wins])
+
+
 def test_gold_answers_against_samples_need_no_judge(tmp_path):
     argv = words(tmp_path, pairs="against_gold", gold="gold", rounds=1)
     at = argv.index("--judges")
@@ -377,6 +411,28 @@ def test_a_tournament_of_a_pairwise_judge(tmp_path):
         ({"pairs": "best_wurst"}, "no pair builder 'best_wurst'"),
         ({"round_reference": "none"}, "round_reference is none, but"),
         ({"pairs": "top_k(k=1)"}, "makes rows without a rejected completion"),
+        (
+            {"pairs": "groups"},
+            "round 1: pairs groups makes .*, and irpo.beta=0.1. compares no groups: take a .* as gvpo",
+        ),
+        (
+            {"loss": "gvpo"},
+            "pairs best_worst makes pairs, and gvpo compares the .*: take --pairs groups, or .* dpo",
+        ),
+        (
+            {"loss": "gvpo", "pairs": "top_k"},
+            "pairs top_k makes rows, and gvpo .*: take --pairs groups, or a loss on rows, as sft",
+        ),
+        (
+            {"round_losses": "gvpo|rebel", "pairs": "groups"},
+            "round 2: pairs groups makes groups, .* rebel compares no groups",
+        ),
+        (
+            {"loss": "gvpo + 0.1*sft", "pairs": "groups"},
+            "part of gvpo . 0.1.sft needs chosen completions, which groups do not",
+        ),
+        ({"gold": "gold", "loss": "gvpo", "pairs": "groups"}, "--gold gold has no effect with pairs groups"),
+        ({"samples": 1, "loss": "gvpo", "pairs": "groups"}, "pairs groups need two different ones"),
         ({"round_prompts": "disjoint"}, "need a number"),
         ({"round_prompts": "disjoint", "prompts_per_round": 9}, "but there are 6 prompts"),
         ({"round_optimizer": "keep", "round_start": "initial"}, "is of no use with round_start initial"),
@@ -420,6 +476,9 @@ def test_a_dry_run_shows_each_round_and_writes_nothing(tmp_path, capsys):
     assert "Round 1: 4 samples of each of 6 prompts at temperature 0.8, pairs best_worst" in shown
     assert "temperature 1.3" in shown
     assert not list((tmp_path / "out").glob("round-*"))
+    assert main(argv=words(tmp_path, "--dry_run", pairs="groups(equal=False)", loss="gvpo")) is None
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Round 2: 4 samples of each of 6 prompts at temperature 1, pairs groups(equal=False); loss gvpo" in shown
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path):

@@ -28,7 +28,11 @@ def test_a_config_of_rounds_is_whole(file, tmp_path):
     builder = parse_builder(script.pairs)
     for number in range(1, script.rounds + 1):
         plan = plan_round(script, tmp_path, "initial", str(recipe.training.loss), number)
-        assert builder.supervised == ("rejected" not in parse(loss_of(script, plan.loss, number)).roles)
+        roles = parse(loss_of(script, plan.loss, number)).roles
+        assert (builder.supervised, builder.grouped) == (
+            {"rejected", "candidate"}.isdisjoint(roles),
+            "candidate" in roles,
+        )
         assert sampling_of(script, number, 0).samples == script.samples
     if script.prompts is None:
         assert script.judges == [TASKS[script.task].judge]
@@ -40,6 +44,8 @@ def test_a_config_of_rounds_is_whole(file, tmp_path):
     [
         ("irpo_arc_rounds", {"judges": "tests.online.rounds:even", "samples": 8}),
         ("sppo_rounds", {"judges": "tests.online.rounds:longer", "prompts_per_round": 3}),
+        ("rebel_rounds", {"judges": "tests.online.rounds:vowels"}),
+        ("gvpo_small", {"judges": "tests.online.rounds:vowels", "prompts_per_round": 4}),
         ("hypo_small", {"judges": "tests.online.rounds:vowels", "prompts_per_round": 4, "sample_max_new_tokens": 4}),
     ],
 )
@@ -54,7 +60,9 @@ def test_two_rounds_of_a_config_on_a_tiny_model(tmp_path, monkeypatch, name, opt
     assert [summary["training"]["steps"] for summary in summaries[1:]] == [3, 3]
     assert {summary["policy"]["loss"] for summary in summaries[1:]} == {own["loss"]}
     rows = list(read_jsonl(tmp_path / "out" / "round-2" / "pairs.jsonl"))
-    assert all(0 <= row["rejected_score"] < row["chosen_score"] <= 1 for row in rows)
+    scores = [row["scores"] if "scores" in row else [row["chosen_score"], row["rejected_score"]] for row in rows]
+    assert all(0 <= min(of_row) < max(of_row) <= 1 for of_row in scores)
+    assert (max(map(len, scores)) > 2) == own["pairs"].startswith("groups")
 
 
 def test_the_demo_has_the_bundled_task():

@@ -95,6 +95,10 @@ def test_a_run_that_is_killed_three_times_ends_as_one_that_is_not(tmp_path):
     assert compare(tmp_path, 3, 0.5, seed=0, prompts=20) > 0
 
 
+def test_a_run_on_groups_that_is_killed_ends_as_one_that_is_not(tmp_path):
+    assert compare(tmp_path, 2, 0.6, seed=1, pairs="groups", loss="gvpo") > 0
+
+
 @pytest.mark.slow
 def test_twenty_kills_over_one_run(tmp_path):
     options = {"prompts": 40, "save_strategy": "steps", "save_steps": 2, "max_steps": 6, "round_optimizer": "keep"}

@@ -13,7 +13,7 @@ from prefopt.losses import presets as _presets  # noqa: F401  (registers them)
 from prefopt.losses.base import Loss, LossOutput, PairLoss, WeightedSum
 from prefopt.losses.batchwise import AOT, AlphaDPO, AOTUnpaired, BetaDPO
 from prefopt.losses.binary import KTO
-from prefopt.losses.conflict import ConflictFree
+from prefopt.losses.conflict import ConflictFree, PairNormalized
 from prefopt.losses.cringe import Cringe, PairwiseCringe
 from prefopt.losses.direct import (
     DPO,
@@ -140,6 +140,7 @@ __all__ = [
     "OnForget",
     "OnRetain",
     "PairLoss",
+    "PairNormalized",
     "PairwiseCringe",
     "PlackettLuce",
     "Polynomial",

@@ -1,20 +1,23 @@
-"""Sums whose terms have conflicting gradients: these are combined so that the step works against none of them.
+"""Losses with conflicting gradients, of their terms or of a pair's two answers: the step works against none of them.
 
 Lives here: the methods, as coefficients of the terms' gradients, and `conflict_free`, the loss that uses them. The
 gradients of a model's parameters, term by term, are computed by the trainer, or by `ConflictFree.backward` in your own
-loop. Imports only torch and its neighbours.
+loop. `pair_normalized` does the same with the gradients of the two answers of each pair. Imports only torch and its
+neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from prefopt.losses.base import Loss, LossOutput, WeightedSum
 from prefopt.losses.errors import LossError
+from prefopt.losses.needs import Need
 from prefopt.losses.registry import register
 from prefopt.losses.scores import PreferenceBatch
 from prefopt.losses.wrappers import Wrapper
@@ -103,8 +106,21 @@ def combined(gradients: Sequence[Sequence[Tensor | None]], weights: Tensor) -> l
     return sums
 
 
+class OwnGradient(Wrapper):
+    """A loss whose step is not along the gradient of its value, and needs whole gradients of the parameters."""
+
+    outermost = True
+
+    def per_example(self, batch: PreferenceBatch) -> Tensor:
+        return self.loss.per_example(batch)
+
+    def forward(self, batch: PreferenceBatch) -> LossOutput:
+        output: LossOutput = self.loss(batch)
+        return output
+
+
 @register("conflict_free")
-class ConflictFree(Wrapper):
+class ConflictFree(OwnGradient):
     """A sum of losses whose terms' gradients are combined without conflict instead of being added up.
 
     loss = sum_i w_i loss_i;  gradient = sum_i c_i w_i grad loss_i, c as `coefficients` has it
@@ -124,7 +140,6 @@ class ConflictFree(Wrapper):
 
     formula = "sum_i w_i loss_i, its terms' gradients combined without conflict"
     paper = "2408.11104"
-    outermost = True
 
     def __init__(self, loss: Loss, method: Method = "config"):
         super().__init__(loss)
@@ -138,13 +153,6 @@ class ConflictFree(Wrapper):
     def labels(self) -> list[str]:
         """What the terms are called in logs."""
         return [label for _, label, _ in self.loss.terms()]
-
-    def per_example(self, batch: PreferenceBatch) -> Tensor:
-        return self.loss.per_example(batch)
-
-    def forward(self, batch: PreferenceBatch) -> LossOutput:
-        output: LossOutput = self.loss(batch)
-        return output
 
     def backward(self, batch: PreferenceBatch, parameters: Iterable[Tensor]) -> LossOutput:
         """Score a batch and add the combined gradient to `.grad` of the parameters: a loop's loss and `backward()`.
@@ -171,3 +179,100 @@ class ConflictFree(Wrapper):
                 gradient = gradient.to(parameter.dtype)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return output
+
+
+@register("pair_normalized")
+class PairNormalized(OwnGradient):
+    """A pair loss whose step weights each answer's gradient by its inverse norm, against gradient entanglement.
+
+    loss = that of the pair;  gradient = -(d_w g_w / |g_w| - d_l g_l / |g_l|) in place of -(d_w g_w - d_l g_l)
+    g_w, g_l = gradients of the pair's two log-probabilities; d_w, d_l = the loss's derivatives for them
+
+    Args:
+        loss: a mean over pairs on log-probabilities of chosen and rejected answers, without state.
+
+    Needs: what `loss` needs. It must be the outermost loss. It costs a backward pass an answer, one pair after the
+        other, and two copies of the trained parameters' gradients.
+    Limits: gradients of length 1 give the loss itself. A step on one pair raises the chosen answer where
+        d_w > d_l cos(g_w, g_l) and lowers the rejected one where d_l > d_w cos(g_w, g_l): both, to first order, where
+        d_w = d_l > 0, as in dpo, and the gradients are not parallel. Each pair's own step, not the batch's sum.
+        The step's length no longer follows the gradients': choose the learning rate again with SGD.
+    Reference: Yuan et al. 2024, arXiv 2410.13828, names the remedy ("pairwise normalized gradient descent"); the
+        formula, with the loss's own d_w and d_l, is our reading: no code of the authors' was found.
+    """
+
+    formula = "loss of the pair; step along d_w g_w/|g_w| - d_l g_l/|g_l|, g the answers' gradients"
+    paper = "2410.13828"
+
+    def __init__(self, loss: Loss):
+        super().__init__(loss)
+        if not loss.paired or set(loss.roles) != {"chosen", "rejected"}:
+            raise LossError(f"loss must compare the chosen and the rejected answer of a pair, and {loss} does not")
+        if other := loss.needs & ~(Need.REFERENCE | Need.PREVIOUS | Need.EMBEDDINGS):
+            raise LossError(
+                f"loss must work on log-probabilities of whole answers, whose gradients can be normalised, but {loss} "
+                f"needs {other.words}"
+            )
+        if not loss.separable or next(loss.parameters(), None) is not None:
+            raise LossError(f"loss must be a mean over pairs, without state or parameters of its own, got {loss}")
+
+    def normalized(self, batch: PreferenceBatch, parameters: Iterable[Tensor]) -> LossOutput:
+        """Score a batch; `backward()` on the output's loss adds the normalised gradient to that of the parameters.
+
+        Args:
+            batch: with gradient, as a loss is called with.
+            parameters: the trained parameters.
+
+        Raises:
+            LossError: if the log-probabilities have no gradient.
+        """
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        output: LossOutput = self(batch)
+        assert batch.chosen is not None
+        assert batch.rejected is not None
+        sides = [scores.logps for scores in (batch.chosen, batch.rejected)]
+        if not all(logps.requires_grad for logps in sides):
+            raise LossError(
+                f"the log-probabilities have no gradient, so {self} has none to normalise: compute them without "
+                "detach() or no_grad()"
+            )
+        total: list[Tensor | None] = [None] * len(trained)
+        for logps, slopes in zip(sides, torch.autograd.grad(output.loss, sides, retain_graph=True), strict=True):
+            for logp, slope in zip(logps, slopes.tolist(), strict=True):
+                # Past a hinge, or with weight 0, nothing is left to scale.
+                if slope != 0:
+                    _add_unit(total, torch.autograd.grad(logp, trained, retain_graph=True, allow_unused=True), slope)
+        if all(part is None for part in total):
+            total = [torch.zeros_like(parameter) for parameter in trained]  # as the loss itself gives, for DDP too
+        loss: Tensor = _WithGradient.apply(output.loss.detach(), total, *trained)  # type: ignore[no-untyped-call]
+        return replace(output, loss=loss)
+
+
+def _add_unit(total: list[Tensor | None], gradient: Sequence[Tensor | None], scale: float) -> None:
+    """Add scale * gradient / |gradient|."""
+    norms = [torch.linalg.vector_norm(part, dtype=_at_least_float32(part)) for part in gradient if part is not None]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    if not bool(norm > 0):
+        return
+    for i, part in enumerate(gradient):
+        if part is not None:
+            scaled = part.to(_at_least_float32(part)) * (scale / norm)
+            total[i] = scaled if (before := total[i]) is None else before.add_(scaled)
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient for some parameters is given."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients, ctx.dtypes = gradients, [parameter.dtype for parameter in parameters]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        found = zip(ctx.gradients, ctx.dtypes, strict=True)
+        return None, None, *(None if part is None else (slope * part).to(dtype) for part, dtype in found)

@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, HfArgumentParser, LlamaConfig
 
-from prefopt.losses import ConflictFree, Loss, parse, register_file
+from prefopt.losses import Loss, parse, register_file
+from prefopt.losses.conflict import OwnGradient
 from prefopt.models.load import ModelError, adapter_base
 from prefopt.planning.activations import Rows, causal_model, made_up_rows
 from prefopt.planning.engines import ENGINES
@@ -215,8 +216,8 @@ def ways_of(job: Job, loss: Loss, network: Any, config: Any, rows: Rows) -> list
 
 
 def _engines(job: Job, method: str, loss: Loss) -> list[str]:
-    """One GPU needs no sharding; 4-bit weights are sharded by FSDP2 only; gradients by term by no engine."""
-    if isinstance(loss, ConflictFree):
+    """One GPU needs no sharding; 4-bit weights are sharded by FSDP2 only; gradients by term or answer by no engine."""
+    if isinstance(loss, OwnGradient):
         return ["ddp"]
     if method == "qlora":
         return ["ddp"] if job.gpus == 1 else ["ddp", "fsdp2"]
@@ -242,8 +243,8 @@ def _head(job: Job, loss: Loss, name: str, built_in: bool, rows: Rows, parameter
     else:
         reference = "a reference model for full fine-tuning; with adapters it is the model without them"
     lines = [f"{source}: {parameters / 1e9:.2f} billion parameters", f"{shape}; {reference}."]
-    if isinstance(loss, ConflictFree):
-        lines.append("conflict_free works only with one process or DDP: DeepSpeed and FSDP keep no gradients by term.")
+    if isinstance(loss, OwnGradient):
+        lines.append(f"{loss.name} works only with one process or DDP: DeepSpeed and FSDP keep no gradients apart.")
     return [Text(line) for line in lines]
 
 

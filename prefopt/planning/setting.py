@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from prefopt.losses import ConflictFree, Loss
+from prefopt.losses import ConflictFree, Loss, PairNormalized
 from prefopt.scoring.model import decoder_layers
 
 SINGLE, HALF = 4, 2
@@ -118,7 +118,7 @@ class Setting:
         processes: that share the work.
         nodes: machines that they run on.
         device: "cpu" or another kind, which sets the size of the head's chunks.
-        term_gradients: terms whose gradients are kept apart, a copy each, until all are there.
+        term_gradients: copies of the gradients besides `.grad`: terms' or answers', kept apart until all are there.
     """
 
     dtype: torch.dtype = torch.float32
@@ -139,5 +139,7 @@ class Setting:
 
 
 def of_terms(loss: Loss | None) -> dict[str, Any]:
-    """What `conflict_free` keeps of its terms, as arguments of `Setting`; nothing for any other loss."""
+    """What `conflict_free` keeps of its terms and `pair_normalized` of a pair, as arguments of `Setting`."""
+    if isinstance(loss, PairNormalized):
+        return {"term_gradients": 2}  # one answer's, and the sum of the normalised ones
     return {"term_gradients": len(loss.labels)} if isinstance(loss, ConflictFree) else {}

@@ -10,12 +10,37 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from prefopt.losses import Loss
+from prefopt.losses import Loss, PairNormalized
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.parts import cut
 from prefopt.scoring.rows import RowBatch
 from prefopt.trainer.output_slot import SLOT, OutputSlot
+
+
+def parts_of(trainer: Any, objective: Loss, layout: Layout, own_collator: bool) -> Parts | None:
+    """What cuts a trainer's batches; None where they stay whole.
+
+    `pair_normalized` has parts of one pair: the backward passes of an answer then go through its own pair alone.
+
+    Args:
+        trainer: set up by TRL.
+        objective: its loss.
+        layout: how batches are scored.
+        own_collator: whether batches are made by `PreferenceCollator`.
+
+    Raises:
+        UsageError: if a budget that was asked for cannot be kept.
+    """
+    budget = getattr(trainer.args, "token_budget", None)
+    balances_experts = getattr(trainer, "aux_loss_enabled", False)
+    if isinstance(objective, PairNormalized) and own_collator and not balances_experts:
+        budget = 1
+    if budget is None:
+        return None
+    parts = Parts(budget, objective, layout, trainer.accelerator)
+    parts.check(own_collator, balances_experts)
+    return parts
 
 
 @dataclass

@@ -22,7 +22,8 @@ from transformers.integrations import integration_utils
 from transformers.utils import is_liger_kernel_available
 
 from prefopt.data.columns import column_names, kind_of_columns
-from prefopt.losses import ConflictFree, Loss, Need
+from prefopt.losses import Loss, Need
+from prefopt.losses.conflict import OwnGradient
 from prefopt.losses.scores import EMBEDDINGS, REFERENCE_LOGPS
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import extras_for
@@ -383,7 +384,7 @@ def _cache(plan: RunPlan, objective: Loss) -> None:
 def _precision(plan: RunPlan, objective: Loss) -> None:
     if not plan.option("fp16", False):
         return
-    if isinstance(objective, ConflictFree):
+    if isinstance(objective, OwnGradient):
         raise UsageError(f"{objective.name} does not work with fp16, whose loss scale changes between steps: use bf16")
     if any(parameter.requires_grad for parameter in objective.parameters()):
         raise UsageError(f"{objective} has its own parameters, which are not trained in fp16: use bf16")

@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from prefopt.data.prompts import refuse_to_guess
 from prefopt.data.template_defaults import set_template_defaults
-from prefopt.losses import ConflictFree, Loss
+from prefopt.losses import ConflictFree, Loss, LossOutput, PairNormalized, PreferenceBatch
+from prefopt.losses.conflict import OwnGradient
 from prefopt.models import base_sample
 from prefopt.report.card import CardFacts
 from prefopt.safety.errors import UsageError
@@ -25,7 +27,7 @@ from prefopt.scoring.rows import COUNTED, RowBatch
 from prefopt.scoring.scorer import Scored, Scorer
 from prefopt.trainer import adapters, data, evaluation, overrides
 from prefopt.trainer.accumulation import with_mean_sizes
-from prefopt.trainer.budget import Parts
+from prefopt.trainer.budget import Parts, parts_of
 from prefopt.trainer.dropout import without_configured_dropout
 from prefopt.trainer.facts import RunFacts, RunNotes
 from prefopt.trainer.finite import StepGuard
@@ -44,7 +46,7 @@ from prefopt.trainer.scoring import draw_samples, make_scorer
 from prefopt.trainer.search import search
 from prefopt.trainer.setup import Setup, remaker
 from prefopt.trainer.start import StartCheck
-from prefopt.trainer.term_gradients import TermGradients
+from prefopt.trainer.term_gradients import TermGradients, check_engine
 from prefopt.trainer.tokens import lengths_to_sample_by
 from prefopt.trainer.trackers import track
 
@@ -73,7 +75,8 @@ class LossMixin(_Trainer):
 
     A training step, outermost first (`training_step`):
         1. dropout rates in models' configurations are 0, under `disable_dropout`;
-        2. `Parts` splits the batch, under `token_budget`: the following happens to each part;
+        2. `Parts` splits the batch, under `token_budget`, and into single pairs for `pair_normalized`: the following
+           happens to each part;
         3. `TermGradients` runs one backward pass per term, for `conflict_free`; else transformers runs one;
         4. `compute_loss`, with overrides of subclasses, ends in `_compute_loss`: the batch is scored, the first one
            checked, the objective computed and checked to be finite, the metrics gathered.
@@ -137,9 +140,9 @@ class LossMixin(_Trainer):
             objective.to(self.accelerator.device)
             text = self._own_collator is not None
             self._scorer = make_scorer(self, objective, setup.previous_model, text)
-            if (budget := getattr(self.args, "token_budget", None)) is not None:
-                self._parts = Parts(budget, objective, self._scorer.layout, self.accelerator)
-                self._parts.check(text, balances_experts=getattr(self, "aux_loss_enabled", False))
+            if isinstance(objective, OwnGradient):
+                check_engine(self, objective)
+            self._parts = parts_of(self, objective, self._scorer.layout, text)
             if isinstance(objective, ConflictFree):
                 overrides.refuse_dropped_gradient(type(self), LossMixin, objective)
                 self._term_gradients = TermGradients(self, objective, self._run_metrics)
@@ -272,7 +275,7 @@ class LossMixin(_Trainer):
         batch, outputs = scored.batch, scored.outputs
         self._first_batch.check_reference(batch)
         self.objective.train(self.model.training)
-        slot.output = output = self.objective(batch)
+        slot.output = output = self._output(model, batch)
         loss, means = output.loss, self._run_metrics.means(self.model.training)
         if getattr(self, "aux_loss_enabled", False):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
@@ -286,6 +289,12 @@ class LossMixin(_Trainer):
                 self._run_metrics.add_rows(metrics)
         loss = loss * rows.share
         return (loss, outputs) if return_outputs else loss
+
+    def _output(self, model: Any, batch: PreferenceBatch) -> LossOutput:
+        if isinstance(self.objective, PairNormalized) and torch.is_grad_enabled():
+            return self.objective.normalized(batch, model.parameters())
+        assert self.objective is not None
+        return self.objective(batch)
 
     def _score(self, model: Any, rows: RowBatch, all_logits: bool) -> Scored:
         assert self.objective is not None

@@ -1,4 +1,5 @@
-"""Training steps for `conflict_free`: the terms' gradients are combined before each update."""
+"""Training steps for `conflict_free`: the terms' gradients are combined before each update. And where it, and
+`pair_normalized`, can be used."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prefopt.losses.conflict import ConflictFree, coefficients, combined, gram_of
+from prefopt.losses.conflict import ConflictFree, OwnGradient, coefficients, combined, gram_of
 from prefopt.losses.distributed import mean_gradient
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.rows import SHARE
@@ -16,8 +17,8 @@ from prefopt.trainer.metrics import RunMetrics
 from prefopt.trainer.output_slot import SLOT, OutputSlot
 
 
-def check_engine(trainer: Any, objective: ConflictFree) -> None:
-    """Refuse engines in which the gradients of single terms cannot be separated.
+def check_engine(trainer: Any, objective: OwnGradient) -> None:
+    """Refuse engines in which the gradients of single terms, or of single answers, cannot be separated.
 
     Raises:
         ValueError: naming the engine.
@@ -26,7 +27,10 @@ def check_engine(trainer: Any, objective: ConflictFree) -> None:
         (trainer.is_deepspeed_enabled, "DeepSpeed, which adds gradients up during the backward pass"),
         (trainer.is_fsdp_enabled, "FSDP, which shards gradients during the backward pass"),
         (trainer.accelerator.scaler is not None, "fp16, whose loss scale changes between steps: use bf16"),
-        (getattr(trainer, "aux_loss_enabled", False), "the load-balancing loss of experts, which belongs to no term"),
+        (
+            isinstance(objective, ConflictFree) and getattr(trainer, "aux_loss_enabled", False),
+            "the load-balancing loss of experts, which belongs to no term",
+        ),
     ):
         if wrong:
             raise UsageError(f"{objective.name} does not work with {what}")
@@ -45,7 +49,6 @@ class TermGradients:
     """
 
     def __init__(self, trainer: Any, objective: ConflictFree, metrics: RunMetrics):
-        check_engine(trainer, objective)
         self._trainer, self._objective, self._metrics = trainer, objective, metrics
         self._gradients: list[list[Tensor | None]] = []
 

@@ -39,6 +39,7 @@ from prefopt.safety.files import write_whole
 
 WRAPPERS = {
     "conflict_free": "dpo + sft",
+    "pair_normalized": "dpo",
     **dict.fromkeys(("wpo", "length_normalized", "noise_robust", "reweighted"), "dpo"),
 }
 """What they are taken around."""

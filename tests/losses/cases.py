@@ -1095,6 +1095,11 @@ CASES = [
         "conflict_free(cpo(beta=0.1) + simpo(beta=2.5, gamma=1.25), method='pcgrad')",
         lambda r: (softplus(-0.1 * (r.pw - r.pl)) + softplus(1.25 - 2.5 * (r.aw - r.al)),),
     ),
+    Case("pair_normalized(dpo(beta=0.1))", lambda r: (softplus(-0.1 * r.d),), 0.620957),
+    Case(
+        "pair_normalized(simpo(beta=2.5, gamma=1.25) + 0.5*sft(nll='mean'))",
+        lambda r: (softplus(1.25 - 2.5 * (r.aw - r.al)) - 0.5 * r.aw,),
+    ),
     # wrappers
     Case("wpo(dpo(beta=0.1))", lambda r: (aligned(r.w) * aligned(r.l) * softplus(-0.1 * r.d),), held=True),
     Case(

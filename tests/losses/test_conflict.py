@@ -1,9 +1,11 @@
-"""Gradients combined without conflict: hand-worked vectors, the published formulas, losses that really conflict."""
+"""Gradients combined without conflict, and of normalised answers: hand-worked vectors, published formulas, losses that
+really conflict."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -199,3 +201,100 @@ def test_no_term_with_a_gradient_is_an_error_that_names_them():
 def test_it_must_be_the_outermost_loss_around_a_sum(expression, problem):
     with pytest.raises(ValueError, match=problem):
         parse(expression)
+
+
+# ---- answers' gradients, normalised ---------------------------------------------------------------------------------
+
+
+def linear(chosen: list[list[float]], rejected: list[list[float]], weight: list[float] | None = None):
+    """Parameters at 0, and pairs whose log-probabilities have these gradients; DPO's push is beta / 2 on each."""
+    parameters = torch.zeros(len(chosen[0]), dtype=torch.float64, requires_grad=True)
+    count = len(chosen)
+    ones, zeros = torch.ones(count, dtype=torch.long), torch.zeros(count, dtype=torch.float64)
+    columns = {} if weight is None else {"weight": torch.tensor(weight, dtype=torch.float64)}
+    sides = [
+        Scores(torch.tensor(rows, dtype=torch.float64) @ parameters, ones, zeros, columns=columns)
+        for rows in (chosen, rejected)
+    ]
+    return PreferenceBatch(*sides), parameters
+
+
+def normalised_gradient(expression: str, batch: PreferenceBatch, parameters: torch.Tensor) -> torch.Tensor:
+    parameters.grad = None
+    output = parse(f"pair_normalized({expression})").normalized(batch, [parameters])
+    assert float(output.loss.detach()) == float(parse(expression)(batch).loss.detach())
+    output.loss.backward()
+    return parameters.grad
+
+
+def test_each_answers_gradient_has_the_weight_of_its_inverse_norm():
+    # DPO pushes by beta / 2 = 0.1 both ways: -(0.1 (3, 4) / 5 - 0.1 (0, 2) / 2).
+    batch, parameters = linear([[3, 4]], [[0, 2]])
+    expected = torch.tensor([-0.06, 0.02], dtype=torch.float64)
+    torch.testing.assert_close(normalised_gradient("dpo(beta=0.2)", batch, parameters), expected)
+    # A further pair, which counts three times as much: the mean over pairs, each with its own norms.
+    batch, parameters = linear([[3, 4], [0, 5]], [[0, 2], [8, 6]], weight=[1.0, 3.0])
+    further = torch.tensor([3 * 0.08, -3 * 0.04], dtype=torch.float64)
+    torch.testing.assert_close(normalised_gradient("dpo(beta=0.2)", batch, parameters), (expected + further) / 2)
+
+
+@pytest.mark.parametrize("expression", ["dpo(beta=0.2)", "simpo(beta=2.0, gamma=1.0)", "orpo + 0.2*sft", "hinge"])
+def test_gradients_of_length_one_give_the_loss_itself(expression):
+    batch, parameters = linear([[0.6, 0.8], [1, 0]], [[0, -1], [-0.8, 0.6]])
+    sides = (replace(scores, logps=scores.logps - 3.0) for scores in (batch.chosen, batch.rejected))
+    batch = PreferenceBatch(*sides)  # log-probabilities of 0 have no odds
+    (plain,) = torch.autograd.grad(parse(expression)(batch).loss, parameters, retain_graph=True)
+    torch.testing.assert_close(normalised_gradient(expression, batch, parameters), plain)
+
+
+def test_a_step_that_lowered_both_answers_raises_the_chosen_one():
+    """Nearly parallel gradients, the rejected one longer: gradient entanglement, and its remedy."""
+    up, down = [1.0, 0.1], [3.0, 0.0]
+    batch, parameters = linear([up], [down])
+    (plain,) = torch.autograd.grad(parse("dpo")(batch).loss, parameters, retain_graph=True)
+    chosen, rejected = (torch.tensor(side, dtype=torch.float64) for side in (up, down))
+    assert -plain @ chosen < 0
+    assert -plain @ rejected < 0
+    own = normalised_gradient("dpo", batch, parameters)
+    assert -own @ chosen > 0
+    assert -own @ rejected < 0
+
+
+def test_an_answer_without_a_gradient_and_a_pair_past_the_hinge_add_nothing():
+    batch, parameters = linear([[0, 0]], [[0, 2]])
+    expected = torch.tensor([0.0, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(normalised_gradient("dpo(beta=0.2)", batch, parameters), expected)
+    batch, parameters = linear([[3, 4]], [[0, 2]])
+    far = replace(batch, chosen=replace(batch.chosen, logps=batch.chosen.logps + 100))
+    assert normalised_gradient("hinge(beta=1.0)", far, parameters).tolist() == [0.0, 0.0]
+
+
+def test_half_precision_parameters_get_their_own_precision():
+    parameters = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    sides = (Scores((parameters * torch.tensor(g)).sum().float()[None], torch.ones(1), torch.zeros(1)) for g in (2, 3))
+    parse("pair_normalized(dpo)").normalized(PreferenceBatch(*sides), [parameters]).loss.backward()
+    assert parameters.grad.dtype == torch.bfloat16
+
+
+def test_log_probabilities_without_a_gradient_are_refused():
+    batch, parameters = linear([[3, 4]], [[0, 2]])
+    bare = replace(batch, chosen=replace(batch.chosen, logps=batch.chosen.logps.detach()))
+    with pytest.raises(ValueError, match=r"no gradient, so pair_normalized\(.*\) has none to normalise"):
+        parse("pair_normalized(dpo)").normalized(bare, [parameters])
+
+
+@pytest.mark.parametrize(
+    ("inner", "problem"),
+    [
+        ("sft", "must compare the chosen and the rejected answer"),
+        ("kto", "must compare the chosen and the rejected answer"),
+        ("plackett_luce", "must compare the chosen and the rejected answer"),
+        ("humanline(dpo)", "must work on log-probabilities of whole answers.* needs tokens"),
+        ("beta_dpo", "must be a mean over pairs, without state"),
+        ("dpo + sft(nll='token')", "must be a mean over pairs"),
+        ("conflict_free(dpo + sft)", "loss cannot be conflict_free"),
+    ],
+)
+def test_what_cannot_be_normalised_is_refused(inner, problem):
+    with pytest.raises(ValueError, match=problem):
+        parse(f"pair_normalized({inner})")

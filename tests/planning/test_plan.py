@@ -88,6 +88,15 @@ def test_conflict_free_is_planned_with_what_it_keeps_on_the_engine_that_takes_it
     assert float(rows_of(free)[name][column]) == pytest.approx(3 * float(rows_of(plain)[name][column]), abs=0.2)
 
 
+def test_pair_normalized_is_planned_with_two_more_copies_of_the_gradients():
+    words = ("--model", "1B", "--gpus", "2", "--method", "full", "--loss")
+    plain, own = plan(*words, "dpo"), plan(*words, "pair_normalized(dpo)")
+    assert [engine for _, engine in rows_of(own)] == ["DDP"]
+    assert "pair_normalized works only with one process or DDP" in own
+    column, name = list(PARTS).index("gradients"), ("full fine-tuning", "DDP")
+    assert float(rows_of(own)[name][column]) == pytest.approx(3 * float(rows_of(plain)[name][column]), abs=0.2)
+
+
 def test_it_says_where_dropping_the_reference_would_save_an_engine():
     shown = plan("--model", "1B", "--gpus", "2", "--memory", "32", "--method", "full")
     assert "DDP would fit with --precompute_ref_log_probs" in shown

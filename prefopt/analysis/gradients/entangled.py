@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.analysis.gradients.push import pushes, refuse_unpushable
-from prefopt.losses import Loss, parse
+from prefopt.losses import Loss, PairNormalized, parse
 from prefopt.losses.scores import Role
 from prefopt.safety.errors import UsageError
 from prefopt.scoring import Layout, RowBatch, Scorer
@@ -45,8 +45,8 @@ class Entanglement:
 
     Attributes:
         loss: the expression.
-        d_w: the loss's push on the chosen log-probability, above 0 for up.
-        d_l: its push on the rejected one, above 0 for down.
+        d_w: the loss's push on the chosen log-probability, above 0 for up; divided by |g_w| for `pair_normalized`.
+        d_l: its push on the rejected one, above 0 for down; divided by |g_l| for `pair_normalized`.
         chosen_norm: |g_w|.
         rejected_norm: |g_l|.
         inner: <g_w, g_l>.
@@ -174,6 +174,8 @@ def entanglement(
     w_norm, l_norm, inner, w_logps, l_logps = (
         torch.tensor(values, dtype=torch.float64) for values in zip(*products, strict=True)
     )
+    if isinstance(objective, PairNormalized):
+        d_w, d_l = (torch.where(norm > 0, d / norm, 0.0) for d, norm in ((d_w, w_norm), (d_l, l_norm)))
     return Entanglement(str(objective), d_w, d_l, w_norm, l_norm, inner, w_logps, l_logps)
 
 

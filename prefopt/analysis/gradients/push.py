@@ -57,7 +57,7 @@ def pushes(loss: Loss, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
 
     Returns:
         d_w and d_l, (N,) float64 each; 0 for a role that the loss does not read. Of a loss that weights the tokens of
-        an answer, the mean of their derivatives.
+        an answer, the mean of their derivatives. Of `pair_normalized`, before they are divided by gradients' norms.
 
     Raises:
         UsageError: of `refuse_unpushable`.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prefopt.analysis.health.finding import Finding
 from prefopt.analysis.health.history import FIRST, MEASURED, History, Series, mean
-from prefopt.analysis.health.remedies import either, learning_rate, likelihood_term
+from prefopt.analysis.health.remedies import either, learning_rate, likelihood_term, normalized
 
 RECENT = 3
 """Log lines behind a statement about now: one batch of unusual pairs cannot make it alone."""
@@ -151,7 +151,7 @@ def entangled(history: History) -> Finding | None:
         "inner product exceeds the square of the chosen answer's"
     )
     remedy = either(
-        likelihood_term(history), 'a loss that pushes the rejected answer less, such as --loss "dpo_shift(beta=0.1)"',
-        "pairs that share less text",
+        likelihood_term(history), normalized(history), "pairs that share less text",
+        'a loss that pushes the rejected answer less, such as --loss "dpo_shift(beta=0.1)"',
     )  # fmt: skip
     return Finding("entangled", "note", history.step, text, remedy)

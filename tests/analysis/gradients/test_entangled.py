@@ -27,7 +27,7 @@ PAIRS = [
 ]
 LOSSES = [
     "dpo(beta=0.1)", "simpo(beta=2.0, gamma=1.0)", "ipo(beta=0.1)", "orpo", "dpop(beta=0.1)", "kto(beta=0.1)",
-    "dpo(beta=0.1) + 0.2*sft", "npo(beta=0.1)", "sft(nll='token')", "sppo(beta=0.1)",
+    "dpo(beta=0.1) + 0.2*sft", "npo(beta=0.1)", "sft(nll='token')", "sppo(beta=0.1)", "pair_normalized(dpo(beta=0.1))",
 ]  # fmt: skip
 
 

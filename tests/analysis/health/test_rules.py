@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 
 from prefopt.analysis import Settings, examine
 from prefopt.analysis.health.finding import LEVELS
 from prefopt.analysis.health.watch import RULES, report
+from prefopt.losses import parse
 from tests.analysis.health.logs import bundled, synthetic, too_hard, with_evaluations, with_measurements
 
 SETTINGS = Settings(learning_rate=1e-4, max_steps=60, max_grad_norm=1.0, fp16=False, loss="dpo(beta=0.1)")
@@ -58,7 +61,7 @@ FAILING = {
     "entangled": (
         with_measurements(synthetic(), chosen_rises=0.125, rejected_falls=1.0, cosine=0.8, inner_below_chosen=0.1),
         "lowers the chosen answer too in 88% of them. The gradients of the two answers have a mean cosine of 0.80",
-        '--loss "dpo(beta=0.1) + 0.2*sft"',
+        '--loss "dpo(beta=0.1) + 0.2*sft"; or --loss "pair_normalized(dpo(beta=0.1))"',
     ),
     "saturated": (
         synthetic(loss=lambda done: 0.693 * math.exp(-12 * done), rewards__accuracies=lambda done: 1.0),
@@ -66,6 +69,24 @@ FAILING = {
     ),
     "always_clipped": (synthetic(grad_norm=lambda done: 50 - done), "clipped to 1 from 49.5", "--max_grad_norm 50"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("loss", "remedies"),
+    [
+        ("ipo", ["ipo + 0.2*sft", "pair_normalized(ipo)"]),
+        ("dpo + sft", ["pair_normalized(dpo + sft)"]),
+        ("kto", ["kto + 0.2*sft"]),
+        ("pair_normalized(dpo)", []),
+        ("conflict_free(dpo + ipo)", []),
+        ("mine(beta=1)", ["mine(beta=1) + 0.2*sft"]),  # a loss from a file
+    ],
+)
+def test_remedies_of_entanglement_are_losses_that_can_be_copied(loss, remedies):
+    (finding,) = examine(FAILING["entangled"][0], replace(SETTINGS, loss=loss))
+    *found, _ = re.findall(r'--loss "([^"]*)"', finding.remedy)
+    assert found == remedies
+    assert all(str(parse(text)) for text in found if "mine" not in text)
 
 
 def test_there_is_a_failing_run_for_every_rule():

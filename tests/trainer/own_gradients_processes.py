@@ -19,7 +19,7 @@ LOSSES = {
     "config": "conflict_free(dpo(beta=0.5) + 0.3*sft(nll='mean'))",
     "pcgrad": "conflict_free(dpo(beta=0.5) + 0.3*sft(nll='mean'), method='pcgrad')",
     "batchwise": "conflict_free(dpo(beta=0.5) + sft(nll='token'))",
-    "normalised": "pair_normalized(dpo(beta=5.0))",
+    "normalised": "pair_normalized(20*dpo(beta=0.5))",
     "normalised, little left": "pair_normalized(hinge(beta=2000.0))",  # most pairs are past it after a step
     "learned": Tempered,
     "learned, conflict free": lambda: ConflictFree(Tempered() + SFT()),

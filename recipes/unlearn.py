@@ -1,6 +1,6 @@
 """Make a model forget: learn, forget, measure. Copy this file and change it: every step is here.
 
-    accelerate launch recipes/unlearn.py --demo             # fictitious authors, about ten minutes on two CPU cores
+    accelerate launch recipes/unlearn.py --demo             # fictitious authors, about eight minutes on two CPU cores
     accelerate launch recipes/unlearn.py --demo --loss "ga + sft"
     accelerate launch recipes/unlearn.py --model_name_or_path MODEL_THAT_KNOWS --gold_model_name_or_path GOLD \\
         --forget_set locuslab/TOFU:forget10 --retain_set locuslab/TOFU:retain90 \\

@@ -44,6 +44,7 @@ class RoundsArguments(RecipeArguments):
         "eval_strategy": "each round ends with an evaluation on --heldout_prompts",
         "load_best_model_at_end": "each round ends with its last step; --best_round_by names the best round",
     }
+    replaced_by: ClassVar[Mapping[str, str]] = {"loss": "round_losses"}
 
     task: str = field(
         default="arithmetic",

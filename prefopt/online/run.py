@@ -61,6 +61,10 @@ def check_rounds(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
     script, loss = options_of(recipe), recipe.training.loss
     if loss is None:
         raise UsageError("rounds need a loss expression, such as --loss irpo")
+    for name in ("temperature", "round_losses"):
+        if (given := len(getattr(script, name) or ())) > script.rounds:
+            last = f"The last {given - script.rounds} of --{name} wait for more --rounds"
+            recipe.console.print(f"{last}: {given} are given, one a round, and --rounds is {script.rounds}.")
     check_generator(recipe, ready, heldout=bool(prompts.heldout))
     pairing = pairing_of(script, None, recipe.training.seed)
     builder = pairing.builder

@@ -315,18 +315,45 @@ def test_the_optimizer_may_keep_its_state(tmp_path):
     assert not same_weights(weights(tmp_path / "new", 2), weights(tmp_path / "keep", 2))
 
 
+def without_loss(words: list[str]) -> list[str]:
+    place = words.index("--loss")
+    return words[:place] + words[place + 2 :]
+
+
 def test_losses_temperatures_and_prompts_by_round(tmp_path):
     summaries = main(
-        argv=words(
+        argv=without_loss(words(
             tmp_path, round_losses="dpo(beta=0.2)|ipo", temperature="0.5|1.5", round_prompts="disjoint",
             prompts_per_round=3,
-        )
+        ))
     )  # fmt: skip
     assert [summary["policy"]["loss"] for summary in summaries[1:]] == ["dpo(beta=0.2)", "ipo"]
     rows = [list(read_jsonl(tmp_path / "out" / f"round-{n}" / "samples.jsonl")) for n in (1, 2)]
     assert [{row["sampling"]["temperature"] for row in part} for part in rows] == [{0.5}, {1.5}]
     names = [{row["prompt_id"] for row in part} for part in rows]
     assert (len(names[0]), len(names[1]), names[0] & names[1]) == (3, 3, set())
+
+
+def test_a_loss_beside_one_a_round_is_refused_unless_it_is_the_config_s(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="--loss would have no effect beside --round_losses"):
+        main(argv=words(tmp_path, "--dry_run", round_losses="ipo"))
+    config = tmp_path / "rounds.yaml"
+    config.write_text("loss: dpo\n")
+    line = ["--dry_run", "--config", str(config)]
+    main(argv=without_loss(words(tmp_path, *line, round_losses="ipo|hinge|simpo|sft")))
+    shown = capsys.readouterr().out
+    assert "loss hinge" in shown
+    assert "loss dpo" not in shown
+    config.write_text("loss: dpo\nround_losses: [ipo]\n")
+    with pytest.raises(SystemExit, match="--loss would have no effect beside --round_losses"):
+        main(argv=without_loss(words(tmp_path, *line)))
+
+
+def test_numbers_for_more_rounds_than_there_are_wait_for_them(tmp_path, capsys):
+    main(argv=words(tmp_path, "--dry_run", temperature="0.5|1|1.5"))
+    assert "The last 1 of --temperature wait for more --rounds: 3 are given, one a round, and --rounds is 2." in (
+        " ".join(capsys.readouterr().out.split())
+    )
 
 
 def test_supervised_rows_of_the_best_samples(tmp_path):

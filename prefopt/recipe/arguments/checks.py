@@ -97,6 +97,11 @@ def refuse_unusable(recipe: Recipe, words: set[str], named: set[str]) -> None:
     for name, remedy in recipe.script.no_effect.items():
         if name in named:
             raise SystemExit(f"--{name} has no effect here: {remedy}")
+    for name, other in recipe.script.replaced_by.items():
+        # A config's option may be replaced on the command line.
+        again = name in words or (name in named and other not in words)
+        if again and getattr(recipe.script, other):
+            raise SystemExit(f"--{name} would have no effect beside --{other}, which replaces it: leave one out")
     _refuse_out_of_range(recipe.training, recipe.model)
     _refuse_what_is_ignored(recipe, words)
     _refuse_without_effect(named, recipe.script, recipe.training, recipe.model)

@@ -30,12 +30,14 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
         data_options: the options that name the data; the bundled data are used if the first is not set.
         bundled_words: what the bundled data are called.
         no_effect: options of this class that a derived recipe does not use, and what to do instead.
+        replaced_by: options that do nothing once another is set, and the other.
     """
 
     demo_config: ClassVar[Path] = Path(__file__).parents[2] / "demo" / "config.yaml"
     data_options: ClassVar[tuple[str, ...]] = ("dataset_name",)
     bundled_words: ClassVar[str] = "the bundled pairs"
     no_effect: ClassVar[Mapping[str, str]] = {}
+    replaced_by: ClassVar[Mapping[str, str]] = {}
 
     demo: bool = field(
         default=False,

@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin, ge
 
 from prefopt.losses.base import Loss, WeightedSum
 from prefopt.losses.errors import LossError
-from prefopt.losses.registry import arguments_of, available, describe_arguments, makers
+from prefopt.losses.registry import arguments_of, describe_arguments, makers
 
 MAX_LENGTH = 2000
 """Longest accepted expression, in characters; real ones have a tenth of that."""
@@ -27,6 +27,8 @@ MAX_NUMBER = 10**300
 """Largest whole number in an expression, well within what a float can hold."""
 
 
+LIST = "`prefopt losses` lists all"
+"""Where a person finds the names, which are too many for a message."""
 OWN = "One of your own must be imported first; commands take --loss_file FILE.py"
 
 
@@ -68,7 +70,7 @@ def parse(text: str) -> Loss:
     # YAML block scalars put line breaks into an expression; columns stay right because lengths do not change.
     text = text.replace("\r", " ").replace("\n", " ").replace("\t", " ")
     if not text.strip():
-        raise LossSyntaxError(f"the expression is empty; registered losses: {', '.join(available())}", text, 1)
+        raise LossSyntaxError(f"the expression is empty: write one, as in dpo(beta=0.1). {LIST}", text, 1)
     if not text.isprintable():
         column = next(i for i, character in enumerate(text, start=1) if not character.isprintable())
         raise LossSyntaxError(
@@ -196,10 +198,9 @@ class _Reader:
     def build(self, node: ast.expr, name: ast.Name, args: list[ast.expr], keywords: list[ast.keyword]) -> Loss:
         losses = makers()
         if name.id not in losses:
-            near = difflib.get_close_matches(name.id.lower(), losses, n=2, cutoff=0.6)
+            near = difflib.get_close_matches(name.id.lower(), losses, n=3, cutoff=0.6)
             hint = f", did you mean {' or '.join(map(repr, near))}?" if near else "."
-            listed = f"{hint} Registered losses: {', '.join(losses)}. {OWN}"
-            self.fail(name, f"no loss is named {_short(name.id)}{listed}", kind=UnknownLossError)
+            self.fail(name, f"no loss is named {_short(name.id)}{hint} {LIST}. {OWN}", kind=UnknownLossError)
         loss: Loss = self.call(node, name.id, losses[name.id], args, keywords)
         return loss
 

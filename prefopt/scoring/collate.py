@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from prefopt.losses import Loss, Need
 from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS, Role
 from prefopt.safety.errors import UsageError
-from prefopt.scoring.rows import COLUMN_PREFIX, RowBatch
+from prefopt.scoring.rows import COLUMN_PREFIX, OWN_COLLATOR, RowBatch
 
 _Row = tuple[Role, int, list[int], list[int]]
 """Role, example, prompt and completion."""
@@ -212,16 +212,31 @@ def _is_desirable(label: Any) -> bool:
 
 @dataclass
 class WithColumns:
-    """Adds the numeric columns to what another collator makes (a vision-language one, or the user's own)."""
+    """Adds the numeric columns to what another collator makes (a vision-language one, or the user's own).
+
+    Attributes:
+        given: whether it is the user's, who is told what is wrong with it.
+    """
 
     inner: Any
     columns: tuple[str, ...] = ()
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    given: bool = False
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
         # First, because some collators rewrite the examples they are given.
         added = collate_columns(examples, self.columns, self.limits)
-        batch = self.inner(examples)
+        columns = ", ".join(examples[0])
+        try:
+            batch = self.inner(examples)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if not self.given:
+                raise
+            name = getattr(self.inner, "__name__", type(self.inner).__name__)
+            raise UsageError(
+                f"the data_collator {name} makes no batch of rows with the columns {columns} ({type(error).__name__}: "
+                f"{error}): {OWN_COLLATOR}"
+            ) from error
         batch.update({COLUMN_PREFIX + name: column for name, column in added.items()})
         return batch
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS, Role
+from prefopt.safety.errors import UsageError
 from prefopt.scoring.tree import Tree, plant
 
 ROLES = tuple(role.field for role in Role)
@@ -32,6 +33,8 @@ CANDIDATE_SCORES = "candidate_scores"
 """(R,) scores from the data, where rows are candidates."""
 SHARE, TOKENS_AT_ONCE = "share_of_batch", "tokens_at_once"
 """How parts of a batch are marked, as in `RowBatch`."""
+OWN_COLLATOR = "leave data_collator out, or derive yours from trl.trainer.dpo_trainer.DataCollatorForPreference"
+"""What to do where a collator of the user's makes other batches."""
 _KEYS = {
     "ids": "input_ids",
     "attention": "attention_mask",
@@ -146,7 +149,16 @@ class RowBatch(RowGroups):
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> RowBatch:
-        """The rows of a mapping, from whichever collator; others than ours put chosen rows first, rejected after."""
+        """The rows of a mapping, from whichever collator; others than ours put chosen rows first, rejected after.
+
+        Raises:
+            UsageError: if the mapping is no batch of pairs, as those of other collators may be.
+        """
+        if missing := [key for key in ("input_ids", "attention_mask", "completion_mask") if key not in inputs]:
+            raise UsageError(
+                f"the data_collator's batch has no {' and no '.join(missing)}, but {', '.join(map(str, inputs))}: "
+                f"{OWN_COLLATOR}"
+            )
         values = {name: inputs[key] for name, key in _KEYS.items() if key in inputs}
         if "roles" in values:
             values["paired"] = bool(values["paired"])

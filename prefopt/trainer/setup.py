@@ -170,8 +170,11 @@ class Setup:
             self.collator.vocabulary = check_vocabularies(trainer, self.objective, self.previous_model)
             check_positions(trainer)
             trainer.data_collator = self.collator
-        elif self.objective.columns or "weight" in self.sample:
-            trainer.data_collator = WithColumns(trainer.data_collator, self.objective.columns, self.objective.limits)
+            return
+        given = self.bound.get("data_collator") is not None
+        if given or self.objective.columns or "weight" in self.sample:
+            columns, limits = self.objective.columns, self.objective.limits
+            trainer.data_collator = WithColumns(trainer.data_collator, columns, limits, given)
 
 
 def _bind(init: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[dict[str, Any], bool]:

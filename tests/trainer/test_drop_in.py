@@ -13,10 +13,12 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, DataCollatorWithPadding, TrainerCallback, default_data_collator
 from trl import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt import PreferenceConfig, PreferenceTrainer
+from prefopt.safety.errors import UsageError
 from tests.tiny import CHATML, make_model, make_tokenizer, make_vlm
 from tests.trainer.runs import save_model, settings
 
@@ -416,6 +418,35 @@ def test_compute_metrics_sees_logits_and_tokens(tmp_path: Path, saved: str) -> N
         expected = trainer.model.eval()(input_ids=ids, attention_mask=(ids != trainer.processing_class.pad_token_id))
     real = (ids != trainer.processing_class.pad_token_id).numpy()
     assert prediction.predictions[real] == pytest.approx(expected.logits.numpy()[real], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("collator", "message"),
+    [
+        (
+            default_data_collator,
+            "data_collator default_data_collator makes no batch of rows with the columns prompt_ids",
+        ),
+        (DataCollatorWithPadding(make_tokenizer()), "data_collator DataCollatorWithPadding makes no batch of rows"),
+        (
+            lambda rows: {"input_ids": torch.zeros(2, 3)},
+            "batch has no attention_mask and no completion_mask, but input_ids",
+        ),
+        (lambda rows: {"prompt_ids": torch.zeros(2, 3)}, "batch has no input_ids and no attention_mask"),
+    ],
+)
+def test_a_collator_for_other_data_is_explained(tmp_path: Path, saved: str, collator: Any, message: str) -> None:
+    trainer = build(tmp_path, saved, arguments={"data_collator": collator})
+    with pytest.raises(UsageError, match=message):
+        trainer.train()
+
+
+def test_trls_own_collator_gives_the_same_losses(tmp_path: Path, saved: str) -> None:
+    ours = build(tmp_path / "ours", saved)
+    theirs = build(tmp_path / "theirs", saved, arguments={"data_collator": DataCollatorForPreference(pad_token_id=0)})
+    train(ours)
+    train(theirs)
+    assert losses(theirs) == pytest.approx(losses(ours), abs=1e-5)
 
 
 def test_callbacks_see_every_log(tmp_path: Path, saved: str) -> None:

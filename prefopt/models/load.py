@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from prefopt.data.template_defaults import set_template_defaults
 from prefopt.data.templates import check_template
+from prefopt.models.causal import why_not_causal
 from prefopt.safety.errors import PrefoptError, UsageError, retold
 from prefopt.safety.files import is_file
 from prefopt.safety.folders import check_one_model
@@ -84,10 +85,16 @@ class Limits:
 
 
 def limits_of(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Limits:
-    """The limits of a model or of an adapter's model, from its configuration alone."""
+    """The limits of a model or of an adapter's model, from its configuration alone.
+
+    Raises:
+        ModelError: if it cannot be read, or is that of another kind of model.
+    """
     base = adapter_base(name) or name
     with retold(ModelError, f"no configuration can be loaded from {base!r}", (Exception,)):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
+    if reason := why_not_causal(config):
+        raise ModelError(f"the model {base} {reason}")
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     positions = None if rotary or getattr(config, "auto_map", None) else _learned_positions(config)
@@ -127,12 +134,19 @@ def load_model(name: str, options: dict[str, Any], trainable: bool = False) -> A
 
     Raises:
         ValueError: for pickled or damaged weights.
-        ModelError: if there is no such model, or transformers or PEFT cannot read it.
+        ModelError: if there is no such model, it is no causal one, or transformers or PEFT cannot read it.
     """
     check_weights(name)
     base = adapter_base(name)
     safe = {"trust_remote_code": False, **options, "use_safetensors": True}
+    from_hub = {option: safe[option] for option in ("revision", "trust_remote_code") if option in safe}
     with retold(ModelError, f"no model can be loaded from {name!r}"):
+        config = AutoConfig.from_pretrained(base or name, **from_hub)
+        reason = why_not_causal(config)
+        if not reason and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+            reason = f"is of type {config.model_type!r}, of which transformers has no causal language model"
+        if reason:
+            raise UsageError(f"it {reason}")
         loaded = AutoModelForCausalLM.from_pretrained(base or name, **safe)
         return loaded if base is None else PeftModel.from_pretrained(loaded, name, is_trainable=trainable)
 

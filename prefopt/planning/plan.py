@@ -20,6 +20,7 @@ from transformers import AutoConfig, HfArgumentParser, LlamaConfig
 
 from prefopt.losses import Loss, parse, register_file
 from prefopt.losses.conflict import OwnGradient
+from prefopt.models.causal import why_not_causal
 from prefopt.models.load import ModelError, adapter_base
 from prefopt.planning.activations import Rows, causal_model, made_up_rows
 from prefopt.planning.engines import ENGINES
@@ -180,13 +181,16 @@ def model_config(model: str) -> tuple[str, Any, bool]:
         )  # fmt: skip
         return name, config, True
     try:
-        return model, AutoConfig.from_pretrained(adapter_base(model) or model), False
+        config = AutoConfig.from_pretrained(adapter_base(model) or model)
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"--model {model}: {first} Name a folder or a model of the Hub, or a size with built-in shapes: "
             f"{', '.join(FAMILIES)}"
         ) from error
+    if reason := why_not_causal(config):
+        raise ModelError(f"--model {model} {reason}")
+    return model, config, False
 
 
 def ways_of(job: Job, loss: Loss, network: Any, config: Any, rows: Rows) -> list[Way]:

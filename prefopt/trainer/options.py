@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 
 from prefopt.losses import Loss
+from prefopt.models.causal import why_not_causal
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.model import unwrapped
 
@@ -112,12 +113,6 @@ def refuse_sampling(args: Any, data: Any, columns: Collection[str]) -> None:
         )
 
 
-_NOT_CAUSAL = (
-    "ForMaskedLM", "ForMultipleChoice", "ForPreTraining", "ForQuestionAnswering", "ForSequenceClassification",
-    "ForTokenClassification",
-)  # fmt: skip
-
-
 def refuse_images(model: Any, args: Any, processor: Any, columns: Collection[str]) -> None:
     """Refuse images for a model that reads text alone.
 
@@ -157,28 +152,8 @@ def refuse_model(model: Any, args: Any, role: str) -> None:
         raise UsageError(
             f"{role} is a {architecture}, not a transformers model: pass a model, or the name or folder of one"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UsageError(
-            f"{role}={named} is an encoder-decoder ({architecture or config.model_type}), which reads prompt and "
-            "completion separately; every objective here scores them as one row. Use a decoder-only (causal) "
-            "language model"
-        )
-    if architecture.endswith(_NOT_CAUSAL):
-        raise UsageError(
-            f"{role}={named} is a {architecture}, which does not predict the next token. Use a causal language model "
-            "(an architecture that ends in ForCausalLM)"
-        )
-    if architecture in _names(MODEL_MAPPING, config) - _names(MODEL_FOR_CAUSAL_LM_MAPPING, config):
-        raise UsageError(
-            f"{role}={named} is a {architecture}, which has no language-model head. Load it with "
-            "AutoModelForCausalLM, from weights that were saved with their head"
-        )
-
-
-def _names(mapping: Any, config: Any) -> set[str]:
-    """The names of transformers' classes for a configuration."""
-    classes = mapping.get(type(config), ())
-    return {one.__name__ for one in (classes if isinstance(classes, tuple) else (classes,))}
+    if reason := why_not_causal(config, architecture):
+        raise UsageError(f"{role}={named} {reason}")
 
 
 def refuse_nameless(model: Any, objective: Loss) -> None:

@@ -48,7 +48,8 @@ def kl_of_samples(
     seeds = [seed * 1_000_003 + number for number in range(len(prompts))]
     drawn = draw_each(model, tokenizer, prompts, settings, seeds)
     pad = pad_token(tokenizer, end_tokens(model, tokenizer))
-    collate, layout = PreferenceCollator(pad), Layout("padded")
+    # One process may call this alone, so the layout is tried out without the others.
+    collate, layout = PreferenceCollator(pad), Layout("padded", gather=lambda value: [value])
     scorer = Scorer(parse("kl_online"), model, reference, layout=layout)
     values: list[float] = []
     with undisturbed(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prefopt.data.encodings import text_tokenizer
 from prefopt.demo.data import heldout_prompts
 from prefopt.evaluation.kl import has_reference, kl_of_samples
 from prefopt.generation.answers import Answer, Prompt, continued
+from prefopt.generation.processes import on_main
 from prefopt.recipe.arguments import Recipe
 from prefopt.recipe.pages import save_answers
 from prefopt.report.folder import ANSWERS
@@ -69,19 +71,21 @@ class EvalAnswers(TrainerCallback):  # type: ignore[misc]
         self._answers = _stored(Path(recipe.training.output_dir) / ANSWERS) if resumed else {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        trainer = self._trainer
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        answers = continued(model, trainer.processing_class, self._ids, TOKENS)
-        self._answers[state.global_step] = [answer.stripped() for answer in answers]
-        save_answers(self._recipe, self._prompts, self._answers)
-        if has_reference(model, self._reference):
-            self.kl = self._kl(model)
+        self.kl = on_main(partial(self._answer, state.global_step))
+        if self.kl:  # on every process, as all decide whether this model is the best so far
             mean = {KL: sum(self.kl) / len(self.kl)}
             metrics |= mean
             # Not trainer.log, which would end the running means of the next log line.
-            Trainer.log(trainer, mean)
+            Trainer.log(self._trainer, mean)
+
+    def _answer(self, step: int) -> list[float]:
+        """Store the answers of a step; returns the KL of each prompt, of none where there is no reference."""
+        trainer = self._trainer
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        answers = continued(model, trainer.processing_class, self._ids, TOKENS)
+        self._answers[step] = [answer.stripped() for answer in answers]
+        save_answers(self._recipe, self._prompts, self._answers)
+        return self._kl(model) if has_reference(model, self._reference) else []
 
     def _kl(self, model: Any) -> list[float]:
         reference = None if self._reference is None else self._trainer.accelerator.unwrap_model(self._reference)

@@ -86,6 +86,26 @@ def test_the_same_recipe_ends_at_the_same_numbers(alone, engine):
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-4)
 
 
+def test_kl_on_answers_is_known_to_both_processes_and_can_choose_the_best_model(alone):
+    folder, _ = alone
+    more = "--eval_answers 3 --eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1"
+    more += " --load_best_model_at_end true --metric_for_best_model kl --greater_is_better false"
+    words = {
+        name: [*arguments(folder, f"kl-{name}", 4 if name == "one" else 2), *more.split()] for name in ("one", "two")
+    }
+    main("dpo(beta=0.1)", words["one"])
+    ended = launched(folder, "ddp", words["two"])
+    assert ended.status == 0, ended.stderr[-3000:]
+    states = [
+        json.loads((folder / f"kl-{name}" / "checkpoint-3" / "trainer_state.json").read_text()) for name in words
+    ]
+    found = [[line["eval_kl"] for line in state["log_history"] if "eval_kl" in line] for state in states]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    for state, kl in zip(states, found, strict=True):
+        assert (len(kl), state["best_metric"]) == (3, min(kl))
+        assert state["best_global_step"] == kl.index(min(kl)) + 1
+
+
 def test_a_cpu_run_says_that_fsdp_is_left_out(alone, capsys, monkeypatch):
     folder, _ = alone
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from prefopt.losses import Loss
 
 from prefopt.cli.app import app, console, fail, say
 from prefopt.cli.displacement import check_options, show_displacement
@@ -64,14 +67,18 @@ def check(
     data, words = _words(data, columns, context.args)
     if retain is not None:
         return _check_unlearning({"forget": data, "retain": retain}, config, split)
-    roles = ("chosen", "rejected") if loss is None else _roles(loss)
+    objective = None if loss is None else _objective(loss)
+    roles = ("chosen", "rejected") if objective is None else objective.roles
+    used = () if objective is None else objective.columns
     try:
-        dataset = _read(data, split, words, config=config, layout=layout, unlabelled=roles == ("chosen",), say=say)
+        dataset = _read(
+            data, split, words, config=config, layout=layout, unlabelled=roles == ("chosen",), used=used, say=say
+        )
     except PrefoptError:
         if not (_is_for_unlearning(data, config, split) or (loss is None and _holds_questions(data, config, split))):
             raise
         return _check_unlearning({"forget or retain": data}, config, split)
-    for line in described(dataset):
+    for line in described(dataset, used):
         say(line)
     tokenizer = None
     if model is not None:
@@ -86,6 +93,10 @@ def check(
         say(note)
     what = {"pair": "pairs", "unpaired": "labelled completions", "group": "groups"}[kind(dataset)]
     say(f"{report.total} {what}, {len(report.bad_rows)} that cannot be trained on.")
+    if objective is not None:
+        from prefopt.trainer.checks import check_data
+
+        check_data(objective, dataset)
     if displacement:
         if what != "pairs":
             fail(f"--displacement compares the two completions of a pair, and these are {what}")
@@ -153,11 +164,10 @@ def _check_unlearning(names: dict[str, str], config: str | None, split: str) -> 
         raise typer.Exit(1)
 
 
-def _roles(loss: str) -> tuple[str, ...]:
-    """What a loss is about: chosen or rejected completions, or both."""
+def _objective(loss: str) -> Loss:
     from prefopt.losses import parse
 
-    return parse(loss).roles
+    return parse(loss)
 
 
 def _json_object(text: str | None) -> dict[str, Any] | None:
@@ -240,9 +250,10 @@ def _read(
     config: str | None = None,
     layout: str | None = None,
     unlabelled: bool = False,
+    used: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Any:
-    """The normalised rows of a data set, or of a mixture; `columns` are the words of --columns.
+    """The normalised rows of a data set, or of a mixture; `columns` are the words of --columns, `used` a loss's own.
 
     Each row comes once; with `weighted`, a mixture's weights are applied.
     """
@@ -255,7 +266,14 @@ def _read(
     sources = dict(parse_sources(data))
     loaded = {
         name: read_preferences(
-            name, config=config, split=split, columns=mapping, format=layout, unlabelled=unlabelled, say=say
+            name,
+            config=config,
+            split=split,
+            columns=mapping,
+            format=layout,
+            used=used,
+            unlabelled=unlabelled,
+            say=say,
         )
         for name in sources
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -25,15 +25,15 @@ _EXCERPT = 64
 """Characters, so that a line fits into 80 columns."""
 
 
-def described(dataset: Dataset | IterableDataset) -> Iterator[str]:
-    """Lines about a normalised dataset: its columns, the other columns, its first row."""
+def described(dataset: Dataset | IterableDataset, used: Collection[str] = ()) -> Iterator[str]:
+    """Lines about a normalised dataset: its columns (`used` are a loss's own), the other columns, its first row."""
     names = column_names(dataset)
     sides = {"pair": PAIR_COLUMNS, "unpaired": UNPAIRED_COLUMNS, "group": (*GROUP_COLUMNS, *({SCORES} & {*names}))}[
         kind(dataset)
     ]
     row = next(iter(first_rows(dataset, 1)), {})
     form = "conversations" if isinstance(row.get("prompt"), list) else "plain text"
-    others = [name for name in names if name not in (*sides, *_READ) and not name.endswith("_ids")]
+    others = [name for name in names if name not in (*sides, *_READ, *used) and not name.endswith("_ids")]
     read = ", ".join(name for name in names if name not in others)
     yield f"Read as {form}: {read}." + (f" Not read: {', '.join(others[:20])}." if others else "")
     shown, texts = spread(row, sides[1:2])

@@ -95,6 +95,19 @@ def check_run(plan: RunPlan) -> None:
             look(plan, plan.objective)
 
 
+def check_data(objective: Loss, rows: Any) -> None:
+    """Refuse rows that an objective cannot be trained on: of another kind, or without the columns that it needs.
+
+    Embeddings may be missing, as they are computed when training starts.
+
+    Raises:
+        UsageError: naming the column, and what to do.
+    """
+    plan = RunPlan(objective, None, rows, more_columns=EMBEDDINGS)
+    _pairs(plan, objective)
+    _needed_columns(plan, objective)
+
+
 def _names(data: Any) -> list[str]:
     if not isinstance(data, (Dataset, IterableDataset)) or (isinstance(data, Dataset) and len(data) == 0):
         return []

@@ -247,6 +247,29 @@ class TestCommand:
         assert "must be a JSON object" in self.run(*words, "--chat-template-kwargs", "answers")[1]
         assert "name it with --model" in self.run(*words[:2], "--chat-template", str(template))[1]
 
+    @pytest.mark.parametrize(
+        ("loss", "row", "message"),
+        [
+            ("dpo", {"completion": " a", "label": True}, "compares two completions of one prompt"),
+            ("dpo", {"completions": [" a", " b"], "scores": [1.0, 0.0]}, "compares no groups"),
+            ("lipo_lambda", {"chosen": " a", "rejected": " b"}, "compares the completions of a group"),
+            ("lipo_lambda", {"completions": [" a", " b"]}, "reads scores"),
+            ("margin_dpo", {"chosen": " a", "rejected": " b"}, "needs a numeric column 'margin'"),
+            ("margin_dpo", {"chosen": " a", "rejected": " b", "margin": None}, "found None in row 1"),
+            ("kto", {"chosen": " a", "rejected": " b"}, ""),
+            ("hmk(embeddings='given')", {"chosen": " a", "rejected": " b"}, ""),
+        ],
+    )
+    def test_check_says_what_the_loss_would_refuse(self, tmp_path, loss, row, message):
+        path = tmp_path / "rows.jsonl"
+        first = {**row, "margin": 1.0} if "margin" in row else row
+        path.write_text("".join(json.dumps({"prompt": f"p{n}", **one}) + "\n" for n, one in enumerate((first, row))))
+        code, shown = self.run("check", str(path), "--loss", loss)
+        assert code == (1 if message else 0)
+        assert message in shown
+        assert "not used" not in shown
+        assert "Not read" not in shown
+
     def test_check_names_a_missing_file(self, tmp_path):
         code, shown = self.run("check", str(tmp_path / "nothing.jsonl"))
         assert code == 1

@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FORMS = ("talks", "texts")
 CONTESTANTS = ("prefopt", "trl")
 POLL_S = 0.1
-MAX_LENGTH = 4096
-"""Tokens; no pair is longer."""
+MAX_LENGTH = 32768
+"""Tokens; no pair of a million is longer."""
 POOL_WORDS = 1 << 20
 """Words of the random text that the texts are windows of."""
 

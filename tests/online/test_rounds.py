@@ -364,7 +364,7 @@ def test_supervised_rows_of_the_best_samples(tmp_path):
 
 
 def test_rounds_train_on_groups_with_a_loss_of_each_round(tmp_path, capsys):
-    argv = words(tmp_path, pairs="groups", round_losses="gvpo(beta=0.5)|plackett_luce")
+    argv = without_loss(words(tmp_path, pairs="groups", round_losses="gvpo(beta=0.5)|plackett_luce"))
     summaries = main(argv=argv)
     for number, loss in ((1, "gvpo(beta=0.5)"), (2, "plackett_luce")):
         summary, folder = summaries[number], tmp_path / "out" / f"round-{number}"

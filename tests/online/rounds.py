@@ -50,7 +50,7 @@ def write_prompts(path: Path, count: int, ending: str, **columns: str) -> str:
 
 
 def words(folder: Path, *more: str, output: str = "out", prompts: int = 6, **options: Any) -> list[str]:
-    """The command line of a small run; `options` replace its own."""
+    """The command line of a small run; `options` replace its own, and None leaves one out."""
     settings = {
         "model_name_or_path": save_model(folder),
         "prompts": write_prompts(folder / "prompts.jsonl", prompts, "t", gold="a good day"),
@@ -71,7 +71,8 @@ def words(folder: Path, *more: str, output: str = "out", prompts: int = 6, **opt
         "disable_tqdm": "true",
         **options,
     }
-    return [*(word for name, value in settings.items() for word in (f"--{name}", *str(value).split("|"))), *more]
+    given = {name: str(value).split("|") for name, value in settings.items() if value is not None}
+    return [*(word for name, values in given.items() for word in (f"--{name}", *values)), *more]
 
 
 def files(run: Path) -> dict[str, bytes]:

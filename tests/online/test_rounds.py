@@ -315,17 +315,12 @@ def test_the_optimizer_may_keep_its_state(tmp_path):
     assert not same_weights(weights(tmp_path / "new", 2), weights(tmp_path / "keep", 2))
 
 
-def without_loss(words: list[str]) -> list[str]:
-    place = words.index("--loss")
-    return words[:place] + words[place + 2 :]
-
-
 def test_losses_temperatures_and_prompts_by_round(tmp_path):
     summaries = main(
-        argv=without_loss(words(
-            tmp_path, round_losses="dpo(beta=0.2)|ipo", temperature="0.5|1.5", round_prompts="disjoint",
+        argv=words(
+            tmp_path, loss=None, round_losses="dpo(beta=0.2)|ipo", temperature="0.5|1.5", round_prompts="disjoint",
             prompts_per_round=3,
-        ))
+        )
     )  # fmt: skip
     assert [summary["policy"]["loss"] for summary in summaries[1:]] == ["dpo(beta=0.2)", "ipo"]
     rows = [list(read_jsonl(tmp_path / "out" / f"round-{n}" / "samples.jsonl")) for n in (1, 2)]
@@ -340,13 +335,13 @@ def test_a_loss_beside_one_a_round_is_refused_unless_it_is_the_config_s(tmp_path
     config = tmp_path / "rounds.yaml"
     config.write_text("loss: dpo\n")
     line = ["--dry_run", "--config", str(config)]
-    main(argv=without_loss(words(tmp_path, *line, round_losses="ipo|hinge|simpo|sft")))
+    main(argv=words(tmp_path, *line, loss=None, round_losses="ipo|hinge|simpo|sft"))
     shown = capsys.readouterr().out
     assert "loss hinge" in shown
     assert "loss dpo" not in shown
     config.write_text("loss: dpo\nround_losses: [ipo]\n")
     with pytest.raises(SystemExit, match="--loss would have no effect beside --round_losses"):
-        main(argv=without_loss(words(tmp_path, *line)))
+        main(argv=words(tmp_path, *line, loss=None))
 
 
 def test_numbers_for_more_rounds_than_there_are_wait_for_them(tmp_path, capsys):
@@ -364,7 +359,7 @@ def test_supervised_rows_of_the_best_samples(tmp_path):
 
 
 def test_rounds_train_on_groups_with_a_loss_of_each_round(tmp_path, capsys):
-    argv = without_loss(words(tmp_path, pairs="groups", round_losses="gvpo(beta=0.5)|plackett_luce"))
+    argv = words(tmp_path, loss=None, pairs="groups", round_losses="gvpo(beta=0.5)|plackett_luce")
     summaries = main(argv=argv)
     for number, loss in ((1, "gvpo(beta=0.5)"), (2, "plackett_luce")):
         summary, folder = summaries[number], tmp_path / "out" / f"round-{number}"
@@ -451,7 +446,7 @@ def test_a_tournament_of_a_pairwise_judge(tmp_path):
             "pairs top_k makes rows, and gvpo .*: take --pairs groups, or a loss on rows, as sft",
         ),
         (
-            {"round_losses": "gvpo|rebel", "pairs": "groups"},
+            {"loss": None, "round_losses": "gvpo|rebel", "pairs": "groups"},
             "round 2: pairs groups makes groups, .* rebel compares no groups",
         ),
         (

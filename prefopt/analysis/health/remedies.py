@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from prefopt.analysis.health.history import History
-from prefopt.losses import Loss, LossError, PairNormalized, parse
 
 
 def learning_rate(history: History, factor: float) -> str:
@@ -16,27 +15,26 @@ def learning_rate(history: History, factor: float) -> str:
 
 def likelihood_term(history: History) -> str:
     """The run's loss with a term that keeps the chosen answers likely; "" if it has one or is not known."""
-    loss, read = history.settings.loss, _read(history)
-    return "" if loss is None or "sft" in loss or (read and read.outermost) else f'--loss "{loss} + 0.2*sft"'
+    loss = history.settings.loss
+    # Nothing can be added to these two, which must be outermost.
+    if loss is None or "sft" in loss or loss.startswith(("conflict_free(", "pair_normalized(")):
+        return ""
+    return f'--loss "{loss} + 0.2*sft"'
 
 
 def normalized(history: History) -> str:
-    """The run's loss with each answer's gradient normalised; "" if it cannot be, or is not known."""
-    if (loss := _read(history)) is None:
+    """The run's loss with each answer's gradient normalised; "" if it cannot be, or is not known here."""
+    # Here, because the rest of `prefopt health` on a saved run needs no torch.
+    from prefopt.losses import LossError, PairNormalized, parse
+
+    loss = history.settings.loss
+    if loss is None:
         return ""
     try:
-        PairNormalized(loss)
+        PairNormalized(parse(loss))
     except LossError:
         return ""
-    return f'--loss "pair_normalized({history.settings.loss})"'
-
-
-def _read(history: History) -> Loss | None:
-    """The run's loss; None where it is not known here, as one from a file."""
-    try:
-        return None if history.settings.loss is None else parse(history.settings.loss)
-    except LossError:
-        return None
+    return f'--loss "pair_normalized({loss})"'
 
 
 def number(value: float) -> str:

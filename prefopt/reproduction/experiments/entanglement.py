@@ -189,14 +189,13 @@ def suffixes(pairs: int = 300) -> list[Outcome]:
         for number in range(pairs):
             model = tiny(number)
             w, l = pair_rows(generator, (1, 1), shared)  # noqa: E741
-            p_w, p_l = sums(model, w), sums(model, l)
-            g_w, g_l = gradient(model, p_w), gradient(model, p_l)
+            g_w, g_l = gradient(model, sums(model, w)), gradient(model, sums(model, l))
             if torch.equal(w.tokens, l.tokens):
                 continue
             cosines.append(float(F.cosine_similarity(g_w, g_l, dim=0)))
             cross = g_w @ g_l
             plain.append(bool(g_w @ g_w > cross and g_l @ g_l > cross))
-            chosen, rejected = (Scores(p, r.mask.sum(1), p.detach()) for p, r in ((p_w, w), (p_l, l)))
+            chosen, rejected = (Scores(p := sums(model, r), r.mask.sum(1), p.detach()) for r in (w, l))
             pair = PreferenceBatch(chosen, rejected)
             direction = -gradient(model, PairNormalized(DPO(0.1)).normalized(pair, model.parameters()).loss)
             normalised.append(bool(direction @ g_w > 0 and direction @ g_l < 0))

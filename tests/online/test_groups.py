@@ -109,6 +109,19 @@ def run(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+def test_the_configuration_of_a_data_set_of_groups_can_be_named(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        row = {"prompt": name, "completions": ["a", "b"], "scores": [1.0, 2.0]}
+        (tmp_path / "sets" / name / "train.jsonl").write_text(json.dumps(row) + "\n")
+    parts = "".join(f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("first", "second"))
+    (tmp_path / "sets" / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    out = tmp_path / "pairs.jsonl"
+    result = run("pair", tmp_path / "sets", "--out", out, "--builder", "adjacent", "--config", "second")
+    assert result.exit_code == 0, result.output
+    assert json.loads(out.read_text())["prompt"] == "second"
+
+
 def test_command_writes_groups_of_rated_answers_and_pairs_of_groups(tmp_path):
     rated, groups, made = tmp_path / "rated.jsonl", tmp_path / "groups.jsonl", tmp_path / "pairs.jsonl"
     answers = [{"response": "a", "overall_score": 1}, {"response": "b", "overall_score": 3}]
@@ -120,6 +133,9 @@ def test_command_writes_groups_of_rated_answers_and_pairs_of_groups(tmp_path):
     result = run("pair", groups, "--out", made, "--builder", "adjacent")
     assert "1 pairs from 2 samples of 1 prompts" in result.output
     assert json.loads(made.read_text())["chosen"] == "b"
+    for more in (("--keep-duplicates",), ("--weight", "j=2"), ("--prompts", rated)):
+        result = run("pair", groups, "--out", tmp_path / "other.jsonl", "--builder", "adjacent", *more)
+        assert "has groups, and --prompts, --gold, --weight" in " ".join(result.output.split())
     how = ("--prompt", "prompt", "--answers", "answers", "--text", "answer", "--rank", "rank")
     ranked = tmp_path / "ranked.jsonl"
     ranked.write_text(

@@ -193,6 +193,7 @@ def test_the_command(files):
     [
         (["--builder", "best_wurst"], "no pair builder 'best_wurst'"),
         (["--builder", "best_worst", "--answers", "x"], "leave out the options for rows"),
+        (["--builder", "best_worst", "--split", "test"], "samples are one file: leave them out"),
         ([], "need a --builder"),
         (["--builder", "best_worst", "--gold", "x"], "--gold names a column of --prompts: name that file, too"),
         (["--builder", "best_worst", "--weight", "x"], "--weight is a judge and a number"),

@@ -65,7 +65,13 @@ def check(
         fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
     check_options(displacement, model, keep, out)
     data, words = _words(data, columns, context.args)
+    options = {
+        "--columns": words, "--format": layout, "--model": model, "--loss": loss, "--displacement": displacement,
+    }  # fmt: skip
+    of_preferences = " and ".join(name for name, value in options.items() if value)
     if retain is not None:
+        if of_preferences:
+            fail(f"{of_preferences} would have no effect beside --retain, which checks questions and answers or texts")
         return _check_unlearning({"forget": data, "retain": retain}, config, split)
     objective = None if loss is None else _objective(loss)
     roles = ("chosen", "rejected") if objective is None else objective.roles
@@ -77,6 +83,8 @@ def check(
     except PrefoptError:
         if not (_is_for_unlearning(data, config, split) or (loss is None and _holds_questions(data, config, split))):
             raise
+        if of_preferences:
+            say(f"Not used for a set to forget or to retain: {of_preferences}")
         return _check_unlearning({"forget or retain": data}, config, split)
     for line in described(dataset, used):
         say(line)

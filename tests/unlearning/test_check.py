@@ -42,6 +42,13 @@ def test_sets_that_overlap(tmp_path):
     assert "both: 1 rows of the forget set are in the retain set too" in shown
 
 
+def test_options_for_preferences_are_refused_or_named(tmp_path):
+    code, shown = checked(tmp_path, "--model", "m", "--loss", "npo", forget=[ADA], retain=[CY])
+    assert (code, "--model and --loss would have no effect beside --retain" in shown) == (1, True)
+    code, shown = checked(tmp_path, "--model", "m", "--max-length", "64", forget=[ADA])
+    assert (code, "Not used for a set to forget or to retain: --model" in shown) == (0, True)
+
+
 def test_questions_without_wrong_answers_need_no_retain_set_to_be_understood(tmp_path):
     code, shown = checked(tmp_path, forget=[CY])
     assert code == 0

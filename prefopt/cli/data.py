@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from prefopt.losses import Loss
 
 from prefopt.cli.app import app, console, fail, say
 from prefopt.cli.displacement import check_options, show_displacement
@@ -73,7 +70,11 @@ def check(
         if of_preferences:
             fail(f"{of_preferences} would have no effect beside --retain, which checks questions and answers or texts")
         return _check_unlearning({"forget": data, "retain": retain}, config, split)
-    objective = None if loss is None else _objective(loss)
+    objective = None
+    if loss is not None:
+        from prefopt.losses import parse  # imports torch, which a check without a loss does not need
+
+        objective = parse(loss)
     roles = ("chosen", "rejected") if objective is None else objective.roles
     used = () if objective is None else objective.columns
     try:
@@ -108,10 +109,7 @@ def check(
     if displacement:
         if what != "pairs":
             fail(f"--displacement compares the two completions of a pair, and these are {what}")
-        bad = set(report.bad_rows)
-        numbers = [number for number in range(len(dataset)) if number not in bad]
-        rows = dataset.select(numbers).add_column("row", numbers)
-        show_displacement(rows, _network(model), keep, out)
+        show_displacement(dataset, report.bad_rows, _network(model), keep, out)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -170,12 +168,6 @@ def _check_unlearning(names: dict[str, str], config: str | None, split: str) -> 
         say(f"{what}: {len(rows)} rows, {len(rows) - texts} questions and {texts} plain texts.")
     if any(finding.fatal for _, finding in found):
         raise typer.Exit(1)
-
-
-def _objective(loss: str) -> Loss:
-    from prefopt.losses import parse
-
-    return parse(loss)
 
 
 def _json_object(text: str | None) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ SHOWN = 10
 _WIDTH = 60
 
 
-def show_displacement(rows: Any, network: tuple[Any, Any], keep: float | None, out: Path | None) -> None:
+def show_displacement(
+    pairs: Any, bad_rows: Collection[int], network: tuple[Any, Any], keep: float | None, out: Path | None
+) -> None:
     """Print the pairs with the highest CHES scores; write those with the lowest to `out`.
 
     Args:
-        rows: checked pairs of a normalised data set, with a column `row`, their number in the file.
+        pairs: a normalised data set.
+        bad_rows: the rows that cannot be trained on, which are left out.
         network: the model that will be trained, and its tokenizer.
         keep: share of the pairs to write.
         out: JSONL file to write.
@@ -29,6 +33,9 @@ def show_displacement(rows: Any, network: tuple[Any, Any], keep: float | None, o
     from prefopt.safety.tables import table
 
     model, tokenizer = network
+    bad = set(bad_rows)
+    numbers = [number for number in range(len(pairs)) if number not in bad]
+    rows = pairs.select(numbers).add_column("row", numbers)
     tokenized = tokenize_dataset(rows, tokenizer)
     scores = ches(model, [tokenized[number] for number in range(len(tokenized))])
     low, high = float(scores.averaged.min()), float(scores.averaged.max())

@@ -98,31 +98,27 @@ def pair(
     if lists and judgements is not None:
         return _pair_samples(Path(data), judgements, out, "groups", prompts, gold, weight, keep, seed)
     of_samples = any((prompts, gold, weight, *keep))
-    if builder is not None:
-        of_rows = (prompt, first, second, winner, first_wins, second_wins, answers, text, rank, score, every)
-        if any(of_rows):
-            fail("--builder pairs samples or groups: leave out the options for rows that compare or rank answers")
-        if judgements is None and _are_groups(data):
-            if of_samples:
-                fail(
-                    f"{data} has groups, and --prompts, --gold, --weight, --keep-unfinished and --keep-duplicates are "
-                    "for samples: leave them out"
-                )
-            return _pair_groups(data, out, builder, split, config, seed)
-        if config is not None or split != "train":
-            fail("--config and --split name a part of a data set, and samples are one file: leave them out")
-        _pair_samples(Path(data), judgements, out, builder, prompts, gold, weight, keep, seed)
-        return
-    if judgements is not None or of_samples:
-        fail("pairs of samples need a --builder: best_worst, correct_incorrect, round_robin(pairs=10), ...")
-    better, worse = (tuple(word.strip() for word in words.split(",") if word) for words in (first_wins, second_wins))
-    _pair_rows(
-        data,
-        out,
-        split,
-        config,
-        (prompt, first, second, winner, better, worse, answers, text, rank, score, every, lists),
-    )
+    of_rows = any((prompt, first, second, winner, first_wins, second_wins, answers, text, rank, score, every))
+    if builder is None:
+        if judgements is not None or of_samples:
+            fail("pairs of samples need a --builder: best_worst, correct_incorrect, round_robin(pairs=10), ...")
+        better, worse = (
+            tuple(word.strip() for word in words.split(",") if word) for words in (first_wins, second_wins)
+        )
+        how = (prompt, first, second, winner, better, worse, answers, text, rank, score, every, lists)
+        return _pair_rows(data, out, split, config, how)
+    if of_rows:
+        fail("--builder pairs samples or groups: leave out the options for rows that compare or rank answers")
+    if judgements is None and _are_groups(data):
+        if of_samples:
+            fail(
+                f"{data} has groups, and --prompts, --gold, --weight, --keep-unfinished and --keep-duplicates are for "
+                "samples: leave them out"
+            )
+        return _pair_groups(data, out, builder, split, config, seed)
+    if config is not None or split != "train":
+        fail("--config and --split name a part of a data set, and samples are one file: leave them out")
+    return _pair_samples(Path(data), judgements, out, builder, prompts, gold, weight, keep, seed)
 
 
 def _pair_rows(data: str, out: Path, split: str, config: str | None, how: Sequence[Any]) -> None:

@@ -46,7 +46,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def pad_token(tokenizer: Any, ends: Sequence[int]) -> int:
-    """The padding token, or where there is none the first of the `end_tokens`: it is masked either way."""
+    """The padding token; the first of the `end_tokens` if the tokenizer has none. Padding is always masked."""
     pad = text_tokenizer(tokenizer).pad_token_id
     return ends[0] if pad is None else int(pad)
 

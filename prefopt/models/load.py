@@ -134,7 +134,7 @@ def load_model(name: str, options: dict[str, Any], trainable: bool = False) -> A
 
     Raises:
         ValueError: for pickled or damaged weights.
-        ModelError: if there is no such model, it is no causal one, or transformers or PEFT cannot read it.
+        ModelError: if the model does not exist, is not causal, or cannot be read by transformers or PEFT.
     """
     check_weights(name)
     base = adapter_base(name)

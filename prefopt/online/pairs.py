@@ -76,7 +76,7 @@ class Choice:
 
     Attributes:
         pairs: the pairs.
-        reason: why there is none; empty if there are pairs or a group.
+        reason: why nothing was made; empty if there are pairs or a group.
         left_out: how many pairs or comparisons were left out, by reason.
         group: the completions of a row that keeps them all, with a score each; empty for builders of pairs.
     """

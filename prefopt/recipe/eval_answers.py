@@ -79,7 +79,7 @@ class EvalAnswers(TrainerCallback):  # type: ignore[misc]
             Trainer.log(self._trainer, mean)
 
     def _answer(self, step: int) -> list[float]:
-        """Store the answers of a step; returns the KL of each prompt, of none where there is no reference."""
+        """Store the answers of a step. Returns the KL of each prompt; an empty list without a reference."""
         trainer = self._trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         answers = continued(model, trainer.processing_class, self._ids, TOKENS)

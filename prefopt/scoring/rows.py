@@ -152,7 +152,7 @@ class RowBatch(RowGroups):
         """The rows of a mapping, from whichever collator; others than ours put chosen rows first, rejected after.
 
         Raises:
-            UsageError: if the mapping is no batch of pairs, as those of other collators may be.
+            UsageError: if keys of a batch are missing, because a collator of the user's is for other data.
         """
         if missing := [key for key in ("input_ids", "attention_mask", "completion_mask") if key not in inputs]:
             raise UsageError(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from prefopt.analysis.health.history import History
 
+OUTERMOST = ("conflict_free", "pair_normalized")
+"""Losses to which nothing can be added. By name, because reading the loss would import torch."""
+
 
 def learning_rate(history: History, factor: float) -> str:
     """`--learning_rate`, the run's own times a factor."""
@@ -16,8 +19,7 @@ def learning_rate(history: History, factor: float) -> str:
 def likelihood_term(history: History) -> str:
     """The run's loss with a term that keeps the chosen answers likely; "" if it has one or is not known."""
     loss = history.settings.loss
-    # Nothing can be added to these two, which must be outermost.
-    if loss is None or "sft" in loss or loss.startswith(("conflict_free(", "pair_normalized(")):
+    if loss is None or "sft" in loss or loss.startswith(OUTERMOST):
         return ""
     return f'--loss "{loss} + 0.2*sft"'
 

@@ -10,8 +10,9 @@ import pytest
 
 from prefopt.analysis import Settings, examine
 from prefopt.analysis.health.finding import LEVELS
+from prefopt.analysis.health.remedies import OUTERMOST
 from prefopt.analysis.health.watch import RULES, report
-from prefopt.losses import parse
+from prefopt.losses import available, parse
 from tests.analysis.health.logs import bundled, synthetic, too_hard, with_evaluations, with_measurements
 
 SETTINGS = Settings(learning_rate=1e-4, max_steps=60, max_grad_norm=1.0, fp16=False, loss="dpo(beta=0.1)")
@@ -210,3 +211,7 @@ def test_the_report_is_a_few_lines_with_the_serious_ones_first():
     assert lines[0].startswith("Health: serious (not_finite, step 21): loss is NaN")
     assert lines[-1] == "Health: and 5 more"
     assert len(lines) == 6
+
+
+def test_the_losses_to_which_no_term_is_added_are_those_that_must_be_outermost():
+    assert set(OUTERMOST) == {name for name, cls in available().items() if cls.outermost}

@@ -1,13 +1,14 @@
 """Data that ranks, rates or compares answers and has no pairs yet: recognised, and turned into pairs on request.
 
 `pairing_advice` recognises such data by columns and values and writes the `prefopt pair` command for it; `pair` does
-what that command does. Ties make no pair and are counted.
+what that command does. Ties make no pair and are counted. Equal answers of a row count once, with their mean number.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shlex
 from collections import Counter
@@ -18,7 +19,7 @@ from typing import Any, TypeGuard
 
 from prefopt.data.columns import is_metadata
 from prefopt.data.errors import DataError
-from prefopt.data.messages import plain_text, writing
+from prefopt.data.messages import plain_text, role, writing
 from prefopt.data.paths import fields_of, value_at
 from prefopt.safety.files import write_whole
 
@@ -79,8 +80,8 @@ def write_pairs(rows: Iterable[Row], how: Pairing, path: Path) -> Counter[str]:
                 stream.write(json.dumps(made, ensure_ascii=False) + "\n")
         if not found["pairs"]:
             raise DataError(
-                f"None of the {found['rows']} rows makes a pair: every one is a tie, or lacks an answer. Look at the "
-                "values of the columns, and at the options that name them."
+                f"None of the {found['rows']} rows makes a pair: each is a tie, or lacks an answer or its number. "
+                "Look at the values of the columns, and at the options that name them."
             )
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,10 +122,13 @@ def pair(rows: Iterable[Row], how: Pairing, found: Counter[str]) -> Iterator[dic
         if absent := [name for name in missing if name.partition(".")[0] not in row]:
             raise DataError(f"Row {number} has no column {absent[0]!r}. Its columns: {', '.join(row)}.")
         prompt = {"prompt": value_at(row, how.prompt)} if how.prompt else {}
-        if how.answers and isinstance(row[how.answers], str):
-            _add(grouped, prompt, row, how)
-            continue
-        pairs = [{**prompt, **sides} for sides in made(row, how)]
+        try:
+            if how.answers and isinstance(value_at(row, how.answers), str):
+                _add(grouped, prompt, row, how)
+                continue
+            pairs = [{**prompt, **sides} for sides in made(row, how)]
+        except DataError as error:
+            raise DataError(f"Row {number} {error}") from error
         found["pairs"] += len(pairs)
         found["rows without a pair"] += not pairs
         yield from pairs
@@ -138,57 +142,84 @@ def pair(rows: Iterable[Row], how: Pairing, found: Counter[str]) -> Iterator[dic
 def _add(grouped: dict[str, dict[str, Any]], prompt: dict[str, Any], row: Row, how: Pairing) -> None:
     """One row's answer to those of its prompt."""
     answers, key = str(how.answers), str(how.rank or how.score)
+    if key.partition(".")[0] not in row:
+        raise DataError(f"has no column {key!r}. Its columns: {', '.join(row)}.")
     group = grouped.setdefault(json.dumps(prompt, sort_keys=True), {"prompt": prompt, answers: [], key: []})
-    group[answers].append(row[answers])
-    group[key].append(row.get(key))
+    group[answers].append(value_at(row, answers))
+    group[key].append(value_at(row, key))
 
 
 def _of_two(row: Row, how: Pairing) -> Iterator[dict[str, Any]]:
-    first, second = row[str(how.first)], row[str(how.second)]
+    first, second = value_at(row, str(how.first)), value_at(row, str(how.second))
     if how.winner is None:
-        left, right = (row.get(name.strip()) for name in str(how.rank or how.score).split(",", 1))
-        if first and second and is_number(left) and is_number(right) and left != right:
-            first_wins = (float(left) < float(right)) == bool(how.rank)
-            yield (
-                _sided(how, (first, left), (second, right))
-                if first_wins
-                else _sided(how, (second, right), (first, left))
-            )
+        names = [name.strip() for name in str(how.rank or how.score).split(",", 1)]
+        if absent := [name for name in names if name.partition(".")[0] not in row]:
+            raise DataError(f"has no column {absent[0]!r}. Its columns: {', '.join(row)}.")
+        answers = [(_number(value_at(row, name)), text) for name, text in zip(names, (first, second), strict=True)]
+        yield from _best_and_worst(_ordered(answers, how), how)
         return
-    winner = _word(row[how.winner])
-    if first and second and winner in how.first_wins:
+    winner = _word(value_at(row, how.winner))
+    if not first or not second or first == second:
+        return
+    if winner in how.first_wins:
         yield {"chosen": first, "rejected": second}
-    elif first and second and winner in how.second_wins:
+    elif winner in how.second_wins:
         yield {"chosen": second, "rejected": first}
 
 
-def _sided(how: Pairing, better: tuple[Any, Any], worse: tuple[Any, Any]) -> dict[str, Any]:
-    """The columns of a pair of (answer, number); scores are kept for losses that read them, ranks are not."""
-    pair = {"chosen": better[0], "rejected": worse[0]}
-    return {**pair, "chosen_score": float(better[1]), "rejected_score": float(worse[1])} if how.score else pair
+def _ordered(answers: Iterable[tuple[float | None, Any]], how: Pairing) -> list[tuple[float, Any]]:
+    """The answers that have a text and a number, the best first; equal ones once, with the mean of their numbers."""
+    numbers: dict[str, tuple[Any, list[float]]] = {}
+    for number, text in answers:
+        if number is not None and text:
+            numbers.setdefault(json.dumps(text, sort_keys=True), (text, []))[1].append(number)
+    means = [(math.fsum(of_text) / len(of_text), text) for text, of_text in numbers.values()]
+    return sorted(means, key=lambda answer: answer[0], reverse=not how.rank)
+
+
+def _best_and_worst(ordered: Sequence[tuple[float, Any]], how: Pairing) -> Iterator[dict[str, Any]]:
+    """A pair, or all pairs; scores are kept for losses that read them, ranks are not."""
+    pairs = itertools.combinations(ordered, 2) if how.every else [(ordered[0], ordered[-1])] if ordered else []
+    for (better, chosen), (worse, rejected) in pairs:
+        if better != worse:
+            scores = {"chosen_score": better, "rejected_score": worse} if how.score else {}
+            yield {"chosen": chosen, "rejected": rejected, **scores}
 
 
 def _of_list(row: Row, how: Pairing) -> Iterator[dict[str, Any]]:
-    answers, key = row[str(how.answers)] or [], str(how.rank or how.score)
-    texts = [answer.get(how.text) if isinstance(answer, Mapping) else answer for answer in answers]
+    answers, key = value_at(row, str(how.answers)) or [], str(how.rank or how.score)
+    if not isinstance(answers, list):
+        raise DataError(f"has no list and no text in {how.answers!r}, but {answers!r:.60}.")
+    texts = [_text_of(answer, how) for answer in answers]
     if how.winner is not None:
-        best = row[how.winner]
-        order = [float(place == best) for place in range(len(texts))]
+        best = _number(value_at(row, how.winner))
+        order: Any = [float(place == best) for place in range(len(texts))]
+    elif key.partition(".")[0] in row:
+        order = value_at(row, key) or []
     else:
-        order = row[key] if key in row else [value_at(answer, key) for answer in answers]
-    sign = 1 if how.rank else -1
-    ordered = sorted(
-        ((sign * float(value), text) for value, text in zip(order, texts, strict=True) if is_number(value) and text),
-        key=lambda item: item[0],
-    )
-    if how.lists:
-        yield from _whole(ordered, bool(how.rank))
-        return
-    for (better, chosen), (worse, rejected) in (
-        itertools.combinations(ordered, 2) if how.every else [(ordered[0], ordered[-1])] if ordered else []
-    ):
-        if better < worse:
-            yield _sided(how, (chosen, sign * better), (rejected, sign * worse))
+        order = [_field_of(answer, key) for answer in answers]
+    if not isinstance(order, list) or (order and len(order) != len(texts)):
+        raise DataError(
+            f"has {len(texts)} answers in {how.answers!r}, and in {key!r} is {order!r:.60}, not one of each."
+        )
+    ordered = _ordered(zip(map(_number, order), texts, strict=False), how)
+    yield from _whole(ordered, bool(how.rank)) if how.lists else _best_and_worst(ordered, how)
+
+
+def _text_of(answer: Any, how: Pairing) -> Any:
+    """The text of an answer, or its messages."""
+    if how.text is not None and isinstance(answer, Mapping):
+        return _field_of(answer, how.text)
+    if isinstance(answer, Mapping) and not writing(answer):
+        raise DataError(f"has answers with the fields {', '.join(answer)}: name the one that is the text with --text.")
+    return answer
+
+
+def _field_of(answer: Any, path: str) -> Any:
+    if not isinstance(answer, Mapping) or path.partition(".")[0] not in answer:
+        fields = f"the fields {', '.join(answer)}" if isinstance(answer, Mapping) else "no fields"
+        raise DataError(f"has neither a column {path!r} nor an answer with it: its answers have {fields}.")
+    return value_at(answer, path)
 
 
 def _whole(ordered: Sequence[tuple[float, Any]], ranked: bool) -> Iterator[dict[str, Any]]:
@@ -198,7 +229,7 @@ def _whole(ordered: Sequence[tuple[float, Any]], ranked: bool) -> Iterator[dict[
         return
     yield {
         "completions": [text for _, text in ordered],
-        **({} if ranked else {"scores": [-place for place in places]}),
+        **({} if ranked else {"scores": places}),
     }
 
 
@@ -220,16 +251,19 @@ def _two_answers(names: Sequence[str], rows: Sequence[Row]) -> str:
     if not pairs or (winner is None and scores is None):
         return ""
     first, second = max(pairs, key=lambda pair: sum(len(plain_text(row.get(name))) for row in rows for name in pair))
-    whole = any(isinstance(row.get(first), list) for row in rows)
+    whole = any(
+        isinstance(row.get(first), list) and role(row[first][0]) != "assistant" for row in rows if row.get(first)
+    )
     prompt = None if whole else _prompt_of(names, rows)
     options = (_option(*option) for option in (("prompt", prompt), ("first", first), ("second", second)))
     start = f"prefopt pair DATA --out pairs.jsonl{''.join(options)}"
     if winner is None:
         assert scores is not None
+        by, best = _meaning(scores[0])
         return (
-            f"These rows hold two answers ({first}, {second}) and a score of each ({', '.join(scores)}): they have to "
-            f"be paired first. Run: {start} --score {','.join(scores)}. The higher score is the better; equal ones "
-            "make no pair."
+            f"These rows hold two answers ({first}, {second}) and a {by} of each ({', '.join(scores)}): they have to "
+            f"be paired first. Run: {start} --{by} {','.join(scores)}. The {best} is the better; equal ones make no "
+            "pair."
         )
     values = sorted({_word(row.get(winner)) for row in rows})
     wins = _wins(first, second, winner, values)
@@ -299,7 +333,14 @@ def _ranked_list(names: Sequence[str], rows: Sequence[Row]) -> str:
             continue
         fields = dict.fromkeys(field for item in items for field in item)
         text = next((field for field in _TEXT if writing(items[0].get(field))), None)
-        score = next((field for field in fields if _SCORE.fullmatch(field) and is_number(items[0].get(field))), None)
+        score = next(
+            (
+                field
+                for field in fields
+                if _SCORE.fullmatch(field) and any(_number(item.get(field)) is not None for item in items)
+            ),
+            None,
+        )
         if text and score:
             return _list_advice(names, rows, name, score, text)
         winner = next(
@@ -324,11 +365,12 @@ def _ranked_rows(names: Sequence[str], rows: Sequence[Row]) -> str:
         return ""
     if len({str(value_at(row, prompt)) for row in rows}) == len(rows):
         return ""
-    options = (_option(*option) for option in (("prompt", prompt), ("answers", answer), ("score", score)))
+    by, best = _meaning(score)
+    options = (_option(*option) for option in (("prompt", prompt), ("answers", answer), (by, score)))
     return (
         f"Each row holds one answer ({answer}) and its {score!r}, and prompts have several rows: they have to be "
         f"paired first. Run: prefopt pair DATA --out pairs.jsonl{''.join(options)}. It takes the best and the worst "
-        "answer of a prompt, the highest score being the best; --every takes all pairs."
+        f"answer of a prompt, the {best} being the best; --every takes all pairs."
     )
 
 
@@ -339,20 +381,29 @@ def _ranked_texts(names: Sequence[str], rows: Sequence[Row]) -> str:
     for score in (name for name in names if _SCORE.fullmatch(name) and flat[name]):
         for name in names:
             texts = bool(flat[name]) and all(isinstance(item, str) for item in flat[name])
-            if texts and all(map(is_number, flat[score])) and [*map(len, lists[name])] == [*map(len, lists[score])]:
+            if (
+                texts
+                and any(_number(value) is not None for value in flat[score])
+                and [*map(len, lists[name])] == [*map(len, lists[score])]
+            ):
                 return _list_advice(names, rows, name, score, None)
     return ""
 
 
 def _list_advice(names: Sequence[str], rows: Sequence[Row], answers: str, score: str, text: str | None) -> str:
-    ranked = "rank" in score.lower()
+    by, best = _meaning(score)
     return (
         f"Column {answers!r} lists several answers and {score!r} orders them: they have to be paired first. Run: "
         f"prefopt pair DATA --out pairs.jsonl{_option('prompt', _prompt_of(names, rows))} --answers {answers}"
-        f"{_option('text', text)} --{'rank' if ranked else 'score'} {score}. It takes the best and the worst "
-        f"answer of a row, the {'lowest rank' if ranked else 'highest score'} being the best; --every takes all "
+        f"{_option('text', text)} --{by} {score}. It takes the best and the worst "
+        f"answer of a row, the {best} being the best; --every takes all "
         "pairs, and --lists writes all answers as one group, for losses over groups."
     )
+
+
+def _meaning(column: str) -> tuple[str, str]:
+    """The option for a column of numbers, and which of them is the best."""
+    return ("rank", "lowest rank") if "rank" in column.lower() else ("score", "highest score")
 
 
 def _option(name: str, value: str | None) -> str:
@@ -376,3 +427,12 @@ def _word(value: Any) -> str:
 
 def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float | None:
+    """A rank or a score, also if it is true, false or text (`"4"`); None for `N/A`, NaN and others."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None

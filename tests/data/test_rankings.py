@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from prefopt.cli import app
 from prefopt.data import DataError, normalise
+from prefopt.data.rankings import Pairing, pair
 
 Row = dict[str, Any]
 
@@ -97,6 +100,22 @@ PUBLISHED: dict[str, tuple[list[Row], list[Row]]] = {
             {"prompt": "Ho", "chosen": "c", "rejected": "e", "chosen_score": 2.0, "rejected_score": 0.0},
         ],
     ),
+    "a rank a row": (
+        [{"prompt": "Hi", "text": answer, "rank": n} for n, answer in enumerate(("a", "b", "c"))],
+        [{"prompt": "Hi", "chosen": "a", "rejected": "c"}],
+    ),
+    "a rank a side": (
+        [{"prompt": "Hi", "response_a": "a", "response_b": "b", "rank_a": n, "rank_b": 3 - n} for n in (2, 1)],
+        [{"prompt": "Hi", "chosen": "b", "rejected": "a"}, {"prompt": "Hi", "chosen": "a", "rejected": "b"}],
+    ),
+    "scores written as text": (
+        [{"prompt": "Hi", "responses": ["a", "b", "c"], "scores": ["9", "10", "N/A"]}],
+        [{"prompt": "Hi", "chosen": "b", "rejected": "a", "chosen_score": 10.0, "rejected_score": 9.0}],
+    ),
+    "sides that are messages without their prompt": (
+        [{"prompt": talk("x")[:1], "response_a": talk("a")[1:], "response_b": talk("b")[1:], "winner": "model_b"}],
+        [{"prompt": talk("x")[:1], "chosen": talk("b")[1:], "rejected": talk("a")[1:]}],
+    ),
     "ranked messages": (
         [{"context": talk("x")[:1], "completions": [{"rank": r, "completion": talk(str(r))[1:]} for r in (1, 0)]}],
         [{"prompt": talk("x")[:1], "chosen": talk("0")[1:], "rejected": talk("1")[1:]}],
@@ -134,7 +153,7 @@ def test_the_command_that_is_printed_pairs_the_set(name: str, tmp_path: Path, mo
     done = run.invoke(app, shlex.split(command[1]))
     assert done.exit_code == 0, done.output
     assert [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()] == pairs
-    ties = 0 if name == "an answer a row" else len(rows) - len(pairs)
+    ties = 0 if name in ("an answer a row", "a rank a row") else len(rows) - len(pairs)
     assert f"{len(pairs)} pairs from {len(rows)} rows; {ties} rows made none" in done.output
     assert run.invoke(app, ["check", "pairs.jsonl"]).exit_code == 0
 
@@ -156,6 +175,44 @@ def test_all_pairs_of_a_ranking_and_ties(tmp_path: Path) -> None:
     assert "2 pairs from 2 rows; 1 rows made none" in done.output.replace("\n", " ")
     made = [json.loads(line) for line in out.read_text().splitlines()]
     assert made == [{"chosen": "a", "rejected": "c"}, {"chosen": "b", "rejected": "c"}]
+
+
+def paired(row: Row, **how: Any) -> list[Row]:
+    return [*pair([{"prompt": "Hi", **row}], Pairing("prompt", **how), Counter())]
+
+
+def test_answers_without_a_number_are_left_out_and_equal_ones_count_once() -> None:
+    def answers(numbers: list[Any], texts: str = "abc") -> Row:
+        return {"texts": [*texts], "numbers": numbers}
+
+    by = {"answers": "texts", "score": "numbers"}
+    best = {"prompt": "Hi", "chosen": "c", "rejected": "a", "chosen_score": 10.0, "rejected_score": 3.0}
+    assert paired(answers([3, math.nan, 10]), **by) == [best]
+    group = {"prompt": "Hi", "completions": ["c", "a"], "scores": [10.0, 3.0]}
+    assert paired(answers([3, "N/A", "10"]), lists=True, **by) == [group]
+    # The two texts are of 5 on average.
+    merged = {"prompt": "Hi", "chosen": "b", "rejected": "a", "chosen_score": 6.0, "rejected_score": 5.0}
+    assert paired(answers([1, 6, 9], "aba"), every=True, **by) == [merged]
+    assert paired({"a": "x", "b": "x", "winner": "a"}, first="a", second="b", winner="winner", first_wins=("a",)) == []
+    rollouts = {"texts": [{"text": "x", "check": {"right": False}}, {"text": "y", "check": {"right": True}}]}
+    right = {"prompt": "Hi", "chosen": "y", "rejected": "x", "chosen_score": 1.0, "rejected_score": 0.0}
+    assert paired(rollouts, answers="texts", text="text", score="check.right") == [right]
+
+
+@pytest.mark.parametrize(
+    ("row", "how", "message"),
+    [
+        ({"a": ["x", "y"], "s": [1, 9, 3]}, {"score": "s"}, r"Row 0 has 2 answers in 'a', and in 's' is \[1, 9, 3\]"),
+        ({"a": [{"t": "x", "s": 1}]}, {"score": "s"}, "answers with the fields t, s: name the one .* --text"),
+        ({"a": [{"t": "x", "s": 1}]}, {"score": "s", "text": "text"}, "neither a column 'text' nor .* fields t, s"),
+        ({"a": [{"t": "x", "s": 1}]}, {"score": "score", "text": "t"}, "neither a column 'score' nor"),
+        ({"a": "x"}, {"score": "s"}, "Row 0 has no column 's'"),
+        ({"a": {"x": 1}}, {"score": "s"}, "no list and no text in 'a'"),
+    ],
+)
+def test_options_that_name_nothing_and_numbers_that_do_not_fit_are_named(row: Row, how: Row, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        paired(row, answers="a", **how)
 
 
 @pytest.mark.parametrize(

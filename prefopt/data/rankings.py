@@ -33,6 +33,7 @@ _WINNER = re.compile(
     re.IGNORECASE,
 )
 _SCORE = re.compile(r"(\w+_)?(ranks?|ranking|scores?|ratings?|rewards?)", re.IGNORECASE)
+_VERDICTS = re.compile(r"labels|(is_)?correct(ness)?|advantages?|preferences?|wins|votes", re.IGNORECASE)
 _TEXT = ("answer", "response", "text", "content", "completion", "output", "value", "message")
 _PROMPTS = ("prompt", "question", "instruction", "query", "history", "input", "context", "messages", "conversations")
 
@@ -387,6 +388,24 @@ def _ranked_texts(names: Sequence[str], rows: Sequence[Row]) -> str:
                 and [*map(len, lists[name])] == [*map(len, lists[score])]
             ):
                 return _list_advice(names, rows, name, score, None)
+    return ""
+
+
+def unread_order(rows: Sequence[Row]) -> str:
+    """That a column has a number for each of the `completions`, which would be read as in order; "" if none has."""
+    for name in rows[0] if rows else ():
+        both = [(row.get("completions"), row[name]) for row in rows if row.get(name) is not None]
+        fit = [isinstance(a, list) and isinstance(b, list) and len(a) == len(b) for a, b in both]
+        if not (_SCORE.fullmatch(name) or _VERDICTS.fullmatch(name)) or not fit or not all(fit):
+            continue
+        if any(_number(value) is not None for _, values in both for value in values):
+            by, best = _meaning(name)
+            return (
+                f"Column {name!r} has a number for each of the 'completions', and without 'scores' these would "
+                f"be taken as in order, the best first. If the {best} is the best, run: prefopt pair DATA --out "
+                f"groups.jsonl --prompt prompt --answers completions --{by} {name} --lists. If the 'completions' are "
+                f"the steps of one answer, they are no preferences. If they are in order: --columns unused={name}."
+            )
     return ""
 
 

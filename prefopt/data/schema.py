@@ -31,6 +31,7 @@ from prefopt.data.groups import COMPLETIONS, SCORES, WINS, mean_wins
 from prefopt.data.maps import MESSAGE, MESSAGES, PEEKED_ROWS, map_rows
 from prefopt.data.messages import UNREADABLE, as_messages, in_turns, role, same_texts, writing
 from prefopt.data.prompts import CONTEXT, add_context, check_implicit, check_repeated, extract_prompt
+from prefopt.data.rankings import unread_order
 from prefopt.data.transcripts import check_transcripts, from_transcripts, looks_like_transcript
 from prefopt.data.unused import unused_columns, unused_line, without_empty_media
 
@@ -225,6 +226,8 @@ def _normalise_groups(dataset: Dataset | IterableDataset, rows: Sequence[Row]) -
     if WINS in names and SCORES not in names:
         scores = {SCORES: List(Value("float64"))}
         dataset = map_rows(dataset, _scores_of_wins, scores, "Averaging win probabilities", remove=[WINS])
+    if WINS not in names and SCORES not in names and (advice := unread_order(rows)):
+        raise DataError(advice)
     styles = {"text" if isinstance(text, str) else "messages" for text in texts if text is not None}
     if any(isinstance(text, dict) for text in texts):
         dataset = map_rows(dataset, _as_conversations, {COMPLETIONS: None}, "Reading messages")

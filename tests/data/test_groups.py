@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset
+from typer.testing import CliRunner
 
+from prefopt.cli import app
 from prefopt.data import DataError, kind, normalise, read_preferences, tokenize_dataset, tokenize_row, validate
 from prefopt.data.fingerprint import fingerprint
 from prefopt.data.one_pass import one_pass
@@ -191,3 +196,28 @@ def test_win_probabilities_become_mean_scores_and_what_is_no_matrix_is_named():
     assert groups[1]["scores"] == pytest.approx([0.7, 0.3])
     problems = {found.kind: found.rows for found in validate(groups).problems}
     assert problems == {"bad scores": [2, 3], "scores do not fit": [4]}
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "best_first"),
+    [
+        ("rewards", [0.1, 0.9], "ba"),
+        ("ranks", [1, 2], "ab"),
+        ("labels", [False, True], "ba"),
+        ("score", ["2", "1"], "ab"),
+    ],
+)
+def test_numbers_that_order_completions_under_another_name_are_asked_about(
+    name: str, numbers: list[Any], best_first: str, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "Say a.", "completions": ["a", "b"], name: numbers}] * 2
+    data, out = tmp_path / "data.jsonl", tmp_path / "groups.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(DataError, match=f"Column '{name}' has a number for each of the 'completions'") as raised:
+        read_preferences(str(data))
+    command = shlex.split(str(raised.value).partition("run: prefopt ")[2].partition("--lists.")[0] + "--lists")
+    command[command.index("groups.jsonl")] = str(out)
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert read_preferences(str(out))[0]["completions"] == [*best_first]
+    in_order = read_preferences(str(data), columns={"unused": name})
+    assert in_order[0]["completions"] == ["a", "b"]

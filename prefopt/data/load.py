@@ -10,6 +10,7 @@ import csv
 import importlib.util
 import io
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ TEXT_COLUMNS = _text_columns()
 
 _MISSING = ["", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "NaN", "nan", "-NaN", "-nan", "NULL", "null", "None"]
 """Cells without a value, in columns other than text."""
+
+_INDEX = "__index_level_0__"
+_CELLS = "Put texts that hold what separates the columns, or a quotation mark, in quotation marks."
 
 _FIRST_BLOCK = 1 << 20
 """Files of fewer bytes are one block, decompressed as well, to the reader that takes types from the first block."""
@@ -229,7 +233,12 @@ def _load_file(path: Path, split: str, streaming: bool, text_columns: Collection
             dataset = datasets.load_dataset(builder, data_files=str(path), split=split, streaming=streaming, **options)
     except Exception as error:
         raise DataError(f"{path}: {_file_trouble(error, str(builder))}") from error
-    spaced = {name: name.strip() for name in column_names(dataset) if name != name.strip()} if builder == "csv" else {}
+    if builder != "csv":
+        return dataset
+    if _INDEX in column_names(dataset) and _INDEX not in _header(path)[0]:
+        # pandas takes the first cells as names of rows, and every other cell moves to the column before its own.
+        raise DataError(f"{path}: its first row has more cells than the header. {_CELLS}")
+    spaced = {name: name.strip() for name in column_names(dataset) if name != name.strip()}
     return dataset.rename_columns(spaced) if spaced else dataset
 
 
@@ -260,15 +269,22 @@ def _load_json(path: Path, split: str, streaming: bool) -> Dataset | IterableDat
     return read_by_rows(path, split, streaming)
 
 
-def _csv_options(path: Path, text_columns: Collection[str]) -> dict[str, Any]:
-    """For pandas: what separates columns, and to leave those of text alone, where `42` and `NA` are answers."""
+def _header(path: Path) -> tuple[list[str], str]:
+    """The names of a CSV file's columns, and what separates them; no names if they cannot be read."""
     try:
         with open_binary(path) as stream:
             line = stream.readline().decode("utf-8-sig")
         separator = "," if "," in line else max(";", "\t", key=line.count)
-        header = next(csv.reader([line], delimiter=separator), [])
+        return next(csv.reader([line], delimiter=separator), []), separator
     except (OSError, EOFError, ValueError, csv.Error):
-        return {}  # the error is reported when the file is read
+        return [], ","  # the error is reported when the file is read
+
+
+def _csv_options(path: Path, text_columns: Collection[str]) -> dict[str, Any]:
+    """For pandas: what separates columns, and to leave those of text alone, where `42` and `NA` are answers."""
+    header, separator = _header(path)
+    if not header:
+        return {}
     options = {} if len(header) == 1 else {"sep": separator}
     texts = [name for name in header if name.strip() in text_columns]
     if not texts:
@@ -282,6 +298,8 @@ def _file_trouble(error: Exception, builder: str) -> str:
     message = _first_line(cause)
     if "corresponds to no data" in message or "BatchSize must be greater than 0" in message:
         return "it holds no rows. Check that it was written or downloaded to the end."
+    if builder == "csv" and (cells := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", message)):
+        return f"line {cells[2]} has {cells[3]} cells, and those before {cells[1]}. {_CELLS}"
     if isinstance(cause, UnicodeDecodeError):
         return f"it is not UTF-8 text ({message}). Save it as UTF-8."
     if "datasets dtype equivalent" in message:

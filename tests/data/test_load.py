@@ -259,6 +259,28 @@ def test_columns_may_be_separated_otherwise(tmp_path: Path, name: str, header: s
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("rows", ["Say hi,Hi, there,No.", "Say hi,Hi.,No.,\nSay bye,Bye.,No.,"])
+def test_cells_beyond_the_header_move_no_text_to_another_column(tmp_path: Path, rows: str, streaming: bool) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,chosen,rejected\n{rows}\n")
+    with pytest.raises(DataError, match="its first row has more cells than the header"):
+        load_preferences(str(path), streaming=streaming)
+
+
+def test_a_line_with_more_cells_than_others_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected\nSay hi,Hi.,No.\nSay hi,Hi, there,No.\n")
+    with pytest.raises(DataError, match=r"line 3 has 4 cells, and those before 3\. Put texts"):
+        load_preferences(str(path))
+
+
+def test_a_column_that_pandas_wrote_for_its_index_is_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("__index_level_0__,prompt\n0,Say hi\n")
+    assert list(load_preferences(str(path))) == [{"__index_level_0__": 0, "prompt": "Say hi"}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_blanks_around_names_of_columns_are_not_part_of_them(tmp_path: Path, streaming: bool) -> None:
     path = tmp_path / "a.csv"
     path.write_text("prompt, chosen, rejected\nOne?, 42, NA\n")

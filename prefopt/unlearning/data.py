@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data import load_preferences
+from prefopt.data.load import TEXT_COLUMNS
 from prefopt.losses import Loss
 from prefopt.losses.scores import FORGET
 from prefopt.safety.errors import PrefoptError
@@ -52,6 +53,8 @@ IDK = (
 
 _QUESTION = ("question", "prompt", "instruction", "query")
 _ANSWER = ("answer", "completion", "response", "output", "gt")
+_WRONG = "perturbed_answer"
+_OTHERS = ("paraphrased_answer", "paraphrased_question", "alternative_answer", "alternate")
 _PLAIN = "Question: {question}\nAnswer:"
 """The prompt of models without a chat template (TOFU's for Phi-1.5)."""
 
@@ -96,7 +99,13 @@ def read_questions(name: str, config: str | None = None, split: str = "train") -
         UnlearningDataError: naming the row and the column that is missing, empty or of a wrong type.
     """
     path, config, split = source_of(name, config, split)
-    rows = load_preferences(path, config=config, split=split)
+    rows = load_preferences(path, config=config, split=split, text_columns=TEXT_COLUMNS | {_WRONG, *_OTHERS})
+    labels = [row["label"] for row in rows if "completion" in row and "label" in row]
+    if True in labels and False in labels:
+        raise UnlearningDataError(
+            f"{name} has a column 'label' with answers to keep (true) and to forget (false), and a set is one of the "
+            "two: write the rows of each label to a file of their own"
+        )
     return [_question(row, f"{name}, row {number} (from 0)") for number, row in enumerate(rows)]
 
 
@@ -297,18 +306,38 @@ def _key(row: Question) -> tuple[str, str]:
 def _question(row: Mapping[str, Any], place: str) -> Question:
     if "text" in row and not any(name in row for name in _QUESTION):
         return Question("", _text(row, ("text",), place))
-    wrong = row.get("perturbed_answer") or ()
-    wrong = (wrong,) if isinstance(wrong, str) else tuple(wrong)
-    if not all(isinstance(text, str) and text.strip() for text in wrong):
-        raise UnlearningDataError(f"{place}: perturbed_answer must hold texts, got {wrong!r:.80}")
+    wrong = row.get(_WRONG) or ()
+    if isinstance(wrong, str):
+        wrong = _list_in(wrong, place)
+    if not isinstance(wrong, list | tuple) or not all(isinstance(text, str) and text.strip() for text in wrong):
+        raise UnlearningDataError(f"{place}: {_WRONG} must hold texts, got {wrong!r:.80}")
+    for name in _OTHERS:
+        if not isinstance(row.get(name) or "", str):
+            raise UnlearningDataError(f"{place}: {name} must be a text, got {row[name]!r:.80}")
+    question = _text(row, _QUESTION, place)
+    if question is row.get("instruction") and isinstance(row.get("input"), str) and row["input"].strip():
+        question = f"{question}\n{row['input']}"  # Alpaca's: what the instruction is about
     return Question(
-        _text(row, _QUESTION, place),
+        question,
         _text(row, _ANSWER, place),
         paraphrase=row.get("paraphrased_answer") or "",
-        wrong=wrong,
+        wrong=tuple(wrong),
         rephrased=row.get("paraphrased_question") or "",
         alternative=row.get("alternative_answer") or row.get("alternate") or "",
     )
+
+
+def _list_in(text: str, place: str) -> Any:
+    """The texts of a list that is written as JSON, as in CSV files; a list of any other text."""
+    if not text.lstrip().startswith(('["', "['")):
+        return [text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        # As pandas writes an array, without commas, its texts cannot be told apart.
+        raise UnlearningDataError(
+            f"{place}: {_WRONG} is the text of a list that is not JSON, {text!r:.80}: write the set as JSON lines"
+        ) from None
 
 
 def _text(row: Mapping[str, Any], names: Sequence[str], place: str) -> str:

@@ -70,7 +70,10 @@ def test_the_split_and_the_configuration_are_those_of_the_options(tmp_path, monk
     shown = checked(tmp_path, "--split", "validation", "--retain", str(tmp_path / "retain.jsonl"))[1]
     assert "both: 1 rows" in shown
     asked = []
-    monkeypatch.setattr("prefopt.unlearning.data.load_preferences", lambda path, **of: asked.append((path, of)) or [])
+    monkeypatch.setattr(
+        "prefopt.unlearning.data.load_preferences",
+        lambda path, text_columns, **of: asked.append((path, of)) or [],
+    )
     read_questions("someone/set", "news", "test")
     read_questions("someone/set:raw:forget", "news", "test")  # the name's own
     assert asked == [

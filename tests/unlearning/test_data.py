@@ -69,9 +69,37 @@ def test_other_names_of_question_and_answer(tmp_path, names):
     assert read_questions(write(tmp_path / "rows.jsonl", rows)) == [Question("Who?", "Ada.")]
 
 
+def test_an_instruction_is_asked_with_its_input(tmp_path):
+    rows = [{"instruction": "Name it.", "input": "A pet.", "output": "A cat."}, {"instruction": "Hi", "output": "Ho"}]
+    asked = [question.question for question in read_questions(write(tmp_path / "alpaca.jsonl", rows))]
+    assert asked == ["Name it.\nA pet.", "Hi"]
+
+
+def test_wrong_answers_in_a_csv_file_are_those_of_its_list(tmp_path):
+    path = tmp_path / "forget.csv"
+    path.write_text(
+        'question,answer,paraphrased_answer,perturbed_answer\nHow many?,4,42,"[""5"", ""6""]"\nWho?,Bo,No,Al\n'
+    )
+    many, who = read_questions(str(path))
+    assert many == Question("How many?", "4", "42", ("5", "6"))
+    assert who == Question("Who?", "Bo", "No", ("Al",))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        (
+            [{"question": "Who?", "answer": "Ada.", "perturbed_answer": "['Bo.' 'Cy.']"}],
+            "perturbed_answer is the text of a list that is not JSON",
+        ),
+        (
+            [{"question": "Who?", "answer": "Ada.", "paraphrased_answer": ["It is Ada."]}],
+            r"row 0 \(from 0\): paraphrased_answer must be a text, got \['It is Ada",
+        ),
+        (
+            [{"prompt": "Who?", "completion": "Ada.", "label": label} for label in (True, False)],
+            r"answers to keep \(true\) and to forget \(false\)",
+        ),
         ([{"question": "Who?"}], r"row 0 \(from 0\): none of the columns answer, .* it has question"),
         ([{"question": "Who?", "answer": "Ada."}, {"question": " ", "answer": "Bo."}], r"row 1 .*question must be a"),
         (

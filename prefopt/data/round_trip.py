@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from prefopt.data.conversation import Processing, Row, answers_begin, read_tools, user_turn
 from prefopt.data.encodings import Encodings
@@ -48,7 +48,8 @@ def round_trip(
     """
     encodings = Encodings(processing_class) if encodings is None else encodings
     if isinstance(row["prompt"], list):
-        if not all(_is_text(message) for name in ("prompt", *sides) for message in row[name]) or _has_images(row):
+        written = all(_is_text(message) for name in ("prompt", *sides) for message in row[name])
+        if _has_images(row) or (not written and isinstance(processing_class, ProcessorMixin)):
             return None
         trip = _Trip(row, sides, tokens, encodings)
         return [*trip.context(), *(finding for index in range(len(sides)) for finding in trip.completion(index))]
@@ -57,8 +58,19 @@ def round_trip(
 
 def _is_text(message: Any) -> bool:
     content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    return all(isinstance(part, dict) and part.get("type", "text") == "text" for part in parts)
+    return all(_kind_of(part) == "text" for part in (content if isinstance(content, list) else ()))
+
+
+def _kind_of(part: Any) -> Any:
+    return part.get("type", "text") if isinstance(part, dict) else "text"
+
+
+def _without(message: Row, kind: Any) -> Row:
+    """The message without its parts of a kind."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [part for part in content if _kind_of(part) != kind]}
 
 
 def _has_images(row: Row) -> bool:
@@ -88,6 +100,8 @@ class _Trip:
         for piece in missing:
             if not self._is_switch(piece, text):
                 yield self._beside(self._kind_of_missing(piece, tools, text), piece.text, self._read, "context")
+        for kind in self._dropped_parts():
+            yield Finding("prompt is not in the context", f"The template does not read its part of type {kind!r}.")
         for message, mark in zip(self._prompt, self._marks, strict=True):
             texts = [squeeze(piece.text) for piece in contents_of(message)]
             if any(len(text) >= 8 and text in left for text in texts) and self._replaced[0].count(mark) > 1:
@@ -123,6 +137,28 @@ class _Trip:
             # A text of unknown characters only is found nowhere, so the text after it is not known either.
             if begin and begin in tail and left.count(TAKEN) == len(pieces):
                 yield Finding("another answer begins", f"Scored tokens {_excerpt(scored)}.")
+
+    def _dropped_parts(self) -> Iterator[str]:
+        """Kinds of the prompt's parts that the template leaves out, or prints as Python does; never text."""
+        if all(map(_is_text, self._row["prompt"])):
+            return
+        whole = self._tokens.prompt_text
+        contents = [message.get("content") for message in self._prompt]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        for kind in dict.fromkeys(_kind_of(part) for part in parts if _kind_of(part) != "text"):
+            others = [_without(message, kind) for message in self._row["prompt"]]
+            if any(str(part) in whole for part in parts if _kind_of(part) == kind) or self._opening(others) == whole:
+                yield str(kind)
+
+    def _opening(self, prompt: list[Any]) -> str | None:
+        """The text of another prompt; None if the template refuses it."""
+        try:
+            row = {**self._row, "prompt": prompt}
+            return tokens_of(row, self._sides, self._processing, encodings=self._encodings).prompt_text
+        except DataError:
+            raise
+        except Exception:
+            return None
 
     @property
     def _renders(self) -> bool:

@@ -206,6 +206,28 @@ def test_a_system_message_that_the_template_drops_is_an_error() -> None:
     assert "'Answer in one word.'" in report.message()
 
 
+IMAGE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("printed", "problems"),
+    [
+        ("{{ message.content }}", {"prompt is not in the context": 1}),  # the literal of a list
+        ("{{ message.content if message.content is string else '' }}", {"prompt is not in the context": 1}),
+        ("{% for part in message.content %}{{ part.text }}{% endfor %}", {"prompt is not in the context": 1}),
+        ("{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}", {}),
+    ],
+)
+def test_an_image_that_a_template_of_texts_drops_is_an_error(printed: str, problems: dict[str, int]) -> None:
+    template = (
+        "{% for message in messages %}{% if message.role == 'user' %}User: "
+        + printed
+        + "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    row = pair([user([IMAGE, {"type": "text", "text": "What is this?"}])], "A cat.", "A dog.")
+    assert found(row, make_tokenizer(template)) == problems
+
+
 def test_a_message_printed_twice_is_named() -> None:
     twice = CHATML.replace(
         "{%- if add_generation_prompt %}", "{{ messages[0].content }}{%- if add_generation_prompt %}"

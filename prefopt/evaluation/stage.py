@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +109,8 @@ def judge_to_file(
     """Write the judgements of all samples; a file that was begun is continued, and ends as if never interrupted.
 
     Lines follow the samples: prompt by prompt, judge by judge. A sample that a judge cannot judge gets a line with the
-    reason. Errors meant for the user (a missing column, a server that does not answer) end the stage.
+    reason. Errors meant for the user (a missing column, a server that does not answer) end the stage. A file in which
+    nothing was judged is begun anew: the judge failed on everything, and may have been mended.
 
     Under `accelerate launch` every process must call this; the main process asks the judges and writes.
 
@@ -131,6 +133,9 @@ def judge_to_file(
     processes = PartialState()
     with contextlib.ExitStack() as stack:
         stored = [list(read_judgements(path)) if path.exists() else []]
+        if processes.is_main_process and nothing_judged(stored[0]):
+            path.unlink()
+            stored = [[]]
         file = stack.enter_context(JsonlWriter(path)) if processes.is_main_process else None
         broadcast_object_list(stored)
         lines = _Lines(path, stored[0], file)
@@ -139,6 +144,14 @@ def judge_to_file(
             shown(min(at + CHUNK_PROMPTS, len(groups)))
         lines.refuse_more()
     processes.wait_for_everyone()
+
+
+def nothing_judged(judgements: Sequence[Judgement]) -> str:
+    """Why judges that failed on all that they were asked did so, with counts; "" if any answered or abstained."""
+    if any(one.abstain or not one.reason for one in judgements):
+        return ""
+    reasons = Counter(one.reason for one in judgements).most_common(3)
+    return "; ".join(f"{count} {reason}" for reason, count in reasons)
 
 
 def _judge_chunk(

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from prefopt.evaluation.judgements import read_judgements
-from prefopt.evaluation.stage import NO_PAIRS, Comparisons
+from prefopt.evaluation.stage import NO_PAIRS, Comparisons, nothing_judged
 from prefopt.generation.from_file import FileGenerator
 from prefopt.generation.processes import on_main
 from prefopt.generation.samples import Generator, PromptRow, SamplingSettings, read_samples
@@ -208,6 +208,12 @@ class Rounds:
             return
         self._say("Judging")
         judges.to_file(list(read_samples(samples)), prompts, path, comparisons, policy)
+        # Other judges of held-out answers may fail: training does not wait for them.
+        if judges is self._judges and (why := nothing_judged(list(read_judgements(path)))):
+            raise UsageError(
+                f"the judges failed on everything that they were asked: {why}. When they work, the same command "
+                f"continues with the samples in {samples}"
+            )
 
     def _pair(self, folder: RoundFolder, prompts: Sequence[PromptRow]) -> None:
         if PartialState().is_main_process:

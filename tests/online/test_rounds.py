@@ -492,6 +492,21 @@ def test_a_round_without_a_pair_says_why(tmp_path, monkeypatch):
     assert counts["prompts_without_pair"] == {"all scores are equal": 6}
 
 
+def test_a_judge_that_failed_on_everything_is_asked_again_by_the_same_command(tmp_path, monkeypatch):
+    def down(completion: str) -> float:
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr("tests.online.rounds.vowels", down)
+    argv = words(tmp_path, rounds=1, max_steps=1, heldout_prompts=None)
+    with pytest.raises(UsageError, match="failed on everything that they were asked: 24 raised: ConnectionError"):
+        main(argv=argv)
+    samples = tmp_path / "out" / "round-1" / "samples.jsonl"
+    drawn = samples.stat().st_mtime_ns
+    monkeypatch.undo()
+    assert main(argv=argv)[1]["samples"]["scored"] == 24
+    assert samples.stat().st_mtime_ns == drawn
+
+
 def test_a_dry_run_shows_each_round_and_writes_nothing(tmp_path, capsys):
     assert main(argv=words(tmp_path, "--dry_run", temperature="0.8|1.3")) is None
     shown = capsys.readouterr().out

@@ -110,12 +110,10 @@ def grade(body):
     return f"Because.\nScore: {sum(map(ord, answer)) % 6}"
 
 
-def test_the_policy_in_memory_is_asked_and_what_it_cannot_grade_is_counted(tmp_path):
+def test_the_policy_in_memory_is_asked_and_says_if_it_grades_nothing(tmp_path):
     (tmp_path / "rubric.txt").write_text(RUBRIC)
-    with pytest.raises(UsageError, match="round 1 has no pairs to train on"):
+    with pytest.raises(UsageError, match="the judges failed on everything that they were asked: 24 unparsable"):
         main(argv=words(tmp_path, judges=f"policy:{tmp_path / 'rubric.txt'},max_new_tokens=4", rounds=1))
-    counts = json.loads((tmp_path / "out" / "round-1" / "pair_counts.json").read_text())
-    assert counts["samples_left_out"] == {"no score (unparsable)": 24}
 
 
 def judged_texts(run):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from prefopt.evaluation.arrays import Array, floats
 from prefopt.report.intervals import bootstrap_ends
 from prefopt.safety.errors import UsageError
@@ -27,6 +29,28 @@ class Interval:
     low: float
     high: float
     level: float
+
+
+def share(values: Array, *, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> Interval:
+    """A mean over rows and its interval: `bootstrap`, but for rows that are all 0 or all 1.
+
+    Every resample of those is the same, so a bootstrap would be certain after two rows. They get the exact interval of
+    a share that came out as 0 or 1: 0 of 20 right is compatible with 0.17.
+
+    Args:
+        values: (N,) at least two rows.
+        level: in (0, 1).
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Reference: Clopper and Pearson 1934, doi 10.1093/biomet/26.4.404.
+    """
+    rows = floats("values", values, "N")
+    one = bootstrap(np.mean, rows, level=level, resamples=resamples, seed=seed)
+    if one.low != one.high or one.value not in (0.0, 1.0):
+        return one
+    away = 1 - ((1 - level) / 2) ** (1 / len(rows))
+    return Interval(one.value, max(0.0, one.value - away), min(1.0, one.value + away), level)
 
 
 def bootstrap(

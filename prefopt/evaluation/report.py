@@ -13,7 +13,7 @@ from prefopt.evaluation.accuracy import majority_vote, pass_at_k
 from prefopt.evaluation.agreement import short_reason
 from prefopt.evaluation.arrays import Floats
 from prefopt.evaluation.head_to_head import compare_once
-from prefopt.evaluation.intervals import Interval, bootstrap
+from prefopt.evaluation.intervals import Interval, share
 from prefopt.evaluation.judges.answers import final_number
 from prefopt.evaluation.judges.base import Candidate, Judge, PairJudge
 from prefopt.evaluation.texts import distinct_n, repetition, words_of
@@ -147,17 +147,17 @@ def _of_model(
         "prompts": len(model.groups),
         "unscored": 0 if compares else int(np.isnan(model.scores).sum()),
         "missing": model.missing,
-        "mean_score": None if compares else bootstrap(np.mean, means[~np.isnan(means)], **how),
+        "mean_score": None if compares else share(means[~np.isnan(means)], **how),
         "tokens": float(np.mean([sample.token_count for sample in samples])),
         "finished": float(np.mean([sample.finished for sample in samples])),
         "distinct_2": distinct_n(words, 2),
         "repetition": float(np.mean([repetition(one, 4) for one in words])),
     }
     passes = passes_at_k(model)
-    facts["pass_at_k"] = {k: bootstrap(np.mean, values, **how) for k, values in passes.items()}
+    facts["pass_at_k"] = {k: share(values, **how) for k, values in passes.items()}
     votes = votes_right(model, prompts, column)
     if votes:
-        facts["majority"] = bootstrap(np.mean, votes, **how)
+        facts["majority"] = share(votes, **how)
     if model is not first:
         preferred = compare_once(model.groups, first.groups, judge, prompts) if isinstance(judge, PairJudge) else None
         won = Wins.of(model, first, preferred)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from prefopt.evaluation.arrays import Array, Floats, floats, same_length
-from prefopt.evaluation.intervals import Interval, bootstrap
+from prefopt.evaluation.intervals import Interval, bootstrap, share
 from prefopt.safety.errors import UsageError
 
 RIDGE = 1e-3
@@ -13,7 +13,7 @@ RIDGE = 1e-3
 
 
 def win_rate(wins: Array, *, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Share of prompts that the model wins, with a bootstrap interval over prompts.
+    """Share of prompts that the model wins, with an interval over prompts, as `share` gives it.
 
     Args:
         wins: (N,) per prompt: 1 for a win, 0 for a loss, 0.5 for a tie, or how far the model is preferred, in [0, 1].
@@ -21,7 +21,7 @@ def win_rate(wins: Array, *, level: float = 0.95, resamples: int = 1000, seed: i
         resamples: of the bootstrap.
         seed: of the bootstrap.
     """
-    return bootstrap(np.mean, _wins(wins), level=level, resamples=resamples, seed=seed)
+    return share(_wins(wins), level=level, resamples=resamples, seed=seed)
 
 
 def length_controlled_win_rate(

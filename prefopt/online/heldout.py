@@ -12,7 +12,7 @@ import numpy as np
 from prefopt.evaluation.agreement import summarize
 from prefopt.evaluation.arrays import Floats
 from prefopt.evaluation.head_to_head import preferred
-from prefopt.evaluation.intervals import Interval, bootstrap
+from prefopt.evaluation.intervals import Interval, share
 from prefopt.evaluation.judgements import Judgement, read_judgements, scores_by_prompt
 from prefopt.evaluation.report import Evaluated, Wins, passes_at_k, votes_right
 from prefopt.generation.samples import PromptRow, Sample, by_prompt, read_samples
@@ -46,7 +46,7 @@ def answers_in(folder: RoundFolder, weights: Mapping[str, float] | None) -> Eval
 
 
 def heldout_numbers(answers: Evaluated, prompts: Sequence[PromptRow] = (), column: str = "answer") -> dict[str, Any]:
-    """The numbers of a model's answers to held-out prompts; intervals are 95% bootstrap intervals over prompts.
+    """The numbers of a model's answers to held-out prompts; intervals are 95% intervals over prompts.
 
     Args:
         answers: of the model.
@@ -114,7 +114,7 @@ def interval(means: Sequence[float]) -> list[float] | None:
 
 def _measured(values: Sequence[float]) -> dict[str, float]:
     """The mean over prompts and its interval; empty for fewer than two."""
-    return _as_json(bootstrap(np.mean, list(values))) if len(values) > 1 else {}
+    return _as_json(share(list(values))) if len(values) > 1 else {}
 
 
 def _as_json(one: Interval) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -122,28 +122,52 @@ def _cells(group: Group, best: Group | None, level: float) -> list[Cell]:
 
 
 def difference_of(first: Group, second: Group, measure: Measure, level: float) -> Interval | None:
-    """First minus second: paired by seed, or by held-out row where there is one run each; None without either."""
+    """First minus second: paired by seed and by held-out row, the wider end of the two; None without either."""
     a, b = first.values(measure), second.values(measure)
     seeds = [seed for seed in a if seed in b and seed is not None]
-    if len(seeds) > 1:
-        return over_seeds([a[seed] - b[seed] for seed in seeds], level)
-    if (alike := _rows_of_sweep(first, second, measure.key)) is not None:
-        return over_rows(alike[0] - alike[1], level)
-    rows = _rows_of_both(first, second, _ROW_VALUES.get(measure.key, ""))
-    if rows is None:
-        return None
-    one, other = rows
-    return over_rows((one > 0) * 1.0 - (other > 0) if measure.key == "accuracy" else one - other, level)
+    rows = _row_differences(first, second, measure, seeds)
+    by_row = None if rows is None else over_rows(rows, level)
+    if len(seeds) < 2 or (by_seed := over_seeds([a[seed] - b[seed] for seed in seeds], level)) is None:
+        return by_row
+    if by_row is None:
+        return by_seed
+    # Accuracies of a few rows are often the same for every seed, which says nothing of other rows.
+    return replace(by_seed, low=min(by_seed.low, by_row.low), high=max(by_seed.high, by_row.high))
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
-def _rows_of_both(first: Group, second: Group, name: str) -> tuple[Any, Any] | None:
-    """(N,) values of the same held-out rows of two runs; None if one has none, or they are other rows."""
+def _row_differences(first: Group, second: Group, measure: Measure, seeds: Sequence[Any]) -> Any:
+    """(N,) differences by held-out row, their mean over seeds; None if a run has no values, or of other rows."""
+    pairs = [(first.runs[seed], second.runs[seed]) for seed in seeds] or [(first.first, second.first)]
+    by_seed = []
+    for one, other in pairs:
+        if (rows := _rows_of_sweep(one, other, measure.key)) is not None:
+            by_seed.append(rows[0] - rows[1])
+        elif (rows := _rows_of_both(one, other, _ROW_VALUES.get(measure.key, ""))) is not None:
+            a, b = rows
+            by_seed.append((a > 0) * 1.0 - (b > 0) if measure.key == "accuracy" else a - b)
+        else:
+            return None
+    alike = len({len(one) for one in by_seed}) == 1 and _same_rows([one for one, _ in pairs])
+    return np.mean(by_seed, axis=0) if alike else None
+
+
+def _same_rows(runs: Sequence[RunFolder]) -> bool:
+    """Whether runs of several seeds have the same held-out rows."""
+    return len({str(run.pairs.get("fingerprint") or _fingerprint(run, "held-out")) for run in runs}) == 1
+
+
+def _one_seed(first: Group, second: Group) -> tuple[RunFolder, RunFolder]:
+    """The runs of a seed that both have, else the first of each."""
     seed = next((seed for seed in first.runs if seed in second.runs), None)
-    runs = (first.runs.get(seed, first.first), second.runs.get(seed, second.first))
-    stored = [run.pairs for run in runs]
+    return first.runs.get(seed, first.first), second.runs.get(seed, second.first)
+
+
+def _rows_of_both(first: RunFolder, second: RunFolder, name: str) -> tuple[Any, Any] | None:
+    """(N,) values of the same held-out rows of two runs; None if one has none, or they are other rows."""
+    stored = [first.pairs, second.pairs]
     if not stored[0].get("fingerprint") or stored[0].get("fingerprint") != stored[1].get("fingerprint"):
         return None
     values = [_values(pairs, name) for pairs in stored]
@@ -152,11 +176,9 @@ def _rows_of_both(first: Group, second: Group, name: str) -> tuple[Any, Any] | N
     return values[0], values[1]
 
 
-def _rows_of_sweep(first: Group, second: Group, measure: str) -> tuple[Any, Any] | None:
+def _rows_of_sweep(first: RunFolder, second: RunFolder, measure: str) -> tuple[Any, Any] | None:
     """(N,) values of the held-out pairs of two runs of a sweep; None for other runs."""
-    columns = [
-        rows.get(measure) for group in (first, second) if isinstance(rows := group.first.sweep.get("rows"), dict)
-    ]
+    columns = [rows.get(measure) for run in (first, second) if isinstance(rows := run.sweep.get("rows"), dict)]
     if len(columns) < 2 or any(not isinstance(column, list) for column in columns):
         return None
     one, other = (np.asarray(column, dtype=np.float64) for column in columns)
@@ -174,12 +196,13 @@ def _values(pairs: Any, name: str) -> Any:
 
 def flips_of(better: Group, other: Group) -> Flips | None:
     """The pairs that two runs rank differently: by log-ratios in a sweep, else each by the reward of its own loss."""
-    rows = _rows_of_sweep(better, other, "margin") or _rows_of_both(better, other, "rewards/margins")
+    runs = _one_seed(better, other)
+    rows = _rows_of_sweep(*runs, "margin") or _rows_of_both(*runs, "rewards/margins")
     if rows is None:
         return None
     one, two = rows
     gained, lost = (one > 0) & (two <= 0), (one <= 0) & (two > 0)
-    texts = better.first.pairs.get("texts")
+    texts = runs[0].pairs.get("texts")
     # Rewards of two losses have two scales.
     distance = np.abs(one / (np.std(one) or 1) - two / (np.std(two) or 1))
     places = [int(place) for place in np.argsort(-distance) if gained[place] or lost[place]][:_FLIPS_SHOWN]

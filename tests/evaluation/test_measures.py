@@ -15,6 +15,7 @@ from prefopt.evaluation import (
     similarity,
     win_rate,
 )
+from prefopt.evaluation.intervals import share
 from prefopt.safety.errors import UsageError
 
 
@@ -61,6 +62,12 @@ def test_sampled_kl_is_the_kl_on_average():
     assert estimates.min() < 0
     with pytest.raises(UsageError, match="different lengths"):
         sampled_kl([-1.0, -2.0], [-1.0])
+
+
+@pytest.mark.parametrize(("values", "low", "high"), [([0] * 20, 0, 0.168), ([1] * 5, 0.478, 1), ([1, 1, 0, 0], 0, 1)])
+def test_rows_that_are_all_right_or_all_wrong_are_not_certain(values, low, high):
+    interval = share(np.array(values))
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-3)
 
 
 def test_win_rate_counts_ties_as_half():

@@ -56,10 +56,31 @@ def test_pairing_by_seed_removes_what_the_seed_does(tmp_path):
             noise = 0.001 * seed if loss == "ipo" else 0.0
             line = {"step": 1, "eval_rewards/accuracies": base + more + noise, "eval_rewards/margins": 1.0}
             write(folder, "log_history.json", {"log_history": [line]})
+            (folder / "heldout.json").unlink()
             runs.append(folder)
     result = compared(tmp_path, *runs)
     assert result["best"] == "ipo"
     assert "It is better than dpo" in result["verdict"]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(("gained", "apart"), [(4, False), (7, True)])
+def test_a_few_rows_are_not_more_certain_than_their_sign_test(tmp_path, seeds, gained, apart):
+    """One run alone ranks some of 60 rows right, and every seed says the same."""
+    runs = []
+    for loss, right in (("dpo", 40), ("ipo", 40 + gained)):
+        for seed in range(seeds):
+            folder = write_run(tmp_path / f"{loss}{seed}", loss=loss, seed=seed)
+            line = {"step": 40, "eval_rewards/accuracies": right / 60, "eval_rewards/margins": 1.0 + seed}
+            write(folder, "log_history.json", {"log_history": [line]})
+            margins = [1.0] * right + [-1.0] * (60 - right)
+            values = dict.fromkeys(("rewards/margins", "ratios/chosen", "ratios/rejected"), margins)
+            write(folder, "heldout.json", {"fingerprint": "h", "values": values})
+            runs.append(folder)
+    result = compared(tmp_path, *runs)
+    assert result["best"] == "ipo"
+    assert ("It is better than dpo" in result["verdict"]) is apart
+    assert (result["flips"][0]["probability"] < 0.05) is apart
 
 
 def test_one_run_each_is_compared_over_the_held_out_rows(tmp_path):

@@ -158,7 +158,7 @@ def test_what_cannot_be_asked_is_left_out(model, tokenizer):
 
 
 def test_the_difference_is_paired_by_question():
-    base = np.array([0.1, 0.5, 0.9, 0.3])
+    base = np.array([0.1, 0.5, 0.9, 0.3, 0.2, 0.8])
     found = summary({"unlearned": base + 0.05, "gold": base})
     assert found["unlearned"]["low"] < found["gold"]["value"]  # far apart questions, wide intervals
     assert found["difference"] == pytest.approx({"value": 0.05, "low": 0.05, "high": 0.05})
@@ -166,6 +166,8 @@ def test_the_difference_is_paired_by_question():
     assert summary({"unlearned": base, "gold": base + 0.05})["verdict"] == "less"
     assert summary({"unlearned": base, "gold": base[::-1]})["verdict"] == "same"
     assert "verdict" not in summary({"unlearned": base})
+    # Of four questions, all differ the same way by chance once in eight times.
+    assert summary({"unlearned": base[:4] + 0.05, "gold": base[:4]})["verdict"] == "same"
 
 
 def test_one_measure_that_leaks_is_enough():

@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from prefopt.report.intervals import over_rows
 from prefopt.safety.tables import table
 from prefopt.unlearning import metrics
 from prefopt.unlearning.audit.attack import Attack, Values
@@ -38,7 +39,7 @@ def summary(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {role: _interval(values[role]) for role in ROLES if role in values}
     if "gold" in values:
-        found["difference"] = _interval(np.subtract(values["unlearned"], values["gold"]))
+        found["difference"] = _interval_of_differences(np.subtract(values["unlearned"], values["gold"]))
         low, high = found["difference"]["low"], found["difference"]["high"]
         found["verdict"] = "more" if low > 0 else "less" if high < 0 else "same"
     return found
@@ -79,6 +80,12 @@ def _rows(
 
 def _interval(values: Any) -> dict[str, float]:
     interval = metrics.bootstrap(np.mean, values)
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+
+def _interval_of_differences(values: Any) -> dict[str, float]:
+    interval = over_rows(values)
+    assert interval is not None  # `_interval` of the two models has refused a single row
     return {"value": interval.value, "low": interval.low, "high": interval.high}
 
 

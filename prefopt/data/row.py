@@ -44,6 +44,10 @@ _NOT_THE_TEMPLATES = frozenset(
 )
 """Arguments of `apply_chat_template` that a row may not set: they decide what is tokenized, not its text."""
 
+_CALLS = ("tool_calls", "function_call")
+_TEXT_ELSEWHERE = ("text", "message", "parts", "utterance", "body")
+"""Fields in which other tools keep a message's text, in place of `content`."""
+
 ANSWERING = frozenset({"assistant", "tool", "function", "ipython"})
 
 
@@ -198,6 +202,8 @@ def _is_message(message: Any) -> bool:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")
+    if content is None and not any(message.get(name) for name in _CALLS):
+        return not any(message.get(name) for name in _TEXT_ELSEWHERE)
     return content is None or isinstance(content, str | list)
 
 
@@ -210,7 +216,7 @@ def _is_empty(message: Mapping[str, Any]) -> bool:
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         if len(texts) < len(content) or any(isinstance(text, str) and text.strip() for text in texts):
             return False
-    return not any(message.get(name) for name in ("tool_calls", "function_call"))
+    return not any(message.get(name) for name in _CALLS)
 
 
 def _is_weight(value: Any) -> bool:

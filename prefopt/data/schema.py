@@ -143,7 +143,7 @@ def _of_messages(feature: Any) -> Any:
     if all(isinstance(inner, List) for inner in feature.values()):  # one object of lists
         feature = {name: inner.feature for name, inner in feature.items()}
     if "from" not in feature and "value" not in feature:
-        return [feature]
+        return [feature] if "content" in feature else None
     # A later row may call a function, and a field that the type lacks would be lost.
     text = Value("string")
     calls = [{"type": text, "function": {"name": text, "arguments": text}}]

@@ -127,3 +127,18 @@ def test_classes_of_labels_are_said_or_refused() -> None:
 def test_a_label_beside_a_pair_is_no_label() -> None:
     rows = [{"prompt": f"{n}?", "chosen": "Yes.", "rejected": "No.", "label": 1} for n in range(2)]
     assert validate(normalise(Dataset.from_list(rows))).notes == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("answering", "write"), [
+    ("assistant", lambda content: {"text": content}),
+    ("model", lambda content: {"parts": [{"text": content}]}),
+])  # fmt: skip
+def test_messages_whose_text_is_in_another_field_are_not_called_empty(
+    answering: str, write: Any, streaming: bool
+) -> None:
+    sides = {"prompt": ("user", "Legs?"), "chosen": (answering, "Eight."), "rejected": (answering, "Six.")}
+    row = {name: [{"role": role, **write(content)}] for name, (role, content) in sides.items()}
+    report = validate(normalise(rows_of(row, streaming)))
+    assert report.counts() == {f"wrong type: {name}": 1 for name in sides}
+    assert "'Legs?'" in report.message()

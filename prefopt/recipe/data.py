@@ -22,7 +22,7 @@ from prefopt.data.validate import row_check
 from prefopt.demo.data import load_demo, load_demo_groups
 from prefopt.recipe.arguments import Recipe
 from prefopt.recipe.earlier_run import make_room
-from prefopt.recipe.holdout import hold_out, own_split
+from prefopt.recipe.holdout import hold_out, own_split, tell_shared_prompts
 from prefopt.recipe.ready import Ready, hub_errors
 from prefopt.recipe.rehearsal import check_recipe
 from prefopt.recipe.vectors import check_vectors, with_vectors
@@ -91,6 +91,7 @@ def _loaded(recipe: Recipe, ready: Ready) -> Data:
     train = rows.checked(train, "training")
     if split:
         heldout = rows.checked(heldout, "held-out")
+        tell_shared_prompts(recipe, split, train, heldout)
     else:
         split = f"of {script.dataset_train_split}"
         train, heldout = hold_out(recipe, train)

@@ -50,6 +50,18 @@ def own_split(recipe: Recipe, load: Callable[[str], dict[str, Any]]) -> tuple[st
     return others[0], load(others[0])
 
 
+def tell_shared_prompts(recipe: Recipe, split: str, train: dict[str, Dataset], heldout: dict[str, Dataset]) -> None:
+    """Print how many rows of the data's own held-out split have a prompt that is trained on."""
+    trained = {_digest(text) for source in train.values() for text in _prompts(source)}
+    held = [_digest(text) in trained for source in heldout.values() for text in _prompts(source)]
+    if any(held):
+        recipe.console.print(
+            f"{sum(held)} of the {len(held)} rows of the split {split!r} have a prompt that is trained on too: what "
+            "is measured on them is too good. Take them out of one of the two.",
+            soft_wrap=True,
+        )
+
+
 def hold_out(recipe: Recipe, sources: dict[str, Dataset]) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """Split off rows of every source, in proportion to its size; at most a fifth of each.
 
@@ -92,7 +104,7 @@ class _Prompts:
         self._names, digests, ends, shared = list(sources), [], [0], None
         for text in itertools.chain.from_iterable(map(_prompts, sources.values())):
             shared = text if shared is None else shared[: _shared_length(shared, text)]
-            digests.append(hashlib.blake2b(text, digest_size=16).digest())
+            digests.append(_digest(text))
             ends.append(ends[-1] + file.write(text))
         file.flush()
         self._file, self._ends, self._start = file, np.array(ends), len(shared or b"")
@@ -137,6 +149,10 @@ def _prompts(source: Dataset) -> Iterator[bytes]:
     for part in parts(source.select_columns("prompt")):
         for batch in part.iter(ROWS_AT_ONCE):
             yield from (json.dumps(prompt, sort_keys=True, default=str).encode() for prompt in batch["prompt"])
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def _shared_length(left: bytes, right: bytes) -> int:

@@ -298,6 +298,15 @@ class TestHeldOut:
         assert len(rows.heldout) == 8
         assert not set(rows.train["prompt"]) & set(rows.heldout["prompt"])
 
+    def test_a_split_with_prompts_that_are_trained_on_is_named(self, tmp_path, capsys):
+        rows = make_pairs(20)
+        parts = {"train": rows.select(range(15)), "test": rows.select(range(12, 20))}
+        DatasetDict(parts).save_to_disk(str(tmp_path / "leaking"))
+        loaded(parse_arguments("dpo", arguments(tmp_path, str(tmp_path / "leaking"))))
+        assert "3 of the 8 rows of the split 'test' have a prompt that is trained on too" in capsys.readouterr().out
+        loaded(parse_arguments("dpo", arguments(tmp_path, self.saved(tmp_path, train=15, test=4))))
+        assert "trained on too" not in capsys.readouterr().out
+
     def test_one_prompt_alone_is_said(self, tmp_path, capsys):
         rows = [{"prompt": "Why?", "chosen": f" Good {m}.", "rejected": f" Bad {m}."} for m in range(20)]
         Dataset.from_list(rows).to_json(str(tmp_path / "one.jsonl"))

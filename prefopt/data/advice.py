@@ -86,7 +86,7 @@ def _found(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str,
         found[side] = found[side] or max(of_side, key=lambda name: _length(name, rows), default=None)
     if found["rejected"] and not found["chosen"]:
         found["chosen"] = found["completion"]
-    if found["rejected"] and not found["prompt"]:
+    if found["rejected"] and not found["prompt"] and found["messages"] not in (found["chosen"], found["rejected"]):
         found["prompt"] = found["messages"]
     return found
 

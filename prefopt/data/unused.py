@@ -20,6 +20,11 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 _SYSTEM = re.compile(r"(system|sys)(_?(prompt|message|instruction))?", re.IGNORECASE)
 _INPUT = re.compile(r"inputs?|contexts?|backgrounds?|passages?|documents?|histor(y|ies)", re.IGNORECASE)
+_BEGUN = re.compile(
+    r"prefix(es)?|prefill|(initial|previous|prior|partial|shared)(_\w+)?_(steps?|answers?|responses?|reasoning|solution)",
+    re.IGNORECASE,
+)
+"""The beginning of an answer, which `chosen` and `rejected` continue (Math-Step-DPO)."""
 _NUMBER = re.compile(r"margins?|(\w+_)?(weight|score|rating|reward)s?(_\w+)?", re.IGNORECASE)
 _MAP_NUMBERS = (
     "a 'weight' weighs rows, a 'margin' is read by margin_dpo, 'chosen_score' and 'rejected_score' are read by losses "
@@ -69,6 +74,11 @@ def _hint(name: str, values: Sequence[Any], rows: Sequence[dict[str, Any]]) -> s
     if _NUMBER.fullmatch(name):
         numbers = all(value is None or isinstance(value, int | float) for value in values)
         return _MAP_NUMBERS if numbers else ""
+    if _BEGUN.fullmatch(name):
+        begun = [plain_text(value).strip() for value in values]
+        texts = [plain_text([row.get("prompt"), row.get("chosen")]) for row in rows]
+        lost = any(text not in whole for text, whole in zip(begun, texts, strict=True))
+        return "if the answers continue it, write it in front of them, or at the prompt's end" if lost else ""
     for ours, pattern, where in (("system", _SYSTEM, "puts it in front of"), ("input", _INPUT, "appends it to")):
         if pattern.fullmatch(name):
             texts = [plain_text(value).strip() for value in values]

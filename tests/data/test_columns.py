@@ -32,6 +32,7 @@ from prefopt.data import DataError, normalise, parse_columns
             ["input", "preferred", "non_preferred"],
             r"--columns prompt=input chosen=preferred rejected=non_preferred\.$",
         ),
+        (["chosen_messages", "rejected_messages"], r"--columns chosen=chosen_messages rejected=rejected_messages\.$"),
         (["chosen_talk", "rejectedTalk"], r"--columns chosen=chosen_talk rejected=rejectedTalk\.$"),
         (["message_id", "lang"], r"None of them looks like a needed one"),
         (["alpha", "omega"], r"None of them looks like a needed one"),

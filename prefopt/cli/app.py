@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -71,7 +72,14 @@ def console() -> Console:
 
 
 def refuse_overwriting(out: Path, *inputs: Path | str | None) -> None:
-    """End the command if the file to write is one that it reads."""
+    """End the command, before its work, if the file to write is one that it reads, or cannot be written."""
+    existing = next(folder for folder in out.absolute().parents if folder.exists())
+    if out.is_dir():
+        fail(f"--out {out} is a folder: name a file in it")
+    if not existing.is_dir():
+        fail(f"--out {out}: {existing} is a file, not a folder")
+    if not os.access(out if out.exists() else existing, os.W_OK):
+        fail(f"--out {out} cannot be written to: name another file, or make it writable")
     for one in inputs:
         if one is not None and Path(one).expanduser().resolve() == out.resolve():
             fail(f"--out {out} is the file that is read, and would be lost: name another one")

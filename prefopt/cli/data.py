@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prefopt.cli.app import app, console, fail, say
+from prefopt.cli.app import app, console, fail, refuse_overwriting, say
 from prefopt.cli.displacement import check_options, show_displacement
 from prefopt.safety.errors import PrefoptError
 
@@ -52,6 +52,7 @@ def check(
 ) -> None:
     """Validate a preference data set, or sets to forget and to retain, and print what is wrong with it."""
     from prefopt.data import kind, validate
+    from prefopt.data.mix import parse_sources
     from prefopt.data.reading import described
 
     if max_length is not None and model is None:
@@ -62,6 +63,8 @@ def check(
         fail(f"--max-length must be at least 2, a token of the prompt and one of a completion, got {max_length}")
     check_options(displacement, model, keep, out)
     data, words = _words(data, columns, context.args)
+    if out is not None:
+        refuse_overwriting(out, *(name for name, _ in parse_sources(data)))
     options = {
         "--columns": words, "--format": layout, "--model": model, "--loss": loss, "--displacement": displacement,
     }  # fmt: skip

@@ -64,5 +64,3 @@ def check_options(displacement: bool, model: str | None, keep: float | None, out
         fail("--keep SHARE and --out FILE belong together: the share of the pairs to keep, and where to write them")
     if keep is not None and not 0 < keep <= 1:
         fail(f"--keep is the share of the pairs to keep, above 0 and at most 1, got {keep:g}")
-    if out is not None and (not out.parent.is_dir() or out.is_dir()):
-        fail(f"--out: {out} is not a file in a folder that exists")

@@ -87,6 +87,15 @@ def test_the_command_lists_the_worst_pairs_and_writes_the_others(data, tmp_path,
     assert all(row["chosen"] for row in kept)
 
 
+def test_the_data_is_not_overwritten(data):
+    before = data.read_bytes()
+    for source in (data, f"{data}:1,other.jsonl:2"):
+        result = run(source, "--model", "m", "--displacement", "--keep", "0.5", "--out", data)
+        assert result.exit_code == 1
+        assert "is the file that is read, and would be lost" in " ".join(result.output.split())
+    assert data.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -112,9 +112,9 @@ def _problems(row: Row, of: tuple[str, ...], names: list[str]) -> Iterator[str]:
         if any(_is_kept_as(kept_as, row[name]) for name in ("prompt", *sides)):
             yield problem
             return
-    yield from _text_problems(row["prompt"], "prompt")
+    yield from text_problems(row["prompt"], "prompt")
     for side in sides:
-        yield from _text_problems(row[side], column_of(side))
+        yield from text_problems(row[side], column_of(side))
     written = [row[name] for name in ("prompt", *sides) if looks_like_messages(row[name])]
     if any(writing(text) == "other messages" for text in written):
         yield "wrong type: messages written as text"
@@ -165,7 +165,8 @@ def _is_kept_as(kept_as: str, value: Any) -> bool:
     return isinstance(value, list) and bool(value) and role(value[0]) == kept_as
 
 
-def _text_problems(value: Any, column: str) -> Iterator[str]:
+def text_problems(value: Any, column: str) -> Iterator[str]:
+    """Problems of the text or the messages of one column."""
     if value is None:
         yield f"null {column}"
     elif isinstance(value, str):

@@ -14,6 +14,9 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from prefopt.data.messages import as_messages
+from prefopt.data.problems import KINDS
+from prefopt.data.row import text_problems
 from prefopt.generation.from_file import FileGenerator
 from prefopt.generation.samples import (
     NO_PROMPT,
@@ -45,10 +48,13 @@ def prompts_of(lines: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Pro
     rows: dict[str, PromptRow] = {}
     count = 0
     for count, line in enumerate(lines, start=1):
-        prompt = line.get("prompt")
+        prompt = as_messages(line.get("prompt"))
         if not prompt or not is_prompt(prompt):
             there = f"{str(prompt)[:100]!r}" if "prompt" in line else f"it has the columns {', '.join(line) or 'none'}"
             raise UsageError(f"{where}, object {count}: {NO_PROMPT}; here {there}")
+        for problem in text_problems(prompt, "prompt"):
+            kind = KINDS[problem]
+            raise UsageError(f"{where}, object {count}: {kind.explanation} {kind.advice} Here {str(prompt)[-100:]!r}")
         columns = {name: value for name, value in line.items() if name != "prompt"}
         rows.setdefault(prompt_id(prompt), PromptRow(prompt, columns))
     if not rows:

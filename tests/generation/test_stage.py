@@ -82,6 +82,36 @@ def test_prompts_are_read_once_each(tmp_path):
         read_prompts(path)
 
 
+def test_prompts_are_the_messages_that_training_reads(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    talk = [("human", "a"), ("gpt", "b"), ("User", "c")]
+    rows = [{"prompt": [{"from": speaker, "value": text} for speaker, text in talk]}]
+    rows.append({"prompt": json.dumps([{"role": "user", "content": "d"}])})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = read_prompts(path)[0]
+    assert [(one["role"], one["content"]) for one in first.prompt] == [
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+    ]
+    assert second.prompt == [{"role": "user", "content": "d"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "what"),
+    [
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "is the assistant's.*Here .*'b'"),
+        ([{"role": "Bob", "content": "a"}], "a role that chat templates do not know"),
+        ("  \n", "has no text"),
+    ],
+)
+def test_prompts_that_leave_nothing_to_answer_are_refused(tmp_path, prompt, what):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": prompt}) + "\n")
+    with pytest.raises(UsageError, match=f"object 1: .*{what}"):
+        read_prompts(path)
+
+
 def test_counts_of_samples():
     def one(index: int, completion: str, finished: bool = True) -> Sample:
         return Sample(prompt_id("a"), "a", index, completion, 4, finished)
@@ -97,7 +127,6 @@ def test_counts_of_samples():
     ("row", "what"),
     [
         ({"question": "2 + 2", "answer": "4"}, "it has the columns question, answer"),
-        ({"prompt": [{"from": "human", "value": "2 + 2"}]}, "here .*'from': 'human'"),
         ({"prompt": [{"role": "user"}]}, "messages with role and content"),
     ],
 )

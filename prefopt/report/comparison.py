@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.report.folder import RunFolder, number
+from prefopt.report.folder import RunFolder, ends_in_nan, number
 from prefopt.report.intervals import Interval, over_rows, over_seeds, sign_test
-from prefopt.report.runs import ACCURACY, MEASURES, Group, Measure
+from prefopt.report.runs import ACCURACY, MEASURES, OF_CURVES, Group, Measure, held_out
 
 _ROW_VALUES = {
     "accuracy": "rewards/margins",
@@ -295,6 +295,7 @@ def _cautions(groups: Sequence[Group]) -> tuple[list[str], bool]:
         cautions.append("The runs were trained on different rows: what differs may be due to the data.")
     named = [(name, run) for group in groups for name, run in zip(group.names, group.runs.values(), strict=True)]
     cautions += [line for name, run in named for line in _ends_early(name, run)]
+    cautions += [line for name, run in named for line in _evaluated_early(name, run)]
     cautions += [f"{name}: {', '.join(run.unread)}: not read." for name, run in named if run.unread]
     for (one, run), (other, again) in itertools.combinations(named, 2):
         if run.curves and run.curves == again.curves:
@@ -316,6 +317,23 @@ def _ends_early(name: str, run: RunFolder) -> list[str]:
     if done is None or planned is None or done >= planned:
         return []
     return [f"{name} ended after step {done:g} of {planned:g}."]
+
+
+def _evaluated_early(name: str, run: RunFolder) -> list[str]:
+    """A run whose last evaluation with numbers is not its last one, or came long before its last step."""
+    curves = [curve for key in OF_CURVES.values() if (curve := held_out(run, key)) is not None]
+    if not curves:
+        return []
+    at = min(curve.steps[-1] for curve in curves)
+    if any(map(ends_in_nan, curves)):
+        if "not_finite" in run.log:  # said already
+            return []
+        return [f"{name}: later evaluations are NaN or infinite: what is compared is of step {at}."]
+    steps = [0, *curves[0].steps]
+    usual = max(later - earlier for earlier, later in itertools.pairwise(steps))
+    if run.last_step - at <= usual:
+        return []
+    return [f"{name} was last evaluated at step {at}, and logged until step {run.last_step}."]
 
 
 def _rows_differ(groups: Sequence[Group], role: str) -> bool:

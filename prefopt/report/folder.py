@@ -48,6 +48,11 @@ class Curve:
         return self.values[-1]
 
 
+def ends_in_nan(curve: Curve) -> bool:
+    """Whether the number was NaN or infinite when it was logged last, so that `last` is of an earlier step."""
+    return bool(curve.missing) and curve.missing[-1] > curve.steps[-1]
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """What was read.

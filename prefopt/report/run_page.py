@@ -12,7 +12,7 @@ from prefopt.losses import LossError, parse
 from prefopt.report.changes import changed_words
 from prefopt.report.curves import as_data, charts_of, points_each
 from prefopt.report.facts import facts_of_loss
-from prefopt.report.folder import FINDINGS, PAGE, Curve, RunFolder, read_run
+from prefopt.report.folder import FINDINGS, PAGE, Curve, RunFolder, ends_in_nan, read_run
 from prefopt.report.html import render
 from prefopt.safety.files import write_text
 
@@ -142,7 +142,9 @@ def _tiles_of(curves: Mapping[str, Curve]) -> str:
     if not prefix:
         return "Of the training batches: nothing was held out."
     named = prefix.removeprefix("eval_").strip("_")
-    return f"Of the held-out rows{f' ({named})' if named else ''}, at the last evaluation."
+    shown = [curves[prefix + name] for _, name, _, _ in _TILES if prefix + name in curves]
+    nan = ", which was not finite in part: these numbers are of an earlier one" if any(map(ends_in_nan, shown)) else ""
+    return f"Of the held-out rows{f' ({named})' if named else ''}, at the last evaluation{nan}."
 
 
 def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:

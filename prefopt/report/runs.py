@@ -46,12 +46,13 @@ MEASURES = (
 )
 """In the order of the table. The first one that decides and that every run has names the best run."""
 
-_OF_CURVES = {
+OF_CURVES = {
     "accuracy": "rewards/accuracies",
     "margin": "ratios/margins",
     "chosen": "ratios/chosen",
     "rejected": "ratios/rejected",
 }
+"""Measures that are a curve of the held-out rows at its end."""
 _BY_CHANCE = {"seed", "data_seed"}
 """Settings in which repetitions of one run differ."""
 _WITHOUT_EFFECT = {"reference_cache", "resume_from_checkpoint"}
@@ -87,8 +88,8 @@ def value_of(run: RunFolder, measure: Measure) -> float | None:
     of_sweep = run.sweep.get("measures")
     if isinstance(of_sweep, dict) and (known := number(of_sweep.get(measure.key))) is not None:
         return known
-    if measure.key in _OF_CURVES:
-        curve = held_out(run, _OF_CURVES[measure.key])
+    if measure.key in OF_CURVES:
+        curve = held_out(run, OF_CURVES[measure.key])
         return None if curve is None else curve.last
     if measure.key == "kl":
         curve = kl_of(run)

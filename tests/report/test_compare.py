@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
 
-from prefopt.report import compare_page, compare_runs
+from prefopt.report import compare_page, compare_runs, write_run_page
 from prefopt.report.intervals import over_rows, over_seeds, sign_test, student_quantile
 from prefopt.safety.errors import UsageError
 from tests.report.folders import write, write_run
@@ -61,6 +62,25 @@ def test_pairing_by_seed_removes_what_the_seed_does(tmp_path):
     result = compared(tmp_path, *runs)
     assert result["best"] == "ipo"
     assert "It is better than dpo" in result["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (lambda line: {**line, "eval_rewards/accuracies": math.nan}, "later evaluations are NaN or infinite"),
+        (lambda line: {"step": line["step"]}, "was last evaluated at step 10, and logged until step 40"),
+    ],
+)
+def test_a_run_whose_last_evaluations_are_missing_is_named(tmp_path, ends, said):
+    whole, other = write_run(tmp_path / "whole"), write_run(tmp_path / "other", loss="ipo")
+    log = json.loads((other / "log_history.json").read_text())
+    late = [ends(line) if "eval_runtime" in line and line["step"] > 10 else line for line in log["log_history"]]
+    write(other, "log_history.json", {**log, "log_history": late})
+    cautions = compared(tmp_path, whole, other)["cautions"]
+    assert [line for line in cautions if said in line and line.startswith("other")]
+    assert not [line for line in cautions if line.startswith("whole")]
+    page = write_run_page(other).read_text(encoding="utf-8")
+    assert ("of an earlier one" in page) is ("NaN" in said)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

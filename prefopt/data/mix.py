@@ -7,6 +7,7 @@ import datasets and this folder's schema and errors.
 from __future__ import annotations
 
 import math
+import os
 import random
 from array import array
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ def parse_sources(text: str) -> list[Source]:
 
     All sources have a weight or none has. Weights are relative: `7` and `3` mean the same as `0.7` and `0.3`.
     """
+    if os.path.isfile(text):  # a name may hold commas
+        return [(text, None)]
     sources: list[Source] = []
     for part in (part.strip() for part in text.split(",")):
         if not part:

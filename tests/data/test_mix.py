@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -19,6 +20,12 @@ def _texts(name: str, count: int, **extra: object) -> Dataset:
 def test_parse_sources() -> None:
     assert parse_sources("a.jsonl:0.7,b.jsonl:0.3") == [("a.jsonl", 0.7), ("b.jsonl", 0.3)]
     assert parse_sources("owner/set, C:\\data\\b.csv") == [("owner/set", None), ("C:\\data\\b.csv", None)]
+
+
+def test_a_file_with_a_comma_in_its_name_is_one_source(tmp_path: Path) -> None:
+    path = tmp_path / "pairs, cleaned.jsonl"
+    path.touch()
+    assert parse_sources(str(path)) == [(str(path), None)]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def value_at(row: Any, path: str) -> Any:
     if isinstance(row, Mapping) and path in row:
         return row[path]
     for name in path.split("."):
-        row = _object(row)
+        row = parsed(row)
         if isinstance(row, list):
             row = row[int(name)] if name.isdigit() and int(name) < len(row) else None
         else:
@@ -35,11 +35,12 @@ def feature_at(dataset: Dataset | IterableDataset, path: str) -> Any:
 
 def fields_of(row: Mapping[str, Any]) -> list[str]:
     """The paths of the fields of a row's objects."""
-    objects = {name: _object(value) for name, value in row.items()}
+    objects = {name: parsed(value) for name, value in row.items()}
     return [f"{name}.{field}" for name, value in objects.items() if isinstance(value, Mapping) for field in value]
 
 
-def _object(value: Any) -> Any:
+def parsed(value: Any) -> Any:
+    """The object or the list that a text is the JSON of; any other value unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
     try:

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 from prefopt.data.columns import is_metadata
 from prefopt.data.errors import DataError
 from prefopt.data.messages import plain_text, role, writing
-from prefopt.data.paths import fields_of, value_at
+from prefopt.data.paths import fields_of, parsed, value_at
 from prefopt.safety.files import write_whole
 
 Row = Mapping[str, Any]
@@ -124,7 +124,7 @@ def pair(rows: Iterable[Row], how: Pairing, found: Counter[str]) -> Iterator[dic
             raise DataError(f"Row {number} has no column {absent[0]!r}. Its columns: {', '.join(row)}.")
         prompt = {"prompt": value_at(row, how.prompt)} if how.prompt else {}
         try:
-            if how.answers and isinstance(value_at(row, how.answers), str):
+            if how.answers and not _lists_answers(row, how):
                 _add(grouped, prompt, row, how)
                 continue
             pairs = [{**prompt, **sides} for sides in made(row, how)]
@@ -148,6 +148,15 @@ def _add(grouped: dict[str, dict[str, Any]], prompt: dict[str, Any], row: Row, h
     group = grouped.setdefault(json.dumps(prompt, sort_keys=True), {"prompt": prompt, answers: [], key: []})
     group[answers].append(value_at(row, answers))
     group[key].append(value_at(row, key))
+
+
+def _lists_answers(row: Row, how: Pairing) -> bool:
+    """Whether the row has all answers of its prompt, in a list or the JSON text of one; an answer may be JSON too."""
+    answers, key = value_at(row, str(how.answers)), str(how.rank or how.score)
+    if not isinstance(answers, str):
+        return True
+    in_answers = key.partition(".")[0] not in row
+    return isinstance(parsed(answers), list) and (in_answers or isinstance(parsed(value_at(row, key)), list))
 
 
 def _of_two(row: Row, how: Pairing) -> Iterator[dict[str, Any]]:
@@ -188,7 +197,7 @@ def _best_and_worst(ordered: Sequence[tuple[float, Any]], how: Pairing) -> Itera
 
 
 def _of_list(row: Row, how: Pairing) -> Iterator[dict[str, Any]]:
-    answers, key = value_at(row, str(how.answers)) or [], str(how.rank or how.score)
+    answers, key = parsed(value_at(row, str(how.answers))) or [], str(how.rank or how.score)
     if not isinstance(answers, list):
         raise DataError(f"has no list and no text in {how.answers!r}, but {answers!r:.60}.")
     texts = [_text_of(answer, how) for answer in answers]
@@ -196,7 +205,7 @@ def _of_list(row: Row, how: Pairing) -> Iterator[dict[str, Any]]:
         best = _number(value_at(row, how.winner))
         order: Any = [float(place == best) for place in range(len(texts))]
     elif key.partition(".")[0] in row:
-        order = value_at(row, key) or []
+        order = parsed(value_at(row, key)) or []
     else:
         order = [_field_of(answer, key) for answer in answers]
     if not isinstance(order, list) or (order and len(order) != len(texts)):
@@ -236,10 +245,11 @@ def _whole(ordered: Sequence[tuple[float, Any]], ranked: bool) -> Iterator[dict[
 
 def pairing_advice(names: Sequence[str], rows: Sequence[Row]) -> str:
     """The command that pairs rows with two answers and a verdict, or with a list of ranked answers; "" for others."""
+    lists = [{name: parsed(value) for name, value in row.items()} for row in rows]
     return (
         _two_answers(names, rows)
-        or _ranked_list(names, rows)
-        or _ranked_texts(names, rows)
+        or _ranked_list(names, lists)
+        or _ranked_texts(names, lists)
         or _ranked_rows(names, rows)
     )
 

@@ -30,6 +30,7 @@ from prefopt.data.formats import IMPLICIT, read_format
 from prefopt.data.groups import COMPLETIONS, SCORES, WINS, mean_wins
 from prefopt.data.maps import MESSAGE, MESSAGES, PEEKED_ROWS, map_rows
 from prefopt.data.messages import UNREADABLE, as_messages, in_turns, role, same_texts, writing
+from prefopt.data.paths import parsed
 from prefopt.data.prompts import CONTEXT, add_context, check_implicit, check_repeated, extract_prompt
 from prefopt.data.rankings import unread_order
 from prefopt.data.transcripts import check_transcripts, from_transcripts, looks_like_transcript
@@ -217,6 +218,10 @@ def _normalise_unpaired(dataset: Dataset | IterableDataset, rows: Sequence[Row])
 
 
 def _normalise_groups(dataset: Dataset | IterableDataset, rows: Sequence[Row]) -> Dataset | IterableDataset:
+    if any(isinstance(row.get(COMPLETIONS), str) and isinstance(parsed(row[COMPLETIONS]), list) for row in rows):
+        lists = [name for name in (COMPLETIONS, SCORES, WINS) if name in column_names(dataset)]
+        dataset = map_rows(dataset, partial(_parsed, names=lists), dict.fromkeys(lists), "Reading lists")
+        rows = first_rows(dataset, PEEKED_ROWS)
     texts = [text for row in rows if isinstance(row.get(COMPLETIONS), list) for text in row[COMPLETIONS]]
     written = [writing(text) for text in texts if text is not None]
     if not any(written):
@@ -238,6 +243,10 @@ def _normalise_groups(dataset: Dataset | IterableDataset, rows: Sequence[Row]) -
             dataset, partial(in_turns, names=["prompt"]), {"prompt": MESSAGES}, "Writing prompts as messages"
         )
     return dataset
+
+
+def _parsed(row: Row, names: Sequence[str]) -> Row:
+    return {name: parsed(row[name]) for name in names}
 
 
 def _scores_of_wins(row: Row) -> Row:

@@ -198,6 +198,16 @@ def test_win_probabilities_become_mean_scores_and_what_is_no_matrix_is_named():
     assert problems == {"bad scores": [2, 3], "scores do not fit": [4]}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lists_written_as_json_text_are_lists(tmp_path: Path, streaming: bool) -> None:
+    path = tmp_path / "groups.csv"
+    path.write_text('prompt,completions,scores\nSay.,"[""a"", ""[b]""]","[1, 2.5]"\nGo.,"[""c"", ""d""]","[3, 1]"\n')
+    data = read_preferences(str(path), streaming=streaming)
+    assert [(row["completions"], row["scores"]) for row in data] == [(["a", "[b]"], [1, 2.5]), (["c", "d"], [3, 1])]
+    if not streaming:
+        assert validate(data).counts() == {}
+
+
 @pytest.mark.parametrize(
     ("name", "numbers", "best_first"),
     [

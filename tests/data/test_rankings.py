@@ -108,6 +108,18 @@ PUBLISHED: dict[str, tuple[list[Row], list[Row]]] = {
         [{"prompt": "Hi", "response_a": "a", "response_b": "b", "rank_a": n, "rank_b": 3 - n} for n in (2, 1)],
         [{"prompt": "Hi", "chosen": "b", "rejected": "a"}, {"prompt": "Hi", "chosen": "a", "rejected": "b"}],
     ),
+    "lists written as JSON text": (
+        [{"prompt": "Hi", "responses": '["b", "[1, 2]"]', "scores": "[0.1, 0.9]"}],
+        [{"prompt": "Hi", "chosen": "[1, 2]", "rejected": "b", "chosen_score": 0.9, "rejected_score": 0.1}],
+    ),
+    "objects written as JSON text": (
+        [{"prompt": "Hi", "answers": '[{"text": "b", "rank": 2}, {"text": "a", "rank": 1}]'}],
+        [{"prompt": "Hi", "chosen": "a", "rejected": "b"}],
+    ),
+    "answers that are JSON, one a row": (
+        [{"prompt": "Hi", "response": answer, "score": n} for n, answer in enumerate(("[1]", "[2]"))],
+        [{"prompt": "Hi", "chosen": "[2]", "rejected": "[1]", "chosen_score": 1.0, "rejected_score": 0.0}],
+    ),
     "scores written as text": (
         [{"prompt": "Hi", "responses": ["a", "b", "c"], "scores": ["9", "10", "N/A"]}],
         [{"prompt": "Hi", "chosen": "b", "rejected": "a", "chosen_score": 10.0, "rejected_score": 9.0}],
@@ -153,7 +165,11 @@ def test_the_command_that_is_printed_pairs_the_set(name: str, tmp_path: Path, mo
     done = run.invoke(app, shlex.split(command[1]))
     assert done.exit_code == 0, done.output
     assert [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()] == pairs
-    ties = 0 if name in ("an answer a row", "a rank a row") else len(rows) - len(pairs)
+    ties = (
+        0
+        if name in ("an answer a row", "a rank a row", "answers that are JSON, one a row")
+        else len(rows) - len(pairs)
+    )
     assert f"{len(pairs)} pairs from {len(rows)} rows; {ties} rows made none" in done.output
     assert run.invoke(app, ["check", "pairs.jsonl"]).exit_code == 0
 

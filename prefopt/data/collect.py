@@ -104,6 +104,12 @@ class Findings:
         both = {"chosen", "rejected"} <= self._roles and self._total > 1
         if both and self._labels in ({True}, {False}):
             notes.append(one_label_note(self._labels == {True}, f"Each of the {self._total} rows"))
+        for role, label in (("chosen", True), ("rejected", False)):
+            if self._roles == {role} and self._labels == {not label}:
+                notes.append(
+                    f"Each of the {self._total} rows has the label {str(not label).lower()}: an objective that learns "
+                    f"from rows with the label {str(label).lower()} alone learns nothing."
+                )
         return Report(problems, self._total, self._origins, notes)
 
 

@@ -222,3 +222,18 @@ def test_a_mixed_file_loads_and_its_odd_row_is_reported(tmp_path: Path, monkeypa
     path.write_text("".join(json.dumps(row) + "\n" for row in (TEXT, {**TEXT, "chosen": 3}, TEXT)))
     report = validate(normalise(load_preferences(str(path))))
     assert report.counts() == {"wrong type: chosen": 1, "duplicate row": 1}
+
+
+@pytest.mark.parametrize(
+    ("roles", "label", "told"),
+    [
+        (("chosen",), False, True),
+        (("chosen",), True, False),
+        (("rejected",), True, True),
+        (("rejected",), False, False),
+    ],
+)
+def test_rows_that_the_objective_learns_nothing_from_are_noted(roles, label, told):
+    rows = [{"prompt": f"{n}?", "completion": "Yes.", "label": label} for n in range(2)]
+    notes = validate(Rows(rows), roles=roles).notes
+    assert [("alone learns nothing" in note) for note in notes] == [True] * told

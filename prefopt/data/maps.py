@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from pyarrow.lib import ArrowException  # type: ignore[import-untyped]
 
@@ -15,6 +16,25 @@ PEEKED_ROWS = 64
 """Number of rows that decide how a column is written."""
 MESSAGE = '{"role", "content"}'
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+
+
+def python_rows(dataset: Any) -> Any:
+    """The set with rows of lists and numbers if they are tensors or arrays, whose `+` would add; others unchanged."""
+    if isinstance(dataset, Dataset):
+        return dataset if dataset.format["type"] in (None, "custom") else dataset.with_format(None)
+    if not isinstance(dataset, IterableDataset):
+        return dataset
+    dataset = dataset.with_format(None)
+    # A generator's rows are as it made them; others come from Arrow.
+    return dataset.map(_python) if dataset.features is None else dataset
+
+
+def _python(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _python(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return [_python(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def map_rows(

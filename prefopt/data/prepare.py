@@ -111,13 +111,6 @@ def tokenize_checked(
     return marked.remove_columns(_FOUND)
 
 
-def without_tensors(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The set with rows of lists if its format is tensors or arrays, whose `+` would add numbers."""
-    if isinstance(dataset, Dataset):
-        return dataset if dataset.format["type"] in (None, "custom") else dataset.with_format(None)
-    return dataset.with_format(None) if isinstance(dataset, IterableDataset) else dataset
-
-
 def check_ids(
     dataset: Dataset | IterableDataset,
     *,

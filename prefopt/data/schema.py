@@ -28,7 +28,7 @@ from prefopt.data.columns import (
 from prefopt.data.errors import DataError
 from prefopt.data.formats import IMPLICIT, read_format
 from prefopt.data.groups import COMPLETIONS, SCORES, WINS, mean_wins
-from prefopt.data.maps import MESSAGE, MESSAGES, PEEKED_ROWS, map_rows
+from prefopt.data.maps import MESSAGE, MESSAGES, PEEKED_ROWS, map_rows, python_rows
 from prefopt.data.messages import UNREADABLE, as_messages, in_turns, role, same_texts, writing
 from prefopt.data.paths import parsed
 from prefopt.data.prompts import CONTEXT, add_context, check_implicit, check_repeated, extract_prompt
@@ -88,6 +88,7 @@ def normalise(
         DataError: if there are no preferences, or if the prompt would have to be guessed.
     """
     say = say or logger.warning
+    dataset = _one_set(dataset)
     if columns:
         dataset = rename_columns(dataset, columns)
     dataset, taken, line = read_format(dataset, format, unlabelled)
@@ -110,6 +111,17 @@ def normalise(
         if told:
             say(told)
     return dataset
+
+
+def _one_set(dataset: Any) -> Dataset | IterableDataset:
+    if isinstance(dataset, Dataset | IterableDataset):
+        return cast(Dataset | IterableDataset, python_rows(dataset))
+    if isinstance(dataset, dict) and all(isinstance(part, Dataset | IterableDataset) for part in dataset.values()):
+        raise DataError(f"These are several data sets: {', '.join(map(repr, dataset))}. Pass one, as dataset[NAME].")
+    raise DataError(
+        f"Rows must be a Dataset or an IterableDataset of the library datasets, not a {type(dataset).__name__}. "
+        "Dataset.from_list(rows) makes one of dicts, Dataset.from_pandas(frame) of a table."
+    )
 
 
 def _rewrite_messages(dataset: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, str]:

@@ -9,7 +9,8 @@ from datasets import Dataset, IterableDataset
 
 from prefopt.data import drop_overlong, normalise
 from prefopt.data.encodings import text_tokenizer
-from prefopt.data.prepare import check_ids, silent, tokenize_checked, without_tensors
+from prefopt.data.maps import python_rows
+from prefopt.data.prepare import check_ids, silent, tokenize_checked
 from prefopt.data.unused import MEDIA
 from prefopt.losses import Loss
 from prefopt.losses.scores import EMBEDDINGS, PREVIOUS_LOGPS
@@ -43,7 +44,7 @@ def prepare(
     """
     if collator is not None:
         _set_padding(collator, processing_class, args)
-    dataset = without_tensors(dataset)
+    dataset = python_rows(dataset)
     say = logger.warning if name == "train" and args.should_log else silent
     cut = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, "name": name}
     common = {**cut, "roles": objective.roles, "say": say}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from trl.data_utils import extract_prompt as trl_extract_prompt
 
 from prefopt.data import DataError, clean, kind, load_preferences, normalise, validate
@@ -199,3 +200,38 @@ def test_published_sets_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     name = str(PUBLISHED / "stack-exchange-tiny" / "stack_exchange_paired_tiny.json")
     exchange = normalise(load_preferences(name, columns=mapping))
     assert (kind(exchange), len(exchange), validate(exchange).ok) == ("pair", 25, True)
+
+
+PLAIN_PAIR = {"prompt": "Say hi.", "chosen": "Hi.", "rejected": "No."}
+CHAT_PAIR = {"prompt": [user("Say hi.")], "chosen": [assistant("Hi.")], "rejected": [assistant("No.")]}
+GROUP = {"prompt": "Say hi.", "completions": ["Hi.", "No."], "scores": [2.0, 1.0]}
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow"])
+@pytest.mark.parametrize("row", [PLAIN_PAIR, CHAT_PAIR, GROUP, {"prompt": "Hi", "completion": "Ho", "label": True}])
+def test_rows_of_arrays_are_read_as_lists(row, form):
+    assert list(normalise(Dataset.from_list([row]).with_format(form))) == [row]
+
+
+@pytest.mark.parametrize("as_list", [tuple, lambda messages: np.array(messages, dtype=object)])
+def test_a_generator_of_arrays_or_tuples_is_read_as_lists(as_list):
+    rows = [{name: as_list(messages) for name, messages in CHAT_PAIR.items()}]
+    assert list(normalise(IterableDataset.from_generator(lambda: iter(rows)))) == [CHAT_PAIR]
+    labelled = {"prompt": "Hi", "completion": np.str_("Ho"), "label": np.bool_(True)}
+    stream = normalise(IterableDataset.from_generator(lambda: iter([labelled])))
+    assert [type(value) for value in next(iter(stream)).values()] == [str, str, bool]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            DatasetDict(train=Dataset.from_list([PLAIN_PAIR])),
+            r"several data sets: 'train'\. Pass one, as dataset\[NAME\]",
+        ),
+        ([PLAIN_PAIR], r"not a list\. Dataset\.from_list"),
+    ],
+)
+def test_what_is_not_one_data_set_is_refused(data, message):
+    with pytest.raises(DataError, match=message):
+        normalise(data)

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from prefopt.data import drop_overlong, normalise
+from prefopt.data import DataError, drop_overlong, normalise
 from prefopt.data.encodings import text_tokenizer
 from prefopt.data.maps import python_rows
 from prefopt.data.prepare import check_ids, silent, tokenize_checked
@@ -48,7 +48,10 @@ def prepare(
     say = logger.warning if name == "train" and args.should_log else silent
     cut = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, "name": name}
     common = {**cut, "roles": objective.roles, "say": say}
-    if "prompt_ids" not in next(iter(dataset)):
+    first = next(iter(dataset), None)
+    if first is None:
+        raise DataError(f"the {name} set has no rows: pass None, or check how it was made")
+    if "prompt_ids" not in first:
         used = (*objective.columns, *(MEDIA if collator is None else ()))
         desirable = objective.roles == ("chosen",)
         dataset = normalise(dataset, transcripts=False, used=used, unlabelled=desirable, say=say)

@@ -198,3 +198,14 @@ def test_rows_that_a_recipe_has_checked_are_not_checked_again(
         trainer = build(tmp_path, stream)
     with pytest.raises(DataError, match="null chosen"):
         trainer.train()
+
+
+def test_an_evaluation_set_and_a_stream_without_rows_are_named(tmp_path: Path) -> None:
+    rows = Dataset.from_list(PAIRS)
+    with pytest.raises(DataError, match="the eval set has no rows"):
+        PreferenceTrainer(
+            saved(), args=PreferenceConfig(**settings(tmp_path)), train_dataset=rows, eval_dataset=rows.select([]),
+            processing_class=make_tokenizer(),
+        )  # fmt: skip
+    with pytest.raises(DataError, match="the train set has no rows"):
+        build(tmp_path, rows.to_iterable_dataset().filter(lambda row: False))

@@ -117,6 +117,9 @@ def _names(data: Any) -> list[str]:
 # ---- any run -----------------------------------------------------------------------------------------------------
 
 
+_NO_ROWS = "the training data has no rows: nothing can be trained"
+
+
 def _rows(plan: RunPlan) -> None:
     if not isinstance(plan.train, (Dataset, IterableDataset)):
         return  # TRL reports the accepted types
@@ -126,8 +129,10 @@ def _rows(plan: RunPlan) -> None:
                 "the training data is a stream, whose length is unknown, so the number of steps must be given: set "
                 "max_steps"
             )
+        if next(iter(plan.train), None) is None:
+            raise UsageError(_NO_ROWS)
     elif len(plan.train) == 0:
-        raise UsageError("the training data has no rows: nothing can be trained")
+        raise UsageError(_NO_ROWS)
     elif plan.option("dataloader_drop_last", False):
         processes = PartialState().num_processes
         batches = {"per_device_train_batch_size": plan.train, "per_device_eval_batch_size": plan.evaluation}

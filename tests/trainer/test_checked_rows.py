@@ -14,6 +14,7 @@ from datasets import Dataset
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.data import DataError
 from prefopt.data.prepare import rows_are_checked
+from prefopt.safety.errors import UsageError
 from tests.tiny import THINKING, make_tokenizer
 from tests.trainer.runs import save_model, settings
 
@@ -207,5 +208,5 @@ def test_an_evaluation_set_and_a_stream_without_rows_are_named(tmp_path: Path) -
             saved(), args=PreferenceConfig(**settings(tmp_path)), train_dataset=rows, eval_dataset=rows.select([]),
             processing_class=make_tokenizer(),
         )  # fmt: skip
-    with pytest.raises(DataError, match="the train set has no rows"):
+    with pytest.raises(UsageError, match="the training data has no rows"):
         build(tmp_path, rows.to_iterable_dataset().filter(lambda row: False))

@@ -50,7 +50,7 @@ def _lost(before: Mapping[str, float], after: Mapping[str, float], gold: bool, s
     lost = 1 - after[name] / before[name] if before[name] else 0.0
     if lost <= LOST:
         return None
-    text = f"{words[name]} fell from {before[name]:.2f} to {after[name]:.2f}: the run lost what it was to keep"
+    text = f"{words[name]} fell from {before[name]:.2g} to {after[name]:.2g}: the run lost what it was to keep"
     level = "serious" if lost > HALF_LOST else "warning"
     return Finding("utility_lost", level, step, text, _RETAIN + (_EARLIER if gold else ""))
 

@@ -92,6 +92,20 @@ class UnlearningTrainer(PreferenceTrainer):
         return self.measured[step]
 
 
+def check_rule(rule: Rule, every: float, gold: bool) -> None:
+    """Refuse a rule that cannot choose; the arguments are those of `settle`.
+
+    Raises:
+        UsageError: if the rule is unknown, or needs a gold model or evaluations that there are none of.
+    """
+    if rule not in get_args(Rule):
+        raise UsageError(f"best={rule!r}: there is no such rule. There are: {', '.join(get_args(Rule))}")
+    if rule != "none" and not gold:
+        raise UsageError(f"best={rule!r} compares with a gold model, and there is none: name one, or take best='none'")
+    if rule != "none" and not every:
+        raise UsageError(f"best={rule!r} chooses among evaluations: set evaluate_every above 0, or take best='none'")
+
+
 def settle(args: PreferenceConfig, rule: Rule, every: float, rows: int, gold: bool) -> None:
     """Set the training arguments that evaluations and the rule need, in place.
 
@@ -105,12 +119,7 @@ def settle(args: PreferenceConfig, rule: Rule, every: float, rows: int, gold: bo
     Raises:
         UsageError: if the rule is unknown, or needs a gold model or evaluations that there are none of.
     """
-    if rule not in get_args(Rule):
-        raise UsageError(f"best={rule!r}: there is no such rule. There are: {', '.join(get_args(Rule))}")
-    if rule != "none" and not gold:
-        raise UsageError(f"best={rule!r} compares with a gold model, and there is none: name one, or take best='none'")
-    if rule != "none" and not every:
-        raise UsageError(f"best={rule!r} chooses among evaluations: set evaluate_every above 0, or take best='none'")
+    check_rule(rule, every, gold)
     if not every:
         return
     batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps

@@ -11,6 +11,7 @@ import pytest
 
 from prefopt.recipe.unlearning import main
 from prefopt.safety.errors import UsageError
+from prefopt.trainer.saving.checkpoints import CheckpointError
 from prefopt.unlearning import learn as learning
 from prefopt.unlearning.data import UnlearningDataError
 from prefopt.unlearning.trainer import UnlearningTrainer
@@ -175,6 +176,11 @@ def test_a_gold_model_that_knows_the_forget_set_is_refused(first):
     ("more", "error", "message"),
     [
         (["--best", "muse"], UsageError, "compares with a gold model, and there is none"),
+        (["--best", "muse", "--dry_run"], UsageError, "compares with a gold model, and there is none"),
+        (["--learn", "true", "--learn_epochs", "0"], UsageError, "--learn_epochs must be above 0, got 0"),
+        (["--learn", "true", "--learn_learning_rate", "nan"], UsageError, "--learn_learning_rate must be above 0"),
+        (["--models_dir", __file__], CheckpointError, "the folder of models_dir .* cannot be written to"),
+        (["--idk_answers", "none.txt"], UnlearningDataError, "--idk_answers none.txt cannot be read"),
         (["--loss", "npo_rt", "--beta", "0.2"], SystemExit, "beta"),
         (["--eval_strategy", "steps"], SystemExit, "--evaluate_every says how often to measure"),
         (["--dataset_name", "x"], SystemExit, "--forget_set and --retain_set"),
@@ -183,6 +189,14 @@ def test_a_gold_model_that_knows_the_forget_set_is_refused(first):
 def test_options_that_cannot_work_are_refused(tmp_path, more, error, message):
     with pytest.raises(error, match=message):
         main(argv=words(tmp_path, *more))
+
+
+def test_options_without_effect_are_named(tmp_path, capsys):
+    (tmp_path / "idk.txt").write_text("Who knows?")
+    main(argv=words(tmp_path, "--loss", "ga", "--idk_answers", str(tmp_path / "idk.txt"), "--dry_run"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--learn_epochs has no effect without --learn true" in shown
+    assert "--idk_answers has no effect: ga" in shown
 
 
 def test_sets_that_cannot_work_are_refused(tmp_path):

@@ -190,6 +190,7 @@ def test_an_adapter_is_folded_into_its_model(folder):
     [
         ({"attacks": ("sampled",)}, "there is no attack 'sampled'. Did you mean 'sampling'?"),
         ({"model": "out/nothing"}, "out/nothing has no unlearning.json"),
+        ({"relearn_learning_rate": -1.0}, "--relearn_learning_rate must be above 0, got -1"),
         ({"sets": {"retain_set": "retain.jsonl"}}, "--retain_set replaces the sets of the run: name --forget_set too"),
     ],
 )

@@ -7,6 +7,7 @@ call reads them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -125,6 +126,9 @@ class _Audit:
                 raise UsageError(
                     f"there is no attack {name!r}.{did_you_mean(name, ATTACKS)} Known: {', '.join(ATTACKS)}"
                 )
+        rate = options.relearn_learning_rate
+        if rate is not None and not 0 < rate < math.inf:
+            raise UsageError(f"--relearn_learning_rate must be above 0, got {rate:g}")
         sources = _sources(options)
         questions = read_sets(sources.arguments(), sources.bundled)
         folder = _folder(options)

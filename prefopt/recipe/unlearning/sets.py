@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+from accelerate import PartialState
 
 from prefopt.recipe.arguments import Recipe
 from prefopt.recipe.ready import hub_errors
 from prefopt.recipe.unlearning.options import UnlearningArguments, options_of
+from prefopt.safety.errors import UsageError, retold
+from prefopt.trainer.saving.disk import check_writable
 from prefopt.unlearning.continuations import CONTINUED_SETS, KNOWLEDGE_SETS
 from prefopt.unlearning.data import (
     IDK,
@@ -17,10 +22,12 @@ from prefopt.unlearning.data import (
     UnlearningDataError,
     bundled_questions,
     check_apart,
+    data_step,
     read_questions,
 )
 from prefopt.unlearning.metrics import few_shot_prompt
 from prefopt.unlearning.metrics.extra import required
+from prefopt.unlearning.trainer import check_rule
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,31 @@ class Sets:
 
 
 def load_sets(recipe: Recipe) -> Sets:
-    """The sets of a run, checked.
+    """The sets of a run, checked, and with them the options of its stages: learning may take hours before the others.
 
     Raises:
         UnlearningDataError: naming the set, the row and the column.
+        UsageError: for an option that a later stage would refuse.
         HubUnreachable: if a set is not on this machine and the Hub does not answer.
     """
+    _check_stages(recipe)
     with hub_errors(recipe):
         return read_sets(options_of(recipe), recipe.bundled_data)
+
+
+def _check_stages(recipe: Recipe) -> None:
+    script, objective, say = options_of(recipe), recipe.objective, partial(recipe.console.print, soft_wrap=True)
+    check_rule(script.rule, script.evaluate_every, script.learn or script.gold_model_name_or_path is not None)
+    if script.learn:
+        for name in ("learn_epochs", "learn_learning_rate"):
+            if not 0 < (value := getattr(script, name)) < math.inf:
+                raise UsageError(f"--{name} must be above 0, got {value:g}")
+    elif script.learn_epochs != UnlearningArguments.learn_epochs:
+        say("--learn_epochs has no effect without --learn true")
+    if script.idk_answers is not None and objective is not None and data_step(objective) == "answers":
+        say(f"--idk_answers has no effect: {objective} trains on the true answers")
+    if not script.dry_run and PartialState().is_main_process:
+        check_writable(Path(script.models_dir), "models_dir")
 
 
 def read_sets(script: UnlearningArguments, bundled: bool) -> Sets:
@@ -130,7 +154,8 @@ def _first(measured: Mapping[str, list[Question]], rows: int) -> dict[str, list[
 def _idk(script: UnlearningArguments) -> tuple[str, ...]:
     if script.idk_answers is None:
         return IDK
-    lines = Path(script.idk_answers).read_text(encoding="utf-8").splitlines()
+    with retold(UnlearningDataError, f"--idk_answers {script.idk_answers} cannot be read"):
+        lines = Path(script.idk_answers).read_text(encoding="utf-8").splitlines()
     answers = tuple(line.strip() for line in lines if line.strip())
     if not answers:
         raise UnlearningDataError(f"--idk_answers {script.idk_answers} has no lines")

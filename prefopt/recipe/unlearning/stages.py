@@ -226,7 +226,9 @@ def _show_stages(recipe: Recipe, ready: Ready, questions: Sets) -> None:
     script, objective, say = options_of(recipe), _objective(recipe), partial(recipe.console.print, soft_wrap=True)
     forget, retain, batch = len(questions.forget), len(questions.retain), ready.training.per_device_train_batch_size
     if script.learn:
-        say(f"Learn: {forget + retain} rows, {script.learn_epochs:g} epochs; the gold model the {retain} to retain")
+        gold = script.gold_model_name_or_path
+        others = f"the gold model the {retain} to retain" if gold is None else f"the gold model is {gold}"
+        say(f"Learn: {forget + retain} rows, {script.learn_epochs:g} epochs; {others}")
     batch *= ready.training.gradient_accumulation_steps * PartialState().num_processes
     what = {"answers": "their answers", "idk": '"I don\'t know" in place of their answers', "pairs": "pairs"}
     say(f"Forget: {forget} rows ({what[data_step(objective)]}) with {objective}, {batch} rows a step")

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 _PROBE_BYTES = 4096
 
 
-def check_writable(folder: Path) -> None:
-    """Make the output folder and write a file into it.
+def check_writable(folder: Path, option: str = "output_dir") -> None:
+    """Make the folder that an option names and write a file into it.
 
     Raises:
         CheckpointError: naming the folder and why it cannot be written to.
@@ -36,9 +36,10 @@ def check_writable(folder: Path) -> None:
             probe.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
+        what = "output folder" if option == "output_dir" else f"folder of {option}"
         raise CheckpointError(
-            f"the output folder {folder} cannot be written to ({reason}), so nothing of this run could be saved: use "
-            "another output_dir, or make it writable and free space on its disk"
+            f"the {what} {folder} cannot be written to ({reason}), so nothing of this run could be saved: use "
+            f"another {option}, or make it writable and free space on its disk"
         ) from error
 
 

@@ -26,6 +26,8 @@ T = TypeVar("T")
 _BUSY = (408, 409, 425, 429)
 """Besides 5xx, the answers after which the same request may succeed."""
 _LONGEST_WAIT = 60.0
+CUT = ("length", "content_filter", "abort", "error")
+"""What servers say of a completion that does not end where its model ended it."""
 
 
 class ServerError(PrefoptError, RuntimeError):
@@ -68,7 +70,7 @@ class Completion:
 
     Attributes:
         text: of the first choice; empty for a refusal or a call of a tool.
-        finished: False if it was cut at the maximum length.
+        finished: False if it was cut: at the maximum length, or by a filter of the server.
         tokens: of the completion; 0 if the server does not say.
         prompt_tokens: of the prompt; 0 if the server does not say.
     """
@@ -87,7 +89,7 @@ def read_completion(reply: str) -> Completion:
     usage = fields.get("usage") or {}
     return Completion(
         "" if text is None else _as_text(text),
-        choice.get("finish_reason") != "length",
+        choice.get("finish_reason") not in CUT,
         int(usage.get("completion_tokens") or 0),
         int(usage.get("prompt_tokens") or 0),
     )

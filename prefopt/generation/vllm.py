@@ -14,6 +14,7 @@ from typing import Any
 from accelerate import PartialState
 
 from prefopt.data.encodings import Encodings
+from prefopt.generation.endpoint import CUT
 from prefopt.generation.memory import free_memory
 from prefopt.generation.processes import from_main
 from prefopt.generation.prompts import before_stop, prompt_ids
@@ -97,7 +98,7 @@ class VllmGenerator:
         samples = [
             Sample(
                 row.id, row.prompt, index, before_stop(answer.text, settings.stop), len(answer.token_ids),
-                answer.finish_reason != "length", round_number, seed, facts, self.name,
+                answer.finish_reason not in CUT, round_number, seed, facts, self.name,
             )
             for (row, index, seed), answer in zip(jobs, (reply.outputs[0] for reply in replies), strict=True)
         ]  # fmt: skip

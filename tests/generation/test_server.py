@@ -19,7 +19,7 @@ from tests.tiny import THINKING, make_tokenizer
 pytest.importorskip("httpx")
 pytest.importorskip("tenacity")
 
-from prefopt.generation.endpoint import Client, Endpoint, ServerError
+from prefopt.generation.endpoint import Client, Endpoint, ServerError, read_completion
 from prefopt.generation.server import ServerGenerator
 
 PROMPTS = [PromptRow([{"role": "user", "content": f"Question {number}"}]) for number in range(6)]
@@ -173,6 +173,14 @@ def test_adapters_are_loaded_into_a_running_server(server, tmp_path):
     of.unload_adapter("round-2", "base")
     assert list(server.adapters) == ["round-1"]
     assert drawn(of)[0].model == "base"
+
+
+@pytest.mark.parametrize(
+    ("reason", "finished"), [("stop", True), (None, True), ("length", False), ("content_filter", False)]
+)
+def test_a_completion_that_the_server_cut_is_not_finished(reason, finished):
+    reply = {"choices": [{"message": {"content": "half an"}, "finish_reason": reason}]}
+    assert read_completion(json.dumps(reply)).finished is finished
 
 
 def test_tokens_need_a_tokenizer_and_addresses_a_scheme(server):

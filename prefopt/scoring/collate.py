@@ -82,7 +82,7 @@ class PreferenceCollator:
             pad_to_multiple_of,
             mismatched=Need.MISMATCHED in needs,
             columns=() if loss is None else loss.columns,
-            limits={} if loss is None else loss.limits,
+            limits={} if loss is None else dict(loss.limits),  # workers that are spawned get a pickled copy
             embeddings=Need.EMBEDDINGS in needs,
             reads_scores=loss is not None and loss.reads_scores,
         )

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from datasets.table import ConcatenationTable
 
 from prefopt.data import DataError, drop_overlong, normalise
 from prefopt.data.encodings import text_tokenizer
@@ -62,6 +63,20 @@ def prepare(
     else:
         return dataset
     return drop_overlong(dataset, args.max_length, args.truncation_mode, name)
+
+
+def without_empty_tables(dataset: Dataset) -> Dataset:
+    """The set after columns were removed, as a spawned worker can read it.
+
+    `datasets` puts new columns into a table beside the old ones. Once all columns of one of the tables are removed, a
+    pickled copy of the set cannot be loaded.
+    """
+    table = dataset.data
+    if isinstance(table, ConcatenationTable):
+        blocks = [[block for block in row if block.column_names] for row in table.blocks]
+        if any(blocks) and blocks != table.blocks:
+            dataset._data = ConcatenationTable.from_blocks(blocks)
+    return dataset
 
 
 def columns_of_batches(objective: Loss) -> list[str]:

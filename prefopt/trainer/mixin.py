@@ -194,6 +194,9 @@ class LossMixin(_Trainer):
             more = data.columns_of_batches(self.objective)
             self._signature_columns += [name for name in more if name not in self._signature_columns]
 
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return data.without_empty_tables(super()._remove_unused_columns(dataset, description))
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # Of all columns: transformers passes the rows without those that batches do not need.
         if (paired := paired_rows(self.train_dataset, self.args)) is not None:

@@ -173,7 +173,7 @@ class Setup:
             return
         given = self.bound.get("data_collator") is not None
         if given or self.objective.columns or "weight" in self.sample:
-            columns, limits = self.objective.columns, self.objective.limits
+            columns, limits = self.objective.columns, dict(self.objective.limits)
             trainer.data_collator = WithColumns(trainer.data_collator, columns, limits, given)
 
 

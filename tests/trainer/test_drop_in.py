@@ -6,6 +6,7 @@ weights that moved or stayed, or numbers that must agree.
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.safety.errors import UsageError
+from prefopt.scoring.rows import RowBatch
 from tests.tiny import CHATML, make_model, make_tokenizer, make_vlm
 from tests.trainer.runs import save_model, settings
 
@@ -217,6 +219,20 @@ def test_max_length_cuts_completions(tmp_path: Path, saved: str) -> None:
     train(whole)
     cut, full = trainer.state.log_history[0], whole.state.log_history[0]
     assert 0 < cut["lengths/rejected"] < full["lengths/rejected"]
+
+
+@pytest.mark.parametrize("columns", [{}, {"weight": [1.0, 2.0] * 4}])
+def test_spawned_workers_can_load_rows_and_collator(tmp_path: Path, saved: str, columns: dict[str, Any]) -> None:
+    """Where processes are spawned, as on macOS, a worker gets pickled copies."""
+    pairs = plain_pairs()
+    for name, values in columns.items():
+        pairs = pairs.add_column(name, values)
+    loader = build(tmp_path, saved, pairs, dataloader_num_workers=1).get_train_dataloader()
+    rows, collator = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    batch, expected = collator([rows[0], rows[1]]), loader.collate_fn([loader.dataset[0], loader.dataset[1]])
+    assert batch.keys() == expected.keys()
+    assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert RowBatch.of(batch).columns.keys() == columns.keys()
 
 
 def test_training_data_are_required(tmp_path: Path, saved: str) -> None:

@@ -74,10 +74,16 @@ def check_adapters(model: Any, peft_config: Any, own_reference: bool) -> None:
             f"the model has the adapters {names}, but 'ref' is the name of the reference, a frozen copy of 'default': "
             f"call model.delete_adapter('ref'). {how}"
         )
-    if model.active_adapter != "default":
+    if (active := model.active_adapters) != ["default"]:
+        named = f"adapter is {active[0]!r}" if len(active) == 1 else f"adapters are {', '.join(map(repr, active))}"
         raise UsageError(
-            f"the active adapter is {model.active_adapter!r}, but the one to train must be 'default', of which the "
-            f"reference is a copy: call model.set_adapter('default'). {how}"
+            f"the active {named}, but the one to train must be 'default', of which the reference is a copy: call "
+            f"model.set_adapter('default'). {how}"
+        )
+    if any(getattr(layer, "merged", False) is True for layer in model.modules()):
+        raise UsageError(
+            "the adapter is merged into the base's weights (merge_adapter), where it is not trained: call "
+            "model.unmerge_adapter()"
         )
 
 

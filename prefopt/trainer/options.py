@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, ProcessorMixin
 
 from prefopt.losses import Loss
 from prefopt.models.causal import why_not_causal
+from prefopt.models.load import adapter_base
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.model import unwrapped
 
@@ -137,7 +140,7 @@ def refuse_images(model: Any, args: Any, processor: Any, columns: Collection[str
 
 
 def refuse_model(model: Any, args: Any, role: str) -> None:
-    """Refuse models that do not predict the next token of one row: T5, BERT, reward models.
+    """Refuse models that do not predict the next token of one row (T5, BERT, reward models) or must be loaded first.
 
     Args:
         model: as it was passed to the trainer, an object or what `from_pretrained` takes.
@@ -147,6 +150,21 @@ def refuse_model(model: Any, args: Any, role: str) -> None:
     Raises:
         ValueError: naming the model and what it is.
     """
+    if isinstance(model, str) and role != "model":
+        raise UsageError(
+            f"{role}={model!r} is a name, and only `model` is loaded by its name: pass "
+            f"{role}=AutoModelForCausalLM.from_pretrained({model!r})"
+        )
+    if isinstance(model, str) and (base := adapter_base(model)) is not None:
+        raise UsageError(
+            f"{role}={model!r} holds an adapter on {base}. To train it further, load it first: "
+            f"AutoPeftModelForCausalLM.from_pretrained({model!r}, is_trainable=True). For a new adapter or all "
+            "weights, merge it into its model with prefopt merge, and pass the folder of that"
+        )
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        raise UsageError(
+            f"{role} is wrapped in {type(model).__name__}, which the trainer does itself: pass {role}.module"
+        )
     config, named, architecture = _described(model, args)
     if config is None and not isinstance(model, str):
         raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from prefopt.scoring.rows import RowBatch
@@ -145,6 +145,39 @@ def test_adapters_by_other_names_are_refused_with_how_it_is_done(tmp_path, names
     with pytest.raises(ValueError, match=said) as caught:
         make_trainer(tmp_path, model=model)
     assert "merge_and_unload" in str(caught.value)
+
+
+def test_two_active_adapters_are_refused(tmp_path):
+    """Only one of them would be trained, compared with, and scored."""
+    base, adapter = trained_adapter(tmp_path)
+    model = load(base, adapter)
+    model.load_adapter(adapter, adapter_name="other")
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(
+        ValueError, match=r"the active adapters are 'default', 'other', but .*set_adapter\('default'\)"
+    ):
+        make_trainer(tmp_path, model=model)
+
+
+def test_a_merged_adapter_is_refused_with_advice_that_works(tmp_path):
+    model = load(*trained_adapter(tmp_path))
+    before = logps(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"call model\.unmerge_adapter\(\)"):
+        make_trainer(tmp_path, model=model)
+    model.unmerge_adapter()
+    trainer = make_trainer(tmp_path, model=model, max_steps=1)
+    assert torch.allclose(logps(trainer.model), before, atol=1e-5)
+
+
+def test_a_folder_of_an_adapter_is_refused_with_advice_that_works(tmp_path):
+    _, adapter = trained_adapter(tmp_path)
+    with pytest.raises(ValueError, match=r"holds an adapter on .*AutoPeftModelForCausalLM\.from_pretrained\('.*sft'"):
+        make_trainer(tmp_path, model=adapter)
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)
+    trainer = make_trainer(tmp_path, model=model, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
 def test_the_advice_for_another_reference_works(tmp_path):

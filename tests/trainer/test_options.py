@@ -141,6 +141,20 @@ def test_models_that_do_not_predict_the_next_token_are_refused_before_the_data(t
             make_trainer(tmp_path, train_dataset=data, trainer_options={"ref_model": model})
 
 
+@pytest.mark.parametrize("role", ["ref_model", "previous_model"])
+def test_a_name_in_the_place_of_another_model_is_refused(tmp_path, role):
+    with pytest.raises(ValueError, match=rf"^{role}='other/model' is a name.*{role}=AutoModelForCausalLM"):
+        make_trainer(tmp_path, loss="inpo", trainer_options={role: "other/model"})
+
+
+@pytest.mark.parametrize("role", ["model", "ref_model"])
+def test_a_wrapped_model_is_refused(tmp_path, role):
+    wrapped = {role: torch.nn.DataParallel(make_model())}
+    options = {"model": wrapped.pop("model")} if role == "model" else {}
+    with pytest.raises(ValueError, match=rf"^{role} is wrapped in DataParallel.*pass {role}\.module"):
+        make_trainer(tmp_path, **options, trainer_options=wrapped)
+
+
 SMALL = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

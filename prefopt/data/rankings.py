@@ -12,7 +12,7 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -34,6 +34,13 @@ _WINNER = re.compile(
 )
 _SCORE = re.compile(r"(\w+_)?(ranks?|ranking|scores?|ratings?|rewards?)", re.IGNORECASE)
 _VERDICTS = re.compile(r"labels|(is_)?correct(ness)?|advantages?|preferences?|wins|votes", re.IGNORECASE)
+_QUALITY = re.compile(
+    r"(is_)?(helpful(ness)?|correct(ness)?|good(ness)?|quality|harmless(ness)?|honesty|truthful(ness)?|coherence|overall\w*"
+    r"|preferred|preference|(up_?)?votes?|likes?|stars?|points|grades?|elo|win_?rate|accuracy|utility)",
+    re.IGNORECASE,
+)
+"""Names of numbers that are higher for better answers; those of lengths, turns or losses are not among them."""
+_RANK = re.compile(r"(^|.*_)(ranks?|ranking)([_ ]?(a|b|0|1|2|first|second|left|right))?", re.IGNORECASE)
 _TEXT = ("answer", "response", "text", "content", "completion", "output", "value", "message")
 _PROMPTS = ("prompt", "question", "instruction", "query", "history", "input", "context", "messages", "conversations")
 
@@ -255,12 +262,12 @@ def pairing_advice(names: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _two_answers(names: Sequence[str], rows: Sequence[Row]) -> str:
-    # There may be `model_a` and `model_b` besides `conversation_a` and `conversation_b`: the answers are longer.
-    pairs = _sides(names, rows, str | list)
     winner = next((name for name in names if _WINNER.fullmatch(name) and _are_verdicts(rows, name)), None)
-    scores = next((found for found in _sides(names, rows, int | float) if _is_of_scores(found[0])), None)
+    scores = next((found for found in _sides(names, rows, _is_numeric) if _is_of_scores(found[0])), None)
+    pairs = [pair for pair in _sides(names, rows, _is_answer) if pair != scores]
     if not pairs or (winner is None and scores is None):
         return ""
+    # There may be `model_a` and `model_b` besides `conversation_a` and `conversation_b`: the answers are longer.
     first, second = max(pairs, key=lambda pair: sum(len(plain_text(row.get(name))) for row in rows for name in pair))
     whole = any(
         isinstance(row.get(first), list) and role(row[first][0]) != "assistant" for row in rows if row.get(first)
@@ -291,14 +298,22 @@ def _two_answers(names: Sequence[str], rows: Sequence[Row]) -> str:
     )
 
 
-def _sides(names: Sequence[str], rows: Sequence[Row], values: Any) -> list[list[str]]:
+def _sides(names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool]) -> list[list[str]]:
     """Pairs of columns whose names differ only in their side, and that hold such values."""
     sides: dict[str, list[str]] = {}
     for name in names:
         match = _SIDE.fullmatch(name)
-        if match and match[1] and any(isinstance(row.get(name), values) for row in rows):
+        if match and match[1] and any(fits(row.get(name)) for row in rows):
             sides.setdefault(match[1], []).append(name)
     return [found for found in sides.values() if len(found) == 2]
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, str | list)
+
+
+def _is_numeric(value: Any) -> bool:
+    return _number(value) is not None
 
 
 def _is_of_scores(name: str) -> bool:
@@ -371,17 +386,21 @@ def _ranked_rows(names: Sequence[str], rows: Sequence[Row]) -> str:
     prompt = _prompt_of(names, rows)
     answer = next((name for name in _TEXT if name in names and name != prompt), None)
     numbers = [name for name in names if rows and all(is_number(row.get(name)) for row in rows)]
-    score = next(filter(_SCORE.fullmatch, numbers), None) or next((n for n in numbers if not is_metadata(n)), None)
+    known = next((n for of in (_SCORE, _QUALITY) for n in numbers if of.fullmatch(n)), None)
+    numbers = [name for name in numbers if not is_metadata(name)]
+    score = known or ("NAME" if numbers else None)
     if not (prompt and answer and score and all(isinstance(row.get(answer), str) for row in rows)):
         return ""
     if len({str(value_at(row, prompt)) for row in rows}) == len(rows):
         return ""
     by, best = _meaning(score)
     options = (_option(*option) for option in (("prompt", prompt), ("answers", answer), (by, score)))
+    asked = "" if known else f"Put the column that orders them ({', '.join(numbers[:10])}) in the place of NAME. "
     return (
-        f"Each row holds one answer ({answer}) and its {score!r}, and prompts have several rows: they have to be "
-        f"paired first. Run: prefopt pair DATA --out pairs.jsonl{''.join(options)}. It takes the best and the worst "
-        f"answer of a prompt, the {best} being the best; --every takes all pairs."
+        f"Each row holds one answer ({answer}){f' and its {known!r}' if known else ''}, and prompts have several "
+        f"rows: they have to be paired first. Run: prefopt pair DATA --out pairs.jsonl{''.join(options)}. {asked}It "
+        f"takes the best and the worst answer of a prompt, the {best} being the best"
+        f"{'' if known else ' (with --rank NAME the lowest)'}; --every takes all pairs."
     )
 
 
@@ -421,18 +440,19 @@ def unread_order(rows: Sequence[Row]) -> str:
 
 def _list_advice(names: Sequence[str], rows: Sequence[Row], answers: str, score: str, text: str | None) -> str:
     by, best = _meaning(score)
+    order = by == "rank" and not text
     return (
         f"Column {answers!r} lists several answers and {score!r} orders them: they have to be paired first. Run: "
         f"prefopt pair DATA --out pairs.jsonl{_option('prompt', _prompt_of(names, rows))} --answers {answers}"
-        f"{_option('text', text)} --{by} {score}. It takes the best and the worst "
-        f"answer of a row, the {best} being the best; --every takes all "
-        "pairs, and --lists writes all answers as one group, for losses over groups."
+        f"{_option('text', text)} --{by} {score}. It takes the best and the worst answer of a row, the {best} being "
+        f"the best{' (it must be the rank of each answer, not a list of their places)' if order else ''}; --every "
+        "takes all pairs, and --lists writes all answers as one group, for losses over groups."
     )
 
 
 def _meaning(column: str) -> tuple[str, str]:
     """The option for a column of numbers, and which of them is the best."""
-    return ("rank", "lowest rank") if "rank" in column.lower() else ("score", "highest score")
+    return ("rank", "lowest rank") if _RANK.fullmatch(column) else ("score", "highest score")
 
 
 def _option(name: str, value: str | None) -> str:

@@ -120,6 +120,18 @@ PUBLISHED: dict[str, tuple[list[Row], list[Row]]] = {
         [{"prompt": "Hi", "response": answer, "score": n} for n, answer in enumerate(("[1]", "[2]"))],
         [{"prompt": "Hi", "chosen": "[2]", "rejected": "[1]", "chosen_score": 1.0, "rejected_score": 0.0}],
     ),
+    "scores of each side written as text": (
+        [{"prompt": "Hi", "response_a": "a", "response_b": "b", "score_a": "9", "score_b": "10"}],
+        [{"prompt": "Hi", "chosen": "b", "rejected": "a", "chosen_score": 10.0, "rejected_score": 9.0}],
+    ),
+    "a score with rank in its name": (
+        [{"prompt": "Hi", "response": answer, "rank_score": n} for n, answer in enumerate(("a", "b"))],
+        [{"prompt": "Hi", "chosen": "b", "rejected": "a", "chosen_score": 1.0, "rejected_score": 0.0}],
+    ),
+    "a quality behind a length": (
+        [{"prompt": "Hi", "response": a, "n_tokens": t, "quality": q} for a, t, q in (("a", 30, 1), ("b", 3, 2))],
+        [{"prompt": "Hi", "chosen": "b", "rejected": "a", "chosen_score": 2.0, "rejected_score": 1.0}],
+    ),
     "scores written as text": (
         [{"prompt": "Hi", "responses": ["a", "b", "c"], "scores": ["9", "10", "N/A"]}],
         [{"prompt": "Hi", "chosen": "b", "rejected": "a", "chosen_score": 10.0, "rejected_score": 9.0}],
@@ -150,6 +162,12 @@ PUBLISHED: dict[str, tuple[list[Row], list[Row]]] = {
 }
 
 
+ONE_A_ROW = {
+    *("an answer a row", "a rank a row", "answers that are JSON, one a row"),
+    *("a score with rank in its name", "a quality behind a length"),
+}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_command_that_is_printed_pairs_the_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -165,13 +183,16 @@ def test_the_command_that_is_printed_pairs_the_set(name: str, tmp_path: Path, mo
     done = run.invoke(app, shlex.split(command[1]))
     assert done.exit_code == 0, done.output
     assert [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()] == pairs
-    ties = (
-        0
-        if name in ("an answer a row", "a rank a row", "answers that are JSON, one a row")
-        else len(rows) - len(pairs)
-    )
+    ties = 0 if name in ONE_A_ROW else len(rows) - len(pairs)
     assert f"{len(pairs)} pairs from {len(rows)} rows; {ties} rows made none" in done.output
     assert run.invoke(app, ["check", "pairs.jsonl"]).exit_code == 0
+
+
+def test_a_length_or_a_loss_is_not_taken_for_a_score() -> None:
+    rows = [{"prompt": "Hi", "response": a, "length": n, "perplexity": 1.0 / n} for n, a in enumerate("ab", start=1)]
+    asked = r"--score NAME\. Put the column that orders them \(length, perplexity\) in the place of NAME"
+    with pytest.raises(DataError, match=asked):
+        normalise(Dataset.from_list(rows))
 
 
 def test_a_verdict_that_does_not_say_its_side_is_asked_for(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,11 +29,15 @@ def build(folder: Path, engine: str, job: dict[str, Any], processes: int) -> Any
     options = {"gradient_accumulation_steps": 1, **job.get("options", {})}
     adapter = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM")
     data = DATA[job.get("data", "pairs")]
+    train = data(job.get("rows", 32))
+    if processes == 1:
+        # What accelerate does on several: it fills the last batch up with the first rows.
+        train = train.select([*range(len(train)), *range(-len(train) % GLOBAL_BATCH)])
     return make_trainer(
         folder,
         loss=job["loss"],
         model=str(folder / "llama-0"),
-        train_dataset=data(32),
+        train_dataset=train,
         trainer_options={"peft_config": adapter if job["kind"] == "lora" else None, "eval_dataset": data(7, seed=1)},
         **{
             "per_device_train_batch_size": GLOBAL_BATCH // processes // options["gradient_accumulation_steps"],
@@ -86,11 +91,20 @@ def embedded(n: int, seed: int = 0) -> Any:
 
 
 def grouped(n: int, seed: int = 0) -> Any:
-    """Groups of unequal sizes and weights."""
-    return make_groups(n, seed, weight=[(0.5, 1.0, 0.0, 2.0, 1.5)[i % 5] for i in range(n)])
+    """Groups of two to five completions and of unequal weights; many scores are equal, in some groups all."""
+    rows = make_groups(n, seed, largest=5, weight=[(0.5, 1.0, 0.0, 2.0, 1.5)[i % 5] for i in range(n)])
+    return rows.map(lambda row: {"scores": [float(score > 1) for score in row["scores"]]})
 
 
-DATA = {"pairs": make_pairs, "weighted": weighted, "labelled": labelled, "embedded": embedded, "groups": grouped}
+def listed(n: int, seed: int = 0) -> Any:
+    """The same without scores, in order."""
+    return grouped(n, seed).remove_columns("scores")
+
+
+DATA = {
+    "pairs": make_pairs, "weighted": weighted, "labelled": labelled, "embedded": embedded, "groups": grouped,
+    "lists": listed,
+}  # fmt: skip
 
 
 def whole_parameters(trainer: Any) -> dict[str, Tensor]:
@@ -128,9 +142,9 @@ def run(folder: Path, engine: str, job: dict[str, Any]) -> None:
     Args:
         folder: with the model in it.
         engine: one of `ENGINES`, or "plain" for one process without any.
-        job: `name`; `kind`, "full" or "lora"; `loss`; `data`, a name in `DATA`; `options`, further training arguments;
-            `cached`, with a reference cache of its own; `save`, save the model and score some rows; `resumes`, the
-            name of a job whose checkpoint of step 2 it starts from.
+        job: `name`; `kind`, "full" or "lora"; `loss`; `data`, a name in `DATA`; `rows`, how many of it to train on;
+            `options`, further training arguments; `cached`, with a reference cache of its own; `save`, save the model
+            and score some rows; `resumes`, the name of a job whose checkpoint of step 2 it starts from.
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1 if engine == "plain" else 2
     trainer = build(folder, engine, job, processes)
@@ -143,6 +157,7 @@ def run(folder: Path, engine: str, job: dict[str, Any]) -> None:
         "in words": [at_first, describe_engine(trainer)],
         "layout": [str(trainer._scorer.layout.masks), trainer._scorer.layout.call.chunked_head],
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "misses": gather_object([0 if (cache := trainer._scorer.cache) is None else cache.misses]),
         "evaluation": trainer.evaluate(),
     }
     if job.get("save"):

@@ -31,6 +31,7 @@ KERNELS = "kernel_dpo('mahalanobis', 'js', embeddings='given') + kernel_dpo('mah
 LEARNED = {"loss_learning_rate": 0.05}
 # Completions that are moved to other prompts are the same on any number of processes only in the order of the data.
 IN_ORDER = {"train_sampling_strategy": "sequential"}
+GROUPS = "gvpo(beta=0.5) + 0.1*infonca(beta=0.5) + 0.1*plackett_luce(beta=0.5)"
 CHECKPOINTS = {
     "max_steps": 4,
     "save_strategy": "steps",
@@ -44,7 +45,7 @@ FULL: list[dict[str, Any]] = [
     {"name": "weighted", "loss": SUM, "data": "weighted", "save": True},
     {"name": "kto", "loss": "kto(beta=0.5)", "data": "labelled", "options": IN_ORDER},
     {"name": "spanning", "loss": "aot + 0.5*bco", "data": "weighted"},
-    {"name": "groups", "loss": "plackett_luce(beta=0.5) + 0.1*gvpo", "data": "groups"},
+    {"name": "groups", "loss": GROUPS, "data": "groups"},
     {"name": "candidates", "loss": "cringe", "data": "labelled"},
     {"name": "distributions", "loss": "tdpo + 0.1*pairwise_cringe(k=1)", "data": "weighted"},
     {"name": "mixture", "loss": "hmk", "data": "weighted", "options": LEARNED},
@@ -56,9 +57,38 @@ FULL: list[dict[str, Any]] = [
     {"name": "whole", "loss": "bco + 0.1*sft", "options": CHECKPOINTS},
     {"name": "resumed", "loss": "bco + 0.1*sft", "options": CHECKPOINTS, "resumes": "whole"},
 ]
+# What groups have in common with pairs is tried under DDP; a budget and a cache also where each call is waited for.
+OF_GROUPS: list[dict[str, Any]] = [
+    {"name": "groups-in-order", "loss": "plackett_luce(beta=0.5) + 0.1*tpo", "data": "lists", "engines": ("ddp",)},
+    {
+        "name": "groups-cached",
+        "loss": GROUPS,
+        "data": "groups",
+        "cached": True,
+        "options": {"token_budget": 50, "gradient_accumulation_steps": 2},
+        "engines": ("ddp", "zero3"),
+    },
+    {
+        "name": "groups-uneven",
+        "loss": GROUPS,
+        "data": "groups",
+        "rows": 29,
+        "options": {"max_steps": 4, **IN_ORDER},
+        "engines": ("ddp",),
+    },
+    {"name": "whole-groups", "loss": GROUPS, "data": "groups", "options": CHECKPOINTS, "engines": ("ddp",)},
+    {
+        "name": "resumed-groups",
+        "loss": GROUPS,
+        "data": "groups",
+        "options": CHECKPOINTS,
+        "resumes": "whole-groups",
+        "engines": ("ddp",),
+    },
+]
 # ZeRO-1 differs from ZeRO-2 in how gradients lie only.
 OF_ZERO1 = ("weighted", "accumulated", "whole", "resumed")
-JOBS = [{**job, "kind": "full"} for job in FULL] + [
+JOBS = [{**job, "kind": "full"} for job in FULL + OF_GROUPS] + [
     {**job, "kind": "lora", "name": f"{job['name']}-lora", **({"resumes": "whole-lora"} if "resumes" in job else {})}
     for job in FULL
     if job["name"] not in ("spanning", "candidates", "groups")
@@ -67,7 +97,8 @@ NAMES = [job["name"] for job in JOBS]
 
 
 def jobs_of(engine: str) -> list[dict[str, Any]]:
-    return [job for job in JOBS if engine != "zero1" or job["name"].removesuffix("-lora") in OF_ZERO1]
+    jobs = JOBS if engine != "zero1" else [job for job in JOBS if job["name"].removesuffix("-lora") in OF_ZERO1]
+    return [job for job in jobs if engine in ("plain", *job.get("engines", ENGINES))]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +151,9 @@ def test_two_processes_learn_what_one_does(folder, engine, name):
     assert alone["in words"] == ["1 process"] * 2
     # What the numbers are equal in: packed trees, and a head that never holds whole logits.
     assert mine["layout"] == alone["layout"] == ["packed", True]
+    # No completion is scored by the reference on both processes.
+    assert sum(mine["misses"]) == sum(alone["misses"])
+    assert ("cached" in name) == (alone["misses"] > [0])
     assert len(mine["log"]) == len(alone["log"])
     for entry, reference in zip(mine["log"], alone["log"], strict=True):
         assert_same_numbers(entry, reference)
@@ -176,7 +210,7 @@ def own_logps(model: Any) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["", "-lora"])
+@pytest.mark.parametrize("kind", ["", "-lora", "-groups"])
 def test_a_resumed_run_ends_where_the_whole_one_did(folder, engine, kind):
     mine, weights = found(folder, f"resumed{kind}", engine)
     whole, expected = found(folder, f"whole{kind}", engine)

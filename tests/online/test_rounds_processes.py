@@ -1,4 +1,4 @@
-"""Rounds on two processes: the same samples, judgements, pairs and weights as on one."""
+"""Rounds on two processes: the same samples, judgements, pairs or groups, and weights as on one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from tests.trainer.runs import save_model
 pytestmark = pytest.mark.distributed
 
 
-def test_two_processes_end_as_one(tmp_path, monkeypatch):
+def test_two_processes_that_train_on_groups_end_as_one(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
     model = save_model(tmp_path)
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        argv = words(folder, prompts=20, rounds=1, model_name_or_path=model, per_device_train_batch_size=batch)
+        options = {"model_name_or_path": model, "per_device_train_batch_size": batch}
+        options |= {"loss": "gvpo(beta=0.1)", "pairs": "groups(equal=False)"}
+        argv = words(folder, prompts=20, rounds=1, **options)
         launcher = ("torch.distributed.run", f"--nproc_per_node={processes}")
         ended = launch(["-m", "prefopt", "rounds", "run", *argv], launcher)
         assert ended.status == 0, ended.stderr[-3000:]

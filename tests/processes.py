@@ -35,9 +35,10 @@ IN_WORDS = {
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run of several processes ended: its exit status, and what it wrote to stderr."""
+    """How a run of several processes ended: its exit status, and what it wrote."""
 
     status: int
+    stdout: str
     stderr: str
 
 
@@ -59,16 +60,16 @@ def launch(command: list[str], launcher: Sequence[str] = TORCHRUN, timeout: int 
         port = free.getsockname()[1]
     run = subprocess.Popen(
         [sys.executable, "-m", *launcher, f"{PORT[launcher[0]]}={port}", *command],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        _, stderr = run.communicate(timeout=timeout)
+        stdout, stderr = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         # The launcher ends its workers when it is told to; killed, it would leave them waiting for one another.
         run.send_signal(signal.SIGTERM)
         _, stderr = run.communicate(timeout=300)
         raise AssertionError(f"still running after {timeout} seconds\n{stderr[-3000:]}") from None
-    return Ended(run.returncode, stderr)
+    return Ended(run.returncode, stdout, stderr)
 
 
 def torchrun(module: str, *arguments: str, timeout: int = 900) -> None:

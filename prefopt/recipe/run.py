@@ -28,7 +28,7 @@ from prefopt.report.folder import BEFORE
 from prefopt.safety.files import write_text
 from prefopt.safety.tables import table
 from prefopt.trainer import PreferenceTrainer
-from prefopt.trainer.engine import describe_engine, engine_not_used
+from prefopt.trainer.engine import describe_engine, not_as_asked
 from prefopt.trainer.finite import NonFiniteError
 from prefopt.trainer.publishing import PushError
 from prefopt.trainer.saving.stops import sigterm_raises
@@ -92,7 +92,7 @@ def begin(recipe: Recipe, trainer: PreferenceTrainer) -> str | None:
     """Print what the run runs on and where it starts; returns the checkpoint to resume from, or None."""
     console, asked = recipe.console, recipe.training.resume_from_checkpoint
     console.print(f"Running on {describe_engine(trainer)}{_threads(trainer)}")
-    if warning := engine_not_used(trainer):
+    if warning := not_as_asked(trainer):
         console.print(f"[bold]{warning}[/bold]", soft_wrap=True)
     if trainer.is_world_process_zero():
         _copy_loss_file(recipe)

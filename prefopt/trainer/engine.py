@@ -48,8 +48,14 @@ def _zero(stage: int) -> str:
     return f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed without ZeRO"
 
 
-def engine_not_used(trainer: Any) -> str:
-    """One sentence if FSDP was requested and accelerate silently ignored it, as it does on CPUs; else ""."""
+def not_as_asked(trainer: Any) -> str:
+    """One sentence if accelerate silently started something else than was asked for, as it does on CPUs; else ""."""
+    if trainer.accelerator.num_processes == 1 and _several_were_asked_for():
+        return (
+            "accelerate launch was asked for several processes and started one, as it does with fewer than two GPUs: "
+            "this run has 1 process, and a step has the examples of one. For several on a CPU, give it --multi_gpu "
+            "and not --cpu."
+        )
     asked = bool(trainer.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not asked or trainer.is_fsdp_enabled:
         return ""
@@ -57,3 +63,9 @@ def engine_not_used(trainer: Any) -> str:
         f"FSDP was requested, but accelerate uses it only on GPUs and the like: this run has "
         f"{describe_engine(trainer)}, and every process keeps the whole model."
     )
+
+
+def _several_were_asked_for() -> bool:
+    """Whether accelerate's launcher of a single process was told of more: it then leaves an address, but no rank."""
+    names = os.environ.keys()
+    return {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= names and not {"RANK", "WORLD_SIZE"} & names

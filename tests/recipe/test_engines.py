@@ -106,6 +106,19 @@ def test_kl_on_answers_is_known_to_both_processes_and_can_choose_the_best_model(
         assert state["best_global_step"] == kl.index(min(kl)) + 1
 
 
+def test_a_cpu_run_says_that_accelerate_started_one_process_of_two(alone):
+    folder, expected = alone
+    command = [str(ROOT / "recipes" / "dpo.py"), *arguments(folder, "one-of-two", 4)]
+    ended = launch(command, ["accelerate.commands.launch", "--num_processes=2", "--cpu"])
+    assert ended.status == 0, ended.stderr[-3000:]
+    said = " ".join(ended.stdout.split())
+    assert "Running on 1 process" in said
+    assert "accelerate launch was asked for several processes and started one" in said
+    assert "give it --multi_gpu and not --cpu" in said
+    results = json.loads((folder / "one-of-two" / "results.json").read_text())
+    assert results["after"]["eval_loss"] == expected["eval_loss"]
+
+
 def test_a_cpu_run_says_that_fsdp_is_left_out(alone, capsys, monkeypatch):
     folder, _ = alone
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -27,7 +27,7 @@ ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
         ("/x/own/train.py", ["python", "-m", "own.train", "--a", "1"], {}, None, "python -m own.train --a 1"),
         ("/usr/bin/prefopt", ["python", "/usr/bin/prefopt"], {}, ["--a", "1"], "prefopt demo --a 1"),
         ("/usr/bin/prefopt", ["python", "/usr/bin/prefopt"], {**ACCELERATE, "WORLD_SIZE": "2"}, ["--a", "1"],
-         "accelerate launch --num_processes 2 $(which prefopt) demo --a 1"),
+         "accelerate launch --multi_gpu --num_processes 2 $(which prefopt) demo --a 1"),
         ("mine.py", ["python", "mine.py"], {}, ["--a", "1"], "python mine.py --a 1"),  # main(loss, sys.argv[1:])
         ("notebook.py", ["python"], {}, ["--b", "2"], None),  # words of a call in Python
         ("mine.py", ["python"], {}, [], None),

@@ -30,7 +30,9 @@ def _launcher() -> list[str]:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         engine = [f"--use_{name}" for name in ("fsdp", "deepspeed") if _is_on(f"ACCELERATE_USE_{name.upper()}")]
-        several = ["--num_processes", str(processes)] if processes > 1 else []
+        # On a machine without GPUs, accelerate starts several processes only if it is told --multi_gpu.
+        plain = [] if engine else ["--multi_gpu"]
+        several = [*plain, "--num_processes", str(processes)] if processes > 1 else []
         if program == ["prefopt"]:
             program = ["$(which prefopt)"]  # the launcher runs files
         return ["accelerate", "launch", *several, *engine, *program]

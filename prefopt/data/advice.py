@@ -11,7 +11,7 @@ from prefopt.data.columns import ALIASES, OURS, listed
 from prefopt.data.formats import format_advice
 from prefopt.data.messages import plain_text, writing
 from prefopt.data.paths import fields_of, value_at
-from prefopt.data.rankings import pairing_advice
+from prefopt.data.ranking_advice import pairing_advice
 from prefopt.safety.errors import did_you_mean
 
 _SIDES = {

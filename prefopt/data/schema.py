@@ -32,7 +32,7 @@ from prefopt.data.maps import MESSAGE, MESSAGES, PEEKED_ROWS, map_rows, python_r
 from prefopt.data.messages import UNREADABLE, as_messages, in_turns, role, same_texts, writing
 from prefopt.data.paths import parsed
 from prefopt.data.prompts import CONTEXT, add_context, check_implicit, check_repeated, extract_prompt
-from prefopt.data.rankings import unread_order
+from prefopt.data.ranking_advice import unread_order
 from prefopt.data.transcripts import check_transcripts, from_transcripts, looks_like_transcript
 from prefopt.data.unused import unused_columns, unused_line, without_empty_media
 

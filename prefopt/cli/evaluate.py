@@ -75,6 +75,8 @@ def evaluate(
         fail("name --prompts and --judge, or --tasks of lm-eval, or all three")
     if out is not None:
         refuse_overwriting(out, prompts)
+        if out.suffix.lower() != ".json":
+            fail(f"--out {out} must end in .json: the numbers are one JSON object")
         out.parent.mkdir(parents=True, exist_ok=True)
     if (task_folder or task_limit) and not tasks:
         fail("--task-folder and --task-limit need --tasks")

@@ -6,6 +6,7 @@ chosen.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -95,7 +96,7 @@ class Job:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise UsageError(f"--{name} must be at least {smallest}, got {getattr(self, name)}")
-        if self.memory <= 0:
+        if not 0 < self.memory < math.inf:
             raise UsageError(f"--memory is in GB and must be more than 0, got {self.memory}")
         if self.gpus % self.nodes:
             raise UsageError(f"--gpus {self.gpus} cannot be divided evenly over --nodes {self.nodes}")

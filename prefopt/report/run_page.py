@@ -14,6 +14,7 @@ from prefopt.report.curves import as_data, charts_of, points_each
 from prefopt.report.facts import facts_of_loss
 from prefopt.report.folder import FINDINGS, PAGE, Curve, RunFolder, ends_in_nan, read_run
 from prefopt.report.html import render
+from prefopt.safety.errors import UsageError
 from prefopt.safety.files import write_text
 
 _PROMPTS = 24
@@ -54,8 +55,10 @@ def write_run_page(
         The file.
 
     Raises:
-        UsageError: if the folder has no log that can be read.
+        UsageError: if the folder has no log that can be read, or `out` is no name of a page.
     """
+    if out is not None and not out.is_dir() and out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out {out} is the name of another kind of file: name one that ends in .html, or a folder")
     run = read_run(folder, beta)
     page = out or (folder if folder.is_dir() else folder.parent)
     page = page / PAGE if page.is_dir() else page

@@ -115,7 +115,11 @@ def test_tasks_of_lm_eval_stand_beside_the_models(tmp_path, monkeypatch):
 
 def test_a_file_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path):
     (tmp_path / "file").write_text("")
-    for out, why in ((tmp_path, "is a folder: name a file in it"), (tmp_path / "file" / "x.json", "is a file, not a")):
+    for out, why in (
+        (tmp_path, "is a folder: name a file in it"),
+        (tmp_path / "file" / "x.json", "is a file, not a"),
+        (tmp_path / "file", "must end in .json"),
+    ):
         result = run("m", "--prompts", "arithmetic", "--judge", "number", "--out", out)
         assert result.exit_code == 1
         assert why in " ".join(result.output.split())

@@ -54,6 +54,10 @@ def test_a_page_goes_into_a_new_or_an_existing_folder(tmp_path):
     assert call("report", run, "--out", tmp_path / "new" / "page.html").exit_code == 0
     assert (tmp_path / "new" / "page.html").is_file()
     assert call("report", run, "--out", tmp_path / "new").exit_code == 0
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}")
+    assert "another kind of file" in call("report", run, "--out", data).output
+    assert data.read_text() == "{}"
     assert (tmp_path / "new" / "report.html").is_file()
 
 

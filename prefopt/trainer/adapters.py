@@ -132,7 +132,12 @@ class _NoLayer:
 
 def changes_base(config: Any) -> bool:
     """Whether a new adapter of this configuration changes the weights that it is put on."""
-    return str(getattr(config, "init_lora_weights", "")).lower().startswith(CHANGES_BASE)
+    return moves_weights(getattr(config, "init_lora_weights", ""))
+
+
+def moves_weights(init: Any) -> bool:
+    """Whether this `init_lora_weights` moves a part of the base's weights into the adapter."""
+    return str(init).lower().startswith(CHANGES_BASE)
 
 
 def keep_first_adapter(model: Any, precomputes: bool) -> None:

@@ -20,7 +20,7 @@ from prefopt.losses import ConflictFree, Loss, LossOutput, PairNormalized, Prefe
 from prefopt.losses.conflict import OwnGradient
 from prefopt.models import base_sample
 from prefopt.report.card import CardFacts
-from prefopt.safety.errors import UsageError
+from prefopt.safety.errors import UsageError, retold
 from prefopt.safety.weights import check_folder
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.rows import COUNTED, RowBatch
@@ -39,6 +39,7 @@ from prefopt.trainer.options import ungrouped
 from prefopt.trainer.output_slot import SLOT, OutputSlot
 from prefopt.trainer.paired import paired_rows
 from prefopt.trainer.publishing import Publisher, repository_errors, without_secrets
+from prefopt.trainer.saving.checkpoints import CheckpointError
 from prefopt.trainer.saving.random_numbers import same_random_numbers
 from prefopt.trainer.saving.run import Checkpoints
 from prefopt.trainer.saving.state import leave_out_tied
@@ -236,6 +237,14 @@ class LossMixin(_Trainer):
         finally:
             if self._scorer is not None:
                 self._scorer.release()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        beginning = (
+            f"cannot resume from {checkpoint}: its optimizer's state does not fit the parameters that are trained "
+            "now. Train the same ones (requires_grad), with the same optimizer"
+        )
+        with retold(CheckpointError, beginning, (ValueError,)):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """One batch's forward and backward passes; the class says in which order."""

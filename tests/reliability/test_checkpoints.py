@@ -295,16 +295,39 @@ def adapted(**changed):
             "checkpoint-4 was written by a run that trained all weights of a model; this run trains an ad",
         ),
         (adapted(), adapted(r=4), r"is of another adapter \(r: 8 then, 4 now\)\. Resume with the model and"),
+        (adapted(), adapted(lora_alpha=32), r"is of another adapter \(lora_alpha: 8 then, 32 now\)"),
+        (adapted(), adapted(use_dora=True), r"is of another adapter \(use_dora: False then, True now\)"),
+        (
+            adapted(init_lora_weights="pissa"),
+            adapted(),
+            r"is of another adapter \(init_lora_weights: pissa then, True now\)",
+        ),
         (adapted(), adapted(target_modules=["v_proj"]), r"is of another adapter \(target_modules: .*q_proj.*v_proj"),
         ({}, {"model": "gpt2"}, r"is of another model \(model_type: llama then, gpt2 now"),
     ],
-    ids=["adapter to full", "full to adapter", "rank", "modules", "architecture"],
+    ids=["adapter to full", "full to adapter", "rank", "scale", "kind", "base", "modules", "architecture"],
 )
 def test_weights_of_another_kind_are_refused(tmp_path, before, now, message):
     make(tmp_path, **before).train()
     options = {**now, "model": save_model(tmp_path, now["model"])} if "model" in now else now
     with pytest.raises(CheckpointError, match=message):
         make(tmp_path, **options).train(resume_from_checkpoint="auto")
+
+
+def test_the_state_of_another_optimizer_is_refused(run, tmp_path):
+    trainer = make(tmp_path, optim="sgd")
+    with pytest.raises(CheckpointError, match=r"state of optim='adamw_torch_fused', which 'sgd' cannot go on from"):
+        trainer.train(resume_from_checkpoint="auto")
+    trainer = make(tmp_path, optim="adamw_torch", max_steps=5)
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer.state.global_step == 5
+
+
+def test_the_state_of_other_parameters_is_refused(run, tmp_path):
+    trainer = make(tmp_path)
+    trainer.model.get_input_embeddings().requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4: .*does not fit the parameters that are trained now"):
+        trainer.train(resume_from_checkpoint="auto")
 
 
 @pytest.mark.parametrize("modules", ["all-linear", ["v_proj", "q_proj"], r".*\.(q|v)_proj"])

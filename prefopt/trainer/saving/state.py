@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from prefopt.losses import Loss
 from prefopt.safety.folders import what_is_there
 from prefopt.scoring.cache import ReferenceCache
+from prefopt.trainer.adapters import moves_weights
 from prefopt.trainer.learned import LearnedLoss
 from prefopt.trainer.saving.checkpoints import CheckpointError
 
@@ -191,12 +192,26 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, skip
             "and others not at all. Restore these settings (on fewer processes, raise gradient_accumulation_steps), "
             "or pass ignore_data_skip=True to start the epoch again"
         )
+    optimizers = {_kind_of_optimizer(name) for name in changed.get("optim", ())}
+    if len(optimizers) > 1:
+        raise CheckpointError(
+            f"{folder} holds the state of optim={changed['optim'][0]!r}, which {changed['optim'][1]!r} cannot go on "
+            "from: resume with the same optim, or start a new run from the weights in that folder (model_name_or_path)"
+        )
     for name, (before, after) in changed.items():
         logger.warning("%s: %s was %s when it was written and is %s now", folder, name, before, after)
 
 
+def _kind_of_optimizer(optim: str) -> str:
+    """The same for names of optimizers that can read each other's state."""
+    return optim.removeprefix("paged_").removesuffix("_fused")
+
+
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
-_OF_ADAPTER = ("peft_type", "r", "target_modules", "modules_to_save", "task_type")
+_OF_ADAPTER = (
+    "peft_type", "r", "target_modules", "modules_to_save", "task_type", "lora_alpha", "alpha_pattern", "rank_pattern",
+    "use_rslora", "use_dora", "bias", "lora_bias",
+)  # fmt: skip
 
 
 def compare_weights(folder: Path, model: Any) -> None:
@@ -233,6 +248,9 @@ def compare_weights(folder: Path, model: Any) -> None:
     differs = [
         f"{n}: {saved[n]} then, {now[n]} now" for n in names if n in saved and n in now and _other(saved[n], now[n])
     ]
+    inits = [adapter.get("init_lora_weights") for adapter in (saved, now)] if settings else []
+    if any(map(moves_weights, inits)) and inits[0] != inits[1]:
+        differs.append(f"init_lora_weights: {inits[0]} then, {inits[1]} now")
     if differs:
         what = "another adapter" if settings else "another model"
         raise CheckpointError(f"{folder} is of {what} ({'; '.join(differs)}). {way_out}")

@@ -6,24 +6,21 @@ The ids are those that the tokenizer gives for each text alone. It imports trans
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from prefopt.data.conversation import Processing, answers_begin, answers_end, user_turn
-
-_TRIAL = "{0}a  b\n{0}\n c{1} {0}{1}.{0}"
-"""With two control tokens in it: a text that is split and encoded, and encoded whole, before any text is split."""
+from prefopt.data.splits import cuts_words, first_word, last_word, splits_at
 
 
 class Encodings:
     """What a tokenizer answers for the texts of one batch of rows, each text encoded or decoded once.
 
-    Texts of conversations are encoded in pieces that begin with a control token, where the tokenizer splits them
-    anyway: the prompt of a row is then encoded once, not once with every completion.
+    Texts are encoded in pieces, cut where the tokenizer splits them anyway: conversations before control tokens, plain
+    texts between two words. The prompt of a row is then encoded once, not once with every completion.
 
     Args:
         processing_class: the tokenizer, or the processor that contains it.
@@ -33,6 +30,7 @@ class Encodings:
         self.processing_class = processing_class
         self.tokenizer = text_tokenizer(processing_class)
         self._pieces: dict[str, list[int]] = {}
+        self._cuts: dict[str, list[str]] = {}
         self._plain: dict[str, list[int]] = {}
         self._texts: dict[tuple[int, ...], str] = {}
 
@@ -71,11 +69,49 @@ class Encodings:
         """Encode the texts that `alone` will be asked for."""
         self._encode([piece for text in texts for piece in self._split(text)])
 
-    def encode_plain_ahead(self, texts: Iterable[str]) -> None:
-        """Encode the texts that `plain` will be asked for, if no processor has a method of its own for them."""
-        if self._own_encode and self.tokenizer is self.processing_class:
-            wanted = [text for text in dict.fromkeys(texts) if text not in self._plain]
-            self._plain.update(zip(wanted, self._encode_all(wanted, special=True), strict=True))
+    def encode_plain_ahead(self, rows: Sequence[Sequence[str]]) -> None:
+        """Encode the texts that `plain` will be asked for, if no processor has a method of its own for them.
+
+        Args:
+            rows: of each row its prompt, and the prompt with each completion.
+        """
+        if not self._own_encode or self.tokenizer is not self.processing_class:
+            return
+        if self._added is not None:
+            for prompt, *wholes in rows:
+                self._cut(prompt, wholes)
+        wanted = [text for text in dict.fromkeys(text for row in rows for text in row) if text not in self._plain]
+        cut = [text for text in wanted if text in self._cuts]
+        if cut and self._added is not None:
+            before, after = self._added
+            self.encode_alone_ahead(cut)
+            self._plain.update((text, [*before, *self.alone(text), *after]) for text in cut)
+        whole = [text for text in wanted if text not in self._cuts]
+        self._plain.update(zip(whole, self._encode_all(whole, special=True), strict=True))
+
+    def _cut(self, prompt: str, wholes: Sequence[str]) -> None:
+        """Cut a row's texts at the last two words of the prompt and at the first two of each completion."""
+        end = last_word(prompt)
+        for whole in wholes:
+            start = first_word(own := whole[len(prompt) :])
+            self._keep_cuts(own, start)
+            self._keep_cuts(whole, end, start and len(prompt) + start)
+        self._keep_cuts(prompt, end)
+
+    def _keep_cuts(self, text: str, *places: int) -> None:
+        cuts = [0, *(place for place in places if place), len(text)]
+        if len(cuts) > 2:
+            self._cuts[text] = [text[a:b] for a, b in pairwise(cuts)]
+
+    @functools.cached_property
+    def _added(self) -> tuple[list[int], list[int]] | None:
+        """The ids that the tokenizer adds before and after a plain text; None if plain texts are not cut."""
+        if not cuts_words(self.tokenizer, len(self.tokenizer)):
+            return None
+        own, ids = (list(self.tokenizer("a b", add_special_tokens=special)["input_ids"]) for special in (False, True))
+        starts = (place for place in range(len(ids)) if ids[place : place + len(own)] == own)
+        before = next(starts, None)
+        return None if before is None else (ids[:before], ids[before + len(own) :])
 
     def _encode(self, pieces: Sequence[str]) -> None:
         wanted = [piece for piece in dict.fromkeys(pieces) if piece not in self._pieces]
@@ -90,6 +126,8 @@ class Encodings:
         return [list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) for text in texts]
 
     def _split(self, text: str) -> list[str]:
+        if text in self._cuts:
+            return self._cuts[text]
         if self._control is None:
             return [text]
         starts = [found.start() for found in self._control.finditer(text)]
@@ -166,42 +204,3 @@ def text_tokenizer(processing_class: Processing) -> PreTrainedTokenizerBase:
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     added = tokenizer.added_tokens_decoder.values()
     return frozenset([*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)])
-
-
-@functools.lru_cache(maxsize=32)
-def splits_at(tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...], _: int) -> re.Pattern[str] | None:
-    """Matches the control tokens within `marks` at which a text can be split and encoded in pieces, with equal ids.
-
-    Tokenizers look for added tokens in the text as it is, from left to right, and encode what lies between them piece
-    by piece. So the ids on both sides of a token depend on their own side alone, if the token is always recognised:
-    no other added token contains it or may begin before it and overlap it, and none takes white space from it.
-    A trial on a text with such tokens confirms it. None if no token qualifies.
-    """
-    added = list(tokenizer.added_tokens_decoder.values())
-    others = {token.content for token in added}
-    within = [token for token in added if any(token.content in mark for mark in marks)]
-    safe = [token.content for token in within if _stands_alone(token) and not _overlapped(token.content, others)]
-    dropout = json.loads(tokenizer.backend_tokenizer.to_str()).get("model", {}).get("dropout")
-    if not safe or dropout or getattr(tokenizer, "split_special_tokens", False):
-        return None
-    pattern = re.compile("|".join(map(re.escape, sorted(safe))))
-    trial = _TRIAL.format(safe[0], safe[-1])
-    cuts = [found.start() for found in pattern.finditer(trial)]
-    pieces = [trial[a:b] for a, b in zip([0, *cuts], [*cuts, len(trial)], strict=True) if a < b]
-    ids = [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    return pattern if ids == list(tokenizer(trial, add_special_tokens=False)["input_ids"]) else None
-
-
-def _stands_alone(token: Any) -> bool:
-    text = token.content
-    looks_around = token.lstrip or token.rstrip or token.single_word or token.normalized
-    return bool(text) and text == text.strip() and not looks_around and not (text[0].isalnum() or text[0] == "_")
-
-
-def _overlapped(token: str, others: set[str]) -> bool:
-    """Whether another token may be recognised in its place: one that contains it, or ends with its beginning."""
-    return any(
-        token in other or any(other.endswith(token[:length]) for length in range(1, len(token)))
-        for other in others
-        if other != token
-    ) or any(token.endswith(token[:length]) for length in range(1, len(token)))

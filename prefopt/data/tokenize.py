@@ -146,7 +146,7 @@ def tokens_ahead(rows: Sequence[tuple[Row, Sequence[str]]], encodings: Encodings
 
     texts = [attempt(lambda number: _texts(*rows[number], encodings), number) for number in range(len(rows))]
     with contextlib.suppress(Exception):  # of a text that the tokenizer refuses, in one row
-        encodings.encode_plain_ahead(text for of_row in texts if isinstance(of_row, list) for text in of_row)
+        encodings.encode_plain_ahead([of_row for of_row in texts if isinstance(of_row, list)])
         talks = [of_row for of_row in texts if isinstance(of_row, Rendered)]
         encodings.encode_ahead(text for talk in talks for text in (talk.prompt_text, *talk.texts))
 

@@ -6,12 +6,17 @@ import random
 from typing import Any
 
 import pytest
+from tokenizers import Regex
+from tokenizers.normalizers import Prepend, Strip
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken
 
 from prefopt.data import DataError
 from prefopt.data.conversation import answers_end, user_turn
-from prefopt.data.encodings import Encodings, splits_at
+from prefopt.data.encodings import Encodings
 from prefopt.data.row_check import RowCheck
+from prefopt.data.splits import cuts_words, first_word, last_word, splits_at
 from prefopt.data.tokenize import tokens_ahead, tokens_of
 from tests.data.test_shipped_templates import TEMPLATES, TOOLS, call, tokenizer_for
 from tests.data.test_tokenize import merging_tokenizer
@@ -89,7 +94,7 @@ def test_ids_are_those_of_the_whole_text() -> None:
     encodings = Encodings(tokenizer)
     texts = [tokenizer.apply_chat_template(talk(random.Random(n))["prompt"], tokenize=False) for n in range(30)]
     encodings.encode_ahead(texts[:20])
-    encodings.encode_plain_ahead(texts[:20])
+    encodings.encode_plain_ahead([[text] for text in texts[:20]])
     for text in texts:
         assert encodings.alone(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
         assert encodings.plain(text) == tokenizer(text)["input_ids"]
@@ -121,6 +126,69 @@ def test_a_text_is_not_split_at_a_token_that_others_change(token: AddedToken) ->
     assert pattern is None or not pattern.search("<|im_start|>")
     text = "x<|im_start|>user\n <|im_start|>a<|im_end|>\n"
     assert Encodings(tokenizer).alone(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+PROMPTS = [
+    "What is it",
+    "She said so.\n\n",
+    "a",
+    "",
+    "nothing but\n",
+    "two  spaces ",
+    "It's 5 km to my",
+    "café au la",
+    "中文 字 x y",
+]
+ANSWERS = [" a b", "It is so", "lait noir", "\n\nFirst things", "", " ", "s more", "ing so far", "<|im_end|> now then"]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_plain_texts_in_pieces_have_the_ids_of_the_whole(begins: bool) -> None:
+    tokenizer = make_tokenizer()
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|im_start|> $A <|im_end|>",
+            special_tokens=[(one, tokenizer.convert_tokens_to_ids(one)) for one in ("<|im_start|>", "<|im_end|>")],
+        )
+    rows = [[prompt, *(prompt + answer for answer in ANSWERS)] for prompt in PROMPTS]
+    encodings = Encodings(tokenizer)
+    encodings.encode_plain_ahead(rows)
+    assert len(encodings._cuts) > 40
+    for prompt, *wholes in rows:
+        for text in (prompt, *wholes):
+            assert encodings.plain(text) == tokenizer(text)["input_ids"]
+            own = text[len(prompt) :]
+            assert encodings.alone(own) == tokenizer(own, add_special_tokens=False)["input_ids"]
+
+
+def test_where_a_plain_text_is_cut() -> None:
+    assert last_word("one two three") == len("one two")
+    assert last_word("one two, 3\n\n") == len("one")
+    assert first_word(" one two three") == len(" one")
+    assert first_word("one\ntwo") == last_word("") == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.add_tokens([AddedToken("New York", normalized=False)]),
+        lambda t: t.add_tokens([AddedToken("word", rstrip=True, normalized=False)]),
+        lambda t: setattr(t.backend_tokenizer, "pre_tokenizer", Split(Regex(r"[.,]"), "isolated")),
+        lambda t: setattr(t.backend_tokenizer, "normalizer", Strip()),
+        lambda t: setattr(t.backend_tokenizer, "normalizer", Prepend("_")),
+        lambda t: setattr(t, "split_special_tokens", True),
+    ],
+)
+def test_plain_texts_are_not_cut_where_the_tokenizer_may_not_split_them(change: Any) -> None:
+    tokenizer = make_tokenizer()
+    assert cuts_words(tokenizer, len(tokenizer))
+    tokenizer = make_tokenizer()
+    change(tokenizer)
+    assert not cuts_words(tokenizer, len(tokenizer))
+    encodings = Encodings(tokenizer)
+    encodings.encode_plain_ahead([["in New York", "in New York and a word or two"]])
+    for text in ("in New York", "in New York and a word or two"):
+        assert encodings.plain(text) == tokenizer(text)["input_ids"]
 
 
 def test_a_template_that_does_not_end_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,11 @@
     python scripts/bench/objectives.py --json kernels.json --kernels     # 28 pairs of kernel and divergence, and hmk
     python scripts/bench/objectives.py --json objectives.json --table    # print what has been measured as Markdown
 
-The job is the same for each: the bundled model, two pairs a step cut at --max_length tokens, two passes over the same
-pairs, the same seed. Time is processor time of a single thread, the median over steps, so that other work on the
-machine hardly enters; DPO is measured again after every few objectives. Finished objectives are in the JSON file and
-are not run again, so an interrupted run goes on where it stopped; several runs with --share i/n divide the work.
+The job is the same for each: the bundled model, two pairs a step (groups of two answers for objectives on groups) cut
+at --max_length tokens, two passes over them, the same seed. Time is processor time of a single thread, the median over
+steps, so that other work on the machine hardly enters; DPO is measured again after every few objectives. Finished
+objectives are in the JSON file and are not run again, so an interrupted run continues; several runs with
+--share i/n divide the work.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import get_peft_config
 from trl.trainer.model_config import ModelConfig
@@ -39,7 +41,9 @@ from prefopt.safety.files import write_whole
 
 WRAPPERS = {
     "conflict_free": "dpo + sft",
-    "pair_normalized": "dpo",
+    "on_forget": "npo",
+    "on_retain": "sft",
+    **dict.fromkeys(("dual", "humanline", "pair_normalized"), "dpo"),
     **dict.fromkeys(("wpo", "length_normalized", "noise_robust", "reweighted"), "dpo"),
 }
 """What they are taken around."""
@@ -95,6 +99,16 @@ def measure(expression: str, model: Any, tokenizer: Any, pairs: Any, args: argpa
     }
 
 
+def groups_of(pairs: Dataset) -> Dataset:
+    """The same answers as groups of two with scores, for objectives on groups."""
+    groups = {
+        "prompt": pairs["prompt"],
+        "completions": [list(both) for both in zip(pairs["chosen"], pairs["rejected"], strict=True)],
+        "scores": [[0.9, 0.2]] * len(pairs),
+    }
+    return Dataset.from_dict(groups)
+
+
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     path = resolve_demo_model(say=print)
@@ -116,7 +130,8 @@ def run(args: argparse.Namespace) -> None:
                 "seconds"
             ]
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        result = measure(expression, model, tokenizer, pairs, args)
+        rows = groups_of(pairs) if parse(expression).grouped else pairs
+        result = measure(expression, model, tokenizer, rows, args)
         result["over_dpo"] = result["seconds"] / baseline
         # Other shares write the same file: what they added since is kept.
         results = json.loads(args.json.read_text()) if args.json.exists() else {}

@@ -13,6 +13,7 @@ BENCH = runpy.run_path(str(ROOT / "scripts" / "bench" / "objectives.py"))
 def test_names_expressions_and_kernels_can_be_asked_for():
     expressions = BENCH["expressions"]
     assert set(expressions(None)) == {*available(), *presets()}
+    assert any(parse(expression).grouped for expression in expressions(None).values())  # none lacks an argument
     assert expressions(["wpo", "ipo + 0.1*sft"]) == {"wpo": "wpo(dpo)", "ipo + 0.1*sft": "ipo + 0.1*sft"}
     kernels = expressions(["dpo"], kernels=True)
     assert len(kernels) == 1 + 1 + 28

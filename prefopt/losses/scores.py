@@ -111,6 +111,9 @@ class Scores:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("logps", "lengths"):
+            if not isinstance(value := getattr(self, name), Tensor):
+                raise LossError(f"Scores.{name} must be a tensor of shape (N,), got {type(value).__name__}")
         if self.logps.dim() != 1:
             raise LossError(f"Scores.logps must have shape (N,), got {tuple(self.logps.shape)}")
         n = self.logps.shape[0]

@@ -6,6 +6,7 @@ import functools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ from prefopt.losses import (
     register,
 )
 from prefopt.losses.base import arguments_of
+from prefopt.losses.errors import LossError
 from prefopt.losses.registry import _LOSSES
 from prefopt.losses.scores import Role
 from prefopt.scoring import Extras, RowGroups, assemble_batch, token_scores
@@ -158,6 +160,22 @@ def test_a_pair_loss_refuses_unpaired_feedback():
 def test_a_paired_batch_needs_equal_roles():
     with pytest.raises(ValueError, match="2 and 1"):
         PreferenceBatch(Scores(torch.zeros(2), torch.ones(2)), Scores(torch.zeros(1), torch.ones(1)))
+
+
+@pytest.mark.parametrize("name", ["logps", "lengths"])
+@pytest.mark.parametrize("value", [[-1.0, -2.0], None, np.array([-1.0, -2.0])], ids=["list", "none", "array"])
+def test_scores_that_are_no_tensors_are_named(name, value):
+    given = {"logps": torch.zeros(2), "lengths": torch.ones(2), name: value}
+    with pytest.raises(LossError, match=f"Scores.{name} must be a tensor of shape .N,., got {type(value).__name__}"):
+        Scores(**given)
+
+
+@pytest.mark.parametrize("value", [None, "0.1", [0.1], {"beta": 0.1}], ids=str)
+def test_hyperparameters_that_are_no_numbers_are_named(value):
+    with pytest.raises(LossError, match=r"^beta must be a number, got"):
+        DPO(beta=value)
+    with pytest.raises(LossError, match=r"^label_smoothing must be a number, got"):
+        DPO(label_smoothing=value)
 
 
 def test_scores_refuse_columns_of_another_length():

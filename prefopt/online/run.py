@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt.data.encodings import Encodings
+from prefopt.evaluation.judges.build import parse_judge
+from prefopt.generation.prompts import prompt_ids
 from prefopt.generation.samples import SamplingSettings
 from prefopt.generation.stage import read_prompts
 from prefopt.losses import parse
@@ -69,6 +72,11 @@ def check_rounds(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
     pairing = pairing_of(script, None, recipe.training.seed)
     builder = pairing.builder
     check_gold(pairing, prompts.train, "--gold")
+    for text in (*(script.judges or ()), *(script.heldout_judges or ())):
+        parse_judge(text)
+    if builder.needs_scores and not script.judges:
+        raise UsageError(f"pairs {builder} needs scores: name a judge with --judges")
+    _check_lengths(recipe, ready, prompts)
     for number in range(1, script.rounds + 1):
         _refuse_single_samples(script, builder, sampling_of(script, number, recipe.training.seed), number)
         _refuse_other_rows(builder, loss_of(script, loss, number), number)
@@ -76,6 +84,32 @@ def check_rounds(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
         if is_sharded(recipe.training):
             _refuse_sharded(plan, script)
         prompts_of(script, prompts.train, number, recipe.training.seed)
+
+
+def _check_lengths(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
+    """Refuse, before anything is sampled, prompts that a later round could not continue, or not train on."""
+    script, longest = options_of(recipe), recipe.training.max_length
+    encodings = Encodings(ready.tokenizer)
+    rows = [*prompts.train, *prompts.heldout]
+    lengths = {row.id: len(prompt_ids(row, ready.tokenizer, encodings)) for row in rows}
+    positions = getattr(ready.config.get_text_config(), "max_position_embeddings", None)
+    assert script.max_new_tokens is not None
+    over = [name for name, length in lengths.items() if positions and length + script.max_new_tokens > positions]
+    if over and script.generator == "transformers":
+        raise UsageError(
+            f"{len(over)} of {len(rows)} prompts have more tokens with max_new_tokens={script.max_new_tokens} than "
+            f"the model's {positions} positions, the first {over[0]} with {lengths[over[0]]}: shorten them, leave "
+            "them out, or lower max_new_tokens"
+        )
+    full = [row.id for row in prompts.train if longest is not None and lengths[row.id] >= longest]
+    if full and len(full) == len(prompts.train):
+        raise UsageError(f"every prompt has {longest} tokens or more, so none can be trained on: raise --max_length")
+    if full:
+        recipe.console.print(
+            f"{len(full)} of {len(prompts.train)} prompts, the first {full[0]}, have --max_length {longest} tokens or "
+            "more: their pairs cannot be trained on",
+            soft_wrap=True,
+        )
 
 
 def _refuse_other_rows(builder: PairBuilder, loss: str, number: int) -> None:

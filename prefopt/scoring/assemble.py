@@ -63,7 +63,7 @@ def assemble_batch(
         unwanted = role is Role.MISMATCHED and Need.MISMATCHED not in loss.needs
         # Unpaired feedback can lack a role by chance; pairs lack one only if it was not scored.
         may_lack = role is Role.MISMATCHED or (role in (Role.CHOSEN, Role.REJECTED) and not groups.paired)
-        if unwanted or not (may_lack or bool(groups.playing([role]).any())):
+        if unwanted or not (may_lack or any(groups.playing([role]))):
             continue
         rows = groups.rows_of(role)
         examples = groups.examples[rows]

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from prefopt.safety.errors import UsageError
+from prefopt.scoring.device import on_device
 
 NAME = "tree_sdpa"
 
@@ -65,7 +66,7 @@ class Plan:
         return self.masks[key]
 
 
-def encode(plan: Plan, device: torch.device | None = None) -> Tensor:
+def encode(plan: Plan, device: torch.device) -> Tensor:
     """The plan as a four-dimensional tensor of integers, which models hand to their attention as they got it.
 
     Args:
@@ -76,7 +77,7 @@ def encode(plan: Plan, device: torch.device | None = None) -> Tensor:
     for (start, end), branches in zip(plan.trunks, plan.branches, strict=True):
         rows.append([start, end, 0])
         rows += [[*branch, 1] for branch in branches]
-    code = torch.tensor(rows, device=device)[None, None]
+    code = on_device(rows, device)[None, None]
     code.plan = plan  # type: ignore[attr-defined]  # saves the decoding where the very tensor arrives
     return code
 
@@ -108,7 +109,7 @@ def block_mask(plan: Plan, device: torch.device) -> Any:
         branches += [0] * (end - start)
         for branch, (first, last) in enumerate(spans, start=1):
             branches += [branch] * (last - first)
-    tree, branch_of = torch.tensor(trees, device=device), torch.tensor(branches, device=device)
+    tree, branch_of = on_device(trees, device), on_device(branches, device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = tree[query] == tree[key]

@@ -117,7 +117,7 @@ class Layout:
         if not is_checkpointed(model):
             self.release(model)
         inputs = {**rows.model_inputs, **(model_options or {})}
-        return score_rows(model, inputs, rows.completion, all_logits=all_logits, **options)
+        return score_rows(model, inputs, rows.completion, all_logits=all_logits, targets=rows.targets, **options)
 
     @staticmethod
     def release(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,25 @@ from prefopt.scoring.call import Call, Pool, Request
 from prefopt.scoring.logprobs import TokenScores, spread
 from prefopt.scoring.measure import NOTHING, Extras
 from prefopt.scoring.model import takes_logits_to_keep
+
+
+class Targets(NamedTuple):
+    """The M scored tokens of padded rows.
+
+    Attributes:
+        rows, columns: (M,) row of each, and column of the position that predicts it.
+        first: the first of these columns.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    first: int
+
+
+def targets_of(completion_mask: Tensor) -> Targets:
+    """The scored tokens of an (R, T) mask that is true at completion tokens."""
+    rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
+    return Targets(rows, columns, int(columns.min()) if len(columns) else max(completion_mask.shape[1] - 2, 0))
 
 
 def score_rows(
@@ -30,6 +49,7 @@ def score_rows(
     keep_logits: bool = False,
     all_logits: bool = False,
     call: Call | None = None,
+    targets: Targets | None = None,
 ) -> tuple[TokenScores, Any]:
     """Score the completion tokens of padded rows.
 
@@ -42,6 +62,7 @@ def score_rows(
         keep_logits: hand the logits of the scored window on with the scores.
         all_logits: keep the logits of every position in the model's output (an evaluation metric may want them).
         call: how the model is called; the default computes the head on completion tokens only.
+        targets: what `targets_of` found, where that is known.
 
     Returns:
         Token scores of shape (R, T - 1), position t standing for token t + 1, and the model's output.
@@ -50,8 +71,7 @@ def score_rows(
     kwargs = {**inputs, "use_cache": False}
     # The head of a small model with a large vocabulary is a fifth of the work: skip the positions before the first
     # completion token of the batch.
-    rows, columns = mask.nonzero(as_tuple=True)
-    first = int(columns.min()) if len(columns) else max(mask.shape[1] - 1, 0)
+    rows, columns, first = targets or targets_of(completion_mask)
     first = 0 if extras.hidden else first
     window = mask.shape[1] - first
     if not all_logits and takes_logits_to_keep(model):

@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 
 from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS, Role
 from prefopt.safety.errors import UsageError
+from prefopt.scoring.device import on_device
+from prefopt.scoring.padded import Targets, targets_of
 from prefopt.scoring.tree import Tree, plant
 
 ROLES = tuple(role.field for role in Role)
@@ -95,7 +97,7 @@ class RowGroups:
             for row, (own, example) in enumerate(zip(*self._on_host, strict=True))
             if own == role and example < counted
         ]
-        return torch.tensor(rows, dtype=torch.long, device=self.roles.device)
+        return on_device(rows, self.roles.device, torch.long)
 
     @property
     def example_count(self) -> int:
@@ -112,9 +114,9 @@ class RowGroups:
                 sizes[example] = sizes.get(example, 0) + 1
         return tuple(sizes.values())
 
-    def playing(self, roles: Sequence[int]) -> Tensor:
-        """(R,) bool on the CPU, the rows that play one of these roles."""
-        return torch.tensor([role in roles for role in self._on_host[0]], dtype=torch.bool)
+    def playing(self, roles: Sequence[int]) -> list[bool]:
+        """Of each row, whether it plays one of these roles."""
+        return [role in roles for role in self._on_host[0]]
 
     def by_row(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """(R,) values of each row from the (E,) values of chosen and rejected completions."""
@@ -194,18 +196,24 @@ class RowBatch(RowGroups):
         """The rows in the tree layout, as lists: those that are scored have to be known to the host."""
         return plant(self.ids, self.attention, self.completion)
 
+    @functools.cached_property
+    def targets(self) -> Targets:
+        """The scored tokens in the padded layout."""
+        return targets_of(self.completion)
+
     @property
     def model_inputs(self) -> dict[str, Any]:
         """What the model is called with, in the padded layout."""
         return {"input_ids": self.ids, "attention_mask": self.attention, **self.extra}
 
-    def select_rows(self, rows: Tensor) -> RowBatch:
+    def select_rows(self, wanted: Sequence[bool] | Tensor) -> RowBatch:
         """The batch with some of its rows, no longer than the longest of them.
 
         Args:
-            rows: (R,) bool.
+            wanted: (R,) bool.
         """
-        rows = rows.nonzero().squeeze(-1).to(self.ids.device)
+        some = wanted.tolist() if isinstance(wanted, Tensor) else wanted
+        rows = on_device([row for row, here in enumerate(some) if here], self.ids.device, torch.long)
         attention = self.attention[rows]
         length = max(int(attention.sum(-1).max()), 1) if len(attention) else 1
         return replace(
@@ -216,7 +224,7 @@ class RowBatch(RowGroups):
 
     def select_examples(self, examples: Sequence[int]) -> RowBatch:
         """The batch with some of its examples, in the order that they have in it."""
-        wanted = torch.tensor(sorted(examples), device=self.examples.device)
+        wanted = on_device(sorted(examples), self.examples.device, torch.long)
         rows = self.select_rows(torch.isin(self.examples, wanted))
         per_example: dict[str, Any] = {
             name: {key: value[wanted] for key, value in getattr(self, name).items()}

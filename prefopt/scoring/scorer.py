@@ -19,6 +19,7 @@ from prefopt.losses.scores import PREVIOUS_LOGPS, REFERENCE_LOGPS, Role
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.assemble import assemble_batch, extras_for
 from prefopt.scoring.cache import ReferenceCache
+from prefopt.scoring.device import on_device
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.logprobs import TokenScores
 from prefopt.scoring.measure import BARE, Extras
@@ -174,12 +175,12 @@ class Scorer:
             raise UsageError(
                 f"{self.loss} is about {those}, and the batch's rows are {these}: use another loss or data"
             )
-        if Need.MISMATCHED in self.loss.needs and not rows.alone and not bool(rows.playing([Role.MISMATCHED]).any()):
+        if Need.MISMATCHED in self.loss.needs and not rows.alone and not any(rows.playing([Role.MISMATCHED])):
             raise UsageError(
                 f"{self.loss} compares with completions under other prompts, and the batch has none: make its "
                 "collator with PreferenceCollator.for_loss(loss, ...)"
             )
-        if "sampled" in self.loss.roles and not bool(rows.playing([Role.SAMPLED]).any()):
+        if "sampled" in self.loss.roles and not any(rows.playing([Role.SAMPLED])):
             raise UsageError(
                 f"{self.loss} needs completions sampled from the policy, and the batch has none: add them with "
                 "prefopt.scoring.with_samples(rows, model, ...)"
@@ -234,7 +235,7 @@ class Scorer:
         every_role = every_role or not rows.divisible
         wanted = [r for r in Role if r.field in self.loss.roles or (every_role and r is not Role.MISMATCHED)]
         needed = rows.playing(wanted)
-        return rows if bool(needed.all()) else rows.select_rows(_one_at_least(needed))
+        return rows if all(needed) else rows.select_rows(_one_at_least(needed))
 
     def _reference(self, rows: RowBatch, extras: Extras, all_logits: bool) -> tuple[TokenScores | None, Tensor | None]:
         """Token scores under the reference, or its sums where these came with the data."""
@@ -253,7 +254,7 @@ class Scorer:
         compared = rows.playing([role for role, need in needs.items() if need.compares or need & previous])
         layers = extras.layers if extras.beside_reference else ()
         # Logits are compared row by row with the policy's, so they are kept for all rows or for none.
-        if extras.full_reference or not rows.divisible or bool(compared.all()):
+        if extras.full_reference or not rows.divisible or all(compared):
             keep = extras.full_reference
             return self.reference_scores(rows, keep_logits=keep, all_logits=all_logits, layers=layers), None
         compared = _one_at_least(compared)
@@ -279,7 +280,7 @@ class Scorer:
     def _mismatched(self, model: nn.Module, rows: RowBatch, all_logits: bool) -> Scores | None:
         """Scores of completions under other prompts: an estimate without gradient, so without a backward pass too."""
         mismatched = rows.playing([Role.MISMATCHED])
-        if not bool(mismatched.any()):
+        if not any(mismatched):
             nothing = _nothing(rows)
             return assemble_batch(rows, nothing, self.loss, nothing.logps).mismatched
         moved = rows.select_rows(mismatched)
@@ -307,26 +308,27 @@ def rows_on_device(rows: Mapping[str, Any], policy: nn.Module) -> RowBatch:
     return RowBatch.of({k: v.to(device) if isinstance(v, Tensor) else v for k, v in rows.items()})
 
 
-def _one_at_least(rows: Tensor) -> Tensor:
-    """(R,) bool, `rows`, or the first row where they are none.
+def _one_at_least(rows: list[bool]) -> list[bool]:
+    """`rows`, or the first row where they are none.
 
     A micro-batch of single completions may lack every role that a model is asked about. No model can be called without
     a row, and it must be called all the same: other processes wait for it, in an exchange of shards, gradients or
     cached values. What the row that stands in gives belongs to a role that the loss does not read.
     """
-    return rows if bool(rows.any()) else torch.arange(len(rows), device=rows.device) == 0
+    return rows if any(rows) else [row == 0 for row in range(len(rows))]
 
 
-def _among(values: Tensor, some: Tensor, rows: RowBatch) -> Tensor:
+def _among(values: Tensor, some: list[bool], rows: RowBatch) -> Tensor:
     """(R, T - 1, ...) the values of some rows at their places among all, zero elsewhere.
 
     Args:
         values: (S, U, ...) of the rows that `some` is true for, U at most T - 1.
-        some: (R,) bool.
+        some: of all R rows, whether it is one of them.
         rows: all of them, of T tokens.
     """
     everywhere = values.new_zeros((len(some), rows.ids.shape[1] - 1, *values.shape[2:]))
-    everywhere[some.nonzero().squeeze(-1).to(values.device), : values.shape[1]] = values
+    places = on_device([row for row, here in enumerate(some) if here], values.device, torch.long)
+    everywhere[places, : values.shape[1]] = values
     return everywhere
 
 

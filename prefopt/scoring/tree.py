@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prefopt.scoring.attention import Plan, Span, block_mask, encode
 from prefopt.scoring.call import Call, Pool, Request
+from prefopt.scoring.device import on_device
 from prefopt.scoring.logprobs import TokenScores, spread
 from prefopt.scoring.measure import NOTHING, Extras, Measured, joined
 
@@ -152,10 +153,10 @@ def tree_inputs(
         offset += len(tree.tokens)
     plan = Plan(tuple(trunks), tuple(branches))
     return {
-        "input_ids": torch.tensor([[token for tree in trees for token in tree.tokens]], device=device),
-        "position_ids": torch.tensor([[place for tree in trees for place in tree.positions]], device=device),
+        "input_ids": on_device([[token for tree in trees for token in tree.tokens]], device),
+        "position_ids": on_device([[place for tree in trees for place in tree.positions]], device),
         "attention_mask": encode(plan, device) if masks == "packed" else block_mask(plan, device),
-        "logits_to_keep": torch.tensor(kept, device=device),
+        "logits_to_keep": on_device(kept, device),
     }
 
 
@@ -165,7 +166,7 @@ def _rows_of_their_own(
     longest = max(len(tree.tokens) for tree in trees)
 
     def stacked(rows: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([[fill] * (longest - len(row)) + row for row in rows], device=device)
+        return on_device([[fill] * (longest - len(row)) + row for row in rows], device)
 
     branches = stacked([tree.branches for tree in trees], PADDING)
     before = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
@@ -273,7 +274,7 @@ def _pool(trees: Sequence[Tree], width: int | None, device: torch.device) -> Poo
             vectors += [number] * (end - first)
         offset += len(tree.tokens)
         count += len(spans)
-    return Pool(torch.tensor(places, device=device), torch.tensor(vectors, device=device), count)
+    return Pool(on_device(places, device), on_device(vectors, device), count)
 
 
 def _of_rows(pooled: Tensor, trees: Sequence[Tree], rows: int) -> tuple[Tensor, Tensor]:
@@ -308,7 +309,7 @@ def _labels(
         rows.append([PADDING] * before + [token for _, _, token in tree.targets])
     rows = [[token for row in rows for token in row]] if width is None else rows
     places = [place for place, token in enumerate(token for row in rows for token in row) if token != PADDING]
-    return torch.tensor(rows, device=device), torch.tensor(places, device=device)
+    return on_device(rows, device), on_device(places, device)
 
 
 def _scatter(
@@ -320,7 +321,7 @@ def _scatter(
         zeros = torch.zeros(tokens.shape, device=tokens.device)
         return TokenScores(zeros, zeros, mask, mask, tokens)
     places = [(row, place, i) for i, (rows, place, _) in enumerate(targets) for row in rows]
-    rows, columns, sources = torch.tensor(places, device=tokens.device).unbind(1)
+    rows, columns, sources = on_device(places, tokens.device).unbind(1)
     mask[rows, columns] = True
     picked = {name: value[sources] for name, value in joined(parts).items()}
     return spread(picked, mask, tokens, (rows, columns))

@@ -100,17 +100,21 @@ class Setup:
         adapters.check_adapters(model, self.bound.get("peft_config"), self.own_reference)
 
     def prepare(self) -> None:
-        """Set what TRL's constructor would set differently: the seed, the dispatch of batches, the collator."""
+        """Set what TRL's constructor would set differently: the seed, how batches are handed on, the collator."""
         args = self.args
         if self.objective is None:
             return
         if args is not None:
             # An adapter's random weights are drawn while TRL sets up; TRL seeds that itself since 1.15 only.
             set_seed(args.seed)
+            # `StepGuard` stops at a loss that is not finite; the filter would look for it again, and wait for the GPU.
+            args.logging_nan_inf_filter = False
         if args is not None and args.accelerator_config is not None:
             # Dispatching joins and slices batches by their first dimension, here rows instead of examples. TRL turns
             # it off for a streamed training set only.
             args.accelerator_config.dispatch_batches = False
+            # Batches in pinned memory are copied while the GPU works; elsewhere such copies may be read too early.
+            args.accelerator_config.non_blocking |= args.dataloader_pin_memory and args.device.type == "cuda"
         if self.bound.get("data_collator") is None and not {"image", "images"} & set(self.sample):
             self.collator = collator_for(self.objective, args)
             if self._takes_collator:

@@ -44,8 +44,9 @@ class _Asking(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         mask = name == "__getitem__" and _has_mask(arguments[1])
         one = name in ("where", "nonzero") and len(arguments) == 1
-        # Lists become tensors on the host, and the copy from memory that is not pinned waits.
-        made = function is torch.tensor and _is_data(arguments)
+        # Lists become tensors on the host, and the copy from memory that is not pinned waits. A tensor that is meant
+        # to stay on the host is asked for by the device's name.
+        made = function is torch.tensor and _is_data(arguments) and (keywords or {}).get("device") not in (None, "cpu")
         if name in ASKS or mask or one or made:
             self.places[f"{place(traceback.extract_stack()[:-1])} ({'mask' if mask else name})"] += 1
         return function(*arguments, **(keywords or {}))

@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prefopt.losses import Loss, Need, PreferenceBatch, parse
+from prefopt.losses.scores import Role
 from prefopt.scoring import ROLES, RowGroups, assemble_batch, extras_for, score_rows
+from prefopt.scoring.measure import Extras
 from tests.gpu.steps import relative
 from tests.losses.cases import CASES
 
@@ -21,38 +23,52 @@ WIDTH = 8
 
 
 @functools.cache
-def rows() -> tuple[dict[str, torch.Tensor], torch.Tensor, RowGroups]:
-    """Rows of all roles: chosen, rejected, two mismatched ones and a sampled one for each example."""
+def rows(grouped: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor, RowGroups]:
+    """For each example four candidates with scores, or rows of all other roles: chosen, rejected, two mismatched ones
+    and a sampled one."""
     torch.manual_seed(0)
-    roles = [role for role in (0, 1, 2, 2, 3) for _ in range(EXAMPLES)]
-    prompts = torch.randint(3, 400, (EXAMPLES, 24))
-    ids = torch.cat([prompts.repeat(5, 1), torch.randint(3, 400, (5 * EXAMPLES, 16))], dim=1)
-    lengths = 24 + torch.randint(4, 17, (5 * EXAMPLES,))
+    kinds = [Role.CANDIDATE] * 4 if grouped else [Role.CHOSEN, Role.REJECTED, *[Role.MISMATCHED] * 2, Role.SAMPLED]
+    # A group's rows follow one another.
+    examples = torch.arange(EXAMPLES).repeat_interleave(4) if grouped else torch.arange(EXAMPLES).repeat(5)
+    roles = torch.tensor(kinds).repeat(EXAMPLES) if grouped else torch.tensor(kinds).repeat_interleave(EXAMPLES)
+    ids = torch.cat([torch.randint(3, 400, (EXAMPLES, 24))[examples], torch.randint(3, 400, (len(roles), 16))], dim=1)
+    lengths = 24 + torch.randint(4, 17, (len(roles),))
     places = torch.arange(40)
     attention = (places < lengths[:, None]).long()
     mask = attention * (places >= 24)
     embeddings = {name: torch.randn(EXAMPLES, WIDTH) for name in
                   ("prompt_embedding", "chosen_embedding", "rejected_embedding")}  # fmt: skip
-    groups = RowGroups(torch.tensor(roles), torch.arange(EXAMPLES).repeat(5), {}, True, embeddings=embeddings)
-    return {"input_ids": ids, "attention_mask": attention}, mask, groups
+    scores = torch.randn(len(roles)) if grouped else None
+    return (
+        {"input_ids": ids, "attention_mask": attention},
+        mask,
+        RowGroups(roles, examples, {}, True, embeddings=embeddings, scores=scores),
+    )
 
 
 def on(groups: RowGroups, device: str, loss: Loss) -> RowGroups:
     """The groups on a device, with the columns that a loss reads."""
     columns = {name: torch.linspace(0.5, 1.5, EXAMPLES, device=device) for name in loss.columns}
     embeddings = {name: vectors.to(device) for name, vectors in groups.embeddings.items()}
-    return RowGroups(groups.roles.to(device), groups.examples.to(device), columns, True, embeddings=embeddings)
+    return RowGroups(
+        groups.roles.to(device), groups.examples.to(device), columns, True, embeddings=embeddings,
+        scores=None if groups.scores is None else groups.scores.to(device),
+    )  # fmt: skip
 
 
 def batch_of(loss: Loss, policy: Any, reference: Any, device: str) -> PreferenceBatch:
-    inputs, mask, groups = rows()
+    inputs, mask, groups = rows(loss.grouped)
     inputs, mask = {name: value.to(device) for name, value in inputs.items()}, mask.to(device)
     extras = extras_for(loss)
     with torch.no_grad():
-        theirs, _ = score_rows(reference, inputs, mask, keep_logits=extras.full_reference)
+        states = Extras(layers=extras.layers if extras.beside_reference else ())
+        theirs, _ = score_rows(reference, inputs, mask, extras=states, keep_logits=extras.full_reference)
     mine, _ = score_rows(policy, inputs, mask, extras=extras, reference=theirs if extras.full_reference else None)
     previous = theirs.logps.sum(-1) - 1.0 if Need.PREVIOUS in loss.needs else None
-    return assemble_batch(on(groups, device, loss), mine, loss, theirs.logps, prev_logps=previous)
+    return assemble_batch(
+        on(groups, device, loss), mine, loss, theirs.logps, prev_logps=previous,
+        ref_states=theirs.quantities.get("states"),
+    )  # fmt: skip
 
 
 def step(expression: str, policy: Any, reference: Any, device: str) -> tuple[float, torch.Tensor]:
@@ -96,4 +112,4 @@ def test_a_step_in_bfloat16_is_the_step_in_float32(models, note, expression):
 
 
 def test_every_role_has_rows():
-    assert len(ROLES) == int(rows()[2].roles.max()) + 1
+    assert {int(role) for grouped in (False, True) for role in rows(grouped)[2].roles} == set(range(len(ROLES)))

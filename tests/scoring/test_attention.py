@@ -47,7 +47,7 @@ def test_equals_a_mask_over_the_row(plan, groups):
     key, value = (torch.randn(1, 6 // groups, len(mask), 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     wide = [x.repeat_interleave(groups, dim=1) for x in (key, value)]
     expected = scaled_dot_product_attention(query, *wide, attn_mask=mask, scale=0.3).transpose(1, 2)
-    got, _ = tree_attention(module, query, key, value, encode(plan), scaling=0.3)
+    got, _ = tree_attention(module, query, key, value, encode(plan, torch.device("cpu")), scaling=0.3)
     torch.testing.assert_close(got, expected)
     weights = torch.randn_like(expected)
     mine = torch.autograd.grad((got * weights).sum(), (query, key, value))
@@ -58,7 +58,7 @@ def test_equals_a_mask_over_the_row(plan, groups):
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_plan_survives_as_plain_numbers(plan):
-    code = encode(plan)
+    code = encode(plan, torch.device("cpu"))
     assert is_code(code)
     assert decode(code) is plan
     assert decode(code.clone()) == plan  # a copy has no attributes

@@ -38,6 +38,7 @@ CASES = {
     "a missing column": (lambda f: ["--columns", "prompt=quest"], "has no column 'quest'"),
     "bad rows": (lambda f: ["--dataset_name", pairs_file(f, 5, "b.jsonl", bad_2={"chosen": []})], "empty chosen: 1"),
     "broken YAML": (lambda f: ["--config", write(f, "a.yaml", "loss: [")], "a.yaml: not valid YAML"),
+    "YAML's no": (lambda f: ["--config", write(f, "a.yaml", "save_strategy: no")], 'reads no as false: write "no")'),
     "no text": (lambda f: ["--config", write(f, "a.yaml", "loss: \xe9".encode("latin-1"))], "byte 6 is not UTF-8"),
     "an expression": (lambda f: ["--loss", "dpo(bta=1)"], "column 5: dpo has no argument 'bta'"),
     "a broken template": (lambda f: ["--chat_template", "{% for %}"], "--chat_template, line 1: not valid Jinja"),

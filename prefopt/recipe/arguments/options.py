@@ -112,7 +112,7 @@ class RecipeArguments(ScriptArguments):  # type: ignore[misc]
 
     def data_sources(self) -> list[str]:
         """The files and Hub ids of the data, where they are not bundled."""
-        return [source for source, _ in parse_sources(str(self.dataset_name))]
+        return [] if self.dataset_name is None else [source for source, _ in parse_sources(self.dataset_name)]
 
 
 LOSS_FILE = "loss_file.py"

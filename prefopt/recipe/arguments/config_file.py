@@ -94,7 +94,9 @@ def checked_values(
         except (argparse.ArgumentError, TypeError, ValueError, OverflowError):
             wanted = f"one of {', '.join(_choices(option))}" if option.choices is not None else _words(hint)
             quotes = ' (YAML reads no as false: write "no")' if value is False and "no" in _choices(option) else ""
-            raise SystemExit(f"{where}: {name}: must be {wanted}, got {_shown(redacted(value, name))}{quotes}") from None
+            raise SystemExit(
+                f"{where}: {name}: must be {wanted}, got {_shown(redacted(value, name))}{quotes}"
+            ) from None
     return values
 
 

@@ -53,6 +53,12 @@ def test_scores_are_read(text, score, reason):
     assert (verdict.score, verdict.reason, verdict.raw) == (score, reason, text)
 
 
+@pytest.mark.parametrize(("text", "score"), [("Score: 1", None), ("Score: 3.", None), ("Score: 1\nFor", 1)])
+def test_a_score_that_may_have_been_cut_is_none(text, score):
+    verdict = read_score(text, finished=False)
+    assert (verdict.score, verdict.reason) == (score, "" if score else "cut")
+
+
 @pytest.mark.parametrize(
     ("text", "first", "reason"),
     [

@@ -15,7 +15,7 @@ from prefopt.generation.samples import Generator, PromptRow, Sample, SamplingSet
 from prefopt.safety.errors import UsageError
 from prefopt.safety.files import is_file
 
-UNPARSABLE = "unparsable"
+UNPARSABLE, CUT = "unparsable", "cut"
 
 _PLACE = re.compile(r"\{(prompt|completion|first|second|answer)\}")
 _SCORE = re.compile(r"(?:score\s*[:=]\s*|\[\[)\**\s*(-?\d+(?:\.\d+)?|none)\b", re.IGNORECASE)
@@ -63,7 +63,7 @@ class _Model:
         self._rubric, self._generator, self._settings, self.name = rubric, generator, settings, name
         self.settings: Mapping[str, Any] = {
             "rubric": hashlib.sha256(rubric.encode("utf-8")).hexdigest(), "model": generator.name,
-            "sampling": str(settings), "reader": 1,
+            "sampling": str(settings), "reader": 2,
         }  # fmt: skip
 
     def _replies(self, questions: Sequence[Mapping[str, str]]) -> list[list[Sample]]:
@@ -89,7 +89,7 @@ def filled(rubric: str, facts: Mapping[str, str]) -> str:
 class _ScoringModel(_Model):
     def score(self, candidates: Sequence[Candidate]) -> list[Verdict]:
         asked = [{**facts_of(one.prompt, one.columns), "completion": one.completion} for one in candidates]
-        return [_mean_score([sample.completion for sample in samples]) for samples in self._replies(asked)]
+        return [_mean_score(samples) for samples in self._replies(asked)]
 
 
 class _ComparingModel(_Model):
@@ -103,14 +103,16 @@ class _ComparingModel(_Model):
         return [read_choice(samples[one.repeat].completion) for one, samples in zip(contests, replies, strict=True)]
 
 
-def read_score(text: str) -> Verdict:
-    """The last score of a reply."""
-    scores = _SCORE.findall(text)
-    if not scores:
+def read_score(text: str, finished: bool = True) -> Verdict:
+    """The last score of a reply; none where the reply was cut inside of it, as `Score: 1` of `Score: 10`."""
+    last = next(reversed(list(_SCORE.finditer(text))), None)
+    if last is None:
         return Verdict(None, UNPARSABLE, text)
-    if scores[-1].lower() == "none":
+    if not finished and last.end() == len(text.rstrip(".")):
+        return Verdict(None, CUT, text)
+    if last[1].lower() == "none":
         return Verdict(None, ABSTAINED, text, abstain=True)
-    return Verdict(float(scores[-1]), raw=text)
+    return Verdict(float(last[1]), raw=text)
 
 
 def read_choice(text: str) -> Choice:
@@ -123,11 +125,11 @@ def read_choice(text: str) -> Choice:
     return Choice(_WINNERS[verdicts[-1].lower()], raw=text)
 
 
-def _mean_score(texts: Sequence[str]) -> Verdict:
+def _mean_score(replies: Sequence[Sample]) -> Verdict:
     """The mean over the replies that have a score; without any, what the first reply says."""
-    verdicts = [read_score(text) for text in texts]
+    verdicts = [read_score(reply.completion, reply.finished) for reply in replies]
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
-    raw = "\n---\n".join(texts)
+    raw = "\n---\n".join(reply.completion for reply in replies)
     return Verdict(sum(scores) / len(scores), raw=raw) if scores else replace(verdicts[0], raw=raw)
 
 

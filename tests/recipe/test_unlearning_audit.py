@@ -97,7 +97,7 @@ def test_another_model_is_attacked_again(folder, audited, tmp_path):
     results = auditing.main(AuditOptions(str(copied), attacks=("quantization",), **QUICK))
     values = results["attacks"]["quantization"]["rows"][0]
     assert values["unlearned"] == values["before"]
-    assert values["verdict"] == "more"
+    assert values["difference"]["value"] > 0  # too few questions for a verdict
 
 
 def test_a_new_run_deletes_the_audit_of_the_earlier_one(folder):

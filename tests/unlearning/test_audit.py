@@ -172,7 +172,7 @@ def test_the_difference_is_paired_by_question():
 
 def test_one_measure_that_leaks_is_enough():
     attack = Quantization(QUESTIONS, bitsandbytes=False)
-    gold, more, less = [0.2, 0.3, 0.4], [0.3, 0.4, 0.5], [0.0, 0.1, 0.2]
+    gold, more, less = [0.2, 0.3, 0.4] * 2, [0.3, 0.4, 0.5] * 2, [0.0, 0.1, 0.2] * 2
     values = {
         "unlearned": {attack.headline: {"probability": more, "rouge": less}},
         "gold": {attack.headline: {"probability": gold, "rouge": gold}},

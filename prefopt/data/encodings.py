@@ -90,7 +90,7 @@ class Encodings:
         self._plain.update(zip(whole, self._encode_all(whole, special=True), strict=True))
 
     def _cut(self, prompt: str, wholes: Sequence[str]) -> None:
-        """Cut a row's texts at the last two words of the prompt and at the first two of each completion."""
+        """Cut a row's texts between the last two words of the prompt and between the first two of each completion."""
         end = last_word(prompt)
         for whole in wholes:
             start = first_word(own := whole[len(prompt) :])

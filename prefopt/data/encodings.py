@@ -77,17 +77,16 @@ class Encodings:
         """
         if not self._own_encode or self.tokenizer is not self.processing_class:
             return
+        wanted = [text for text in dict.fromkeys(text for row in rows for text in row) if text not in self._plain]
         if self._added is not None:
             for prompt, *wholes in rows:
                 self._cut(prompt, wholes)
-        wanted = [text for text in dict.fromkeys(text for row in rows for text in row) if text not in self._plain]
-        cut = [text for text in wanted if text in self._cuts]
-        if cut and self._added is not None:
             before, after = self._added
+            cut = [text for text in wanted if text in self._cuts]
             self.encode_alone_ahead(cut)
             self._plain.update((text, [*before, *self.alone(text), *after]) for text in cut)
-        whole = [text for text in wanted if text not in self._cuts]
-        self._plain.update(zip(whole, self._encode_all(whole, special=True), strict=True))
+            wanted = [text for text in wanted if text not in self._cuts]
+        self._plain.update(zip(wanted, self._encode_all(wanted, special=True), strict=True))
 
     def _cut(self, prompt: str, wholes: Sequence[str]) -> None:
         """Cut a row's texts between the last two words of the prompt and between the first two of each completion."""

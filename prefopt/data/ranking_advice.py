@@ -218,7 +218,7 @@ def unread_order(rows: Sequence[Row]) -> str:
                 f"Column {name!r} has a number for each of the 'completions', and without 'scores' these would "
                 f"be taken as in order, the best first. If the {best} is the best, run: prefopt pair DATA --out "
                 f"groups.jsonl --prompt prompt --answers completions --{by} {name} --lists. If the 'completions' are "
-                f"the steps of one answer, they are no preferences. If they are in order: --columns unused={name}."
+                f"the steps of one answer, they are not preferences. If they are in order: --columns unused={name}."
             )
     return ""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -47,12 +48,12 @@ def cuts_words(tokenizer: PreTrainedTokenizerBase, _: int) -> bool:
     It does with byte pair encoding after a pattern that cuts there, as in GPT-2, Llama 3 and Qwen. It does not where
     white space is a part of the text like any other (Llama 2), nor with added tokens of several words.
     """
-    model = json.loads(tokenizer.backend_tokenizer.to_str()).get("model") or {}
-    if model.get("type") != "BPE" or model.get("dropout") or getattr(tokenizer, "split_special_tokens", False):
+    model = _model_of(tokenizer)
+    if model.get("type") != "BPE" or _varies(tokenizer, model):
         return False
     if any(map(_reaches_over_a_gap, tokenizer.added_tokens_decoder.values())) or not _cuts_at_gaps(tokenizer):
         return False
-    return _in_pieces(tokenizer, _WORDS, _GAP) == list(tokenizer(_WORDS, add_special_tokens=False)["input_ids"])
+    return _same_in_pieces(tokenizer, _WORDS, _GAP)
 
 
 def _reaches_over_a_gap(token: Any) -> bool:
@@ -71,11 +72,22 @@ def _cuts_at_gaps(tokenizer: PreTrainedTokenizerBase) -> bool:
     return all(found.start() in starts for found in _GAP.finditer(_WORDS))
 
 
-def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, pattern: re.Pattern[str]) -> list[int]:
-    """The ids of a text that is cut where the pattern begins."""
+def _model_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    model: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str()).get("model") or {}
+    return model
+
+
+def _varies(tokenizer: PreTrainedTokenizerBase, model: Mapping[str, Any]) -> bool:
+    """Whether equal texts may get other ids, or added tokens are not looked for."""
+    return bool(model.get("dropout") or getattr(tokenizer, "split_special_tokens", False))
+
+
+def _same_in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, pattern: re.Pattern[str]) -> bool:
+    """Whether a text has the same ids if it is cut where the pattern begins."""
     cuts = [found.start() for found in pattern.finditer(text)]
     pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)]) if a < b]
-    return [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+    ids = [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+    return ids == list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @functools.lru_cache(maxsize=32)
@@ -90,16 +102,10 @@ def splits_at(tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...], _: int
     others = {token.content for token in added}
     within = [token for token in added if any(token.content in mark for mark in marks)]
     safe = [token.content for token in within if _stands_alone(token) and not _overlapped(token.content, others)]
-    dropout = json.loads(tokenizer.backend_tokenizer.to_str()).get("model", {}).get("dropout")
-    if not safe or dropout or getattr(tokenizer, "split_special_tokens", False):
+    if not safe or _varies(tokenizer, _model_of(tokenizer)):
         return None
     pattern = re.compile("|".join(map(re.escape, sorted(safe))))
-    trial = _TRIAL.format(safe[0], safe[-1])
-    return (
-        pattern
-        if _in_pieces(tokenizer, trial, pattern) == list(tokenizer(trial, add_special_tokens=False)["input_ids"])
-        else None
-    )
+    return pattern if _same_in_pieces(tokenizer, _TRIAL.format(safe[0], safe[-1]), pattern) else None
 
 
 def _stands_alone(token: Any) -> bool:

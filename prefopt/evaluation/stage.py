@@ -110,7 +110,7 @@ def judge_to_file(
 
     Lines follow the samples: prompt by prompt, judge by judge. A sample that a judge cannot judge gets a line with the
     reason. Errors meant for the user (a missing column, a server that does not answer) end the stage. A file in which
-    nothing was judged is begun anew: the judge failed on everything, and may have been mended.
+    every judgement failed is written from its start: the judge may work by now.
 
     Under `accelerate launch` every process must call this; the main process asks the judges and writes.
 

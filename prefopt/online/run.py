@@ -24,6 +24,7 @@ from prefopt.online.tasks import TASKS
 from prefopt.recipe import Recipe, parse_arguments, preflight
 from prefopt.recipe.ready import Ready
 from prefopt.safety.errors import UsageError
+from prefopt.scoring.model import positions_in
 
 LOSS = "irpo(beta=0.1, alpha=1.0)"
 
@@ -92,7 +93,7 @@ def _check_lengths(recipe: Recipe, ready: Ready, prompts: Prompts) -> None:
     encodings = Encodings(ready.tokenizer)
     rows = [*prompts.train, *prompts.heldout]
     lengths = {row.id: len(prompt_ids(row, ready.tokenizer, encodings)) for row in rows}
-    positions = getattr(ready.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_in(ready.config)
     assert script.max_new_tokens is not None
     over = [name for name, length in lengths.items() if positions and length + script.max_new_tokens > positions]
     if over and script.generator == "transformers":

@@ -55,7 +55,7 @@ def write_run_page(
         The file.
 
     Raises:
-        UsageError: if the folder has no log that can be read, or `out` is no name of a page.
+        UsageError: if the folder has no log that can be read, or `out` is not a page's name.
     """
     if out is not None and not out.is_dir() and out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {out} is the name of another kind of file: name one that ends in .html, or a folder")

@@ -16,3 +16,8 @@ def on_device(data: Sequence[Any], device: torch.device, dtype: torch.dtype | No
         return made.to(device)
     # Only a copy from pinned memory takes its place in the GPU's queue.
     return made.pin_memory().to(device, non_blocking=True)
+
+
+def places_of(wanted: Sequence[bool], device: torch.device) -> Tensor:
+    """(M,) the places at which `wanted` is true."""
+    return on_device([place for place, here in enumerate(wanted) if here], device, torch.long)

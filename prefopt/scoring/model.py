@@ -51,7 +51,13 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 def positions_of(model: Any) -> int | None:
     """The longest row a model is made for, as its configuration says; None where it says nothing."""
     config = getattr(unwrapped(model), "config", None)
-    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if config is None else positions_in(config)
+
+
+def positions_in(config: Any) -> int | None:
+    """The same of a configuration alone."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from prefopt.losses.scores import EMBEDDINGS, GIVEN_LOGPS, Role
 from prefopt.safety.errors import UsageError
-from prefopt.scoring.device import on_device
+from prefopt.scoring.device import on_device, places_of
 from prefopt.scoring.padded import Targets, targets_of
 from prefopt.scoring.tree import Tree, plant
 
@@ -92,12 +92,8 @@ class RowGroups:
         """The rows that play a role in an example that counts."""
         # Where rows were left out, the numbers of the remaining examples may exceed the number of rows.
         counted = math.inf if self.counted is None else self.counted
-        rows = [
-            row
-            for row, (own, example) in enumerate(zip(*self._on_host, strict=True))
-            if own == role and example < counted
-        ]
-        return on_device(rows, self.roles.device, torch.long)
+        wanted = [own == role and example < counted for own, example in zip(*self._on_host, strict=True)]
+        return places_of(wanted, self.roles.device)
 
     @property
     def example_count(self) -> int:
@@ -212,8 +208,7 @@ class RowBatch(RowGroups):
         Args:
             wanted: (R,) bool.
         """
-        some = wanted.tolist() if isinstance(wanted, Tensor) else wanted
-        rows = on_device([row for row, here in enumerate(some) if here], self.ids.device, torch.long)
+        rows = places_of(wanted.tolist() if isinstance(wanted, Tensor) else wanted, self.ids.device)
         attention = self.attention[rows]
         length = max(int(attention.sum(-1).max()), 1) if len(attention) else 1
         return replace(

@@ -19,7 +19,7 @@ from prefopt.losses.scores import PREVIOUS_LOGPS, REFERENCE_LOGPS, Role
 from prefopt.safety.errors import UsageError
 from prefopt.scoring.assemble import assemble_batch, extras_for
 from prefopt.scoring.cache import ReferenceCache
-from prefopt.scoring.device import on_device
+from prefopt.scoring.device import places_of
 from prefopt.scoring.layout import Layout
 from prefopt.scoring.logprobs import TokenScores
 from prefopt.scoring.measure import BARE, Extras
@@ -327,8 +327,7 @@ def _among(values: Tensor, some: list[bool], rows: RowBatch) -> Tensor:
         rows: all of them, of T tokens.
     """
     everywhere = values.new_zeros((len(some), rows.ids.shape[1] - 1, *values.shape[2:]))
-    places = on_device([row for row, here in enumerate(some) if here], values.device, torch.long)
-    everywhere[places, : values.shape[1]] = values
+    everywhere[places_of(some, values.device), : values.shape[1]] = values
     return everywhere
 
 

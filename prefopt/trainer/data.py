@@ -45,7 +45,6 @@ def prepare(
     """
     if collator is not None:
         _set_padding(collator, processing_class, args)
-    dataset = python_rows(dataset)
     say = logger.warning if name == "train" and args.should_log else silent
     cut = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, "name": name}
     common = {**cut, "roles": objective.roles, "say": say}
@@ -58,10 +57,11 @@ def prepare(
         dataset = normalise(dataset, transcripts=False, used=used, unlabelled=desirable, say=say)
         processes = getattr(args, "dataset_num_proc", None)
         dataset = tokenize_checked(dataset, processing_class, num_proc=processes, **common)
-    elif collator is not None and isinstance(dataset, Dataset | IterableDataset):
-        dataset = check_ids(dataset, **common)
     else:
-        return dataset
+        dataset = python_rows(dataset)
+        if collator is None or not isinstance(dataset, Dataset | IterableDataset):
+            return dataset
+        dataset = check_ids(dataset, **common)
     return drop_overlong(dataset, args.max_length, args.truncation_mode, name)
 
 

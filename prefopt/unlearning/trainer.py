@@ -99,7 +99,7 @@ def check_rule(rule: Rule, every: float, gold: bool) -> None:
         UsageError: if the rule is unknown, or needs a gold model or evaluations that there are none of.
     """
     if rule not in get_args(Rule):
-        raise UsageError(f"best={rule!r}: there is no such rule. There are: {', '.join(get_args(Rule))}")
+        raise UsageError(f"best={rule!r} is not a rule; the rules are {', '.join(get_args(Rule))}")
     if rule != "none" and not gold:
         raise UsageError(f"best={rule!r} compares with a gold model, and there is none: name one, or take best='none'")
     if rule != "none" and not every:

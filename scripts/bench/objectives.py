@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import get_peft_config
 from trl.trainer.model_config import ModelConfig
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.catalogue.markdown import table as markdown_table
-from prefopt.demo.data import load_demo
+from prefopt.demo.data import load_demo, load_demo_groups
 from prefopt.losses import available, parse, presets
 from prefopt.losses.divergences import NAMES as DIVERGENCES
 from prefopt.losses.kernel_functions import KERNELS
@@ -43,8 +42,9 @@ WRAPPERS = {
     "conflict_free": "dpo + sft",
     "on_forget": "npo",
     "on_retain": "sft",
-    **dict.fromkeys(("dual", "humanline", "pair_normalized"), "dpo"),
-    **dict.fromkeys(("wpo", "length_normalized", "noise_robust", "reweighted"), "dpo"),
+    **dict.fromkeys(
+        ("dual", "humanline", "length_normalized", "noise_robust", "pair_normalized", "reweighted", "wpo"), "dpo"
+    ),
 }
 """What they are taken around."""
 EVERY = 10
@@ -99,21 +99,11 @@ def measure(expression: str, model: Any, tokenizer: Any, pairs: Any, args: argpa
     }
 
 
-def groups_of(pairs: Dataset) -> Dataset:
-    """The same answers as groups of two with scores, for objectives on groups."""
-    groups = {
-        "prompt": pairs["prompt"],
-        "completions": [list(both) for both in zip(pairs["chosen"], pairs["rejected"], strict=True)],
-        "scores": [[0.9, 0.2]] * len(pairs),
-    }
-    return Dataset.from_dict(groups)
-
-
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     path = resolve_demo_model(say=print)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    pairs = load_demo("train").shuffle(seed=0).select(range(args.steps))
+    pairs, groups = (load("train").shuffle(seed=0).select(range(args.steps)) for load in (load_demo, load_demo_groups))
     numbers = {"margin": 0.5, "chosen_score": 0.9, "rejected_score": 0.2, "chosen_from_reference": 0.0}
     for name, value in numbers.items():
         pairs = pairs.add_column(name, [value] * len(pairs))
@@ -130,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
                 "seconds"
             ]
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        rows = groups_of(pairs) if parse(expression).grouped else pairs
+        rows = groups if parse(expression).grouped else pairs
         result = measure(expression, model, tokenizer, rows, args)
         result["over_dpo"] = result["seconds"] / baseline
         # Other shares write the same file: what they added since is kept.

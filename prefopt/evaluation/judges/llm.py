@@ -105,9 +105,10 @@ class _ComparingModel(_Model):
 
 def read_score(text: str, finished: bool = True) -> Verdict:
     """The last score of a reply; none where the reply was cut inside of it, as `Score: 1` of `Score: 10`."""
-    last = next(reversed(list(_SCORE.finditer(text))), None)
-    if last is None:
+    scores = [*_SCORE.finditer(text)]
+    if not scores:
         return Verdict(None, UNPARSABLE, text)
+    last = scores[-1]
     if not finished and last.end() == len(text.rstrip(".")):
         return Verdict(None, CUT, text)
     if last[1].lower() == "none":
